@@ -1,0 +1,61 @@
+"""The two tiers and what each may skip: any other skip fails the run.
+
+`make test` needs Python and pip only; `make test-all` (DVAI_TEST_ALL=1) skips nothing but what the system lacks.
+"""
+
+import os
+
+import pytest
+
+SKIPPED_WITHOUT_PACKAGES = {
+    "needs the package gguf",
+    "needs the package jinja2",
+    "needs the package langchain_openai",
+    "needs the package llama_cpp",
+    "needs the package numpy",
+    "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
+    "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
+    "needs node and the npm package openai (make test-all installs them)",
+    "needs curl",
+    "needs bash",
+}
+SKIPPED_BY_SYSTEM = {
+    "finds the worker in /proc",
+    "looks at process ids the POSIX way",
+    "needs a file system that takes any byte in names",
+    "needs a second loopback address",
+    "needs IPv6 on loopback",
+    "needs os.fork",
+    "other systems do not enforce RLIMIT_AS",
+    "POSIX file modes, links and signals",
+    "POSIX links, FIFOs and limits",
+}
+EXPECTED = SKIPPED_BY_SYSTEM if os.environ.get("DVAI_TEST_ALL") == "1" else SKIPPED_BY_SYSTEM | SKIPPED_WITHOUT_PACKAGES
+
+unexpected: set[str] = set()
+
+
+def note_skip(report):
+    if report.skipped:
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason not in EXPECTED:
+            unexpected.add(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report):
+    note_skip(report)
+
+
+def pytest_collectreport(report):
+    note_skip(report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    if unexpected and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for skip in sorted(unexpected):
+        terminalreporter.write_line(f"skipped, which this tier does not expect: {skip}", red=True)

@@ -1,0 +1,122 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+MODULE = Path(__file__).resolve().parent.parent / "dvai_bridge.py"
+CLEAN_ENVIRON = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("DVAI_", "LLAMA_", "HF_", "OLLAMA_", "OPENAI_", "XDG_"))
+}
+
+
+def require(name: str) -> ModuleType:
+    """The package `name`, or skip the test; with DVAI_TEST_ALL=1 its absence is a failure."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if os.environ.get("DVAI_TEST_ALL") == "1":
+            pytest.fail(f"DVAI_TEST_ALL=1 and the package {name} is not installed")
+        pytest.skip(f"needs the package {name}", allow_module_level=True)
+
+
+@dataclass
+class RunningBridge:
+    """A real `serve` process. `lines`: what it printed so far on stdout; `log`: on stderr."""
+
+    process: subprocess.Popen[str]
+    port: int = 0
+    scheme: str = "http"
+    lines: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}/v1"
+
+    def request(self, method, path, body=None, headers=None, timeout_s=30):
+        """(status, headers, body) of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            data = json.dumps(body).encode() if body is not None and not isinstance(body, bytes) else body
+            headers = ({"Content-Type": "application/json"} if data is not None else {}) | (headers or {})
+            connection.request(method, path, data, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+
+def _follow(stream, lines):
+    for line in stream:
+        lines.append(line.rstrip("\n"))
+
+
+def wait_for(condition, timeout_s, what):
+    """Poll until `condition()` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def read_health(bridge):
+    status, _, body = bridge.request("GET", "/health", timeout_s=2)
+    assert status == 200, body
+    return json.loads(body)
+
+
+@contextlib.contextmanager
+def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=None):
+    """A `serve` of its own home and a free port, ready to answer; stopped, and its log checked, at the end."""
+    Path(home).mkdir(exist_ok=True)
+    command = [sys.executable, str(module), "serve", "--port", "0", "--home", str(home), *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        env=CLEAN_ENVIRON | (environ or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd or home,
+    )
+    bridge = RunningBridge(process)
+    followers = [
+        threading.Thread(target=_follow, args=pair)
+        for pair in ((process.stdout, bridge.lines), (process.stderr, bridge.log))
+    ]
+    for follower in followers:
+        follower.start()
+    try:
+        line = wait_for(lambda: next((x for x in bridge.lines if x.startswith("listening on ")), None), 20, bridge.log)
+        url = line.removeprefix("listening on ")
+        bridge.scheme, bridge.port = url.partition("://")[0], int(url.rpartition(":")[2].partition("/")[0])
+        if ready:
+            wait_for(lambda: read_health(bridge)["status"] == "ok", 60, "the model is loaded")
+        yield bridge
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for follower in followers:
+            follower.join()
+        process.stdout.close()
+        process.stderr.close()
+    assert not any("Traceback" in line for line in bridge.log), "\n".join(bridge.log)

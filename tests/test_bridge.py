@@ -1,0 +1,139 @@
+"""What a bridge is built from, and a bridge inside a program of one's own."""
+
+import asyncio
+import http.client
+import json
+import os
+
+import pytest
+
+from dvai_bridge import (
+    BUILTIN_MODEL_ID,
+    DVAI,
+    FoundModel,
+    ModelFileError,
+    UsageError,
+    build_config,
+    choose_serving,
+    count_cores,
+    load_api_keys,
+)
+from tests.support_worker import build_byte_model
+
+
+def search_nothing():
+    pytest.fail("the machine is searched without need")
+
+
+def found(path, model_id="found", obstacle=None):
+    return FoundModel(
+        model_id=model_id,
+        path=path,
+        size_bytes=1,
+        source="./models",
+        architecture="llama",
+        quantization="Q8_0",
+        n_params=1_000_000,
+        n_ctx_train=512,
+        has_chat_template=True,
+        obstacle=obstacle,
+    )
+
+
+def test_the_demonstration_model_is_served_when_nothing_is_named():
+    for flags in ({}, {"model": "builtin"}):
+        serving = choose_serving(build_config(flags=flags), search_nothing)
+        assert serving.path is None and serving.model_id == BUILTIN_MODEL_ID and serving.created > 1_000_000_000
+    assert choose_serving(build_config(flags={"alias": "me"}), search_nothing).model_id == "me"
+
+
+def test_a_file_is_served_under_its_name_or_its_alias(tmp_path):
+    path = tmp_path / "Some-Model-Q8_0.gguf"
+    path.write_bytes(b"")
+    serving = choose_serving(build_config(flags={"model": str(path)}), search_nothing)
+    assert (serving.model_id, serving.path) == ("Some-Model-Q8_0", str(path))
+    assert choose_serving(build_config(flags={"model": str(path), "alias": "x"}), search_nothing).model_id == "x"
+
+
+def test_a_name_is_looked_up_among_what_was_found(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"")
+    models = [found(path, "other"), found(path, "Found")]
+    assert choose_serving(build_config(flags={"model": "found"}), lambda: models).path == str(path)
+    assert choose_serving(build_config(flags={"model": "auto"}), lambda: models).path == str(path)
+    with pytest.raises(UsageError, match=r"--model ghost: .*`models`"):
+        choose_serving(build_config(flags={"model": "ghost"}), lambda: models)
+
+
+def test_auto_falls_back_to_the_demonstration_and_says_why(tmp_path):
+    serving = choose_serving(build_config(flags={"model": "auto"}), list)
+    assert serving.path is None and "no model was found" in serving.reason
+    able = [found(tmp_path / "a", obstacle="it is too large")]
+    assert "too large" in choose_serving(build_config(flags={"model": "auto"}), lambda: able).reason
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(b"# only\n\n", "no key"), (b"\xff\xfe", "UTF-8"), ("schlüssel\n".encode(), "ASCII")]
+)
+def test_a_useless_key_file_is_refused(tmp_path, text, words):
+    path = tmp_path / "keys"
+    path.write_bytes(text)
+    with pytest.raises(UsageError, match=words):
+        load_api_keys(build_config(flags={"api_key_file": str(path)}))
+
+
+def test_keys_of_file_and_environment_add_up(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("sk-a\n  sk-b  \n# no\n")
+    config = build_config(flags={"api_key_file": str(path)}, environ={"DVAI_API_KEY": "sk-c"})
+    assert load_api_keys(config) == ("sk-c", "sk-a", "sk-b")
+
+
+def test_cores_are_those_that_may_be_used():
+    assert 1 <= count_cores() <= 8
+
+
+def ask(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    body = json.dumps({"prompt": "hello", "max_tokens": 4})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def test_two_bridges_in_one_program(tmp_path):
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(build_byte_model())
+
+    def build(name, on_progress=None):
+        flags = {"home": str(tmp_path / name), "port": "0", "model": str(model), "alias": name, "engine": "builtin"}
+        return DVAI(build_config(flags=flags), environ={}, on_progress=on_progress)
+
+    async def run():
+        seen = []
+        one, two = build("one", seen.append), build("two")
+        assert one.engine.load.engine == "builtin"
+        async with one, two:
+            assert one.port != two.port and one.base_url.endswith(f":{one.port}/v1")
+            answers = await asyncio.gather(asyncio.to_thread(ask, one.port), asyncio.to_thread(ask, two.port))
+            assert [(status, answer["model"]) for status, answer in answers] == [(200, "one"), (200, "two")]
+            assert all(answer["usage"]["completion_tokens"] == 4 for _, answer in answers)
+        assert one.engine.pid is None and two.engine.pid is None and seen[-1] == 1.0
+
+    asyncio.run(run())
+
+
+def test_a_bridge_that_cannot_load_closes_what_it_opened(tmp_path):
+    model = tmp_path / "damaged.gguf"
+    model.write_bytes(b"GGUF" + bytes(100))
+
+    async def run():
+        flags = {"home": str(tmp_path / "home"), "port": "0", "model": str(model)}
+        bridge = DVAI(build_config(flags=flags), environ=dict(os.environ))
+        with pytest.raises(ModelFileError, match=r"damaged\.gguf"):
+            await bridge.initialize()
+        with pytest.raises(OSError):
+            http.client.HTTPConnection("127.0.0.1", bridge.port, timeout=1).connect()
+        assert bridge.engine.pid is None
+
+    asyncio.run(run())

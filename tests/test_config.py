@@ -1,0 +1,96 @@
+"""Options: one definition, four sources, one precedence."""
+
+import dataclasses
+
+import pytest
+
+from dvai_bridge import (
+    Config,
+    UsageError,
+    build_config,
+    build_options_table,
+    get_options,
+    parse_integer,
+    parse_list,
+    parse_switch,
+)
+
+
+def test_defaults_need_nothing():
+    config = build_config()
+    assert config.host == "127.0.0.1" and config.port is None and config.model is None
+
+
+def test_precedence_is_flag_environment_file_default():
+    file = {"ctx-size": 100, "port": 1}
+    environ = {"DVAI_CTX_SIZE": "200", "LLAMA_ARG_CTX_SIZE": "150"}
+    assert build_config(file=file).ctx_size == 100
+    assert build_config(file=file, environ={"LLAMA_ARG_CTX_SIZE": "150"}).ctx_size == 150
+    assert build_config(file=file, environ=environ).ctx_size == 200
+    assert build_config(file=file, environ=environ, flags={"ctx_size": "300"}).ctx_size == 300
+
+
+def test_an_empty_environment_variable_is_not_a_value():
+    assert build_config(environ={"DVAI_PORT": ""}).port is None
+
+
+def test_toml_types_mean_what_text_means():
+    config = build_config(file={"cors-origins": ["http://a", "http://b"], "verbose": True, "port": 8080})
+    assert config.cors_origins == ("http://a", "http://b") and config.verbose is True and config.port == 8080
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ({"flags": {"port": "70000"}}, ["--port", "'70000'", "0 to 65535"]),
+        ({"flags": {"port": "８０"}}, ["--port", "whole number"]),
+        ({"environ": {"DVAI_PARALLEL": "0"}}, ["DVAI_PARALLEL", "1 to 64"]),
+        ({"environ": {"LLAMA_ARG_N_PARALLEL": "x"}}, ["LLAMA_ARG_N_PARALLEL"]),
+        ({"file": {"prot": 1}}, ["config file", "'prot'"]),
+        ({"file": {"port": {"a": 1}}}, ["config file: port", "dict"]),
+        ({"file": {"port": 1.5}}, ["config file: port", "float"]),
+        ({"flags": {"engine": "cuda"}}, ["--engine", "auto, builtin"]),
+        ({"flags": {"allowed_hosts": "a,,b"}}, ["--allowed-hosts"]),
+    ],
+)
+def test_a_wrong_value_names_its_place(sources, words):
+    with pytest.raises(UsageError) as caught:
+        build_config(**sources)
+    assert all(word in caught.value.message for word in words), caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_a_key_is_refused_on_the_command_line_and_hidden_everywhere():
+    with pytest.raises(UsageError) as caught:
+        build_config(flags={"api_key": "sk-secret"})
+    assert "sk-secret" not in caught.value.message and "DVAI_API_KEY" in caught.value.message
+    with pytest.raises(UsageError) as caught:
+        build_config(environ={"DVAI_API_KEY": "sk-secret,"})
+    assert "sk-secret" not in caught.value.message
+    assert "sk-secret" not in repr(build_config(environ={"DVAI_API_KEY": "sk-secret"}))
+
+
+@pytest.mark.parametrize("text", ["", "-1", "+5", "5_0", " 5", "5 ", "0x5", "1e2", "９", "99999999999999"])
+def test_integers_are_plain_ascii_digits(text):
+    with pytest.raises(ValueError, match="whole number"):
+        parse_integer(0, 100)(text)
+
+
+def test_switches_and_lists():
+    assert [parse_switch(t) for t in ("TRUE", "on", "1", "No", "off", "0")] == [True, True, True, False, False, False]
+    assert parse_list("a, b") == ("a", "b")
+    with pytest.raises(ValueError, match="true or false"):
+        parse_switch("maybe")
+
+
+def test_every_field_is_an_option_with_its_own_names():
+    options = get_options(Config)
+    assert set(options) == {f.name for f in dataclasses.fields(Config)}
+    flags = [flag for opt in options.values() for flag in opt.flags]
+    assert len(flags) == len(set(flags))
+    assert all(opt.name.replace("-", "_") == name for name, opt in options.items())
+
+
+def test_the_table_lists_each_option_of_its_group():
+    table = build_options_table(Config, "server")
+    assert "| `--port` `PORT` | `DVAI_PORT`, `LLAMA_ARG_PORT` |" in table and "--model" not in table

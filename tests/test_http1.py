@@ -1,0 +1,507 @@
+"""The request grammar: tables both ways, whole, byte by byte and with trailing data; and never laxer than h11."""
+
+import random
+
+import h11
+import pytest
+
+import dvai_bridge as dvai
+from dvai_bridge import BodyFraming, BridgeError, RequestBody, RequestHead, RequestParser
+
+HOST = b"Host: localhost\r\n"
+GET = b"GET / HTTP/1.1\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def read(data, cuts=(), body_limit_bytes=1000):
+    """Every event of the bytes, answered at once, then the error's status if there is one."""
+    parser, events, start = RequestParser(body_limit_bytes=body_limit_bytes), [], 0
+    for cut in [*cuts, len(data)]:
+        parser.receive(data[start:cut])
+        start = cut
+        try:
+            while (event := parser.next_event()) is not None:
+                events.append(event)
+                if isinstance(event, RequestBody):
+                    parser.start_next_request()
+        except BridgeError as error:
+            with pytest.raises(type(error)):
+                parser.next_event()
+            return [*events, (type(error).__name__, error.status)]
+    return events
+
+
+def show(events):
+    """Events as plain values."""
+    shown = []
+    for event in events:
+        if isinstance(event, RequestHead):
+            target = event.target
+            shown.append((event.method, target.path, target.query, target.authority, event.http_minor))
+        else:
+            shown.append(event.data if isinstance(event, RequestBody) else event)
+    return shown
+
+
+def get(path, query="", authority=None, minor=1, method="GET"):
+    return (method, path, query, authority, minor)
+
+
+ACCEPTED = [
+    (GET + HOST + b"\r\n", [get("/"), b""]),
+    (b"GET /health HTTP/1.0\r\n" + HOST + b"\r\n", [get("/health", minor=0), b""]),
+    (b"GET /a/b?x=1&y=/../%2e?{} HTTP/1.1\r\n" + HOST + b"\r\n", [get("/a/b", "x=1&y=/../%2e?{}"), b""]),
+    (b"GET /a? HTTP/1.1\r\n" + HOST + b"\r\n", [get("/a"), b""]),
+    (b"OPTIONS /v1/models HTTP/1.1\r\n" + HOST + b"\r\n", [get("/v1/models", method="OPTIONS"), b""]),
+    (b"BREW /pot HTTP/1.1\r\n" + HOST + b"\r\n", [get("/pot", method="BREW"), b""]),
+    (b"GET http://localhost:1/a?b HTTP/1.1\r\n" + HOST + b"\r\n", [get("/a", "b", "localhost:1"), b""]),
+    (b"GET HTTPS://[::1]/ HTTP/1.1\r\n" + HOST + b"\r\n", [get("/", "", "[::1]"), b""]),
+    (b"GET /v1/models/org%2Fname:q4 HTTP/1.1\r\n" + HOST + b"\r\n", [get("/v1/models/org/name:q4"), b""]),
+    (b"GET /models/org/a.b-c HTTP/1.1\r\n" + HOST + b"\r\n", [get("/models/org/a.b-c"), b""]),
+    (b"GET /models/%E6%97%A5%20x HTTP/1.1\r\n" + HOST + b"\r\n", [get("/models/日 x"), b""]),
+    (b"GET /.well-known/...x HTTP/1.1\r\n" + HOST + b"\r\n", [get("/.well-known/...x"), b""]),
+    (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\nhello", [get("/", method="POST"), b"hello"]),
+    (
+        b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 0000000000000000005\r\n\r\nhello",
+        [get("/", method="POST"), b"hello"],
+    ),
+    (b"POST / HTTP/1.1\r\nhOST:\tLocalhost:99 \r\ncontent-length:0\r\n\r\n", [get("/", method="POST"), b""]),
+    (CHUNKED + b"5\r\nhello\r\n0\r\n\r\n", [get("/", method="POST"), b"hello"]),
+    (CHUNKED + b"0\r\n\r\n", [get("/", method="POST"), b""]),
+    (
+        CHUNKED + b'00A;x=1;y="a b"\r\n0123456789\r\n1;\r\n\n\r\n0;last\r\nX-Sum: 1\r\nY:\r\n\r\n',
+        [get("/", method="POST"), b"0123456789\n"],
+    ),
+    (CHUNKED.replace(b"chunked", b"CHUNKED") + b"3\r\n\r\n\n\r\n0\r\n\r\n", [get("/", method="POST"), b"\r\n\n"]),
+    (GET + HOST + b"X: " + bytes(range(128, 256)) + b"\tz\r\nEmpty:\r\nX: 2\r\n\r\n", [get("/"), b""]),
+    (GET + b"Host: [::1]:38883\r\n\r\n", [get("/"), b""]),
+    (GET + HOST + b"\r\n" + GET + HOST + b"\r\n", [get("/"), b"", get("/"), b""]),
+    (
+        CHUNKED
+        + b"1\r\na\r\n0\r\n\r\n"
+        + b"POST /2 HTTP/1.1\r\n"
+        + HOST
+        + b"Content-Length: 1\r\n\r\nb"
+        + GET
+        + HOST
+        + b"\r\n",
+        [get("/", method="POST"), b"a", get("/2", method="POST"), b"b", get("/"), b""],
+    ),
+]
+
+BAD = ("ProtocolError", 400)
+HEAD_REFUSED = [
+    # request lines
+    (b"\r\n" + GET + HOST + b"\r\n", BAD),
+    (b"GET /\r\n\r\n", BAD),
+    (b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", BAD),
+    (b" GET / HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET\t/ HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"G(T / HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"G\xc3\x89T / HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / http/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / HTTP/1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / HTTP/11.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / HTTP/1.\xb2\r\n" + HOST + b"\r\n", BAD),
+    (b"GET / HTTP/1.2\r\n" + HOST + b"\r\n", ("HttpVersionError", 505)),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ("HttpVersionError", 505)),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", BAD),
+    # targets
+    (b"GET //x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a//x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /../x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a/.. HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a/./b HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /%2e%2e/x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /v1/models/%2E HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /v1/models/..%2F..%2Fetc%2Fpasswd HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /v1%2Fmodels HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /v1/modelsx%2Fy HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%5cb HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%00 HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%0d%0ab HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%e2%80%ae HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%ff HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%2 HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a% HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%zz HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a%+1 HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a\\b HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /a?b#c HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /\xc3\xa9 HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET /\x7f HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET a HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET localhost/ HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET ftp://localhost/ HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET http:///x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET http://localhost HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET http://u@localhost/ HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"GET http://localhost//x HTTP/1.1\r\n" + HOST + b"\r\n", BAD),
+    (b"CONNECT localhost:80 HTTP/1.1\r\n" + HOST + b"\r\n", ("MethodNotAllowedError", 405)),
+    (b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n", ("MethodNotAllowedError", 405)),
+    # header lines
+    (GET + HOST + b"A : b\r\n\r\n", BAD),
+    (GET + HOST + b" A: b\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\r\n c\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\r\n\tc\r\n\r\n", BAD),
+    (GET + HOST + b"A\r\n\r\n", BAD),
+    (GET + HOST + b": b\r\n\r\n", BAD),
+    (GET + HOST + b"A\xc3\xa9: b\r\n\r\n", BAD),
+    (GET + HOST + b"A(: b\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\x00\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\x0bc\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\x7f\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\rC: d\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\r\r\n\r\n", BAD),
+    (GET + HOST + b"A: b\n\r\n", BAD),
+    (GET + HOST + b"\n", BAD),
+    (b"GET / HTTP/1.1\n" + HOST + b"\r\n", BAD),
+    (b"\n", BAD),
+    # Host
+    (GET + b"\r\n", BAD),
+    (b"GET / HTTP/1.0\r\n\r\n", BAD),
+    (GET + HOST + HOST + b"\r\n", BAD),
+    (GET + b"Host:\r\n\r\n", BAD),
+    (GET + b"Host: a b\r\n\r\n", BAD),
+    (GET + b"Host: a,b\r\n\r\n", BAD),
+    (GET + b"Host: u@a\r\n\r\n", BAD),
+    (GET + b"Host: a:b\r\n\r\n", BAD),
+    (GET + b"Host: a:1_0\r\n\r\n", BAD),
+    (GET + b"Host: ::1\r\n\r\n", BAD),
+    (GET + b"Host: a/..\r\n\r\n", BAD),
+    # framing
+    *(
+        (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: " + length + b"\r\n\r\n" + b"x" * 50, BAD)
+        for length in (b"", b"+5", b"-5", b"5 5", b"5,5", b"0x5", b"5_0", b"5.0", b"\xb2", b"5;", b"0" * 20, b"9" * 20)
+    ),
+    (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", BAD),
+    (CHUNKED[:-2] + b"Content-Length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n", BAD),
+    (CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0") + b"0\r\n\r\n", BAD),
+    *(
+        (CHUNKED.replace(b": chunked", b": " + coding) + b"0\r\n\r\n", ("TransferCodingError", 501))
+        for coding in (
+            b"",
+            b"identity",
+            b"gzip",
+            b"gzip, chunked",
+            b"chunked, chunked",
+            b"chunked;q=1",
+            b"xchunked",
+            b"chunked\x85",
+        )
+    ),
+    (CHUNKED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", ("TransferCodingError", 501)),
+    # fields that decide
+    *(
+        (GET + HOST + name + b": a\r\n" + name + b": a\r\n\r\n", BAD)
+        for name in (b"Origin", b"Authorization", b"Content-Type", b"Sec-Fetch-Site", b"Expect")
+    ),
+    (GET + HOST + b"Content-Encoding: gzip\r\n\r\n", ("UnsupportedMediaTypeError", 415)),
+    (GET + HOST + b"Content-Encoding: identity\r\n\r\n", ("UnsupportedMediaTypeError", 415)),
+    (GET + HOST + b"Expect: 200-maybe\r\n\r\n", ("ExpectationFailedError", 417)),
+    # limits
+    (b"GET /" + b"a" * 8192, ("TargetTooLongError", 414)),
+    (GET + HOST + b"A: " + b"b" * 8190, ("HeadersTooLargeError", 431)),
+    (GET + HOST + (b"A: " + b"b" * 4000 + b"\r\n") * 9 + b"\r\n", ("HeadersTooLargeError", 431)),
+    (GET + HOST + b"A:\r\n" * 100 + b"\r\n", ("HeadersTooLargeError", 431)),
+]
+
+BODY_REFUSED = [
+    *(
+        (CHUNKED + size + b"\r\n" + b"x" * 40, BAD)
+        for size in (
+            b"",
+            b"+5",
+            b"-5",
+            b" 5",
+            b"5 ",
+            b"5 ;x",
+            b"0x5",
+            b"5_0",
+            b"g",
+            b"0" * 17,
+            b"5;\x00",
+            b"5;a\rb",
+            b"\xb2",
+            b";x",
+        )
+    ),
+    (CHUNKED + b"5\nhello\r\n0\r\n\r\n", BAD),
+    (CHUNKED + b"5\r\nhelloX\r\n0\r\n\r\n", BAD),
+    (CHUNKED + b"5\r\nhello\n0\r\n\r\n", BAD),
+    (CHUNKED + b"5\r\nhello\rX", BAD),
+    (CHUNKED + b"5\r\nhello0\r\n\r\n", BAD),
+    (CHUNKED + b"0\r\nA : b\r\n\r\n", BAD),
+    (CHUNKED + b"0\r\nA: b\n\r\n", BAD),
+    (CHUNKED + b"0\r\n X\r\n\r\n", BAD),
+    (CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n", BAD),
+    (CHUNKED + b"0\r\nTransfer-Encoding: chunked\r\n\r\n", BAD),
+    (CHUNKED + b"0\r\n" + b"A:\r\n" * 101 + b"\r\n", ("HeadersTooLargeError", 431)),
+    (CHUNKED + b"0\r\n" + (b"A: " + b"b" * 4000 + b"\r\n") * 3 + b"\r\n", ("HeadersTooLargeError", 431)),
+    (CHUNKED + b"1;" + b"x" * 5000, ("ContentTooLargeError", 413)),
+    (CHUNKED + (b"1;" + b"x" * 1000 + b"\r\na\r\n") * 5, ("ContentTooLargeError", 413)),
+    (CHUNKED + b"3e9\r\n", ("ContentTooLargeError", 413)),
+    (CHUNKED + b"1f4\r\n" + b"x" * 500 + b"\r\n1f5\r\n", ("ContentTooLargeError", 413)),
+    (CHUNKED + b"ffffffffffffffff\r\n", ("ContentTooLargeError", 413)),
+]
+
+
+@pytest.mark.parametrize(("data", "events"), ACCEPTED, ids=lambda x: repr(x)[:40])
+def test_accepted(data, events):
+    assert show(read(data)) == events
+    assert show(read(data, range(len(data)))) == events
+    for cut in range(0, len(data), 7):
+        assert show(read(data, [cut])) == events
+        assert show(read(data[:cut])) == events[: len(show(read(data[:cut])))]
+    assert show(read(data + b"\x00\n"))[:-1] == events, "trailing data is another request's"
+
+
+@pytest.mark.parametrize(("data", "error"), HEAD_REFUSED, ids=lambda x: repr(x)[:60])
+def test_head_refused(data, error):
+    assert show(read(data)) == [error]
+    assert show(read(data, range(len(data)))) == [error]
+    assert show(read(data + GET + HOST + b"\r\n")) == [error]
+    assert show(read(GET + HOST + b"\r\n" + data)) == [get("/"), b"", error], "also when it comes second"
+
+
+@pytest.mark.parametrize(("data", "error"), BODY_REFUSED, ids=lambda x: repr(x)[-60:])
+def test_body_refused(data, error):
+    assert show(read(data)) == [get("/", method="POST"), error]
+    assert show(read(data, range(len(data)))) == [get("/", method="POST"), error]
+    assert show(read(data + GET + HOST + b"\r\n")) == [get("/", method="POST"), error]
+
+
+def test_content_length_beyond_the_limit_is_refused_before_the_body():
+    head = b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n"
+    assert show(read(head % 1001)) == [("ContentTooLargeError", 413)]
+    assert show(read(head % 9999999999999999999)) == [("ContentTooLargeError", 413)]
+    assert show(read(head % 1000 + b"x" * 1000)) == [get("/", method="POST"), b"x" * 1000]
+
+
+FIRST_EXCESS = [
+    (b"GET /" + b"a" * (8192 - len(b"GET / HTTP/1.1")) + b" HTTP/1.1", b"\r\n", b"x", 414),
+    (GET + HOST + b"A: " + b"b" * (8192 - 3), b"\r\n", b"b", 431),
+    (GET + HOST + (b"A: " + b"b" * 7995 + b"\r\n") * 4 + b"C: " + b"d" * (32768 - 17 - 32000 - 5), b"\r\n", b"d", 431),
+    (GET + HOST + b"A:\r\n" * 99, b"\r\n", b"A:\r\n", 431),
+    (CHUNKED + b"0000000000000001;" + b"x" * 4095, b"\r\n", b"x", 413),
+    (CHUNKED + b"3e8", b"\r\n", b"0\r\n", 413),
+    (CHUNKED + b"0\r\n" + b"A: " + b"b" * 8000 + b"\r\nC: " + b"d" * (8192 - 8005 - 5), b"\r\n", b"d", 431),
+]
+
+
+@pytest.mark.parametrize(("data", "goes_on", "excess", "status"), FIRST_EXCESS, ids=lambda x: repr(x)[-20:])
+def test_limits_hold_at_the_first_excess_byte(data, goes_on, excess, status):
+    for cuts in ((), range(len(data))):
+        assert not isinstance((read(data + goes_on, cuts) or [None])[-1], tuple), "at the limit it goes on"
+        assert read(data + excess, cuts)[-1][1] == status
+    assert len(excess) > 1 or not isinstance((read(data) or [None])[-1], tuple)
+
+
+def test_outcome_does_not_depend_on_segments():
+    rng = random.Random(11)
+    for data in [*(d for d, _ in ACCEPTED), *mutate_requests(rng, 2000)]:
+        whole = show(read(data))
+        cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 6)))
+        assert show(read(data, cuts)) == whole, data
+        if len(data) < 300:
+            assert show(read(data, range(len(data)))) == whole, data
+
+
+def test_head_says_what_matters():
+    def head(lines, minor=1):
+        return read(b"POST / HTTP/1.%d\r\n" % minor + HOST + lines + b"\r\n")[0]
+
+    assert head(b"").keep_alive and not head(b"", minor=0).keep_alive
+    assert head(b"Connection: Keep-Alive\r\n", minor=0).keep_alive
+    assert not head(b"Connection: keep-alive, x\r\nConnection: CLOSE\r\n").keep_alive
+    expecting = b"Expect: 100-Continue\r\n"
+    assert head(expecting + b"Content-Length: 5\r\n").expects_continue
+    assert head(expecting + b"Transfer-Encoding: chunked\r\n").expects_continue
+    assert not head(expecting).expects_continue, "there is no body to wait for"
+    assert not head(expecting + b"Content-Length: 5\r\n", minor=0).expects_continue, "HTTP/1.0 does not know it"
+    headers = head(b"X-A: 1\r\nx-a: 2\r\nB: c , D\r\n").headers
+    assert headers.get("x-a") == "1, 2" and headers.get_all("x-a") == ("1", "2") and list(headers.doubled()) == ["x-a"]
+    assert headers.get_tokens("b") == ["c", "d"] and "x-a" in headers and "y" not in headers
+    assert list(headers) == [("host", "localhost"), ("x-a", "1"), ("x-a", "2"), ("b", "c , D")] and len(headers) == 4
+
+
+def test_parser_waits_for_the_answer():
+    parser = RequestParser(body_limit_bytes=10)
+    parser.receive((GET + HOST + b"\r\n") * 2)
+    assert isinstance(parser.next_event(), RequestHead) and parser.next_event() == RequestBody(b"")
+    assert parser.next_event() is None and parser.buffered_bytes == len(GET + HOST + b"\r\n")
+    parser.start_next_request()
+    assert isinstance(parser.next_event(), RequestHead)
+    with pytest.raises(RuntimeError):
+        parser.start_next_request()
+
+
+def test_consumed_chunks_are_not_kept_twice():
+    parser = RequestParser(body_limit_bytes=dvai.MIB)
+    parser.receive(CHUNKED)
+    assert isinstance(parser.next_event(), RequestHead)
+    for _ in range(100):
+        parser.receive(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        assert parser.next_event() is None
+    assert parser.body_received_bytes == 100 * 4096
+    assert len(parser._buffer) <= dvai.PIPELINE_LIMIT_BYTES + 8192
+
+
+# -- the same requests, read by h11 --
+
+SEEDS = [data for data, _ in ACCEPTED] + [data for data, _ in HEAD_REFUSED + BODY_REFUSED if len(data) < 500]
+PIECES = [
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\x00", b"\x0b", b"\x7f", b"\x85", b"\xa0", b"\xff", b":", b";",
+    b"0", b"5", b"+", b"-", b"_", b"a", b"Host: localhost\r\n", b"Content-Length: 5\r\n",
+    b"Content-Length: 0\r\n", b"chunked", b"X: y\r\n", b"HTTP/1.0", b"http://localhost", b"%2e", b"hello",
+    b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\n", b",",
+]  # fmt: skip
+
+
+def mutate_requests(rng, count):
+    """Requests with up to three small changes each."""
+    for _ in range(count):
+        data = bytearray(rng.choice(SEEDS))
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(data) + 1)
+            kind = rng.randrange(4)
+            if kind == 0:
+                data[at:at] = rng.choice(PIECES)
+            elif kind == 1:
+                del data[at : at + rng.randrange(1, 4)]
+            elif kind == 2 and at < len(data):
+                data[at] = rng.randrange(256)
+            else:
+                end = at + rng.randrange(20)
+                data[at:at] = data[at:end]
+        yield bytes(data)
+
+
+def read_first_with_h11(data):
+    """(head, body or None, rest) of the first request; None for what h11 refuses or has not got whole."""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(data)
+    head, body = None, b""
+    try:
+        while True:
+            event = connection.next_event()
+            if isinstance(event, h11.Request):
+                head = (event.method, event.target, event.http_version, [(n, v) for n, v in event.headers])
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return head, body, connection.trailing_data[0]
+            else:
+                return head, None, b""
+    except h11.RemoteProtocolError:
+        return "refused"
+
+
+def read_first(data):
+    parser = RequestParser(body_limit_bytes=1 << 20)
+    parser.receive(data)
+    head, body = None, None
+    try:
+        while (event := parser.next_event()) is not None:
+            if isinstance(event, RequestBody):
+                body = event.data
+            else:
+                head = event
+    except BridgeError:
+        return "refused"
+    if head is None:
+        return None, None, b""
+    target, authority = head.target.raw_path, head.target.authority
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
+    return (
+        (head.method.encode(), target.encode(), authority, b"1.%d" % head.http_minor, headers),
+        body,
+        bytes(parser._buffer),
+    )
+
+
+def test_never_laxer_than_h11():
+    """What we accept, h11 accepts and reads alike: head, body and where the next request begins. No exceptions."""
+    rng = random.Random(23)
+    accepted = stricter = 0
+    for data in mutate_requests(rng, 30_000):
+        ours, theirs = read_first(data), read_first_with_h11(data)
+        if ours == "refused":
+            stricter += theirs != "refused"
+            continue
+        head, body, rest = ours
+        if head is None:
+            continue
+        assert theirs != "refused", data
+        method, target, version, headers = theirs[0]
+        assert (method, version) == (head[0], head[3]), data
+        assert target.split(b"?")[0] == (b"" if head[2] is None else target[: target.index(b"/", 8)]) + head[1], data
+        # h11 turns "Chunked" into "chunked", which is the one value it rewrites
+        assert [(n, v.lower()) for n, v in headers] == [(n, v.lower()) for n, v in head[4]], data
+        if body is not None:
+            accepted += 1
+            assert (theirs[1], theirs[2]) == (body, rest), data
+    assert accepted > 2000 and stricter > 1000, "the corpus reaches both sides of the border"
+
+
+# -- answers --
+
+
+def read_response(data, method="GET"):
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+    client.send(h11.EndOfMessage())
+    client.receive_data(data)
+    client.receive_data(b"")
+    response, body = client.next_event(), b""
+    while isinstance(event := client.next_event(), h11.Data):
+        body += bytes(event.data)
+    assert isinstance(event, h11.EndOfMessage)
+    return response, body
+
+
+def test_response_head_is_read_by_h11():
+    data = dvai.encode_response_head(429, [("Retry-After", "5"), ("X-Name", "a b"), ("Content-Length", "2")]) + b"{}"
+    response, body = read_response(data)
+    assert (response.status_code, response.reason, body) == (429, b"Too Many Requests", b"{}")
+    assert (b"retry-after", b"5") in response.headers
+
+
+def test_chunks_are_read_by_h11():
+    head = dvai.encode_response_head(200, [("Transfer-Encoding", "chunked")])
+    data = head + dvai.encode_chunk(b"a" * 300) + dvai.encode_chunk(b"\r\n") + dvai.LAST_CHUNK
+    assert read_response(data)[1] == b"a" * 300 + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "field", [("A", "b\r\nC: d"), ("A\r\nB", "c"), ("A", "\x00"), ("A b", "c"), ("", "c"), ("A", "日"), ("A:", "b")]
+)
+def test_response_fields_cannot_break_out(field):
+    with pytest.raises(ValueError):
+        dvai.encode_response_head(200, [field])
+
+
+@pytest.mark.parametrize(
+    ("method", "minor", "status", "is_stream", "framing"),
+    [
+        ("GET", 1, 200, False, BodyFraming.LENGTH),
+        ("GET", 1, 200, True, BodyFraming.CHUNKED),
+        ("GET", 0, 200, True, BodyFraming.CLOSE),
+        ("GET", 0, 200, False, BodyFraming.LENGTH),
+        ("HEAD", 1, 200, True, BodyFraming.NONE),
+        ("HEAD", 1, 404, False, BodyFraming.NONE),
+        ("GET", 1, 204, False, BodyFraming.NONE),
+        ("GET", 1, 304, True, BodyFraming.NONE),
+        ("GET", 1, 101, True, BodyFraming.NONE),
+    ],
+)
+def test_framing(method, minor, status, is_stream, framing):
+    assert dvai.choose_framing(method=method, http_minor=minor, status=status, is_stream=is_stream) is framing
+
+
+def test_date_is_the_one_of_the_rfc():
+    assert dvai.encode_http_date(784111777) == "Sun, 06 Nov 1994 08:49:37 GMT"
+    assert dvai.encode_http_date(0) == "Thu, 01 Jan 1970 00:00:00 GMT"
