@@ -127,6 +127,7 @@ PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: re
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
+ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
 # JSON: structures that cost far more than their bytes.
@@ -8883,7 +8884,7 @@ class HttpServer:
         self.handler = handler
         self.policy = build_access_policy(options, socket.gethostname())
         self.tls_context: ssl.SSLContext | None = None
-        self._listeners: list[asyncio.Server] = []
+        self._acceptors: list[asyncio.Task[None]] = []
         self._connections: dict[HttpConnection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_closed = asyncio.Event()
@@ -8918,15 +8919,15 @@ class HttpServer:
             self.tls_context = load_tls_context(options.ssl_cert_file, options.ssl_key_file)
         sockets = await bind_sockets(options.host, options.port)
         self.addresses = [parse_socket_address(sock.getsockname()) for sock in sockets]
-        loop = asyncio.get_running_loop()
         for sock in sockets:
-            listener = await loop.create_server(lambda: HttpConnection(self), sock=sock, backlog=LISTEN_BACKLOG)
-            self._listeners.append(listener)
+            self._acceptors.append(asyncio.create_task(self._accept(sock), name=f"accept on port {self.port}"))
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Stops accepting, ends idle connections, lets answers finish for `grace_s`, then ends them too."""
-        for listener in self._listeners:
-            listener.close()
+        for acceptor in self._acceptors:
+            acceptor.cancel()
+        if self._acceptors:
+            await asyncio.wait(self._acceptors)
         if self._is_stopping:
             grace_s = 0
         self._is_stopping = True
@@ -8943,6 +8944,23 @@ class HttpServer:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
         await self._wait_closed(STOP_GRACE_S)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Makes a connection of each client, until cancelled.
+
+        (asyncio's own server, closed while a client comes, leaves half a transport behind: a traceback in 3.13.0.)
+        """
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    client, _ = await loop.sock_accept(listener)
+                    await loop.connect_accepted_socket(lambda: HttpConnection(self), client)
+                except ConnectionError:
+                    continue  # it has left again
+                except OSError as exc:  # no descriptor or no memory is left, as a rule
+                    _http_logger.warning("new clients have to wait: %s", exc.strerror)
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
 
     async def _wait_closed(self, timeout_s: float) -> None:
         if self._connections:
