@@ -11241,6 +11241,7 @@ def run_doctor(command: Command) -> int:
         probe_port(),
         *probe_packages(),
         probe_memory(),
+        probe_hardware(),
         asyncio.run(probe_builtin_engine()),
         *probe_survey(command),
     ]
@@ -11297,6 +11298,13 @@ def probe_memory() -> Finding:
     return Finding(
         subject="memory", verdict="ok", detail=f"{format_size(memory.free_bytes)} free ({memory.limit_source})"
     )
+
+
+def probe_hardware() -> Finding:
+    """What the machine is good for, whatever the model."""
+    assessment = assess_hardware()
+    verdict = "ok" if assessment.mode is HardwareMode.OK else "note"
+    return Finding(subject="hardware", verdict=verdict, detail=f"{assessment.mode.value}: {assessment.reason}")
 
 
 async def probe_builtin_engine() -> Finding:
@@ -11534,11 +11542,11 @@ def run_audit(command: Command) -> int:
 
 
 def describe_audit_entry(entry: Mapping[str, Any]) -> str:
-    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+    """One request on one line. Names were escaped when they were written; a file that was edited is escaped again."""
 
-    def text(name: str, default: str = "-") -> str:
-        value = entry.get(name)
-        return default if value is None else display_name(str(value))
+    def text(name: str) -> str:
+        shown = "-" if entry.get(name) is None else str(entry[name])
+        return shown if shown.isprintable() else display_name(shown)
 
     who = text("deviceId")
     if entry.get("caller") == "peer":
