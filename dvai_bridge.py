@@ -3609,10 +3609,10 @@ SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows
 MULTIPLY_ADD_LANES = 576
 MULTIPLY_ADD_COLUMNS = 64
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
-BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_MULTIPLY_ADDS_PER_S = 625e6  # of one core of the machine in the README's table, in big integers
+BUILTIN_EFFICIENCY = 0.8  # of that rate, what a whole forward pass reaches: 0.86 (15M) and 0.96 (135M) side by side
 BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
-LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.8 on two server cores, less on small boards
 DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
 
 SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
@@ -3993,7 +3993,7 @@ def probe_machine_speed() -> MachineSpeed:
 
 
 def estimate_builtin_tok_per_s(
-    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S, threads: int = 1
 ) -> float:
     """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
     gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
