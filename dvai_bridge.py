@@ -12,9 +12,9 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
-    decisions     models, memory
+    decisions     models, memory, capability, audit
     transport     streams: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -5049,36 +5049,46 @@ def _find_count(text: str, key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _probe_cgroup_directory(directory: Path) -> int | None:
-    """Bytes that the memory limits of one control group leave (v2's files, else v1's); None without a limit."""
-    limit_names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-    limits = [_parse_count(_read_small_file(directory / name)) for name in limit_names]
+def _read_memory_limit(directory: Path) -> int | None:
+    """Bytes that one control group may take (v2's files, else v1's); None without a limit."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [_parse_count(_read_small_file(directory / name)) for name in names]
     smallest = min((limit for limit in limits if limit is not None), default=1 << 60)
-    if smallest >= 1 << 60:  # v1 writes "no limit" as the largest multiple of a page
+    return smallest if smallest < 1 << 60 else None  # v1 writes "no limit" as the largest multiple of a page
+
+
+def _read_memory_left(directory: Path) -> int | None:
+    """Bytes that the memory limit of one control group leaves; None without a limit."""
+    limit = _read_memory_limit(directory)
+    if limit is None:
         return None
     used = _parse_count(
         _read_small_file(directory / "memory.current") or _read_small_file(directory / "memory.usage_in_bytes")
     )
     statistics = _read_small_file(directory / "memory.stat")
     reclaimable = _find_count(statistics, "total_inactive_file") or _find_count(statistics, "inactive_file") or 0
-    return max(0, smallest - max(0, (used or 0) - reclaimable))
+    return max(0, limit - max(0, (used or 0) - reclaimable))
 
 
-def _probe_cgroups(root: Path) -> int | None:
-    """The least that this process's control groups leave, each level up to the root of what is mounted here."""
-    free: list[int] = []
+def _list_cgroups(root: Path, controller: str) -> list[Path]:
+    """The control groups by which `controller` rules this process, each level up to the root of what is mounted."""
+    found: list[Path] = []
     for line in _read_small_file(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        bases = ("sys/fs/cgroup/memory",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+        bases = (f"sys/fs/cgroup/{controller}",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
         parts = [part for part in path.split("/") if part]
         if ".." in parts:  # the group lies outside of this container's view
             parts = []
-        for base in bases:
-            levels = [root.joinpath(base, *parts[:length]) for length in range(len(parts) + 1)]
-            free += [left for left in map(_probe_cgroup_directory, levels) if left is not None]
-    return min(free, default=None)
+        found += [root.joinpath(base, *parts[:length]) for base in bases for length in range(len(parts) + 1)]
+    return found
+
+
+def _probe_cgroups(root: Path, read: Callable[[Path], int | None]) -> int | None:
+    """The least of what `read` finds in the control groups that bound this process's memory."""
+    found = [value for value in map(read, _list_cgroups(root, "memory")) if value is not None]
+    return min(found, default=None)
 
 
 def _probe_address_space(root: Path) -> int | None:
@@ -5111,8 +5121,8 @@ def _probe_macos_memory() -> int | None:
         return None
 
 
-def _probe_windows_memory() -> int | None:
-    """The smaller of free physical memory and what may still be committed (GlobalMemoryStatusEx)."""
+def _probe_windows_memory() -> tuple[int, int] | None:
+    """Physical memory in all, and the smaller of what of it is free and what may still be committed."""
     import ctypes
 
     names = ("total_phys", "avail_phys", "total_page", "avail_page", "total_virtual", "avail_virtual", "extended")
@@ -5126,20 +5136,21 @@ def _probe_windows_memory() -> int | None:
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
-    return int(min(status.avail_phys, status.avail_page))
+    return int(status.total_phys), int(min(status.avail_phys, status.avail_page))
 
 
 def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> MemoryInfo:
     """How much memory a model may take: the smallest of what the system, its containers and limits leave."""
     if platform == "win32":
-        bounds = [(_probe_windows_memory(), "free memory")]
+        windows = _probe_windows_memory()
+        bounds = [(windows[1] if windows else None, "free memory")]
     elif platform == "darwin":
         bounds = [(_probe_macos_memory(), "free memory")]
     else:
         kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemAvailable")
         bounds = [
             (None if kilobytes is None else kilobytes * KIB, "free memory"),
-            (_probe_cgroups(root), "the container's or service's memory limit"),
+            (_probe_cgroups(root, _read_memory_left), "the container's or service's memory limit"),
         ]
     bounds.append((_probe_address_space(root), "the limit of `ulimit -v`"))
     known = [(free, source) for free, source in bounds if free is not None]
@@ -5147,6 +5158,16 @@ def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> M
         return MemoryInfo(free_bytes=None, limit_source="this system does not say how much memory is free")
     free, source = min(known)
     return MemoryInfo(free_bytes=free, limit_source=source)
+
+
+def probe_total_memory(root: Path = Path("/"), platform: str = sys.platform) -> int | None:
+    """Bytes that all of this process's machine has, or its container may take; None: not known (macOS: ask sysctl)."""
+    if platform == "win32":
+        windows = _probe_windows_memory()
+        return windows[0] if windows else None
+    kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemTotal")
+    bounds = (None if kilobytes is None else kilobytes * KIB, _probe_cgroups(root, _read_memory_limit))
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def explain_misfit(needed_bytes: int, memory: MemoryInfo | None) -> str | None:
@@ -5164,6 +5185,1003 @@ def verify_fits(needed_bytes: int, memory: MemoryInfo) -> None:
         raise ModelFileError(
             f"the model {misfit}: take a smaller model or quantisation, lower --ctx-size, or use another device"
         )
+
+
+# ---- Capability -----------------------------------------------------------------------
+# How fast this device writes tokens: by its hardware's class, by model size and memory bandwidth, by measurement.
+#
+# In this order of trust (ScoreSource): a measurement, an estimate for the model at hand, the heuristic. The heuristic
+# and the JSON shapes are those of all DVAI software, so that a device is judged alike whoever asks.
+
+DEFAULT_HARDWARE_MINIMUM = 3.0  # tokens/s below which a device is too weak
+DEFAULT_MIN_LOCAL_CAPABILITY = 10.0  # tokens/s below which requests go to a peer, if there is one
+TOOL_TIMEOUT_S = 5.0  # nvidia-smi takes a second to wake a sleeping card
+UNKNOWN_RAM_GB = 4.0
+
+BANDWIDTH_BUFFER_BYTES = 64 * MIB  # copied to measure memory: more than processor caches hold
+BANDWIDTH_FREE_SHARE = 8  # of the free memory, at most one part in so many is taken for it
+BANDWIDTH_THREADS = 4  # one core alone does not saturate the memory of larger machines
+SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows it
+MULTIPLY_ADD_LANES = 576
+MULTIPLY_ADD_COLUMNS = 64
+
+BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
+BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
+
+SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
+SCORE_LIMIT_TOK_PER_S = 1e6  # a peer that boasts
+SCORE_SAMPLE_TOKENS = 16  # fewer say little about speed
+SCORE_WEIGHT = 0.2  # of the newest request in the average
+SCORE_CHANGE_SAVED = 0.05  # smaller changes are not worth a write to an SD card
+SCORE_FLUSH_S = 60.0  # between two saves of the scores while requests run
+
+capability_log = logging.getLogger("dvai_bridge.capability")
+
+
+class GpuClass(enum.Enum):
+    """What computes beside the processor. Only what engines can use counts: a Raspberry Pi has none."""
+
+    NONE = "none"
+    INTEGRATED = "integrated"
+    DISCRETE = "discrete"
+    APPLE_SILICON = "apple-silicon"
+
+
+class CpuClass(enum.Enum):
+    """The processor by its logical cores: high from 12, mid from 6."""
+
+    LOW = "low"
+    MID = "mid"
+    HIGH = "high"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareHints:
+    """What the heuristic knows of a device. `ram_gb`: GiB, whole ones from 1 on."""
+
+    has_npu: bool
+    ram_gb: float
+    gpu_class: GpuClass
+    cpu_class: CpuClass
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` words it on every platform."""
+        return {
+            "hasNpu": self.has_npu,
+            "ramGb": self.ram_gb,
+            "gpuClass": self.gpu_class.value,
+            "cpuClass": self.cpu_class.value,
+        }
+
+
+def run_tool(command: Sequence[str]) -> str:
+    """What a tool of the system prints; empty if it is not there, fails, or takes longer than TOOL_TIMEOUT_S."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TOOL_TIMEOUT_S, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def read_registry(key: str, name: str) -> list[str]:
+    """The value `name` of every subkey of HKEY_LOCAL_MACHINE\\`key` that has one as text; empty but on Windows."""
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        parent = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key)
+    except (ImportError, OSError):
+        return []
+    values = []
+    with parent:
+        for index in range(winreg.QueryInfoKey(parent)[0]):
+            with contextlib.suppress(OSError), winreg.OpenKey(parent, winreg.EnumKey(parent, index)) as subkey:
+                values.append(winreg.QueryValueEx(subkey, name)[0])
+    return [value for value in values if isinstance(value, str)]
+
+
+def count_logical_cores() -> int:
+    """The logical cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareView:
+    """Through what the machine is looked at; a test stands a recorded one there. Files are read below `root`."""
+
+    platform: str = sys.platform
+    root: Path = Path("/")
+    run: Callable[[Sequence[str]], str] = run_tool
+    read_registry: Callable[[str, str], Sequence[str]] = read_registry
+    count_cores: Callable[[], int] = count_logical_cores
+
+
+# PCI ids of the makers of GPUs; servers' and virtual machines' display adapters are of others.
+_NVIDIA, _AMD, _INTEL = "10DE", "1002", "8086"
+_PCI_GPU = re.compile(r"^PCI_CLASS=(?:3[0-9A-F]{4}|1200[0-9A-F]{2})$", re.MULTILINE)  # display, or accelerator
+_SYSTEMS_WITH_GPU = ("nvidia,tegra", "apple,t", "qcom,x1")  # by the device tree: Jetson, Macs with Linux, Snapdragon X
+_DISPLAY_ADAPTERS = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
+_COMPUTE_ACCELERATORS = r"SYSTEM\CurrentControlSet\Control\Class\{f01a9d53-3ff6-48d2-9f97-c8a7004be10c}"
+_GPU_ORDER = (GpuClass.NONE, GpuClass.INTEGRATED, GpuClass.DISCRETE, GpuClass.APPLE_SILICON)
+
+
+def _list_files(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def classify_pci_gpu(uevent: str, vram_vendor: str) -> GpuClass:
+    """The class of a PCI device by its `uevent` in /sys and, of AMD's, `mem_info_vram_vendor`. Pure.
+
+    A device without a driver, or given to a virtual machine, cannot be used. Intel's own graphics always sit in slot
+    00:02.0; AMD's driver knows a maker of memory chips only where they are the card's own.
+    """
+    driver, pci_id, slot = (
+        found[1] if (found := re.search(rf"^{name}=(\S+)$", uevent, re.MULTILINE)) else ""
+        for name in ("DRIVER", "PCI_ID", "PCI_SLOT_NAME")
+    )
+    vendor = pci_id.partition(":")[0].upper()
+    if not _PCI_GPU.search(uevent) or driver in ("", "vfio-pci"):
+        return GpuClass.NONE
+    if vendor == _NVIDIA:
+        return GpuClass.DISCRETE
+    if vendor == _INTEL:
+        return GpuClass.INTEGRATED if slot.endswith(":00:02.0") else GpuClass.DISCRETE
+    if vendor == _AMD:
+        return GpuClass.DISCRETE if vram_vendor.strip() not in ("", "unknown") else GpuClass.INTEGRATED
+    return GpuClass.NONE
+
+
+def classify_gpu_name(name: str) -> GpuClass:
+    """The class of a GPU by the name its driver gives it (Windows, Macs with Intel processors). Pure.
+
+    AMD calls what is part of a processor "… Graphics"; Intel's cards are Arc with a letter and a number.
+    """
+    name = name.strip()
+    if re.search(r"\bNVIDIA\b", name):
+        return GpuClass.DISCRETE
+    if re.search(r"\bRadeon\b|\bAMD\b", name):
+        return GpuClass.INTEGRATED if name.endswith("Graphics") else GpuClass.DISCRETE
+    if re.search(r"\bIntel\b", name):
+        return GpuClass.DISCRETE if re.search(r"\bArc\b.*\b[AB][0-9]{2,3}", name) else GpuClass.INTEGRATED
+    return GpuClass.INTEGRATED if "Adreno" in name else GpuClass.NONE
+
+
+def _choose_gpu(classes: Iterable[GpuClass]) -> GpuClass:
+    return max(classes, key=_GPU_ORDER.index, default=GpuClass.NONE)
+
+
+def _probe_linux_gpu(view: HardwareView) -> GpuClass:
+    tree = _read_small_file(view.root / "proc/device-tree/compatible").split("\0")
+    if any(system.startswith(_SYSTEMS_WITH_GPU) for system in tree):
+        return GpuClass.INTEGRATED
+    found = GpuClass.NONE
+    # A container sees all of /sys, but only the device files that it was given.
+    device = view.root / "dev"
+    usable = [*(device / name for name in ("nvidiactl", "dxg", "kfd")), *device.glob("dri/renderD*")]
+    if any(path.exists() for path in usable):
+        found = _choose_gpu(
+            classify_pci_gpu(
+                _read_small_file(directory / "uevent"), _read_small_file(directory / "mem_info_vram_vendor")
+            )
+            for directory in _list_files(view.root / "sys/bus/pci/devices")
+        )
+    if found is not GpuClass.DISCRETE and "GPU 0:" in view.run(["nvidia-smi", "-L"]):  # WSL shows no such PCI device
+        found = GpuClass.DISCRETE
+    return found
+
+
+def _probe_linux_npu(view: HardwareView) -> bool:
+    """Whether a driver of an accelerator for neural networks has found its device: NPUs, Hailo, Coral, Rockchip."""
+    classes = ("sys/class/accel", "sys/class/hailo_chardev", "sys/class/apex")
+    rockchip = _list_files(view.root / "sys/bus/platform/drivers/RKNPU")
+    return any(_list_files(view.root / name) for name in classes) or any(
+        path.name.endswith(".npu") for path in rockchip
+    )
+
+
+def _read_cpu_quota(directory: Path) -> int | None:
+    """Whole cores that a control group's quota allows (v2's file, else v1's), at least one; None without a quota."""
+    quota, _, period = _read_small_file(directory / "cpu.max").partition(" ")
+    if not period:
+        quota = _read_small_file(directory / "cpu.cfs_quota_us")
+        period = _read_small_file(directory / "cpu.cfs_period_us")
+    microseconds, each = _parse_count(quota), _parse_count(period)
+    return max(1, microseconds // each) if microseconds and each else None
+
+
+def _probe_linux_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    quotas = [quota for quota in map(_read_cpu_quota, _list_cgroups(view.root, "cpu")) if quota is not None]
+    cores = min([view.count_cores(), *quotas])
+    return probe_total_memory(view.root, view.platform), cores, _probe_linux_gpu(view), _probe_linux_npu(view)
+
+
+def _probe_macos_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    """sysctl says `hw.optional.arm64: 1` on Apple silicon also to a program translated by Rosetta."""
+    text = view.run(["sysctl", "hw.memsize", "hw.ncpu"])
+    cores = _find_count(text, "hw.ncpu") or view.count_cores()
+    if _find_count(view.run(["sysctl", "hw.optional.arm64"]), "hw.optional.arm64") == 1:
+        return _find_count(text, "hw.memsize"), cores, GpuClass.APPLE_SILICON, True
+    names = re.findall(r"Chipset Model: (.+)", view.run(["system_profiler", "SPDisplaysDataType"]))
+    return _find_count(text, "hw.memsize"), cores, _choose_gpu(map(classify_gpu_name, names)), False
+
+
+def _probe_windows_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    gpu = _choose_gpu(map(classify_gpu_name, view.read_registry(_DISPLAY_ADAPTERS, "DriverDesc")))
+    has_npu = bool(view.read_registry(_COMPUTE_ACCELERATORS, "DriverDesc"))
+    return probe_total_memory(view.root, view.platform), view.count_cores(), gpu, has_npu
+
+
+def probe_hardware_hints(view: HardwareView | None = None) -> HardwareHints:
+    """What kind of machine, or container, this is. Blocks for files and perhaps a tool: not for an event loop."""
+    view = view or HardwareView()
+    probe = {"win32": _probe_windows_hints, "darwin": _probe_macos_hints}.get(view.platform, _probe_linux_hints)
+    ram_bytes, cores, gpu_class, has_npu = probe(view)
+    ram_gb = UNKNOWN_RAM_GB if ram_bytes is None else ram_bytes / 1024**3
+    return HardwareHints(
+        has_npu=has_npu,
+        ram_gb=round(ram_gb, 1) if ram_gb < 1 else int(ram_gb + 0.5),
+        gpu_class=gpu_class,
+        cpu_class=CpuClass.HIGH if cores >= 12 else CpuClass.MID if cores >= 6 else CpuClass.LOW,
+    )
+
+
+_GPU_TOK_PER_S = {
+    GpuClass.NONE: 3.0,
+    GpuClass.INTEGRATED: 8.0,
+    GpuClass.DISCRETE: 35.0,
+    GpuClass.APPLE_SILICON: 40.0,
+}
+_CPU_FACTOR = {CpuClass.LOW: 0.6, CpuClass.MID: 1.0, CpuClass.HIGH: 1.3}
+
+
+def compute_heuristic_tok_per_s(hints: HardwareHints) -> float:
+    """What such hardware writes in tokens/s, whatever the model; the number that all DVAI software computes. Pure."""
+    ram_factor = 0.3 if hints.ram_gb < 4 else 0.7 if hints.ram_gb < 8 else 1.0
+    npu_factor = 1.4 if hints.has_npu else 1.0
+    tok_per_s = _GPU_TOK_PER_S[hints.gpu_class] * _CPU_FACTOR[hints.cpu_class] * ram_factor * npu_factor
+    return math.floor(tok_per_s * 10 + 0.5) / 10  # halves go up, as in JavaScript
+
+
+class HardwareMode(enum.Enum):
+    """What a device is good for: running models, only asking peers, or not even that by its maker's measure."""
+
+    OK = "ok"
+    OFFLOAD_ONLY = "offload-only"
+    TOO_WEAK = "too-weak"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareAssessment:
+    """The judgement before any model is chosen, its reason for people, and what it is made from."""
+
+    mode: HardwareMode
+    tok_per_s: float
+    reason: str
+    hints: HardwareHints
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` returns it on every platform."""
+        return {
+            "mode": self.mode.value,
+            "tokPerSec": self.tok_per_s,
+            "reason": self.reason,
+            "hints": self.hints.build_json(),
+        }
+
+
+def assess_hardware(
+    hardware_minimum: float = DEFAULT_HARDWARE_MINIMUM,
+    min_local_capability: float = DEFAULT_MIN_LOCAL_CAPABILITY,
+    *,
+    hints: HardwareHints | None = None,
+) -> HardwareAssessment:
+    """Judge this device by two thresholds in tokens/s. `hints` None: looks at the machine, which blocks."""
+    hints = hints or probe_hardware_hints()
+    tok_per_s = compute_heuristic_tok_per_s(hints)
+    if tok_per_s < hardware_minimum:
+        mode = HardwareMode.TOO_WEAK
+        judgement = f"below the {hardware_minimum:g} tok/s hardware floor — too slow to run models locally."
+    elif tok_per_s < min_local_capability:
+        mode = HardwareMode.OFFLOAD_ONLY
+        judgement = (
+            f"below the {min_local_capability:g} tok/s comfort threshold — model will not be loaded locally; "
+            "every request will be forwarded to a paired peer."
+        )
+    else:
+        mode = HardwareMode.OK
+        judgement = f"at or above the {min_local_capability:g} tok/s comfort threshold — models run locally."
+    reason = f"estimated {tok_per_s:g} tok/s, {judgement}"
+    return HardwareAssessment(mode=mode, tok_per_s=tok_per_s, reason=reason, hints=hints)
+
+
+# Estimates. Decoding reads every weight once a token: llama.cpp is as fast as the memory, Python as its multiplication.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MachineSpeed:
+    """Measured rates. `memory_bytes_per_s`: read and written while copying, by several cores together.
+
+    `multiply_adds_per_s`: of one core, in the big-integer form that the built-in engine computes in.
+    """
+
+    memory_bytes_per_s: float
+    multiply_adds_per_s: float
+    cores: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelCost:
+    """What one token costs: parameters that take part in it, and bytes of weights that are read for it."""
+
+    n_params: int
+    bytes_per_token: int
+
+
+def compute_model_cost(gguf: GgufFile | GgufHeader) -> ModelCost:
+    """By the header alone. Of an embedding table one row is read; of a mixture only the experts that are used. Pure."""
+    architecture = gguf.metadata.get("general.architecture")
+    experts = gguf.metadata.get(f"{architecture}.expert_count")
+    used = gguf.metadata.get(f"{architecture}.expert_used_count")
+    share, n_params, size_bytes = 1.0, 0.0, 0.0
+    if isinstance(experts, int) and isinstance(used, int) and 0 < used <= experts:
+        share = used / experts
+    for name, tensor in gguf.tensors.items():
+        if name == "token_embd.weight" and "output.weight" in gguf.tensors:
+            continue
+        part = share if "_exps." in name else 1.0
+        n_params += part * math.prod(tensor.shape)
+        size_bytes += part * tensor.size_bytes
+    return ModelCost(n_params=int(n_params), bytes_per_token=int(size_bytes))
+
+
+def _measure_memory(free_bytes: int | None, cores: int) -> float:
+    """Bytes per second that copying reads and writes; ctypes lets the threads run beside each other."""
+    import ctypes
+
+    threads = min(cores, BANDWIDTH_THREADS)
+    budget = BANDWIDTH_BUFFER_BYTES if free_bytes is None else free_bytes // BANDWIDTH_FREE_SHARE
+    size = max(MIB, min(BANDWIDTH_BUFFER_BYTES, budget) // threads)
+    pairs = [(ctypes.create_string_buffer(size), ctypes.create_string_buffer(size)) for _ in range(threads)]
+    for source, _ in pairs:
+        ctypes.memset(source, 1, size)  # pages never written are all one page of zeros, which stays in the cache
+    best_s = math.inf
+    for _ in range(1 + SPEED_ROUNDS):  # the first one gets the memory from the system
+        workers = [threading.Thread(target=ctypes.memmove, args=(to, source, size)) for source, to in pairs]
+        began_s = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return 2 * size * threads / best_s
+
+
+def _measure_multiply_adds() -> float:
+    """Multiply-adds per second of one core, a column of weights in one integer (see the built-in engine)."""
+    seed = random.Random(1)
+    columns = [seed.getrandbits(32 * MULTIPLY_ADD_LANES) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    values = [seed.getrandbits(12) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    best_s = math.inf
+    for _ in range(10 * SPEED_ROUNDS):
+        began_s = time.perf_counter()
+        sum(map(operator.mul, columns, values))
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return MULTIPLY_ADD_LANES * MULTIPLY_ADD_COLUMNS / best_s
+
+
+def probe_machine_speed() -> MachineSpeed:
+    """Measure memory and arithmetic, in about a tenth of a second. Blocks, and keeps several cores busy."""
+    cores = count_logical_cores()
+    return MachineSpeed(
+        memory_bytes_per_s=_measure_memory(probe_free_memory().free_bytes, cores),
+        multiply_adds_per_s=_measure_multiply_adds(),
+        cores=cores,
+    )
+
+
+def estimate_builtin_tok_per_s(
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+) -> float:
+    """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
+    gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
+    return BUILTIN_EFFICIENCY * gain * multiply_adds_per_s / max(n_params, 1)
+
+
+def estimate_tok_per_s(
+    engine: str, cost: ModelCost, speed: MachineSpeed, *, gpu_class: GpuClass = GpuClass.NONE
+) -> float | None:
+    """Decode speed to expect of a model, in tokens/s; None for an engine that we do not run ourselves. Pure.
+
+    `gpu_class`: of the GPU that holds the whole model; NONE if that does not fit, or the engine cannot use it. A GPU
+    that shares the processor's memory is as fast as that memory.
+    """
+    if engine == "builtin":
+        return estimate_builtin_tok_per_s(cost.n_params, speed.multiply_adds_per_s, speed.cores)
+    if engine == "llama":
+        bandwidth = DISCRETE_GPU_BYTES_PER_S if gpu_class is GpuClass.DISCRETE else speed.memory_bytes_per_s
+        return LLAMA_EFFICIENCY * bandwidth / max(cost.bytes_per_token, 1)
+    return None
+
+
+# Scores: what is known of one model on one device, here or told by a peer.
+
+
+class ScoreSource(enum.Enum):
+    """Where a score comes from. The wire knows two words: the first is `probe` there, the others `heuristic`."""
+
+    MEASURED = "measured"
+    ESTIMATE = "estimate"
+    HEURISTIC = "heuristic"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Score:
+    """Decode speed of a model on a device, in tokens/s. `measured_at_ms`: unix time. Prefill None: not known."""
+
+    model_id: str
+    device_id: str
+    library_version: str
+    tok_per_s: float
+    source: ScoreSource
+    measured_at_ms: int
+    prefill_tok_per_s: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ScoreKey:
+    """What a measurement holds for; with any of these different the model has to be measured again."""
+
+    model_id: str
+    engine: str
+    quantization: str
+    n_gpu_layers: int = 0
+    library_version: str = __version__
+
+
+def build_score_json(score: Score) -> dict[str, Any]:
+    """One score as `GET /v1/dvai/capability` and `POST /v1/dvai/probe` show it."""
+    shown = {
+        "modelId": score.model_id,
+        "deviceId": score.device_id,
+        "libraryVersion": score.library_version,
+        "tokPerSec": round(score.tok_per_s, 2),
+        "source": "probe" if score.source is ScoreSource.MEASURED else "heuristic",
+        "measuredAt": score.measured_at_ms,
+    }
+    if score.prefill_tok_per_s is not None:
+        shown["prefillTokPerSec"] = round(score.prefill_tok_per_s, 2)
+    return shown
+
+
+def build_scores_json(scores: Iterable[Score]) -> dict[str, Any]:
+    """The answer of `GET /v1/dvai/capability`."""
+    return {"scores": [build_score_json(score) for score in scores]}
+
+
+def _parse_rate(value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= cast(float, value) <= SCORE_LIMIT_TOK_PER_S:
+        raise ValueError("a rate must be a number of tokens per second")
+    return float(cast(float, value))
+
+
+def _parse_score_text(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_CHARS or not value.isprintable():
+        raise ValueError("a score's texts must be printable, and not long")
+    return value
+
+
+def parse_score_json(value: Any) -> Score:
+    """A score as another device words it; ValueError if it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("a score must be an object")
+    measured_at_ms = value.get("measuredAt", 0)
+    if type(measured_at_ms) not in (int, float) or not 0 <= measured_at_ms < 1 << 53:
+        raise ValueError("measuredAt must be unix milliseconds")
+    prefill = value.get("prefillTokPerSec")
+    return Score(
+        model_id=_parse_score_text(value.get("modelId")),
+        device_id=_parse_score_text(value.get("deviceId")),
+        library_version=_parse_score_text(value.get("libraryVersion", "unknown")),
+        tok_per_s=_parse_rate(value.get("tokPerSec")),
+        source=ScoreSource.MEASURED if value.get("source") == "probe" else ScoreSource.HEURISTIC,
+        measured_at_ms=int(measured_at_ms),
+        prefill_tok_per_s=None if prefill is None else _parse_rate(prefill),
+    )
+
+
+def parse_scores_json(value: Any) -> tuple[Score, ...]:
+    """The scores of another device's `GET /v1/dvai/capability`; wrong ones are left out. ValueError without a list."""
+    scores = value.get("scores") if isinstance(value, dict) else None
+    if not isinstance(scores, list):
+        raise ValueError("there is no list of scores")
+    found = []
+    for score in scores[:SCORES_LIMIT]:
+        with contextlib.suppress(ValueError):
+            found.append(parse_score_json(score))
+    return tuple(found)
+
+
+def choose_score(
+    key: ScoreKey,
+    device_id: str,
+    *,
+    measured: Score | None,
+    estimated_tok_per_s: float | None,
+    hints: HardwareHints,
+    now_ms: int,
+) -> Score:
+    """What counts for a model here: its measurement, else the estimate, else the heuristic. Pure."""
+    if measured is not None:
+        return replace(measured, device_id=device_id)
+    source, tok_per_s = ScoreSource.HEURISTIC, compute_heuristic_tok_per_s(hints)
+    if estimated_tok_per_s is not None:
+        source, tok_per_s = ScoreSource.ESTIMATE, estimated_tok_per_s
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=tok_per_s,
+        source=source,
+        measured_at_ms=now_ms,
+    )
+
+
+def compute_decode_rate(usage: Usage) -> float | None:
+    """Tokens/s of one generation; None if it was too short to say. The first token belongs to the prompt's time."""
+    if usage.completion_tokens < SCORE_SAMPLE_TOKENS or usage.predicted_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, (usage.completion_tokens - 1) / usage.predicted_ms * 1000)
+
+
+def compute_prefill_rate(usage: Usage) -> float | None:
+    """Prompt tokens/s of one generation, those that the cache gave left out; None if too few were left to say."""
+    tokens = usage.prompt_tokens - usage.cached_tokens
+    if tokens < SCORE_SAMPLE_TOKENS or usage.prompt_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, tokens / usage.prompt_ms * 1000)
+
+
+def average_score(old: Score | None, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> Score | None:
+    """The score with one more request in its exponential average; None if that one says nothing. Pure."""
+    decode, prefill = compute_decode_rate(usage), compute_prefill_rate(usage)
+    if decode is None:
+        return None
+    if old is not None:
+        decode = old.tok_per_s + SCORE_WEIGHT * (decode - old.tok_per_s)
+        if prefill is None:
+            prefill = old.prefill_tok_per_s
+        elif old.prefill_tok_per_s is not None:
+            prefill = old.prefill_tok_per_s + SCORE_WEIGHT * (prefill - old.prefill_tok_per_s)
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=decode,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=prefill,
+    )
+
+
+ScoreTable = dict[ScoreKey, Score]
+
+
+def encode_score_table(table: Mapping[ScoreKey, Score]) -> bytes:
+    """`capability.json`: the newest SCORES_LIMIT measurements, each with what it holds for."""
+    newest = sorted(table.items(), key=lambda item: item[1].measured_at_ms)[-SCORES_LIMIT:]
+    entries = [
+        build_score_json(score)
+        | {"engine": key.engine, "quantization": key.quantization, "gpuLayers": key.n_gpu_layers}
+        for key, score in newest
+    ]
+    return encode_json({"version": 1, "scores": entries})
+
+
+def parse_score_table(data: bytes) -> ScoreTable:
+    """The inverse of encode_score_table; ValueError, TypeError or KeyError for anything else."""
+    document = parse_json(data)
+    table: ScoreTable = {}
+    for entry in document["scores"]:
+        score = parse_score_json(entry)
+        key = ScoreKey(
+            model_id=score.model_id,
+            engine=_parse_score_text(entry["engine"]),
+            quantization=_parse_score_text(entry["quantization"]),
+            n_gpu_layers=int(entry["gpuLayers"]),
+            library_version=score.library_version,
+        )
+        table[key] = score
+    return table
+
+
+def parse_score_cache(data: bytes) -> ScoreTable:
+    """As parse_score_table, but a damaged cache is an empty one: its measurements can be made again."""
+    try:
+        return parse_score_table(data)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        capability_log.info("the measurements of earlier runs are damaged and made again")
+        return {}
+
+
+def merge_score_tables(one: Mapping[ScoreKey, Score], other: Mapping[ScoreKey, Score]) -> ScoreTable:
+    """All measurements of both, of the same thing the newer one. Pure."""
+    merged = dict(one)
+    for key, score in other.items():
+        if key not in merged or merged[key].measured_at_ms <= score.measured_at_ms:
+            merged[key] = score
+    return merged
+
+
+class ScoreCache:
+    """The measurements of this device, kept in `capability.json` of the cache directory. For any thread.
+
+    Its owner calls `load` once, `flush` every SCORE_FLUSH_S and at the end; both block for the disk, everything else
+    is memory only. A cache that cannot be read or saved costs measurements, never a request.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._table: ScoreTable = {}
+        self._saved: ScoreTable = {}
+        self._has_warned = False
+
+    def load(self) -> None:
+        """Take in what earlier runs measured."""
+        try:
+            found = load_file(self._path, parse_score_cache) or {}
+        except StorageError as exc:
+            capability_log.warning("models are measured anew: %s", exc)
+            return
+        with self._lock:
+            self._table, self._saved = merge_score_tables(found, self._table), found
+
+    def get(self, key: ScoreKey) -> Score | None:
+        """The measurement for exactly this."""
+        with self._lock:
+            return self._table.get(key)
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """The measurements of this version, for peers."""
+        with self._lock:
+            return tuple(score for key, score in self._table.items() if key.library_version == __version__)
+
+    def put(self, key: ScoreKey, score: Score) -> None:
+        """Take over what a probe measured."""
+        with self._lock:
+            self._table[key] = score
+
+    def observe(self, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> None:
+        """Take one served request into the average.
+
+        Only of requests that had the engine for themselves: beside others each is slower, by an amount that depends
+        on their prompts, the batch and the cores, so that there is nothing to divide out (see RequestWatch).
+        """
+        with self._lock:
+            score = average_score(self._table.get(key), key, device_id, usage, now_ms)
+            if score is not None:
+                self._table[key] = score
+
+    def flush(self) -> None:
+        """Save, if a score is new or moved by more than SCORE_CHANGE_SAVED. Never raises for the disk."""
+        with self._lock:
+            table = dict(self._table)
+            if not any(self._is_worth_saving(key, score) for key, score in table.items()):
+                return
+        try:
+            update_file(
+                self._path,
+                parse_score_cache,
+                lambda found: encode_score_table(merge_score_tables(found or {}, table)),
+            )
+        except StorageError as exc:
+            if not self._has_warned:
+                capability_log.warning("measurements are not kept: %s", exc)
+            self._has_warned = True
+            return
+        with self._lock:
+            self._saved, self._has_warned = table, False
+
+    def _is_worth_saving(self, key: ScoreKey, score: Score) -> bool:
+        saved = self._saved.get(key)
+        if saved is None:
+            return True
+        return abs(score.tok_per_s - saved.tok_per_s) > SCORE_CHANGE_SAVED * saved.tok_per_s
+
+
+# ---- Audit ----------------------------------------------------------------------------
+# Who had what computed here: one JSON line per request, in a file per day. Never a prompt, never a key.
+
+AUDIT_DAYS = 30  # kept
+AUDIT_BATCH_S = 3.0  # lines are written together, after so long at most: SD cards wear
+AUDIT_CLOSE_S = 5.0  # a disk that hangs when the bridge closes
+AUDIT_LINES_LIMIT = 10_000  # not yet written, on a disk that hangs or is full
+AUDIT_DAY_LIMIT_BYTES = 64 * MIB  # of one day, which somebody who is refused a thousand times a second would fill
+AUDIT_LINE_LIMIT_BYTES = 4 * KIB  # a longer one is not ours: it is skipped in reading
+AUDIT_PATH_LIMIT_CHARS = 128
+
+_AUDIT_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl")
+
+audit_log = logging.getLogger("dvai_bridge.audit")
+
+
+class AuditCaller(enum.Enum):
+    """As whom a request counts: this machine, the holder of an API key, a paired peer (by signature), a stranger."""
+
+    LOCAL = "local"
+    KEY = "key"
+    PEER = "peer"
+    ANONYMOUS = "anonymous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AuditEntry:
+    """One request that has ended. `time_ms`: when it ended, unix time.
+
+    `outcome`: "ok", "cancelled", or the error's code. `route`: local, lan, relay or upstream; None: it got nowhere.
+    `device_id`, `app_id`: of a peer. `served_by`: the device that computed, None for this one. Names may be foreign.
+    """
+
+    time_ms: int
+    request_id: str
+    caller: AuditCaller
+    path: str
+    status: int
+    outcome: str
+    duration_ms: float
+    route: str | None = None
+    device_id: str | None = None
+    app_id: str | None = None
+    engine: str | None = None
+    model_asked: str | None = None
+    model_served: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    served_by: str | None = None
+
+
+def format_utc(time_ms: int) -> str:
+    """Unix milliseconds as `2026-11-21T12:20:01.123Z` (RFC 3339)."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms // 1000)) + f".{time_ms % 1000:03d}Z"
+
+
+def build_audit_json(entry: AuditEntry) -> dict[str, Any]:
+    """One line's object. Who is not a peer stands as `local`, `key` or `anonymous` in place of the device's id.
+
+    A peer may call itself so: `caller` tells them apart.
+    """
+
+    def shown(name: str | None) -> str | None:
+        return None if name is None else display_name(name)
+
+    is_peer = entry.caller is AuditCaller.PEER
+    return {
+        "time": format_utc(entry.time_ms),
+        "requestId": display_name(entry.request_id),
+        "caller": entry.caller.value,
+        "deviceId": shown(entry.device_id) if is_peer else entry.caller.value,
+        "appId": shown(entry.app_id or entry.device_id) if is_peer else None,
+        "route": entry.route,
+        "path": display_name(entry.path[:AUDIT_PATH_LIMIT_CHARS]),
+        "engine": shown(entry.engine),
+        "modelAsked": shown(entry.model_asked),
+        "modelServed": shown(entry.model_served),
+        "outcome": display_name(entry.outcome),
+        "status": entry.status,
+        "promptTokens": entry.prompt_tokens,
+        "completionTokens": entry.completion_tokens,
+        "durationMs": round(entry.duration_ms, 1),
+        "servedBy": shown(entry.served_by),
+    }
+
+
+def encode_audit_line(entry: AuditEntry) -> bytes:
+    """One line of an audit file, with its end."""
+    return encode_json(build_audit_json(entry)) + b"\n"
+
+
+def choose_expired_days(days: Collection[str], today: str) -> list[str]:
+    """Which of `days` (YYYY-MM-DD) are older than AUDIT_DAYS. Pure.
+
+    Counted back from the last day before `today` that has a file: a start with a clock that is far ahead would
+    otherwise delete everything.
+    """
+    import datetime
+
+    earlier = max((day for day in days if day < today), default=None)
+    if earlier is None:
+        return []
+    try:
+        oldest = datetime.date.fromisoformat(earlier) - datetime.timedelta(days=AUDIT_DAYS)
+    except (ValueError, OverflowError):  # a name like 2026-99-99 is not ours: nothing is deleted on doubt
+        return []
+    return sorted(day for day in days if day < oldest.isoformat())
+
+
+def _list_audit_days(directory: Path) -> list[str]:
+    """The days that have a file, oldest first."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(name.removesuffix(".jsonl") for name in names if _AUDIT_NAME.fullmatch(name))
+
+
+def _append_to_day(path: Path, lines: Sequence[bytes]) -> bool:
+    """Append whole lines or, on an error, nothing; False if the day has no room for them.
+
+    A line that a power cut left unfinished is ended first.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        data = b"".join(lines)
+        if size + len(data) > AUDIT_DAY_LIMIT_BYTES:
+            return False
+        if size:
+            os.lseek(fd, -1, os.SEEK_END)
+            if os.read(fd, 1) != b"\n":
+                data = b"\n" + data
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        except OSError:
+            if os.fstat(fd).st_size == size + len(data) - len(rest):  # else another bridge has written too
+                os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
+    return True
+
+
+class AuditLog:
+    """Writes the audit from a thread of its own: `record` neither waits nor fails, whatever the disk does.
+
+    Lines reach the file within AUDIT_BATCH_S, and at `close`. While the disk refuses them they are kept, the newest
+    AUDIT_LINES_LIMIT; one warning says so, and another line when it works again. The thread sleeps while there is
+    nothing to write.
+    """
+
+    def __init__(self, directory: Path, *, batch_s: float = AUDIT_BATCH_S) -> None:
+        self._directory = directory
+        self._batch_s = batch_s
+        self._changed = threading.Condition()
+        self._lines: deque[tuple[str, bytes]] = deque(maxlen=AUDIT_LINES_LIMIT)  # (day, line)
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._has_warned = False
+        self._pruned_day: str | None = None
+        self._full_day: str | None = None
+
+    def start(self) -> None:
+        """Begin to write in the background."""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def record(self, entry: AuditEntry) -> None:
+        """Take down a request that has ended."""
+        line = encode_audit_line(entry)
+        with self._changed:
+            self._lines.append((format_utc(entry.time_ms)[:10], line))
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Write what there is, now. Blocks for the disk; never raises for it."""
+        with self._writing:
+            with self._changed:
+                lines = list(self._lines)
+                self._lines.clear()
+            written = 0
+            try:
+                for day, group in itertools.groupby(lines, key=operator.itemgetter(0)):
+                    batch = [line for _, line in group]
+                    self._write_day(day, batch)
+                    written += len(batch)
+            except OSError as exc:
+                self._put_back(lines[written:])
+                if not self._has_warned:
+                    audit_log.warning("the audit cannot be written to %s: %s", self._directory, exc.strerror or exc)
+                self._has_warned = True
+            else:
+                if self._has_warned and lines:
+                    audit_log.info("the audit is written again")
+                    self._has_warned = False
+
+    def close(self) -> None:
+        """Write the rest and end the thread. A second call does nothing."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(AUDIT_CLOSE_S)
+            if thread.is_alive():
+                audit_log.warning("the audit's disk does not answer: its last lines are lost")
+                return
+        self.flush()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._is_closing)
+                self._changed.wait_for(lambda: self._is_closing, self._batch_s)
+                if self._is_closing:
+                    return
+            self.flush()
+
+    def _write_day(self, day: str, lines: Sequence[bytes]) -> None:
+        if day != self._pruned_day:
+            create_private_directory(self._directory)
+            self._prune(day)
+        if not _append_to_day(self._directory / f"{day}.jsonl", lines) and day != self._full_day:
+            self._full_day = day
+            audit_log.warning("the audit of %s has %d MiB: its rest is left out", day, AUDIT_DAY_LIMIT_BYTES // MIB)
+
+    def _prune(self, today: str) -> None:
+        for day in choose_expired_days(_list_audit_days(self._directory), today):
+            (self._directory / f"{day}.jsonl").unlink(missing_ok=True)
+        self._pruned_day = today
+
+    def _put_back(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        with self._changed:
+            both = [*lines, *self._lines]
+            self._lines.clear()
+            self._lines.extend(both)  # the oldest fall out, if they are too many
+
+
+def _parse_audit_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for one that is damaged, or not ours."""
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("time"), str) else None
+
+
+def _read_audit_lines(path: Path) -> Iterator[bytes]:
+    """The lines of one file, those that are too long left out."""
+    try:
+        fd = os.open(path, os.O_RDONLY | NOFOLLOW | BINARY_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:  # too old just now
+        return
+    with open(fd, "rb") as file:
+        is_whole = True
+        while line := file.readline(AUDIT_LINE_LIMIT_BYTES):
+            is_end = line.endswith(b"\n")
+            if is_whole and is_end:
+                yield line
+            is_whole = is_end
+
+
+def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+    """The entries since `since_ms`, at most the last `limit`, oldest first; a bridge may be writing meanwhile.
+
+    Damaged lines are left out. StorageError if the files cannot be read; no entries if there are none.
+    """
+    since = format_utc(since_ms)
+    newest_first: deque[list[dict[str, Any]]] = deque()
+    left = math.inf if limit is None else limit
+    with _translate_os_errors("read", directory):
+        for day in reversed(_list_audit_days(directory)):
+            if left <= 0 or day < since[:10]:
+                break
+            parsed = map(_parse_audit_line, _read_audit_lines(directory / f"{day}.jsonl"))
+            wanted = (entry for entry in parsed if entry is not None and entry["time"] >= since)
+            found = list(deque(wanted, maxlen=None if left == math.inf else int(left)))
+            newest_first.appendleft(found)
+            left -= len(found)
+    return [entry for found in newest_first for entry in found]
 
 
 # ---- Streams --------------------------------------------------------------------------
@@ -9107,7 +10125,6 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
 # ---- Registry -------------------------------------------------------------------------
 # Which models and engines this machine has, which fit, and which is best.
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core, in whole-model terms
 TOLERABLE_TOK_PER_S = 2.0  # slower than people read aloud: not to be chosen unasked
 
 OLLAMA_MANIFEST_LIMIT_BYTES = MIB  # a manifest is a few hundred bytes
@@ -9311,11 +10328,6 @@ def _find_ollama_candidates(scan: _Scan, place: ModelPlace) -> Iterator[_Candida
         ]
         if files:
             yield _Candidate(build_ollama_name(parts), tuple(files), len(names))
-
-
-def estimate_builtin_tok_per_s(n_params: int) -> float:
-    """Decode speed to expect of the built-in engine on one core: each parameter is used once a token."""
-    return BUILTIN_MULTIPLY_ADDS_PER_S / max(n_params, 1)
 
 
 def explain_obstacle(gguf: GgufFile | GgufHeader, memory: MemoryInfo | None) -> str | None:
@@ -9652,6 +10664,180 @@ def describe_engine(engine: FoundEngine) -> str:
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
     return f"{engine.product} serves {models} at {engine.base_url}"
+
+
+# ---- Probe ----------------------------------------------------------------------------
+# Measures a model by letting it write, when nobody else wants the engine.
+
+PROBE_TOKENS = 50
+PROBE_WARM_UP_TOKENS = 16  # written first: weights come from the disk; on a slow device they are the measurement
+PROBE_BUDGET_S = 15.0  # of one attempt; a device that needs longer writes fewer tokens
+PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
+PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
+PROBE_WORDS = 16  # of the prompt
+
+
+class RequestWatch:
+    """Who has an engine for itself: every generation enters and leaves, on the event loop.
+
+    Only what ran alone from beginning to end tells how fast the engine is.
+    """
+
+    def __init__(self) -> None:
+        self._is_crowded: dict[int, bool] = {}  # of each ticket that runs: whether another ran beside it
+        self._tickets = itertools.count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> int:
+        """A generation begins; the ticket names it."""
+        ticket, is_crowded = next(self._tickets), bool(self._is_crowded)
+        if is_crowded:
+            self._is_crowded = dict.fromkeys(self._is_crowded, True)
+        self._is_crowded[ticket] = is_crowded
+        self._idle.clear()
+        return ticket
+
+    def is_alone(self, ticket: int) -> bool:
+        """Whether no other ran beside this one so far."""
+        return not self._is_crowded[ticket]
+
+    def leave(self, ticket: int) -> bool:
+        """A generation has ended; whether it ran alone all the time."""
+        is_crowded = self._is_crowded.pop(ticket)
+        if not self._is_crowded:
+            self._idle.set()
+        return not is_crowded
+
+    async def wait_idle(self) -> None:
+        """Return at a moment when none runs."""
+        await self._idle.wait()
+
+
+class ProbeQueue(Protocol):
+    """What a probe needs of the queue of requests: a place in it, and how many wait for one."""
+
+    waiting: int
+
+    def place(self) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What an engine did in a probe. Rates in tokens/s, prefill None: not known; tokens written, warm-up included."""
+
+    decode_tok_per_s: float
+    prefill_tok_per_s: float | None
+    completion_tokens: int
+
+
+class _GiveWay(Exception):
+    """Somebody else wants the engine."""
+
+
+async def measure_generation(
+    engine: Engine, token_count: int, prompt: str, verify: Callable[[], None] = lambda: None
+) -> Usage:
+    """What one generation took. `verify` is called at each of its events, and ends it by raising.
+
+    An engine that gives no times is timed by the arrival of its events.
+    """
+    request = GenerationRequest(
+        prompt=prompt, max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=token_count)
+    )
+    began_s, first_s = time.perf_counter(), None
+    async with contextlib.aclosing(engine.generate(request)) as events:
+        async for event in events:
+            verify()
+            if isinstance(event, TextDelta) and first_s is None:
+                first_s = time.perf_counter()
+            if isinstance(event, Finished):
+                usage = event.usage
+                if usage.predicted_ms > 0 or first_s is None:
+                    return usage
+                ended_s = time.perf_counter()
+                return replace(usage, prompt_ms=(first_s - began_s) * 1000, predicted_ms=(ended_s - first_s) * 1000)
+    raise EngineError("the engine ended without an answer")
+
+
+def choose_probe_tokens(usages: Sequence[Usage], elapsed_s: float) -> int:
+    """How many tokens the probe asks for next, as its budget allows; 0: it has seen enough. Pure."""
+    left = PROBE_TOKENS - sum(usage.completion_tokens for usage in usages)
+    if not usages:
+        return PROBE_WARM_UP_TOKENS
+    tokens, taken_ms = usages[-1].completion_tokens, usages[-1].predicted_ms
+    affordable = int(tokens / taken_ms * 1000 * (PROBE_BUDGET_S - elapsed_s)) if taken_ms > 0 else left
+    count = min(left, affordable)
+    return count if count >= SCORE_SAMPLE_TOKENS and len(usages) < PROBE_RUNS_LIMIT else 0
+
+
+def summarize_probe(usages: Sequence[Usage]) -> ProbeResult:
+    """Decode speed without the warm-up, if anything was written after it; prefill speed by the first run, since the
+    others find its prompt in the cache. EngineError if the model wrote too little to tell. Pure."""
+    counted = [usage for usage in usages[1:] if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    counted = counted or [usage for usage in usages if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    taken_ms = sum(usage.predicted_ms for usage in counted)
+    if not counted:
+        raise EngineError("the model ends its answers at once: its speed cannot be measured")
+    return ProbeResult(
+        decode_tok_per_s=sum(usage.completion_tokens - 1 for usage in counted) / taken_ms * 1000,
+        prefill_tok_per_s=compute_prefill_rate(usages[0]),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+    )
+
+
+async def _probe_once(engine: Engine, watch: RequestWatch, queue: ProbeQueue) -> ProbeResult:
+    """One attempt; raises _GiveWay as soon as somebody else waits for the engine, or is served beside it."""
+    ticket = watch.enter()
+
+    def verify() -> None:
+        if queue.waiting or not watch.is_alone(ticket):
+            raise _GiveWay
+
+    # The first words differ from probe to probe, so that no cache shortens the prompt.
+    prompt = f"{random.getrandbits(32):x} " + " ".join(["bridge", "model", "device", "token"] * (PROBE_WORDS // 4))
+    began_s, usages = time.monotonic(), list[Usage]()
+    try:
+        while count := choose_probe_tokens(usages, time.monotonic() - began_s):
+            usages.append(await measure_generation(engine, count, prompt, verify))
+    finally:
+        watch.leave(ticket)
+    return summarize_probe(usages)
+
+
+async def probe_engine_speed(
+    engine: Engine, watch: RequestWatch, queue: ProbeQueue, *, timeout_s: float = PROBE_TIMEOUT_S
+) -> ProbeResult:
+    """Measure a model at the first idle moment; PROBE_TOKENS tokens, fewer on a slow device.
+
+    Gives way to every request and then begins again. Raises GatewayTimeoutError when that did not work out in
+    time, or what the engine raises. Cancelling it stops the engine.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.ready()
+            while True:
+                await watch.wait_idle()
+                async with queue.place():
+                    with contextlib.suppress(_GiveWay):
+                        return await _probe_once(engine, watch, queue)
+    except TimeoutError as exc:
+        raise GatewayTimeoutError(
+            f"the model was not measured within {timeout_s:.0f} s: the engine is busy or very slow; try again later"
+        ) from exc
+
+
+def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now_ms: int) -> Score:
+    """The score that a probe gives."""
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=result.decode_tok_per_s,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=result.prefill_tok_per_s,
+    )
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -11255,8 +12441,10 @@ PLANNED_OPTIONS = (
     *("--pairing", "--min-local-capability", "--hardware-minimum", "--hf-repo", "-hf", "--n-gpu-layers", "-ngl"),
     *("--models-dir", "--metrics"),
 )
-PLANNED_COMMANDS = ("pull", "peers", "probe", "assess", "pair", "identity", "provider", "audit")
+PLANNED_COMMANDS = ("pull", "peers", "pair", "identity", "provider")
 STATUS_TIMEOUT_S = 5.0
+BRIDGE_ANSWER_LIMIT_BYTES = MIB
+AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -11268,13 +12456,17 @@ class NotRunningError(BridgeError):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What a command runs with. `program`: how the user starts it, for commands to copy."""
+    """What a command runs with. `program`: how the user starts it, for commands to copy.
+
+    `arguments`: the command's own, which are not options of a bridge.
+    """
 
     config: Config
     directories: Directories
     environ: Mapping[str, str]
     json: bool
     program: str
+    arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 def build_program_name(argv0: str) -> str:
@@ -11326,6 +12518,9 @@ def build_parser() -> CommandParser:
     for name, help, groups in (
         ("models", "list the models and engines on this machine, each with the command that serves it", ("files",)),
         ("status", "say how a running bridge is", ("server", "files")),
+        ("assess", "say how well this machine can run models, before any is chosen", ("files",)),
+        ("probe", "let a running bridge measure its model", ("server", "files")),
+        ("audit", "show who had what computed here: the last requests of this state's bridge", ("files",)),
         ("doctor", "say what works here, what does not, and the command that mends it", ("files",)),
         (
             "bench",
@@ -11333,8 +12528,19 @@ def build_parser() -> CommandParser:
             ("model", "files"),
         ),
     ):
-        add(name, help, groups).add_argument("--json", action="store_true", help="print JSON")
+        command = add(name, help, groups)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "probe":
+            command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
+        if name == "audit":
+            add_audit_options(command)
     return parser
+
+
+def add_audit_options(command: argparse.ArgumentParser) -> None:
+    """What of the audit to show."""
+    command.add_argument("--since", metavar="TIME", help="only from then on: 90m, 24h, 7d, or 2026-11-21 (UTC)")
+    command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
@@ -11550,11 +12756,9 @@ def build_survey_json(
 
 def run_status(command: Command) -> int:
     """`status`: how the bridge of this state, or of --port, is."""
-    port = command.config.port
-    running = RunningRecord(command.directories.data).find() if port is None else None
-    if port is None and running is None:
+    url = find_bridge_url(command)
+    if url is None:
         raise NotRunningError(f"no bridge runs with this state; `{command.program} serve` starts one, --port names one")
-    url = running.url if running else f"http://127.0.0.1:{port}/v1"
     health = {"baseUrl": url} | fetch_health(url, load_api_keys(command.config))
     if command.json:
         show_json(health)
@@ -11569,27 +12773,50 @@ def run_status(command: Command) -> int:
 
 
 def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
-    """The health of the bridge at a base URL on this machine. A key travels over plain loopback only."""
+    """The health of the bridge at a base URL on this machine."""
+    _, health = ask_bridge(url, "/dvai/health", keys)
+    if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
+        raise NotRunningError(f"what answers at {url} is no bridge")
+    return health
+
+
+def ask_bridge(
+    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+) -> tuple[int, Any]:
+    """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
+
+    A key travels over plain loopback only. Raises NotRunningError if no bridge answers.
+    """
     import http.client
     import ssl
 
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or DEFAULT_PORT
-    connection = http.client.HTTPConnection(host, port, timeout=STATUS_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     if parts.scheme == "https":  # the certificate may name another host: what is asked for is no secret
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(host, port, timeout=STATUS_TIMEOUT_S, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        connection.request("GET", "/v1/dvai/health", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {})
-        health = parse_json(connection.getresponse().read(MIB))
-        if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
-            raise NotRunningError(f"what answers at {url} is no bridge")
-        return health
+        if body is None:
+            connection.request("GET", f"/v1{path}", headers=headers)
+        else:
+            connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, parse_json(answer.read(BRIDGE_ANSWER_LIMIT_BYTES))
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise NotRunningError(f"no bridge answers at {url}: {exc}") from exc
     finally:
         connection.close()
+
+
+def find_bridge_url(command: Command) -> str | None:
+    """The base URL of the bridge of --port, or of the one that runs with this state; None if none does."""
+    if command.config.port is not None:
+        return f"http://127.0.0.1:{command.config.port}/v1"
+    running = RunningRecord(command.directories.data).find()
+    return running.url if running else None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -11717,22 +12944,17 @@ async def measure_engine(
         load_s = time.perf_counter() - started
         usages: list[Usage] = []
         while sum(usage.completion_tokens for usage in usages) < token_count and len(usages) < BENCH_RUNS_LIMIT:
-            usages.append(await measure_generation(engine, len(usages), token_count))
+            prompt = build_bench_prompt(len(usages), token_count)
+            usages.append(await measure_generation(engine, token_count, prompt))
         return summarize_usages(info, load_s, usages, read_peak_memory(engine.pid))
     finally:
         await engine.close()
 
 
-async def measure_generation(engine: EngineProcess, run: int, token_count: int) -> Usage:
-    """One generation; its prompt differs from the others' in its first word, so that no cache shortens it."""
+def build_bench_prompt(run: int, token_count: int) -> str:
+    """Differs from the other runs' in its first word, so that no cache shortens it."""
     words = " ".join(("bridge", "model", "device", "token")[(run + i) % 4] for i in range(max(16, token_count)))
-    request = GenerationRequest(
-        prompt=f"{run} {words}", max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=run)
-    )
-    async for event in engine.generate(request):
-        if isinstance(event, Finished):
-            return event.usage
-    raise EngineError("the engine ended without an answer")
+    return f"{run} {words}"
 
 
 def summarize_usages(
@@ -11803,12 +13025,137 @@ def run_bench(command: Command) -> int:
     return 0
 
 
+def run_assess(command: Command) -> int:
+    """`assess`: what this machine is good for, and how fast the models on it may be expected to run."""
+    assessment = assess_hardware()
+    if command.json:
+        show_json(assessment.build_json())
+        return 0
+    hints, speed = assessment.hints, probe_machine_speed()
+    print(f"{assessment.mode.value}: {assessment.reason}")
+    print(
+        f"    {hints.cpu_class.value} processor ({speed.cores} cores), {hints.ram_gb:g} GB of memory, "
+        f"GPU: {hints.gpu_class.value}, NPU: {'yes' if hints.has_npu else 'no'}"
+    )
+    print("That is a rule of thumb for models of 1 to 3 billion parameters, whatever the engine. For a certain model:")
+    print(f"    memory copies {format_size(int(speed.memory_bytes_per_s))}/s (measured), which bounds llama.cpp")
+    print(f"    a core multiplies {speed.multiply_adds_per_s / 1e6:.0f} M weights/s in Python, which bounds `builtin`")
+    for model in search_models(command.environ, command.directories):
+        print(f"    {display_name(model.model_id)}: {describe_estimates(model, speed)}")
+    return 0
+
+
+def describe_estimates(model: FoundModel, speed: MachineSpeed) -> str:
+    """How fast either engine would decode a model that was found, for people."""
+    if model.n_params is None:
+        return "its size is not known"
+    cost = ModelCost(n_params=model.n_params, bytes_per_token=model.size_bytes)
+    rates = {engine: estimate_tok_per_s(engine, cost, speed) for engine in ("llama", "builtin")}
+    if model.obstacle is not None:
+        del rates["builtin"]
+    return "about " + ", ".join(f"{format_rate(rate)} with {engine}" for engine, rate in rates.items() if rate)
+
+
+def format_rate(tok_per_s: float) -> str:
+    """Tokens a second for people: two digits that count."""
+    return f"{tok_per_s:.{0 if tok_per_s >= 10 else 1 if tok_per_s >= 1 else 2}f} tokens/s"
+
+
+def run_probe(command: Command) -> int:
+    """`probe`: the score of a model, measured by the bridge that serves it."""
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(
+            f"no bridge runs with this state, and a probe measures a served model: `{command.program} serve` starts "
+            f"one; `{command.program} bench --model FILE` measures a model now"
+        )
+    model_id = command.arguments.probed_model
+    body = {} if model_id is None else {"modelId": model_id}
+    status, answer = ask_bridge(url, "/dvai/probe", load_api_keys(command.config), body, PROBE_TIMEOUT_S + 10)
+    if status != 200:
+        error = answer.get("error") if isinstance(answer, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        raise BridgeError(f"the bridge at {url} did not probe ({status}): {message or 'it gave no reason'}")
+    try:
+        score = parse_score_json(answer["score"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise BridgeError(f"what answers at {url} is no bridge of this version") from exc
+    if command.json:
+        show_json(build_score_json(score))
+        return 0
+    prefill = f", prompts {format_rate(score.prefill_tok_per_s)}" if score.prefill_tok_per_s else ""
+    how = "measured" if score.source is ScoreSource.MEASURED else "estimated"
+    print(f"{display_name(score.model_id)}: {format_rate(score.tok_per_s)}{prefill} ({how})")
+    return 0
+
+
+def parse_since(text: str, now_ms: int) -> int:
+    """Unix milliseconds of `90m`, `24h` or `7d` ago, or of a date and time in ISO 8601 (UTC unless it says)."""
+    import datetime
+
+    ago = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if ago:
+        return now_ms - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[ago[2]] * 1000
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since {text!r}: it must be like 90m, 24h, 7d, or 2026-11-21T10:00") from None
+
+
+def parse_audit_count(text: str | None) -> int | None:
+    """How many entries `-n` asks for; None: all."""
+    try:
+        count = AUDIT_SHOWN if text is None else parse_decimal(text, maximum=10**9)
+    except ValueError as exc:
+        raise UsageError(f"-n {text!r}: {exc}") from None
+    return count or None
+
+
+def run_audit(command: Command) -> int:
+    """`audit`: the requests that the bridge of this state answered. Reads files, whether or not it runs."""
+    directory, since = command.directories.data / "audit", command.arguments.since
+    since_ms = max(0, parse_since(since, int(time.time() * 1000))) if since else 0
+    entries = load_audit(directory, since_ms=since_ms, limit=parse_audit_count(command.arguments.last))
+    if command.json:
+        show_json(entries)
+        return 0
+    for entry in entries:
+        print(describe_audit_entry(entry))
+    if not entries:
+        print(f"no requests{' since then' if since else ''} in {directory}", file=sys.stderr)
+    return 0
+
+
+def describe_audit_entry(entry: Mapping[str, Any]) -> str:
+    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+
+    def text(name: str, default: str = "-") -> str:
+        value = entry.get(name)
+        return default if value is None else display_name(str(value))
+
+    who = text("deviceId")
+    if entry.get("caller") == "peer":
+        who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
+    asked, served = text("modelAsked"), text("modelServed")
+    model = asked if asked == served else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    end = f"{text('outcome')} {text('status')}"
+    return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
+
+
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
     "models": run_models,
     "status": run_status,
     "doctor": run_doctor,
     "bench": run_bench,
+    "assess": run_assess,
+    "probe": run_probe,
+    "audit": run_audit,
 }
 
 
@@ -11844,6 +13191,7 @@ def run_command(arguments: argparse.Namespace, environ: Mapping[str, str]) -> in
         environ=environ,
         json=getattr(arguments, "json", False),
         program=build_program_name(sys.argv[0]),
+        arguments=arguments,
     )
     return COMMANDS[arguments.command](command)
 
