@@ -14,12 +14,13 @@ The file reads from top to bottom, each section using only what stands above it 
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
     decisions     models, memory, capability, audit
     transport     streams: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, probe
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
 page or network it comes from; a model file, its template included; the engine's process, which may crash or lie about
-its frames; other programs' answers on this machine's ports. Prompts and keys are never logged.
+its frames; other programs' answers on this machine's ports; a model hub and whoever it redirects to. Prompts and keys
+are never logged.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ REQUEST_ID_LIMIT_CHARS = 128  # a client's X-Request-Id that floods the log
 
 if TYPE_CHECKING:
     import datetime
+    import http.client
+    import urllib.request
     from dataclasses import dataclass as record
 else:
 
@@ -258,6 +261,16 @@ class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
     status, type, code, exit_code = 500, "server_error", "model_file", 2
+
+
+class DownloadError(BridgeError):
+    """A model could not be downloaded; the message says whether a part of it was kept."""
+
+    status, type, code = 502, "server_error", "download_failed"
+
+
+class UnreachableError(DownloadError):
+    """There is no way to the host: no network, no such name, nobody listens."""
 
 
 class StorageError(BridgeError):
@@ -596,6 +609,17 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_REPO = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}(?::[^:\x00-\x1f\x7f]{{1,255}})?")
+
+
+def parse_hub_repo(text: str) -> str:
+    """The name of a model of a hub: a repository, and the quantisation or file where it is not the usual one."""
+    if not _HUB_REPO.fullmatch(text):
+        raise ValueError("it must be USER/REPO or USER/REPO:QUANT, as in bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0")
+    return text
+
+
 def option(flags: str, default: Any, help: str, group: str, **details: Any) -> Any:
     """A dataclass field that is also an option; `flags` separated by `/`, the long one last."""
     details.setdefault("parse", parse_text)
@@ -615,6 +639,16 @@ class Config:
         "model",
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+    )
+    hf_repo: str | None = option(
+        "-hf/--hf-repo",
+        None,
+        "model to download from Hugging Face, unless it is here already, and to serve; without QUANT it is Q4_K_M, "
+        "else Q8_0, else the first file",
+        "model",
+        parse=parse_hub_repo,
+        metavar="USER/REPO[:QUANT]",
+        fallbacks=("LLAMA_ARG_HF_REPO",),
     )
     alias: str | None = option(
         "-a/--alias",
@@ -759,6 +793,15 @@ class Config:
         "one directory for all state and caches, instead of the platform's",
         "files",
         metavar="DIR",
+    )
+    offline: bool = option(
+        "--offline",
+        False,
+        "download nothing: `--hf-repo` is what is on this machine",
+        "files",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_OFFLINE", "HF_HUB_OFFLINE"),
     )
     config: str | None = option(
         "--config",
@@ -4001,7 +4044,7 @@ def _parse_foreign_pairing(row: Any) -> Pairing | None:
     last_used_at_ms = row.get("lastUsedAt", paired_at_ms)
     if not (is_peer_id(device_id) and is_peer_id(app_id) and isinstance(name, str) and is_pairing_key(key)):
         return None
-    if not (type(paired_at_ms) is type(last_used_at_ms) is int and 0 <= min(paired_at_ms, last_used_at_ms)):
+    if not (type(paired_at_ms) is type(last_used_at_ms) is int and min(paired_at_ms, last_used_at_ms) >= 0):
         return None
     return Pairing(
         device_id=device_id,
@@ -10666,6 +10709,956 @@ def describe_engine(engine: FoundEngine) -> str:
     return f"{engine.product} serves {models} at {engine.base_url}"
 
 
+# ---- Downloads ------------------------------------------------------------------------
+# Models from a Hugging Face hub or a URL: resumed, checked, and only then given their name.
+#
+# What lies in <cache>/models/<user>/<repo>/ for a file NAME, in the order in which it comes and goes:
+#
+#     .NAME.lock         held by the process that downloads it
+#     NAME.part          what has arrived
+#     NAME.part.json     what that part is of: address, size, checksum, ETag
+#     NAME               the part, renamed when its length, checksum and header were right
+#     NAME.sha256        that checksum, as sha256sum writes and reads it
+#
+# Invariant: a file called NAME is whole. No search looks at a name that does not end in .gguf.
+
+HUB_ENDPOINT = "https://huggingface.co"
+HUB_LISTING_LIMIT_BYTES = 16 * MIB  # a listing that never ends
+HUB_FILE_LIMIT_BYTES = 1 << 42  # sizes that are no sizes
+DOWNLOAD_IDLE_S = 30.0  # servers that stop: to connect, and between two pieces of an answer
+DOWNLOAD_HEADERS_S = 60.0  # servers that send headers byte by byte
+DOWNLOAD_STALL_S = 60.0  # servers that send a body byte by byte: in this time
+DOWNLOAD_STALL_BYTES = 32 * KIB  # at least so much must come
+DOWNLOAD_REDIRECTS_LIMIT = 8  # servers that send in circles
+DOWNLOAD_BLOCK_BYTES = 256 * KIB
+DOWNLOAD_ATTEMPTS = 6  # connections in a row that bring less than this
+DOWNLOAD_PROGRESS_BYTES = MIB
+RETRY_PAUSE_LIMIT_S = 60.0
+RETRY_AFTER_LIMIT_S = 300  # a server that asks to wait longer is reported, not waited for
+FREE_SPACE_RESERVE_BYTES = 256 * MIB  # a download leaves so much of the disk to others
+FILE_NAME_LIMIT_BYTES = 200  # names that leave no room for the names beside them
+SPLIT_PARTS_LIMIT = 1000  # names that announce more parts than any model has
+LISTED_CHOICES_LIMIT = 30  # names in one error text
+
+_DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
+_COMPANION_MARKS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-")  # what belongs to a model without being one
+_HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STRONG_ETAG = re.compile(r'"[!#-~]{1,200}"')
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_FILE_NAME_PART = re.compile(r'[^\x00-\x1f\x7f/\\:*?"<>|]+')
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubReference:
+    """A model of a hub. `repo`: `user/repo`; `tag`: a quantisation or the name of a file; None: the usual one."""
+
+    repo: str
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f":{self.tag}" if self.tag else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubAccess:
+    """Which hub is asked, as whom. `endpoint`: a URL without a slash at its end; the token goes nowhere else."""
+
+    endpoint: str = HUB_ENDPOINT
+    token: str | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file to download. `path`: below the repository, its parts fit to be names here. None: not known yet."""
+
+    path: str
+    url: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PulledModel:
+    """A model that is on this machine, whole. `path`: its first file; `was_present`: nothing was downloaded."""
+
+    model_id: str
+    path: Path
+    files: tuple[Path, ...]
+    size_bytes: int
+    was_present: bool
+
+
+def _show_nothing(*_: object) -> None:
+    return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PullWatch:
+    """Who hears of a download. `on_progress`: bytes that are here, bytes of all files (None: not known);
+    `on_notice`: a sentence for the user. `sleep` pauses between attempts."""
+
+    on_progress: Callable[[int, int | None], None] = _show_nothing
+    on_notice: Callable[[str], None] = _show_nothing
+    sleep: Callable[[float], None] = time.sleep
+
+
+# Names and choices: pure.
+
+
+def parse_hub_reference(text: str) -> HubReference:
+    """`user/repo`, `user/repo:Q8_0` or `user/repo:file.gguf`; UsageError for anything else."""
+    try:
+        repo, _, tag = parse_hub_repo(text).partition(":")
+    except ValueError as exc:
+        raise UsageError(f"{display_name(text)!r} names no model: {exc}") from None
+    return HubReference(repo=repo, tag=tag or None)
+
+
+def parse_hub_url(url: str, endpoint: str) -> HubReference | None:
+    """The model whose page, or whose file on the main branch, this URL of the hub shows; None for any other."""
+    path = url.removeprefix(endpoint + "/")
+    match = re.fullmatch(r"([^/?#]+/[^/?#]+)(?:/(?:resolve|blob)/main/([^?#]+))?(?:[?#].*)?", path)
+    if path == url or not match:
+        return None
+    with contextlib.suppress(ValueError):
+        text = match[1] + (f":{urllib.parse.unquote(match[2])}" if match[2] else "")
+        return parse_hub_reference(parse_hub_repo(text))
+    return None
+
+
+def parse_download_url(url: str) -> urllib.parse.SplitResult:
+    """An http or https URL with a host and without a password; ValueError for any other."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL is printable ASCII without blanks")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must begin with https:// and the name of a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a name and password in a URL are not used")
+    if parts.port == 0:
+        raise ValueError("there is no port 0")
+    return parts
+
+
+def _find_origin(url: str) -> tuple[str, str, int]:
+    parts = parse_download_url(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _is_loopback_host(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_token_allowed(url: str, endpoint: str) -> bool:
+    """Whether a request for `url` may carry the hub's token: to the endpoint's own origin, never readable on a wire."""
+    scheme, host, _ = _find_origin(url)
+    return _find_origin(url) == _find_origin(endpoint) and (scheme == "https" or _is_loopback_host(host))
+
+
+def build_download_headers(url: str, access: HubAccess, extra: Mapping[str, str]) -> dict[str, str]:
+    """What a request for `url` carries; bodies are asked for as they are, uncompressed."""
+    headers = {"User-Agent": f"dvai-bridge/{__version__}", "Accept-Encoding": "identity", **extra}
+    if access.token and is_token_allowed(url, access.endpoint):
+        headers["Authorization"] = f"Bearer {access.token}"
+    return headers
+
+
+def choose_redirect(url: str, location: str | None, *, may_be_plain: bool) -> str:
+    """Where a redirect of `url` leads; DownloadError if nowhere, or from https to http (unless that `may_be_plain`)."""
+    host = display_name(parse_download_url(url).hostname or "")
+    try:
+        target = urllib.parse.urljoin(url, location or "")
+        scheme = parse_download_url(target).scheme
+    except ValueError:
+        raise DownloadError(f"{host} redirects to an address that is none") from None
+    if not location or (scheme == "http" and url.startswith("https:") and not may_be_plain):
+        raise DownloadError(f"{host} redirects to " + ("an unencrypted address" if location else "nowhere"))
+    return target
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a file name is that of a model, not of a projector, draft head or matrix that belongs to one."""
+    return _is_gguf_name(name) and not any(mark in name.lower() for mark in _COMPANION_MARKS)
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a foreign path can be one below a directory of ours, on every system, and be found there again."""
+    parts = path.split("/")
+    return len(parts) <= ScanLimits().depth - 2 and all(
+        _FILE_NAME_PART.fullmatch(part)
+        and part.isprintable()
+        and part == part.strip(". ")
+        and len(part.encode()) <= FILE_NAME_LIMIT_BYTES
+        for part in parts
+    )
+
+
+def parse_hub_listing(data: bytes, url: str) -> list[RemoteFile]:
+    """The GGUF files that a hub's answer to `/api/models/…?blobs=true` lists; ValueError if it is no such answer.
+
+    `url`: the repository's. Every file is addressed by the listing's commit, so that all parts are of one version.
+    """
+    answer = parse_json(data)
+    entries = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("no list of files")
+    commit = answer.get("sha")
+    revision = commit if isinstance(commit, str) and _HUB_COMMIT.fullmatch(commit) else "main"
+    files = []
+    for entry in entries:
+        path = entry.get("rfilename") if isinstance(entry, dict) else None
+        if isinstance(path, str) and _is_gguf_name(path) and is_safe_path(path):
+            files.append(_build_remote_file(entry, path, f"{url}/resolve/{revision}/{urllib.parse.quote(path)}"))
+    return files
+
+
+def _build_remote_file(entry: Mapping[str, Any], path: str, url: str) -> RemoteFile:
+    stored = entry.get("lfs")
+    stored = stored if isinstance(stored, dict) else {}
+    size, digest = stored.get("size", entry.get("size")), stored.get("sha256")
+    return RemoteFile(
+        path=path,
+        url=url,
+        size_bytes=size if type(size) is int and 0 <= size <= HUB_FILE_LIMIT_BYTES else None,
+        sha256=digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None,
+    )
+
+
+def find_tag(stems: Sequence[str], tag: str) -> list[str]:
+    """Those of the names (without `.gguf`) that `tag` names best: one, none, or several equally well.
+
+    A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
+    another quantisation than `Q4_K_M`, but is taken for it where there is no other.
+    """
+    wanted = re.escape(tag.removesuffix(".gguf"))
+    for pattern in (
+        rf"(?:.*/)?{wanted}",
+        rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}[.-].*",
+    ):
+        matches = [stem for stem in stems if re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL)]
+        if matches:
+            return matches
+    return []
+
+
+def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    """
+    for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
+        matches = find_tag(list(sizes), tag)
+        if len(matches) > 1:
+            choices = list_choices({stem: sizes[stem] for stem in matches})
+            raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
+        if matches:
+            return matches[0]
+    if reference.tag and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
+    return next(iter(sizes), None)
+
+
+def list_choices(sizes: Mapping[str, int | None]) -> str:
+    """Models for an error text: by quantisation where that tells them apart, else by name."""
+    tags = [parse_quantization(stem) or "" for stem in sizes]
+    are_distinct = all(tags) and len(set(tags)) == len(tags)
+    shown = [
+        (tag if are_distinct else display_name(stem + ".gguf")) + (f" ({format_size(size)})" if size else "")
+        for tag, (stem, size) in zip(tags, sizes.items(), strict=True)
+    ]
+    more = len(shown) - LISTED_CHOICES_LIMIT
+    return ", ".join(shown[:LISTED_CHOICES_LIMIT]) + (f" and {more} more" if more > 0 else "")
+
+
+def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) -> list[RemoteFile]:
+    """The file that a reference means, or all parts of a split one in order. UsageError if that is not one model."""
+    groups: dict[str, dict[int, RemoteFile]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        if is_model_name(file.name):
+            split = parse_split_name(file.path[:-5])
+            stem, index, count = split or (file.path[:-5], 1, 1)
+            groups.setdefault(stem, {})[index] = file
+            counts[stem] = count
+    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    if chosen is None:
+        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+    parts, count = groups[chosen], counts[chosen]
+    if sorted(parts) != list(range(1, count + 1)):
+        raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
+    return [parts[index] for index in sorted(parts)]
+
+
+def _sum_sizes(files: Iterable[RemoteFile]) -> int | None:
+    """The bytes of all files together; None if one is not known."""
+    total = 0
+    for file in files:
+        if file.size_bytes is None:
+            return None
+        total += file.size_bytes
+    return total
+
+
+def choose_repo_places(places: Sequence[ModelPlace], repo: str) -> list[ModelPlace]:
+    """Where in these places the files of a repository lie: as here and in LM Studio, or as in a hub's cache."""
+    folders = (repo, "models--" + repo.replace("/", "--"))
+    return [
+        ModelPlace(source=place.source, path=place.path / folder)
+        for place in places
+        if place.source != "Ollama"
+        for folder in folders
+    ]
+
+
+# What is on this machine.
+
+
+def load_hub_access(environ: Mapping[str, str], platform: str) -> HubAccess:
+    """HF_ENDPOINT, and the token of HF_TOKEN or of the file that `hf auth login` writes. Raises UsageError."""
+    endpoint = (environ.get("HF_ENDPOINT") or HUB_ENDPOINT).rstrip("/")
+    try:
+        parse_download_url(endpoint)
+    except ValueError as exc:
+        raise UsageError(f"HF_ENDPOINT: {exc}") from None
+    token = (environ.get("HF_TOKEN") or _load_token_file(environ, platform)).strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token for the hub (HF_TOKEN, or the file that HF_TOKEN_PATH names) is no token")
+    return HubAccess(endpoint=endpoint, token=token or None)
+
+
+def _load_token_file(environ: Mapping[str, str], platform: str) -> str:
+    if environ.get("HF_TOKEN_PATH"):
+        path = Path(environ["HF_TOKEN_PATH"])
+    elif environ.get("HF_HOME"):
+        path = Path(environ["HF_HOME"]) / "token"
+    else:
+        cache = environ.get("XDG_CACHE_HOME") or choose_user_home(environ, platform) / ".cache"
+        path = Path(cache) / "huggingface" / "token"
+    try:
+        return path.read_bytes()[: 4 * KIB].decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as exc:
+        raise UsageError(f"the hub's token cannot be read from {path}: {exc.strerror}") from exc
+
+
+def _compute_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_content(path: Path, remote: RemoteFile) -> bool:
+    """Whether a file here is the remote one: by size, then by the checksum that its cache noted, else by reading it."""
+    if remote.size_bytes not in (None, path.stat().st_size):
+        return False
+    if remote.sha256 is None:
+        return True
+    blob = path.resolve().name  # a hub's cache names the file itself by its checksum
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        return blob == remote.sha256
+    with contextlib.suppress(OSError):
+        return _note_of(path).read_bytes()[:64] == remote.sha256.encode()
+    return _compute_sha256(path) == remote.sha256
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _list_parts(first: Path) -> list[Path]:
+    """All files of a model by its first; FileNotFoundError if one is missing."""
+    split = parse_split_name(first.name[:-5])
+    if split is None:
+        return [first]
+    parts = [first.with_name(f"{split[0]}-{index:05}-of-{split[2]:05}.gguf") for index in range(1, split[2] + 1)]
+    for part in parts:
+        part.stat()
+    return parts
+
+
+def _build_pulled(files: Sequence[Path], *, was_present: bool) -> PulledModel:
+    return PulledModel(
+        model_id=build_model_id(files[0].name),
+        path=files[0],
+        files=tuple(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        was_present=was_present,
+    )
+
+
+def find_downloaded(reference: HubReference, places: Sequence[ModelPlace]) -> PulledModel | None:
+    """The model that a reference means among those that are on this machine, whole; of several versions the newest.
+
+    Asks no network. UsageError as `choose_stem`.
+    """
+    if reference.tag:
+        reference = replace(reference, tag=reference.tag.rpartition("/")[2])
+    models: dict[str, list[Path]] = {}
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        with contextlib.suppress(OSError):
+            if is_model_name(model.path.name):
+                parts, stem = _list_parts(model.path), build_model_id(model.path.name)
+                known = models.get(stem)
+                if known is None or parts[0].stat().st_mtime > known[0].stat().st_mtime:
+                    models[stem] = parts
+    sizes = {stem: sum(part.stat().st_size for part in parts) for stem, parts in models.items()}
+    chosen = choose_stem(reference, sizes)
+    return _build_pulled(models[chosen], was_present=True) if chosen else None
+
+
+def find_present(
+    files: Sequence[RemoteFile], reference: HubReference, places: Sequence[ModelPlace]
+) -> PulledModel | None:
+    """The model on this machine whose content is that of these remote files, wherever it came from; None: none is."""
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        if model.path.name == files[0].name:
+            here = [model.path.with_name(file.name) for file in files]
+            with contextlib.suppress(OSError):
+                if all(_has_content(path, file) for path, file in zip(here, files, strict=True)):
+                    return _build_pulled(here, was_present=True)
+    return None
+
+
+# The transport: the standard library's, its redirects followed here, where the token is watched.
+
+
+_Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that the next may not; the text says how."""
+
+    def __init__(self, reason: str, retry_after_s: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
+    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(timeout_s, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
+    """Opens http and https through the proxies of the environment; every status, redirects too, is just an answer."""
+    import http.client
+    import urllib.request
+
+    class Answers(urllib.request.HTTPErrorProcessor):
+        def http_response(self, request: Any, response: Any) -> Any:
+            return response
+
+        https_response = http_response
+
+    class PlainConnection(http.client.HTTPConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class SecureConnection(http.client.HTTPSConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(PlainConnection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(SecureConnection, request)
+
+    proxies = [urllib.request.ProxyHandler({})] if is_direct else []
+    return urllib.request.build_opener(Answers, PlainHandler, SecureHandler, *proxies)
+
+
+def _explain_network_error(error: object, host: str, *, is_connected: bool) -> Exception:
+    """What an exception, or a text, from below HTTP means: DownloadError, UnreachableError or _Retry."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return DownloadError(
+            f"the certificate of {host} is not trusted ({display_name(error.verify_message)}): SSL_CERT_FILE names "
+            "the authorities to trust"
+        )
+    strerror = error.strerror if isinstance(error, OSError) else None
+    why = display_name(strerror or str(error) or type(error).__name__)
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_silent = isinstance(error, TimeoutError) and not is_connected
+    if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
+        return UnreachableError(
+            f"{host} cannot be reached ({why}): check the network; --offline uses what is on this machine, "
+            "HF_ENDPOINT names another hub"
+        )
+    return _Retry(f"the connection to {host} failed ({why})")
+
+
+def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http.client.HTTPResponse:
+    """One request, one answer whatever its status; the caller closes it. Loopback is never asked through a proxy."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    host = parse_download_url(url).hostname or ""
+    request = urllib.request.Request(url, headers=build_download_headers(url, access, extra))
+    opener = _build_opener(is_direct=_is_loopback_host(host))
+    try:
+        answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
+    except urllib.error.URLError as exc:
+        raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
+    except (OSError, http.client.HTTPException) as exc:
+        raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
+    return answer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """An answer at the end of its redirects. `sha256`: the checksum that the hub gave on the way, if it did."""
+
+    body: http.client.HTTPResponse
+    host: str
+    is_hub: bool
+    sha256: str | None
+
+    def find_header(self, name: str) -> str:
+        return str(self.body.headers.get(name) or "").strip()
+
+
+@contextlib.contextmanager
+def _open_url(url: str, access: HubAccess, what: str, extra: Mapping[str, str]) -> Iterator[_Answer]:
+    """GET through redirects; a status other than 200 and 206 becomes the error that it is."""
+    may_be_plain, digest, hub = access.endpoint.startswith("http:"), None, _find_origin(access.endpoint)
+    for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        host = display_name(parse_download_url(url).hostname or "")
+        with _send_request(url, access, extra) as body:
+            is_hub, linked = _find_origin(url) == hub, str(body.headers.get("X-Linked-Etag")).strip('"')
+            digest = linked if is_hub and _SHA256.fullmatch(linked) else digest
+            answer = _Answer(body=body, host=host, is_hub=is_hub, sha256=digest)
+            if body.status not in _REDIRECTS:
+                _verify_status(answer, what, access)
+                yield answer
+                return
+            url = choose_redirect(url, answer.find_header("Location"), may_be_plain=may_be_plain)
+    raise DownloadError(f"{what}: more than {DOWNLOAD_REDIRECTS_LIMIT} redirects")
+
+
+def _verify_status(answer: _Answer, what: str, access: HubAccess) -> None:
+    """Raises what a status says; `what` is being asked for."""
+    status, code = answer.body.status, answer.find_header("X-Error-Code")
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        pause_s = None
+        with contextlib.suppress(ValueError):
+            pause_s = parse_decimal(answer.find_header("Retry-After"), maximum=10**9)
+        why = "asks to slow down" if status == 429 else "cannot answer now"
+        raise _Retry(f"{answer.host} {why} ({status})", pause_s)
+    if answer.is_hub and status in (401, 403):
+        raise DownloadError(_explain_refusal(status, code, what, access))
+    if status in (404, 410):
+        raise DownloadError(f"{what} does not exist on {answer.host} ({status}): check its name")
+    raise DownloadError(f"{answer.host} answers {status} for {what}")
+
+
+def _explain_refusal(status: int, code: str, what: str, access: HubAccess) -> str:
+    """A hub also answers 401 for what does not exist, so that nobody learns the names of private repositories."""
+    token = "see that the token (HF_TOKEN) may read it" if access.token else "set HF_TOKEN to a token that may read it"
+    if code == "GatedRepo" or status == 403:
+        return f"{what} is gated ({status}): accept its licence on {access.endpoint}, and {token}"
+    return f"{what} does not exist, or is private or gated ({status}): check its name; if it is not public, {token}"
+
+
+class _Patience:
+    """How long a download goes on trying: failures in a row, and a longer pause after each."""
+
+    def __init__(self, watch: PullWatch) -> None:
+        self._watch = watch
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def wait(self, failure: _Retry, kept: str = "") -> None:
+        """Pause before the next attempt, or raise DownloadError."""
+        self._failures += 1
+        if self._failures >= DOWNLOAD_ATTEMPTS:
+            raise DownloadError(f"{failure}, {self._failures} times in a row{kept}") from failure
+        pause_s = min(RETRY_PAUSE_LIMIT_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        if failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        if pause_s > RETRY_AFTER_LIMIT_S:
+            raise DownloadError(
+                f"{failure}: try again in {pause_s:.0f} s{kept}", retry_after_s=failure.retry_after_s
+            ) from failure
+        self._watch.on_notice(f"{failure}; trying again in {pause_s:.0f} s")
+        self._watch.sleep(pause_s)
+
+
+def fetch_hub_files(reference: HubReference, access: HubAccess, watch: PullWatch) -> list[RemoteFile]:
+    """The GGUF files of a repository, as its hub lists them. Raises DownloadError."""
+    patience, url = _Patience(watch), f"{access.endpoint}/api/models/{reference.repo}?blobs=true"
+    while True:
+        try:
+            with _open_url(url, access, reference.repo, {"Accept": "application/json"}) as answer:
+                data = bytearray()
+                for piece in _read_body(answer):
+                    data += piece
+                    if len(data) > HUB_LISTING_LIMIT_BYTES:
+                        raise DownloadError(f"{reference.repo} has too many files to list")
+            return parse_hub_listing(bytes(data), f"{access.endpoint}/{reference.repo}")
+        except ValueError as exc:
+            raise DownloadError(f"what answers at {access.endpoint} is no Hugging Face hub ({exc})") from exc
+        except _Retry as failure:
+            patience.wait(failure)
+
+
+def _read_body(answer: _Answer) -> Iterator[bytes]:
+    """The pieces of a body as they arrive; _Retry if it ends before its length, stops or only trickles."""
+    import http.client
+
+    if answer.find_header("Content-Encoding").lower() not in ("", "identity"):
+        raise DownloadError(f"{answer.host} compresses what it was asked to send as it is")
+    left = _parse_count(answer.find_header("Content-Length")) if not answer.body.chunked else None
+    since, arrived = time.monotonic(), 0
+    while left is None or left > 0:
+        try:
+            piece = answer.body.read1(min(DOWNLOAD_BLOCK_BYTES, left or DOWNLOAD_BLOCK_BYTES))
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise _Retry(
+                f"the connection to {answer.host} broke ({display_name(str(exc) or type(exc).__name__)})"
+            ) from exc
+        if not piece:
+            break
+        left = left - len(piece) if left is not None else None
+        arrived += len(piece)
+        if time.monotonic() - since > DOWNLOAD_STALL_S:
+            if arrived < DOWNLOAD_STALL_BYTES:
+                raise _Retry(f"{answer.host} sends almost nothing")
+            since, arrived = time.monotonic(), 0
+        yield piece
+    if left:
+        raise _Retry(f"{answer.host} closed the connection {format_size(left)} before the end")
+
+
+# Files: received in part, then whole.
+
+
+class _Part:
+    """A file being received: `size` bytes are in NAME.part and in the checksum. Belongs to the holder of the lock."""
+
+    def __init__(self, target: Path, remote: RemoteFile) -> None:
+        self.target = target
+        self.announced = self.remote = remote  # `remote`: with what the answers said besides
+        self.path = target.with_name(target.name + ".part")
+        self._about = target.with_name(target.name + ".part.json")
+        self.etag = ""
+        self.size = 0
+        self.is_complete = False
+        self._digest = hashlib.sha256()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Nothing is left behind where nothing has arrived."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        os.close(fd)
+        if not self.size:
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.path, self._about):
+            path.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go on from what an earlier run left, if that is of the same content; else from nothing."""
+        about = self._load_about()
+        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
+        self.etag = str(about.get("etag") or "") if same else ""
+        if not same or not (self.remote.sha256 or self.etag):
+            self.restart()
+            return
+        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
+        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+            self.restart()
+            return
+        while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
+            self._digest.update(piece)
+            self.size += len(piece)
+        self.is_complete = self.size == self.remote.size_bytes
+
+    def _load_about(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            about = parse_json(_read_state(self._about))
+            if isinstance(about, dict):
+                return about
+        return {}
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self.size, self.etag, self.is_complete = 0, "", False
+        self.remote, self._digest = self.announced, hashlib.sha256()
+
+    def build_headers(self) -> dict[str, str]:
+        """Asks for the rest, or for all of it if the file is another by now (RFC 9110, section 13.1.5)."""
+        if not self.size:
+            return {}
+        return {"Range": f"bytes={self.size}-"} | ({"If-Range": self.etag} if self.etag else {})
+
+    def describe(self, *, size_bytes: int | None, sha256: str | None, etag: str) -> None:
+        """Note what the answer says of the file, for this run and the next. DownloadError if it is another file."""
+        known = self.remote
+        if None not in (known.size_bytes, size_bytes) and known.size_bytes != size_bytes:
+            raise DownloadError(
+                f"{display_name(known.name)}: {known.size_bytes} bytes were announced and {size_bytes} are offered"
+            )
+        size_bytes = known.size_bytes if size_bytes is None else size_bytes
+        self.remote = replace(known, size_bytes=size_bytes, sha256=known.sha256 or sha256)
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        verify_free_space(self.target.parent, (size_bytes or 0) - self.size)
+        about = {"url": known.url, "sizeBytes": size_bytes, "sha256": self.remote.sha256, "etag": self.etag}
+        _save_beside(self._about, encode_json(about))
+
+    def append(self, data: bytes) -> None:
+        """Add bytes; DownloadError at the first that is too many or shows that this is no model."""
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if self.size + len(data) > limit:
+            self.restart()
+            raise DownloadError(f"{display_name(self.remote.name)}: the server sends more than {limit} bytes")
+        if self.size < len(GGUF_MAGIC):
+            start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
+            if data[: end - start] != GGUF_MAGIC[start:end]:
+                raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
+        rest = memoryview(data)
+        while rest:
+            written = os.write(self._fd, rest)
+            self._digest.update(rest[:written])
+            self.size += written
+            rest = rest[written:]
+
+    def finish(self) -> None:
+        """Check the whole and give it its name. DownloadError: it was damaged and is removed."""
+        os.fsync(self._fd)
+        self.close()  # Windows does not rename an open file
+        name, digest = display_name(self.remote.name), self._digest.hexdigest()
+        try:
+            if self.remote.sha256 not in (None, digest):
+                raise DownloadError(
+                    f"{name}: its checksum is not the one that was announced, so it was removed; try again"
+                )
+            try:
+                open_gguf(self.path).close()
+            except ModelFileError as exc:
+                raise DownloadError(f"{name} was removed: {exc.message}") from exc
+        except DownloadError:
+            self._remove()
+            raise
+        _note_of(self.target).unlink(missing_ok=True)  # before the rename: it may be of an older file of this name
+        os.replace(self.path, self.target)
+        _save_beside(_note_of(self.target), f"{digest}  {self.target.name}\n".encode())
+        self._about.unlink(missing_ok=True)
+        _sync_directory(self.target.parent)
+
+
+def _save_beside(path: Path, data: bytes) -> None:
+    """Replace a small file of which no copy is needed."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    _write_new_file(new, data)
+    os.replace(new, path)
+
+
+def verify_free_space(directory: Path, needed_bytes: int) -> None:
+    """Raises DownloadError when `needed_bytes` more would leave less than FREE_SPACE_RESERVE_BYTES of the disk."""
+    import shutil  # here: only downloads need it
+
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > max(0, free_bytes - FREE_SPACE_RESERVE_BYTES):
+        raise DownloadError(
+            f"{format_size(needed_bytes)} are still to come and {format_size(free_bytes)} are free in {directory}: "
+            "make room, or name another directory with --home"
+        )
+
+
+def _parse_extent(answer: _Answer) -> tuple[int, int | None] | None:
+    """Where in its file a body begins, and how long the file is (None: not said); None: neither 200 nor a sound 206."""
+    if answer.body.status == 200:
+        return 0, None if answer.body.chunked else _parse_count(answer.find_header("Content-Length"))
+    match = _CONTENT_RANGE.fullmatch(answer.find_header("Content-Range"))
+    return (int(match[1]), _parse_count(match[3])) if answer.body.status == 206 and match else None
+
+
+def _receive(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """One attempt: what is missing of a file, or as much of it as comes. Raises _Retry."""
+    with _open_url(part.remote.url, access, display_name(part.remote.name), part.build_headers()) as answer:
+        extent, etag = _parse_extent(answer), answer.find_header("ETag")
+        start, size_bytes = extent or (None, None)
+        if part.size and (start != part.size or (part.etag and etag and etag != part.etag)):
+            watch.on_notice(f"{answer.host} does not go on where it stopped: {part.target.name} starts anew")
+            part.restart()
+        if start != part.size:
+            raise _Retry(f"{answer.host} sends something else than was asked for ({answer.body.status})")
+        with _translate_os_errors("save", part.path):
+            part.describe(size_bytes=size_bytes, sha256=answer.sha256, etag=etag)
+        for piece in _read_body(answer):
+            with _translate_os_errors("save", part.path):
+                part.append(piece)
+            show(part.size, part.remote.size_bytes)
+        part.is_complete = part.remote.size_bytes in (None, part.size)
+        if not part.is_complete:
+            raise _Retry(f"{answer.host} ended after {part.size} of {part.remote.size_bytes} bytes")
+
+
+def _receive_all(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Attempts until the file is whole."""
+    patience, had, has_answered = _Patience(watch), part.size, False
+    while not part.is_complete:
+        try:
+            _receive(part, access, watch, show)
+        except UnreachableError as exc:
+            if not has_answered:
+                raise
+            patience.wait(_Retry(exc.message), _say_kept(part))
+        except _Retry as failure:
+            has_answered = True
+            if part.size - had >= DOWNLOAD_PROGRESS_BYTES:
+                patience.reset()
+                had = part.size
+            patience.wait(failure, _say_kept(part))
+
+
+def _say_kept(part: _Part) -> str:
+    return f"; {format_size(part.size)} are kept, and the same command goes on from there" if part.size else ""
+
+
+def _pull_file(remote: RemoteFile, target: Path, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Download one file to `target`, unless it is there."""
+    lock = PathLock(target.with_name(f".{target.name}.lock"))
+    with _translate_os_errors("save", target):
+        create_private_directory(target.parent)
+        if not lock.try_acquire():
+            raise DownloadError(f"another process is downloading {target}: wait until it is done")
+        try:
+            if target.is_file() and _has_content(target, remote):
+                return
+            part = _Part(target, remote)
+            try:
+                part.resume()
+                _receive_all(part, access, watch, show)
+                part.finish()
+            except KeyboardInterrupt as exc:
+                raise DownloadError(f"stopped{_say_kept(part)}") from exc
+            except StorageError as exc:
+                raise StorageError(exc.message + _say_kept(part)) from exc
+            finally:
+                part.close()
+        finally:
+            lock.release()
+
+
+def _pull_files(files: Sequence[RemoteFile], directory: Path, access: HubAccess, watch: PullWatch) -> PulledModel:
+    """Download all files below `directory`, one after the other."""
+    total, done = _sum_sizes(files), 0
+    with _translate_os_errors("save", directory):
+        create_private_directory(directory)
+        verify_free_space(directory, (total or 0) - _count_present_bytes(files, directory))
+    targets = [directory.joinpath(*file.path.split("/")) for file in files]
+    for file, target in zip(files, targets, strict=True):
+
+        def show(size: int, size_bytes: int | None, before: int = done) -> None:
+            watch.on_progress(before + size, size_bytes if len(files) == 1 else total)
+
+        _pull_file(file, target, access, watch, show)
+        done += target.stat().st_size
+    return _build_pulled(targets, was_present=False)
+
+
+def _count_present_bytes(files: Sequence[RemoteFile], directory: Path) -> int:
+    """How much of the files is below `directory` already, whole or in part."""
+    total = 0
+    for file in files:
+        target = directory.joinpath(*file.path.split("/"))
+        for path in (target, target.with_name(target.name + ".part")):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                break
+    return total
+
+
+def pull_model(
+    reference: HubReference,
+    *,
+    cache: Path,
+    places: Sequence[ModelPlace],
+    access: HubAccess,
+    watch: PullWatch | None = None,
+) -> PulledModel:
+    """Bring a model of a hub to this machine: found in `places`, or downloaded into `cache`/models/USER/REPO.
+
+    Blocks: not for an event loop. Raises UsageError (no such quantisation, or several), UnreachableError,
+    DownloadError (what has arrived is kept, unless it was wrong) and StorageError.
+    """
+    watch = watch or PullWatch()
+    files = choose_remote_files(fetch_hub_files(reference, access, watch), reference)
+    present = find_present(files, reference, places)
+    return present or _pull_files(files, cache / "models" / reference.repo, access, watch)
+
+
+def pull_url(url: str, *, cache: Path, access: HubAccess, watch: PullWatch | None = None) -> PulledModel:
+    """Bring a GGUF file from anywhere into `cache`/models/HOST, with all its parts if it is split.
+
+    A file that is there is taken as it is. Blocks. Raises as `pull_model`.
+    """
+    try:
+        parts = parse_download_url(url)
+    except ValueError as exc:
+        raise UsageError(f"{display_name(url)}: {exc}") from None
+    name = urllib.parse.unquote(parts.path.rpartition("/")[2])
+    if not _is_gguf_name(name) or not is_safe_path(name):
+        raise UsageError(f"{display_name(url)}: the name of a model file ends in .gguf")
+    split = parse_split_name(name[:-5])
+    names = [name]
+    if split:
+        if split[2] > SPLIT_PARTS_LIMIT:
+            raise UsageError(f"{display_name(url)}: a model has no {split[2]} parts")
+        names = [f"{split[0]}-{index:05}-of-{split[2]:05}.gguf" for index in range(1, split[2] + 1)]
+    folder = parts.path.rpartition("/")[0]
+    files = [
+        RemoteFile(path=each, url=parts._replace(path=f"{folder}/{urllib.parse.quote(each)}", fragment="").geturl())
+        for each in names
+    ]
+    directory = cache / "models" / (parts.hostname or "").replace(":", "_")
+    here = [directory / each for each in names]
+    if all(path.is_file() for path in here):
+        return _build_pulled(here, was_present=True)
+    return _pull_files(files, directory, access, watch or PullWatch())
+
+
 # ---- Probe ----------------------------------------------------------------------------
 # Measures a model by letting it write, when nobody else wants the engine.
 
@@ -12233,11 +13226,15 @@ class Serving:
     reason: str
 
 
+def list_model_places(environ: Mapping[str, str], directories: Directories) -> list[ModelPlace]:
+    """Where this user's models may lie."""
+    home = choose_user_home(environ, sys.platform)
+    return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
+
+
 def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
     """The models on this machine, each judged by the memory that is free now."""
-    home = choose_user_home(environ, sys.platform)
-    places = choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
-    return find_models(places, memory=probe_free_memory())
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -12259,6 +13256,18 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
         if is_same_model(model.model_id, named):
             return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
+
+
+def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
+    """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
+    if config.hf_repo is None:
+        return config
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    found = find_downloaded(parse_hub_reference(config.hf_repo), places)
+    if found is None:
+        raise UsageError(f"{config.hf_repo} is not on this machine: `pull {config.hf_repo}` brings it")
+    return replace(config, model=str(found.path), hf_repo=None)
 
 
 def _serve_demonstration(config: Config, reason: str) -> Serving:
@@ -12324,8 +13333,11 @@ class DVAI:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
-        self.config = config = config or build_config(environ=environ)
+        config = config or build_config(environ=environ)
         self.directories = choose_directories(environ, sys.platform, config.home)
+        if config.hf_repo is not None:
+            config = use_hub_model(config, list_model_places(environ, self.directories))
+        self.config = config
         self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
         self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
         service = Service(
@@ -12434,14 +13446,15 @@ examples:
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
   python3 dvai_bridge.py models                       see what is there
+  python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (
     *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--hf-repo", "-hf", "--n-gpu-layers", "-ngl"),
+    *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
     *("--models-dir", "--metrics"),
 )
-PLANNED_COMMANDS = ("pull", "peers", "pair", "identity", "provider")
+PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
@@ -12534,6 +13547,9 @@ def build_parser() -> CommandParser:
             command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
         if name == "audit":
             add_audit_options(command)
+    pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
+    pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
+    pull.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -12599,18 +13615,68 @@ class ProgressLine:
         self._shown = -1
         self._started = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._shown_at = 0.0
+        self._open_width = 0  # of a line on the terminal that has not ended
 
-    def show(self, fraction: float) -> None:
-        """`fraction` from 0 to 1."""
-        if time.monotonic() - self._started < PROGRESS_AFTER_S:
+    def show(self, fraction: float, detail: str = "") -> None:
+        """`fraction` from 0 to 1; `detail` stands after it."""
+        now = time.monotonic()
+        if now - self._started < PROGRESS_AFTER_S:
             return
         percent = int(100 * fraction)
         step = percent if self._terminal else percent // 10 * 10
-        if step == self._shown:
+        is_old = self._terminal and detail and now - self._shown_at >= PROGRESS_AFTER_S
+        if step == self._shown and not is_old:
             return
-        self._shown = step
-        start, end = ("\r", "" if percent < 100 else "\n") if self._terminal else ("", "\n")
-        print(f"{start}{self._what}: {percent} %", end=end, file=sys.stderr, flush=True)
+        self._shown, self._shown_at = step, now
+        line = f"{self._what}: {percent} %{detail}"
+        if not self._terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        print(f"\r{line.ljust(self._open_width)}", end="", file=sys.stderr, flush=True)
+        self._open_width = len(line)
+        if percent >= 100:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the line as it is: what is printed next stands below it."""
+        if self._open_width:
+            self._open_width = 0
+            print(file=sys.stderr, flush=True)
+
+
+PROGRESS_BAR_CHARS = 24
+
+
+class PullProgress:
+    """A download on stderr: how much of it is here, how fast it comes, and what else there is to say."""
+
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(f"pulling {what}")
+        self._terminal = sys.stderr.isatty()
+        self._started: tuple[float, int] | None = None
+        self.watch = PullWatch(on_progress=self._show, on_notice=self.say)
+
+    def _show(self, received: int, total: int | None) -> None:
+        now = time.monotonic()
+        started, before = self._started = self._started or (now, received)
+        if total:
+            rate = (received - before) / (now - started) if now > started else 0.0
+            self._line.show(received / total, self._describe(received, total, rate))
+
+    def _describe(self, received: int, total: int, rate: float) -> str:
+        done = PROGRESS_BAR_CHARS * received // total
+        bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
+        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.end()
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._line.end()
 
 
 def show_json(value: Any) -> None:
@@ -12649,8 +13715,67 @@ async def wait_first(*tasks: asyncio.Task[Any]) -> None:
         task.result()
 
 
+def fetch_model(command: Command, target: str) -> PulledModel:
+    """The model that `pull` or `--hf-repo` names: here already or downloaded now, or with --offline only the former."""
+    access, places = (
+        load_hub_access(command.environ, sys.platform),
+        list_model_places(command.environ, command.directories),
+    )
+    reference = parse_hub_url(target, access.endpoint) if "://" in target else parse_hub_reference(target)
+    if command.config.offline:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise DownloadError(f"{display_name(target)} is not on this machine, and --offline forbids to download it")
+        return found
+    progress, cache = PullProgress(display_name(target)), command.directories.cache
+    try:
+        if reference is None:
+            return pull_url(target, cache=cache, access=access, watch=progress.watch)
+        return pull_model(reference, cache=cache, places=places, access=access, watch=progress.watch)
+    except UnreachableError as exc:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise
+        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        return found
+    finally:
+        progress.end()
+
+
+def bring_hub_model(command: Command) -> Command:
+    """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
+    config = command.config
+    if config.hf_repo is None:
+        return command
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    pulled = fetch_model(command, config.hf_repo)
+    return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
+
+
+def run_pull(command: Command) -> int:
+    """`pull`: bring a model to this machine."""
+    pulled = fetch_model(command, command.arguments.target or "")
+    if command.json:
+        show_json(
+            {
+                "id": pulled.model_id,
+                "path": str(pulled.path),
+                "files": [str(path) for path in pulled.files],
+                "sizeBytes": pulled.size_bytes,
+                "wasPresent": pulled.was_present,
+            }
+        )
+        return 0
+    parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
+    return 0
+
+
 def run_serve(command: Command) -> int:
     """`serve`: answer until a signal asks to stop."""
+    command = bring_hub_model(command)
     try:
         return asyncio.run(serve_until_stopped(command))
     finally:
@@ -12988,6 +14113,7 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
     load = LoadRequest(
@@ -13149,6 +14275,7 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
 
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
+    "pull": run_pull,
     "models": run_models,
     "status": run_status,
     "doctor": run_doctor,
