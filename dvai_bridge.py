@@ -12,7 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
-    decisions     models, memory
+    decisions     models, memory, routing
     transport     streams: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry
     program       HTTP server, routes, bridge, command line, and the built-in model's data
@@ -88,7 +88,7 @@ from collections.abc import (
 )
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeGuard, TypeVar, cast, overload
 
 __version__ = "0.1.0"
 
@@ -3568,6 +3568,152 @@ def verify_fits(needed_bytes: int, memory: MemoryInfo) -> None:
         raise ModelFileError(
             f"the model {misfit}: take a smaller model or quantisation, lower --ctx-size, or use another device"
         )
+
+
+# ---- Routing --------------------------------------------------------------------------
+# Where a request runs: peers, candidates and the decision. Pure.
+
+PEER_ID_LIMIT_CHARS = 128  # ids that flood the table of peers
+PEER_NAME_LIMIT_CHARS = 256  # likewise names
+PEER_MODEL_ID_LIMIT_CHARS = 256  # and model ids
+PEER_MODELS_LIMIT = 128  # models that one peer may claim to have
+PEER_URL_LIMIT_CHARS = 1024  # addresses
+PEER_SCORE_LIMIT_TOK_S = 1_000_000.0  # a peer that would win every comparison by claiming the absurd
+
+
+class PeerVia(enum.Enum):
+    """How a peer was found, best first: of two equal candidates the one nearer to the user's network wins."""
+
+    MDNS = "mdns"
+    STATIC = "static"
+    CUSTOM = "custom"
+    RENDEZVOUS = "rendezvous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another bridge, as found; says nothing of whether it may be used.
+
+    `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    base_url: str
+    via: PeerVia
+    last_seen_ms: int
+    app_id: str | None = None
+    loaded_models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+
+
+def parse_base_url(text: str) -> str:
+    """The base URL of a peer in its one form: `http://host:port/v1`, given with or without `/v1`.
+
+    ValueError unless it is http or https, with a host and without credentials, query or fragment: what stands in
+    a URL is shown in logs and lists, so no secret may hide there.
+    """
+    if not 0 < len(text) <= PEER_URL_LIMIT_CHARS or not text.isprintable() or " " in text or "\\" in text:
+        raise ValueError("not a URL")
+    split = urllib.parse.urlsplit(text)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("not an http:// or https:// URL with a host")
+    if "@" in split.netloc or "?" in text or "#" in text:
+        raise ValueError("credentials, query and fragment have no place in a base URL")
+    host = f"[{split.hostname}]" if ":" in split.hostname else split.hostname
+    port = "" if split.port is None else f":{split.port}"  # ValueError beyond 65535
+    path = split.path.rstrip("/")
+    return f"{split.scheme}://{host}{port}{path if path.endswith('/v1') else path + '/v1'}"
+
+
+def build_peer_json(peer: Peer) -> dict[str, Any]:
+    """The peer as `GET /v1/dvai/peers` shows it and existing software writes it (unix ms, camelCase)."""
+    return {
+        "deviceId": peer.device_id,
+        "deviceName": peer.device_name,
+        "dvaiVersion": peer.dvai_version,
+        "baseUrl": peer.base_url,
+        **({} if peer.app_id is None else {"appId": peer.app_id}),
+        "loadedModels": list(peer.loaded_models),
+        "capability": dict(peer.capability),
+        "via": peer.via.value,
+        "secure": peer.secure,
+        "lastSeenAt": peer.last_seen_ms,
+    }
+
+
+def parse_peer_json(value: object, via: PeerVia | None = None) -> Peer:
+    """The peer that a decoded JSON object describes; ValueError says which member is wrong.
+
+    `via`, when given, decides instead of the object: who learnt of the peer knows how. Only deviceId and baseUrl are
+    needed; unknown members are ignored, models and scores beyond the bounds are left out.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("a peer must be an object")
+    device_id = parse_device_id(value.get("deviceId"))
+    base_url = value.get("baseUrl")
+    if not isinstance(base_url, str):
+        raise ValueError("baseUrl must be a text")
+    app_id = value.get("appId")
+    last_seen = value.get("lastSeenAt")
+    try:
+        found_via = via or PeerVia(value.get("via"))
+    except ValueError:
+        raise ValueError(f"via must be one of {', '.join(each.value for each in PeerVia)}") from None
+    return Peer(
+        device_id=device_id,
+        device_name=_parse_peer_text(value.get("deviceName")) or device_id,
+        dvai_version=_parse_peer_text(value.get("dvaiVersion")),
+        base_url=parse_base_url(base_url),
+        via=found_via,
+        last_seen_ms=last_seen if is_count(last_seen) else 0,
+        app_id=None if app_id is None else parse_device_id(app_id, "appId"),
+        loaded_models=parse_model_ids(value.get("loadedModels")),
+        capability=parse_scores(value.get("capability")),
+        secure=value.get("secure") is True,
+    )
+
+
+def parse_device_id(value: object, member: str = "deviceId") -> str:
+    """A device or app id: 1 to 128 printable characters; ValueError names the JSON member otherwise."""
+    if not isinstance(value, str) or not 0 < len(value) <= PEER_ID_LIMIT_CHARS or not value.isprintable():
+        raise ValueError(f"{member} must be 1 to {PEER_ID_LIMIT_CHARS} printable characters")
+    return value
+
+
+def parse_model_ids(value: object) -> tuple[str, ...]:
+    """The model ids in a JSON list from a peer; what is no such id is left out."""
+    ids = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in ids[:PEER_MODELS_LIMIT] if is_model_id(each))
+
+
+def parse_scores(value: object) -> dict[str, float]:
+    """Model id → tokens per second in a JSON object from a peer; what is no such pair is left out."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    sound = ((model, score) for model, score in pairs if is_model_id(model) and is_score(score))
+    return {model: float(score) for model, score in itertools.islice(sound, PEER_MODELS_LIMIT)}
+
+
+def is_model_id(value: object) -> bool:
+    """Whether a peer may call a model so."""
+    return isinstance(value, str) and 0 < len(value) <= PEER_MODEL_ID_LIMIT_CHARS and value.isprintable()
+
+
+def is_score(value: object) -> bool:
+    """Whether this is a number of tokens per second that a device can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= PEER_SCORE_LIMIT_TOK_S
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number that fits JSON's safe integers and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _parse_peer_text(value: object) -> str:
+    return value[:PEER_NAME_LIMIT_CHARS] if isinstance(value, str) else ""
 
 
 # ---- Streams --------------------------------------------------------------------------
