@@ -115,7 +115,7 @@ def test_what_is_no_object_is_no_peer(value):
         ({"lastSeenAt": True}, "last_seen_ms", 0),
         ({"lastSeenAt": 10**30}, "last_seen_ms", 0),
         ({"deviceName": 7}, "device_name", PEER_JSON["deviceId"]),
-        ({"deviceName": "n" * 1000}, "device_name", "n" * 256),
+        ({"deviceName": "n" * 1000}, "device_name", "n" * 512),
         ({"dvaiVersion": None}, "dvai_version", ""),
         ({"unknown": {}}, "secure", False),
     ],
