@@ -12,7 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
-    decisions     models, memory, capability, audit
+    decisions     models, memory, capability, audit, routing
     transport     streams: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
@@ -182,14 +182,15 @@ class BridgeError(Exception):
     """Base of every error the bridge raises on purpose.
 
     `status`, `type`, `code`: as in the OpenAI error body. `retry_after_s`: seconds, or None.
-    `should_retry`: False tells SDKs that repeating cannot help. `exit_code`: of the command line.
+    `should_retry`: False tells SDKs that repeating cannot help; on the class, or of one error. `exit_code`: of the
+    command line.
     `extra`: further members of the error body (e.g. `n_ctx`).
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | int | None] = None
-    should_retry: ClassVar[bool | None] = None
+    should_retry: bool | None = None
     exit_code: ClassVar[int] = 1
 
     def __init__(
@@ -198,12 +199,15 @@ class BridgeError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        if should_retry is not None:
+            self.should_retry = should_retry
         self.extra = dict(extra or {})
 
 
@@ -255,6 +259,19 @@ class EngineUnavailableError(BridgeError):
     """The engine is not ready (still loading, restarting or stopping)."""
 
     status, type, code = 503, "unavailable_error", "engine_unavailable"
+
+
+class NoCapableDeviceError(BridgeError):
+    """Nobody can serve the request as it demands; `extra` says who was considered and why not."""
+
+    status, type, code = 503, "no_capable_device", 503
+
+
+class NoLocalBackendError(BridgeError):
+    """The request must not leave this device, which serves nothing itself (offload-only mode)."""
+
+    status, type, code = 503, "no_local_backend", 503
+    should_retry = False
 
 
 class ModelFileError(BridgeError):
@@ -4991,7 +5008,9 @@ class PairingInitiator:
 
 
 # ---- Models ---------------------------------------------------------------------------
-# Names of models: ids, quantisations, equality. Pure.
+# Names of models: ids, quantisations, equality, substitution. Pure.
+
+BUILTIN_MODEL_ID = "dvai-demo"  # the demonstration model: it answers to this name and stands in for no other
 
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})", re.DOTALL)
 _QUANTIZATION = re.compile(
@@ -4999,6 +5018,21 @@ _QUANTIZATION = re.compile(
     r"I?Q[1-9]_K(?:_(?:XXS|XS|S|M|L|XL))?|IQ[1-9]_(?:XXS|XS|S|M|NL|XL)|Q[1-9]_[01](?:_[48]_[48])?"
     r"|TQ[12]_0|(?:MX|NV)FP4|BF16|FP?(?:16|32))(?![A-Z0-9])",
     re.IGNORECASE,
+)
+_FAMILIES = (
+    "baichuan bge bloom codegemma codellama codeqwen codestral cogito command deepseek devstral dolphin ernie exaone "
+    "falcon gemma glm gpt granite hermes hunyuan internlm jamba kimi lfm llama llava magistral mamba medgemma "
+    "minicpm ministral mistral mixtral mpt nemotron nomic olmo olmoe openchat openhermes orca pythia phi qwen qwq rwkv "
+    "seed shieldgemma smollm smolvlm solar stablelm starcoder stories tinyllama vicuna wizardlm yi zephyr"
+)
+_AFTER_LETTERS = re.compile(r"[\W\d_].*", re.DOTALL)
+_NAME_WORD = re.compile(r"[^\W\d_]*\d+(?:\.\d+)+[^\W\d_]*|[^\W_]+\+*")
+_VERSION_WORD = re.compile(r"v?(\d+(?:\.\d+)*n?)")
+_SIZE_WORD = re.compile(r"(?:\d+x|[ae])?\d+(?:\.\d+)?[mbt]|260k")
+_SAME_TYPE = {"it": "instruct", "inst": "instruct", "pt": "base"}
+_NO_TYPES = (  # publishers, packagings and quantisations
+    "ai allenai bartowski community google hf huggingfacetb ibm latest lmstudio meta microsoft mistralai unsloth "
+    "4bit 8bit awq gguf gptq i1 imat imatrix int4 int8 mlx q4 q5 q6 q8 ud"
 )
 
 
@@ -5038,6 +5072,61 @@ def parse_quantization(name: str) -> str | None:
         return None
     quantization: str = found[-1].upper()
     return quantization.replace("FP16", "F16").replace("FP32", "F32")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelName:
+    """What a model's name says of it besides the quantisation. Two equal ones name the same weights, rounded apart.
+
+    `family`: "llama"; `version`: "3.2", or "" when the name has none; `size`: "3b", "30b-a3b", or "";
+    `type`: every other word, so that a fine-tune is never taken for what it was made from.
+    """
+
+    family: str
+    version: str
+    size: str
+    type: frozenset[str]
+
+
+def parse_model_name(name: str) -> ModelName | None:
+    """The parts of a model's name, as downloads and Ollama's tags spell them; None if no known family occurs in it."""
+    plain = _QUANTIZATION.sub(" ", name.rpartition("/")[2]).casefold()
+    words = _NAME_WORD.findall(re.sub(r"(?<=\d)_(?=\d)", ".", plain))
+    families, ignored = _FAMILIES.split(), _NO_TYPES.split()
+    family, versions, sizes, types = "", [], [], set()
+    for word in words:
+        letters = _AFTER_LETTERS.sub("", word)
+        if letters in families and family in ("", letters):
+            family, word = letters, word.removeprefix(letters)
+        version = _VERSION_WORD.fullmatch(word)
+        if version:
+            versions.append(version[1])
+        elif _SIZE_WORD.fullmatch(word):
+            sizes.append(word)
+        elif word and word not in ignored:
+            types.add(_SAME_TYPE.get(word, word))
+    if not family:
+        return None
+    return ModelName(family=family, version="-".join(versions), size="-".join(sizes), type=frozenset(types))
+
+
+def can_substitute(model_id: str, requested: str) -> bool:
+    """Whether one model may serve for another: the same in all but quantisation. Unknown families never do."""
+    name = parse_model_name(requested)
+    return name is not None and name == parse_model_name(model_id)
+
+
+def split_address(name: str, owners: Collection[str]) -> tuple[str | None, str]:
+    """`studio/llama` → ("studio", "llama") when `owners` has "studio", ignoring case; else (None, name).
+
+    The longest owner that fits wins: both names and models may contain slashes.
+    """
+    known = {each.casefold(): each for each in owners}
+    for slash in reversed([match.start() for match in re.finditer("/", name[:-1])]):
+        owner = known.get(name[:slash].casefold())
+        if owner:
+            return owner, name[slash + 1 :]
+    return None, name
 
 
 def format_size(size_bytes: int) -> str:
@@ -6225,6 +6314,669 @@ def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) 
             newest_first.appendleft(found)
             left -= len(found)
     return [entry for found in newest_first for entry in found]
+
+
+# ---- Routing --------------------------------------------------------------------------
+# Where a request runs: peers, candidates and the decision. Pure.
+
+PEER_MODEL_ID_LIMIT_CHARS = 256  # model ids that flood the table of peers
+PEER_MODELS_LIMIT = 128  # models that one peer may claim to have
+PEER_URL_LIMIT_CHARS = 1024  # addresses
+PEER_SCORE_LIMIT_TOK_S = 1_000_000.0  # a peer that would win every comparison by claiming the absurd
+COOL_DOWN_S = 5.0  # a peer that fails each request given to it
+COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
+CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
+NO_DEVICE_RETRY_AFTER_S = 30
+
+
+class PeerVia(enum.Enum):
+    """How a peer was found, best first: of two equal candidates the one nearer to the user's network wins."""
+
+    MDNS = "mdns"
+    STATIC = "static"
+    CUSTOM = "custom"
+    RENDEZVOUS = "rendezvous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another bridge, as found; says nothing of whether it may be used.
+
+    `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    base_url: str
+    via: PeerVia
+    last_seen_ms: int
+    app_id: str | None = None
+    loaded_models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+
+
+def parse_base_url(text: str) -> str:
+    """The base URL of a peer in its one form: `http://host:port/v1`, given with or without `/v1`.
+
+    ValueError unless it is http or https, with a host and without credentials, query or fragment: what stands in
+    a URL is shown in logs and lists, so no secret may hide there.
+    """
+    if not 0 < len(text) <= PEER_URL_LIMIT_CHARS or not text.isprintable() or " " in text or "\\" in text:
+        raise ValueError("not a URL")
+    split = urllib.parse.urlsplit(text)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("not an http:// or https:// URL with a host")
+    if "@" in split.netloc or "?" in text or "#" in text:
+        raise ValueError("credentials, query and fragment have no place in a base URL")
+    host = f"[{split.hostname}]" if ":" in split.hostname else split.hostname
+    port = "" if split.port is None else f":{split.port}"  # ValueError beyond 65535
+    path = split.path.rstrip("/")
+    return f"{split.scheme}://{host}{port}{path if path.endswith('/v1') else path + '/v1'}"
+
+
+def build_peer_json(peer: Peer) -> dict[str, Any]:
+    """The peer as `GET /v1/dvai/peers` shows it and existing software writes it (unix ms, camelCase)."""
+    return {
+        "deviceId": peer.device_id,
+        "deviceName": peer.device_name,
+        "dvaiVersion": peer.dvai_version,
+        "baseUrl": peer.base_url,
+        **({} if peer.app_id is None else {"appId": peer.app_id}),
+        "loadedModels": list(peer.loaded_models),
+        "capability": dict(peer.capability),
+        "via": peer.via.value,
+        "secure": peer.secure,
+        "lastSeenAt": peer.last_seen_ms,
+    }
+
+
+def parse_peer_json(value: object, via: PeerVia | None = None) -> Peer:
+    """The peer that a decoded JSON object describes; ValueError says which member is wrong.
+
+    `via`, when given, decides instead of the object: who learnt of the peer knows how. Only deviceId and baseUrl are
+    needed; unknown members are ignored, models and scores beyond the bounds are left out.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("a peer must be an object")
+    device_id = parse_device_id(value.get("deviceId"))
+    base_url = value.get("baseUrl")
+    if not isinstance(base_url, str):
+        raise ValueError("baseUrl must be a text")
+    app_id = value.get("appId")
+    last_seen = value.get("lastSeenAt")
+    try:
+        found_via = via or PeerVia(value.get("via"))
+    except ValueError:
+        raise ValueError(f"via must be one of {', '.join(each.value for each in PeerVia)}") from None
+    return Peer(
+        device_id=device_id,
+        device_name=_parse_peer_text(value.get("deviceName")) or device_id,
+        dvai_version=_parse_peer_text(value.get("dvaiVersion")),
+        base_url=parse_base_url(base_url),
+        via=found_via,
+        last_seen_ms=last_seen if is_count(last_seen) else 0,
+        app_id=None if app_id is None else parse_device_id(app_id, "appId"),
+        loaded_models=parse_model_ids(value.get("loadedModels")),
+        capability=parse_scores(value.get("capability")),
+        secure=value.get("secure") is True,
+    )
+
+
+def parse_device_id(value: object, member: str = "deviceId") -> str:
+    """A device or app id: 1 to 128 printable characters; ValueError names the JSON member otherwise."""
+    if not is_peer_id(value):
+        raise ValueError(f"{member} must be 1 to {PEER_ID_LIMIT_CHARS} printable characters")
+    return value
+
+
+def parse_model_ids(value: object) -> tuple[str, ...]:
+    """The model ids in a JSON list from a peer; what is no such id is left out."""
+    ids = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in ids[:PEER_MODELS_LIMIT] if is_model_id(each))
+
+
+def parse_scores(value: object) -> dict[str, float]:
+    """Model id → tokens per second in a JSON object from a peer; what is no such pair is left out."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    sound = ((model, score) for model, score in pairs if is_model_id(model) and is_score(score))
+    return {model: float(score) for model, score in itertools.islice(sound, PEER_MODELS_LIMIT)}
+
+
+def is_model_id(value: object) -> bool:
+    """Whether a peer may call a model so."""
+    return isinstance(value, str) and 0 < len(value) <= PEER_MODEL_ID_LIMIT_CHARS and value.isprintable()
+
+
+def is_score(value: object) -> bool:
+    """Whether this is a number of tokens per second that a device can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= PEER_SCORE_LIMIT_TOK_S
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number that fits JSON's safe integers and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _parse_peer_text(value: object) -> str:
+    return value[:PEER_NAME_LIMIT_CHARS] if isinstance(value, str) else ""
+
+
+# What a request asks for
+
+
+class OffloadPreference(enum.Enum):
+    """The values of `X-DVAI-Offload`."""
+
+    PREFER = "prefer"
+    NEVER = "never"
+    REQUIRE = "require"
+
+
+def parse_preference(value: str | None) -> OffloadPreference:
+    """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
+    word = (value or "").strip().lower()
+    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+
+
+def parse_forwarded(value: str | None) -> bool:
+    """Whether `X-DVAI-Forwarded` says that the request came through a bridge already, and must not go on.
+
+    Any value but nothing and 0 counts: a loop costs more than a request served here.
+    """
+    return (value or "").strip() not in ("", "0")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class OffloadPolicy:
+    """What the user decided once for all requests. Scores in tokens per second."""
+
+    enabled: bool = False
+    min_local_capability: float = 10.0
+    substitute_quant: bool = False
+    has_rendezvous: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteRequest:
+    """What one request says of where it may run. `model` None: it named none."""
+
+    model: str | None = None
+    preference: OffloadPreference = OffloadPreference.PREFER
+    is_forwarded: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalModel:
+    """A model that this device serves. `score` None: nobody knows how fast."""
+
+    model_id: str
+    score: float | None = None
+    is_demonstration: bool = False
+
+
+# What is known of a peer
+#
+#            answered            paired             learned
+#     SEEN ────────────▶ REACHABLE ───────▶ PAIRED ─────────▶ READY
+#      ▲                  │   ▲               │ │               │
+#      │                  │   └── unpaired ───┘ │               │
+#      │                  │   └── unpaired ─────┼───────────────┤
+#      └──── lost ────────┴──────── lost ───────┴──── lost ─────┘
+#
+# Invariants: a prompt is sent in PAIRED and READY only. A peer that was lost passes through every state again, so that
+# what it has and who it is are asked anew when it returns; its pairing and what it taught us are kept meanwhile.
+
+
+class PeerState(enum.Enum):
+    """How far we got with a peer; the value is what `peers` prints."""
+
+    SEEN = "seen"
+    REACHABLE = "reachable"
+    PAIRED = "paired"
+    READY = "ready"
+
+
+class PeerEvent(enum.Enum):
+    """What moves a peer from state to state."""
+
+    ANSWERED = "answered"  # health came back
+    PAIRED = "paired"  # there is a pairing that lets us use it
+    LEARNED = "learned"  # it said which models it has
+    UNPAIRED = "unpaired"  # the pairing was revoked, ran out, or was not recognised (401)
+    LOST = "lost"  # no answer
+
+
+PEER_TRANSITIONS = {
+    (PeerState.SEEN, PeerEvent.ANSWERED): PeerState.REACHABLE,
+    (PeerState.REACHABLE, PeerEvent.PAIRED): PeerState.PAIRED,
+    (PeerState.REACHABLE, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.PAIRED, PeerEvent.LEARNED): PeerState.READY,
+    (PeerState.PAIRED, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.PAIRED, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.READY, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.READY, PeerEvent.LOST): PeerState.SEEN,
+}
+
+
+def advance_peer(state: PeerState, event: PeerEvent) -> PeerState:
+    """The state after the event; events that mean nothing in a state leave it as it is."""
+    return PEER_TRANSITIONS.get((state, event), state)
+
+
+class PeerHealth(enum.Enum):
+    """What a peer's health route says of its engine."""
+
+    OK = "ok"
+    LOADING = "loading"
+    DEGRADED = "degraded"
+
+
+class Handshake(enum.Enum):
+    """Where the pairing with an unpaired peer stands."""
+
+    NONE = "not paired"
+    ASKING = "waits for approval there"
+    REFUSED = "not paired: the handshake was refused"
+
+
+class PeerRoute(enum.Enum):
+    """By which way a peer is reached; the words of `X-DVAI-Route`."""
+
+    LAN = "lan"
+    RELAY = "relay"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class CoolDown:
+    """How long a peer that failed is left alone: 5 s, doubled with each further failure, at most 5 minutes.
+
+    Times on one clock of the caller's. Any sign of life ends it: the caller begins again with `CoolDown()`.
+    """
+
+    failures: int = 0
+    until_s: float = 0.0
+
+    def fail(self, now_s: float, retry_after_s: float = 0.0) -> CoolDown:
+        """After one more failure; a peer that said when to come back is left alone so long at least."""
+        doubled_s = COOL_DOWN_S * 2.0 ** min(self.failures, 16)
+        wait_s = min(max(doubled_s, retry_after_s), COOL_DOWN_LIMIT_S)
+        return CoolDown(failures=self.failures + 1, until_s=now_s + wait_s)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A peer with all that the decision looks at.
+
+    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
+    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
+    "" while nobody knows yet.
+    """
+
+    peer: Peer
+    state: PeerState
+    has_pairing: bool = False
+    handshake: Handshake = Handshake.NONE
+    health: PeerHealth = PeerHealth.OK
+    models: tuple[str, ...] | None = None
+    running: int = 0
+    waiting: int = 0
+    slots: int = 1
+    cool_down: CoolDown = field(default_factory=CoolDown)
+    route: PeerRoute = PeerRoute.LAN
+    error: str = ""
+
+
+# The decision
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One line of a refusal's `checked`: who was considered, its score, and why it does not serve.
+
+    `score` is the effective one: divided by the queue; 0 when it does not matter.
+    """
+
+    device_id: str
+    device_name: str | None
+    score: float
+    reason: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteTarget:
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    """
+
+    peer: Peer | None = None
+    route: PeerRoute | None = None
+    model_id: str | None = None
+    substituted_for: str | None = None
+    score: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteDecision:
+    """Where a request runs: `targets` in the order to try them; none of them is a refusal (build_refusal).
+
+    `reason`: ASCII, for a header and the log. `checked`: this device, then every peer that was considered.
+    `pair_with`: an unpaired peer that would be chosen, with which the handshake is to begin now. `awaited`: the peer
+    whose approval a request without targets may wait for. `may_retry`: somebody cools down or connects, so that
+    asking again can help. `advice`: what the user can do when nobody serves.
+    """
+
+    targets: tuple[RouteTarget, ...]
+    reason: str
+    model: str | None
+    checked: tuple[Checked, ...] = ()
+    pair_with: Peer | None = None
+    awaited: Peer | None = None
+    may_retry: bool = False
+    advice: str = ""
+    is_local_only: bool = False
+    local_score: float | None = None
+    required_score: float = 0.0
+    has_rendezvous: bool = False
+    paired_remote_peers: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """What the request demands of a peer: `floor` tok/s. `fallback` serves when no peer does.
+
+    `reason`: why the one that serves was chosen; `here`: why this device was not.
+    """
+
+    reason: str
+    here: str = ""
+    floor: float = 0.0
+    fallback: LocalModel | None = None
+    is_local_enough: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """What one candidate can do for one request. `score`: effective; of an unknown one, what it counts as.
+
+    `obstacle`: why it cannot serve, "" if it can. `is_coming`: that passes by itself. `is_unpaired`: it passes when
+    that device's user approves.
+    """
+
+    candidate: Candidate
+    model_id: str | None = None
+    score: float = 0.0
+    is_known: bool = False
+    is_loaded: bool = False
+    is_substitute: bool = False
+    obstacle: str = ""
+    is_coming: bool = False
+    is_unpaired: bool = False
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts the best first: loaded, score, the way it was found; the id last, so that the order is stable.
+
+        An unknown score stands behind every known one that is as good, and so its model counts as not loaded there.
+        """
+        peer = self.candidate.peer
+        via = list(PeerVia).index(peer.via)
+        is_first = self.is_loaded and self.is_known
+        return not is_first, -self.score, not self.is_known, not self.is_loaded, via, peer.device_id
+
+
+def choose_route(
+    policy: OffloadPolicy,
+    request: RouteRequest,
+    local: Sequence[LocalModel],
+    candidates: Sequence[Candidate],
+    now_s: float,
+) -> RouteDecision:
+    """Where a request runs, by section 3 of the protocol; a pure function of its arguments.
+
+    | request | this device | served by |
+    |---|---|---|
+    | offload off, `never`, or forwarded | any | this device, else `no_local_backend` |
+    | names a paired peer: `studio/llama` | any | that peer, whatever its score |
+    | `require` | any | peers that score at least min_local_capability |
+    | `prefer` | scores at least min_local_capability | this device |
+    | `prefer` | scores less, or has no such model | peers that score more, then this device |
+
+    Several peers are tried in the order of _Offer.rank. Nobody left: `no_capable_device`. `local`: what this device
+    serves, the default first; empty in offload-only mode. `now_s`: of the clock that the cool-downs were made with.
+    """
+    if not policy.enabled or request.preference is OffloadPreference.NEVER or request.is_forwarded:
+        return _decide_local(policy, request, local)
+    model, owners = _resolve_address(request.model, local, candidates)
+    here = _find_local(local, request.model)
+    local_score = _score_local(here, request.model)
+    terms = _choose_terms(policy, request, here, local_score, is_addressed=owners is not None)
+    if terms.is_local_enough:
+        return RouteDecision(targets=_target_local(here), reason=terms.reason, model=model, local_score=local_score)
+    considered = [each for each in candidates if owners is None or each.peer.device_id in owners]
+    offers = sorted((_build_offer(policy, model, each, now_s) for each in considered), key=lambda offer: offer.rank)
+    absence = "does not have the model" if local else "serves nothing itself"
+    itself = Checked(device_id="self", device_name=None, score=local_score, reason=terms.here if here else absence)
+    decision = RouteDecision(
+        targets=_target_local(terms.fallback),
+        reason="no peer is better",
+        model=model,
+        checked=(itself, *(_check(each, terms.floor) for each in offers)),
+        local_score=local_score if here else None,
+        required_score=policy.min_local_capability,
+        has_rendezvous=policy.has_rendezvous,
+        paired_remote_peers=sum(each.has_pairing and each.peer.via is PeerVia.RENDEZVOUS for each in candidates),
+    )
+    return _decide_peers(decision, terms, offers)
+
+
+def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
+    """Those of the offers that meet the terms go before this device; `offers`: the best first."""
+    wanted = [each for each in offers if each.score >= terms.floor and (not each.obstacle or each.is_unpaired)]
+    able = [each for each in wanted if not each.obstacle]
+    unpaired = next((each.candidate for each in wanted if each.is_unpaired), None)
+    is_first = unpaired is not None and wanted[0].candidate is unpaired
+    return replace(
+        decision,
+        targets=(*(_target_peer(each, decision.model) for each in able), *decision.targets),
+        reason=terms.reason if able else decision.reason,
+        pair_with=unpaired.peer if unpaired and is_first and unpaired.handshake is Handshake.NONE else None,
+        awaited=unpaired.peer if unpaired else None,
+        may_retry=any(each.is_coming for each in offers),
+        advice=_advise(offers, terms.floor),
+    )
+
+
+def _decide_local(policy: OffloadPolicy, request: RouteRequest, local: Sequence[LocalModel]) -> RouteDecision:
+    """This device, whatever the model: if it has no such model, it says so itself."""
+    if not policy.enabled:
+        reason = "offload is off"
+    elif request.is_forwarded:
+        reason = "a peer forwarded it"
+    else:
+        reason = "X-DVAI-Offload: never"
+    targets = (RouteTarget(model_id=request.model),) if local else ()
+    return RouteDecision(targets=targets, reason=reason, model=request.model, is_local_only=True)
+
+
+def _choose_terms(
+    policy: OffloadPolicy, request: RouteRequest, here: LocalModel | None, local_score: float, *, is_addressed: bool
+) -> _Terms:
+    minimum = policy.min_local_capability
+    if is_addressed:
+        return _Terms(floor=0.0, reason="the model names this peer", here="another device was named")
+    if request.preference is OffloadPreference.REQUIRE:
+        return _Terms(floor=minimum, reason="X-DVAI-Offload: require", here="a peer is required")
+    if here is not None and local_score >= minimum:
+        return _Terms(reason=f"this device has {local_score:.3g} tok/s, enough for {minimum:g}", is_local_enough=True)
+    faster = math.nextafter(local_score, math.inf)
+    reason = f"faster than the {local_score:.3g} tok/s of this device" if here else "this device does not have it"
+    return _Terms(floor=faster, fallback=here, reason=reason, here="below threshold")
+
+
+def _find_local(local: Sequence[LocalModel], model: str | None) -> LocalModel | None:
+    if model is None:
+        return local[0] if local else None
+    return next((each for each in local if is_same_model(each.model_id, model)), None)
+
+
+def _score_local(here: LocalModel | None, model: str | None) -> float:
+    """What this device scores, 0 when nobody knows; the demonstration model counts only for who names it."""
+    if here is None or here.score is None or (here.is_demonstration and model is None):
+        return 0.0
+    return here.score
+
+
+def _resolve_address(
+    model: str | None, local: Sequence[LocalModel], candidates: Sequence[Candidate]
+) -> tuple[str | None, frozenset[str] | None]:
+    """The model, and the ids of the paired peers that its name begins with; None for those if it names none.
+
+    A model whose whole name somebody serves is no address: ids have slashes of their own.
+    """
+    paired = [each for each in candidates if each.has_pairing]
+    served = [each.model_id for each in local] + [each for peer in paired for each in _list_models(peer)]
+    if model is None or "/" not in model or any(is_same_model(each, model) for each in served):
+        return model, None
+    names = [name for each in paired for name in (each.peer.device_id, each.peer.device_name)]
+    owner, rest = split_address(model, names)
+    if owner is None:
+        return model, None
+    peers = [each.peer for each in paired]
+    owned = (
+        each.device_id for each in peers if owner.casefold() in (each.device_id.casefold(), each.device_name.casefold())
+    )
+    return rest, frozenset(owned)
+
+
+def _list_models(candidate: Candidate) -> tuple[str, ...]:
+    """Every model that the peer is known to have."""
+    if candidate.models is not None:
+        return candidate.models
+    return (*candidate.peer.loaded_models, *candidate.peer.capability)
+
+
+def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate, now_s: float) -> _Offer:
+    passing = _find_passing_obstacle(candidate, now_s)
+    if passing:
+        return _Offer(candidate=candidate, obstacle=passing, is_coming=True)
+    if candidate.state is PeerState.SEEN:
+        via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
+        return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
+    found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
+    if found is None and candidate.models is not None:
+        return _Offer(candidate=candidate, obstacle="does not have the model")
+    known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
+    score = policy.min_local_capability if known is None else known
+    offer = _Offer(
+        candidate=candidate,
+        model_id=found or model,
+        score=score / (1 + candidate.waiting / max(1, candidate.slots)),
+        is_known=known is not None,
+        is_loaded=any(is_same_model(each, found or "") for each in candidate.peer.loaded_models),
+        is_substitute=found is not None and model is not None and not is_same_model(found, model),
+    )
+    if known == 0:
+        return replace(offer, obstacle="scores 0")
+    if candidate.health is PeerHealth.DEGRADED:
+        return replace(offer, obstacle="its engine does not work")
+    if candidate.state is PeerState.REACHABLE:
+        is_open = candidate.handshake is not Handshake.REFUSED
+        return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
+    return offer
+
+
+def _find_passing_obstacle(candidate: Candidate, now_s: float) -> str:
+    """What stands against a candidate and goes by itself, "" for nothing."""
+    if now_s < candidate.cool_down.until_s:
+        return f"cooling down for {math.ceil(candidate.cool_down.until_s - now_s)} s after a failure"
+    if candidate.state is PeerState.SEEN and not candidate.error:
+        return "still connecting"
+    if candidate.state is not PeerState.SEEN and candidate.health is PeerHealth.LOADING:
+        return "still loading its model"
+    return ""
+
+
+def _find_peer_model(candidate: Candidate, model: str | None, *, can_differ: bool) -> str | None:
+    """What the peer calls the model; the best of its models when none was named; None if it has none that will do."""
+    names = [each for each in _list_models(candidate) if model is not None or not is_same_model(each, BUILTIN_MODEL_ID)]
+    fitting = [each for each in names if model is None or is_same_model(each, model)]
+    if not fitting and can_differ and model is not None:
+        fitting = [each for each in names if can_substitute(each, model)]
+    loaded, scores = candidate.peer.loaded_models, candidate.peer.capability
+    return max(fitting, key=lambda each: (each in loaded, scores.get(each, 0.0)), default=None)
+
+
+def _target_local(here: LocalModel | None) -> tuple[RouteTarget, ...]:
+    return () if here is None else (RouteTarget(model_id=here.model_id, score=here.score),)
+
+
+def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
+    return RouteTarget(
+        peer=offer.candidate.peer,
+        route=offer.candidate.route,
+        model_id=offer.model_id,
+        substituted_for=model if offer.is_substitute else None,
+        score=offer.score,
+    )
+
+
+def _check(offer: _Offer, floor: float) -> Checked:
+    peer = offer.candidate.peer
+    reason = offer.obstacle or ("below threshold" if offer.score < floor else "can serve")
+    return Checked(device_id=peer.device_id, device_name=peer.device_name, score=offer.score, reason=reason)
+
+
+def _advise(offers: Sequence[_Offer], floor: float) -> str:
+    """What the user can do when nobody serves; the nearest remedy first."""
+    fast = [each for each in offers if each.score >= floor]
+    asked = next((each for each in fast if each.is_unpaired), None)
+    refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
+    if asked:
+        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+    if any(each.is_coming for each in offers):
+        return "One is connecting or failed a moment ago: ask again soon."
+    if refused:
+        name = display_name(refused.candidate.peer.device_name)
+        return f"{name} refused to pair: `pair request` asks it again."
+    if not offers:
+        return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
+    return "`peers` says what each of them lacks."
+
+
+# The refusal
+
+
+def build_refusal(
+    decision: RouteDecision, request_id: str, failures: Mapping[str, str] | None = None
+) -> NoCapableDeviceError | NoLocalBackendError:
+    """The answer when a decision has no targets, or all of them failed: `failures` is their reason by device id."""
+    if decision.is_local_only:
+        return NoLocalBackendError("This bridge runs in offload-only mode, and the request must not leave the device.")
+    checked = [_build_checked_json(each, (failures or {}).get(each.device_id)) for each in decision.checked]
+    model = "any model" if decision.model is None else f"model {display_name(decision.model)}"
+    return NoCapableDeviceError(
+        f"No device with capability ≥ {decision.required_score:g} tok/s for {model} was reachable. {decision.advice}",
+        retry_after_s=NO_DEVICE_RETRY_AFTER_S,
+        should_retry=None if decision.may_retry or failures else False,
+        extra={
+            "checked": checked[:CHECKED_LIMIT],
+            "localCapability": decision.local_score,
+            "requiredAtLeast": decision.required_score,
+            "rendezvousConfigured": decision.has_rendezvous,
+            "pairedRemotePeers": decision.paired_remote_peers,
+            "requestId": request_id,
+        },
+    )
+
+
+def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]:
+    name = {} if checked.device_name is None else {"deviceName": display_name(checked.device_name)}
+    score, reason = round(checked.score, 1), failure or checked.reason
+    return {"deviceId": display_name(checked.device_id), **name, "capabilityScore": score, "reason": reason}
 
 
 # ---- Streams --------------------------------------------------------------------------
@@ -9664,7 +10416,6 @@ def estimate_memory_bytes(gguf: GgufFile | GgufHeader, n_ctx: int | None, slots:
 
 # The engine as a Backend: slots with their caches, and the jobs that run on them
 
-BUILTIN_MODEL_ID = "dvai-demo"
 SLICE_S = 0.1  # aim of one step: so long may a cancel or another job have to wait
 SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves must free its slot within a second
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
