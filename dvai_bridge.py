@@ -12,14 +12,15 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
-    decisions     models, memory, capability, audit
+    decisions     models, memory, capability, audit, routing
     transport     streams: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, probe
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
 page or network it comes from; a model file, its template included; the engine's process, which may crash or lie about
-its frames; other programs' answers on this machine's ports. Prompts and keys are never logged.
+its frames; other programs' answers on this machine's ports; a model hub and whoever it redirects to. Prompts and keys
+are never logged.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ from collections.abc import (
 )
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeGuard, TypeVar, cast, overload
 
 __version__ = "0.1.0"
 
@@ -145,6 +146,8 @@ REQUEST_ID_LIMIT_CHARS = 128  # a client's X-Request-Id that floods the log
 
 if TYPE_CHECKING:
     import datetime
+    import http.client
+    import urllib.request
     from dataclasses import dataclass as record
 else:
 
@@ -179,14 +182,15 @@ class BridgeError(Exception):
     """Base of every error the bridge raises on purpose.
 
     `status`, `type`, `code`: as in the OpenAI error body. `retry_after_s`: seconds, or None.
-    `should_retry`: False tells SDKs that repeating cannot help. `exit_code`: of the command line.
+    `should_retry`: False tells SDKs that repeating cannot help; on the class, or of one error. `exit_code`: of the
+    command line.
     `extra`: further members of the error body (e.g. `n_ctx`).
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | int | None] = None
-    should_retry: ClassVar[bool | None] = None
+    should_retry: bool | None = None
     exit_code: ClassVar[int] = 1
 
     def __init__(
@@ -195,12 +199,15 @@ class BridgeError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        if should_retry is not None:
+            self.should_retry = should_retry
         self.extra = dict(extra or {})
 
 
@@ -254,10 +261,33 @@ class EngineUnavailableError(BridgeError):
     status, type, code = 503, "unavailable_error", "engine_unavailable"
 
 
+class NoCapableDeviceError(BridgeError):
+    """Nobody can serve the request as it demands; `extra` says who was considered and why not."""
+
+    status, type, code = 503, "no_capable_device", 503
+
+
+class NoLocalBackendError(BridgeError):
+    """The request must not leave this device, which serves nothing itself (offload-only mode)."""
+
+    status, type, code = 503, "no_local_backend", 503
+    should_retry = False
+
+
 class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
     status, type, code, exit_code = 500, "server_error", "model_file", 2
+
+
+class DownloadError(BridgeError):
+    """A model could not be downloaded; the message says whether a part of it was kept."""
+
+    status, type, code = 502, "server_error", "download_failed"
+
+
+class UnreachableError(DownloadError):
+    """There is no way to the host: no network, no such name, nobody listens."""
 
 
 class StorageError(BridgeError):
@@ -280,11 +310,67 @@ class AuthenticationError(BridgeError):
     should_retry = False
 
 
+class SignatureError(AuthenticationError):
+    """The request's signature does not prove who sent it. One message, whatever is wrong with it."""
+
+    code = "invalid_signature"
+
+    def __init__(
+        self, message: str = "the request is not signed validly; pair the devices anew", **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+
+
+class ClockSkewError(SignatureError):
+    """The signature is valid, but the clocks of the two devices differ too much to tell it from an old one."""
+
+    code = "clock_skew"
+
+    def __init__(self, skew_ms: int) -> None:
+        seconds = round(skew_ms / 1000)
+        word = "ahead of" if seconds > 0 else "behind"
+        super().__init__(
+            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
+            extra={"skewSeconds": seconds},
+        )
+
+
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
 
     status, type, code = 403, "permission_error", "forbidden"
     should_retry = False
+
+
+class MalformedHandshakeError(InvalidRequestError):
+    """The body of a request to pair is wrong."""
+
+    type, code = "malformed_handshake", "malformed_handshake"
+
+
+class PairingDeniedError(ForbiddenError):
+    """The user of a device, or its settings, denied a pairing."""
+
+    type, code = "pairing_denied", "pairing_denied"
+
+
+class PairingBusyError(OverloadedError):
+    """Too many requests to pair."""
+
+    type, code = "pairing_busy", "pairing_busy"
+
+
+class PairingDisabledError(BridgeError):
+    """A device does not take part in pairing at all."""
+
+    status, type, code = 503, "pairing_disabled", "pairing_disabled"
+    should_retry = False
+
+
+class PairingFailedError(BridgeError):
+    """The device that was asked to pair cannot be reached or gives no usable answer."""
+
+    status, type, code = 502, "pairing_failed", "pairing_failed"
 
 
 class RouteNotFoundError(BridgeError):
@@ -540,6 +626,17 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_REPO = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}(?::[^:\x00-\x1f\x7f]{{1,255}})?")
+
+
+def parse_hub_repo(text: str) -> str:
+    """The name of a model of a hub: a repository, and the quantisation or file where it is not the usual one."""
+    if not _HUB_REPO.fullmatch(text):
+        raise ValueError("it must be USER/REPO or USER/REPO:QUANT, as in bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0")
+    return text
+
+
 def option(flags: str, default: Any, help: str, group: str, **details: Any) -> Any:
     """A dataclass field that is also an option; `flags` separated by `/`, the long one last."""
     details.setdefault("parse", parse_text)
@@ -559,6 +656,16 @@ class Config:
         "model",
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+    )
+    hf_repo: str | None = option(
+        "-hf/--hf-repo",
+        None,
+        "model to download from Hugging Face, unless it is here already, and to serve; without QUANT it is Q4_K_M, "
+        "else Q8_0, else the first file",
+        "model",
+        parse=parse_hub_repo,
+        metavar="USER/REPO[:QUANT]",
+        fallbacks=("LLAMA_ARG_HF_REPO",),
     )
     alias: str | None = option(
         "-a/--alias",
@@ -703,6 +810,15 @@ class Config:
         "one directory for all state and caches, instead of the platform's",
         "files",
         metavar="DIR",
+    )
+    offline: bool = option(
+        "--offline",
+        False,
+        "download nothing: `--hf-repo` is what is on this machine",
+        "files",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_OFFLINE", "HF_HUB_OFFLINE"),
     )
     config: str | None = option(
         "--config",
@@ -3351,8 +3467,1550 @@ def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": list(models)}
 
 
+# ---- Signing --------------------------------------------------------------------------
+# Signed requests between paired devices: what is signed, in which form, and what counts as fresh. Pure.
+#
+#     message = nonce \n METHOD \n path \n SHA-256(body) in hex, or 64 zeros for no body
+#     X-DVAI-Signature = base64url(HMAC-SHA256(pairing key, message))
+#
+# Freshness is ours and opaque to other software, whose nonces are any text:
+#
+#     t1.1790000000000.AAAAAAAAAAAAAAAAAAAAAA.ssl31giHcRcB
+#        unix ms       22 random characters   SHA-256("dev-src" 00 "dev-tgt")[0:9]: from whom to whom
+
+SIGNATURE_SKEW_MS = 120_000  # captured requests that are sent again later
+NONCE_LIMIT_CHARS = 256  # memory taken by a nonce
+PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
+TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
+TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
+UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
+NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
+
+SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
+
+_TIMED_NONCE = re.compile(r"t1\.([1-9][0-9]{0,15})\.[A-Za-z0-9_-]{22}\.([A-Za-z0-9_-]{12})")
+_VISIBLE = re.compile(rf"[!-~]{{1,{NONCE_LIMIT_CHARS}}}")
+_FIELD_PEER_ID = re.compile(rf"[ -~]{{1,{PEER_ID_LIMIT_CHARS}}}")
+_HMAC_HEX = re.compile(r"[0-9A-Fa-f]{64}")
+_NO_BODY_HASH = "0" * 64
+
+RandomBytes = Callable[[int], bytes]  # as os.urandom
+
+
+def generate_pairing_key(random: RandomBytes = os.urandom) -> str:
+    """A new key of 32 bytes, as it travels and is kept: 43 digits of base64url."""
+    return encode_base64url(random(32))
+
+
+def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> bytes:
+    """What a signature covers. `path`: as sent, without query; an empty `body` counts as none."""
+    body_hash = hashlib.sha256(body).hexdigest() if body else _NO_BODY_HASH
+    return f"{nonce}\n{method.upper()}\n{path}\n{body_hash}".encode()
+
+
+def sign_hmac(pairing_key: str, message: bytes) -> str:
+    """The signature of a composed message: 43 digits of base64url."""
+    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
+    """Raises SignatureError unless `signature` (43 digits of base64url or 64 of hex) is that of `message`."""
+    if not _is_hmac(pairing_key, message, signature):
+        raise SignatureError
+
+
+def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
+    """The same work whatever is wrong with the signature."""
+    try:
+        presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
+    except ValueError:
+        presented = b""
+    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+@record(frozen=True, slots=True)
+class TimedNonce:
+    """What a t1 nonce says. `sent_at_ms`: unix time in milliseconds; `binding`: from whom to whom."""
+
+    sent_at_ms: int
+    binding: str
+
+
+def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes = os.urandom) -> str:
+    """A t1 nonce for one request of the device `sender` to the device `receiver`."""
+    return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
+
+
+def build_nonce_binding(sender: str, receiver: str) -> str:
+    """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
+    return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
+
+
+def parse_timed_nonce(text: str) -> TimedNonce | None:
+    """What a t1 nonce says; None for other formats. ValueError for one that begins as t1 and is none."""
+    if not text.startswith("t1."):
+        return None
+    match = _TIMED_NONCE.fullmatch(text)
+    if match is None:
+        raise ValueError("a malformed t1 nonce")
+    return TimedNonce(int(match[1]), match[2])
+
+
+def encode_canonical_json(value: Any) -> bytes:
+    """The bytes of JSON.stringify(JSON.parse(text)) for the value of that text: the body to sign and to send.
+
+    Hubs write a body anew before they hash it, so ours must have that form already: JavaScript's numbers,
+    integer-like keys first, lone surrogates escaped (ECMA-262 25.5.2). ValueError for NaN and infinities.
+    """
+    text = _build_canonical_json(value)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", joined).encode()
+
+
+_EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
+_ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_JSON_CONSTANTS = {None: "null", True: "true", False: "false"}
+
+
+def _build_canonical_json(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return json.encoder.encode_basestring(value)
+    if kind is dict:
+        members = [
+            f"{json.encoder.encode_basestring(key)}:{_build_canonical_json(value[key])}" for key in _sort_keys(value)
+        ]
+        return "{" + ",".join(members) + "}"
+    if kind is list:
+        return "[" + ",".join(map(_build_canonical_json, value)) + "]"
+    if kind is bool or value is None:
+        return _JSON_CONSTANTS[value]
+    if kind is int and -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT:
+        return str(value)
+    return _build_javascript_number(value)
+
+
+def _sort_keys(members: Mapping[str, Any]) -> Iterable[str]:
+    """Keys in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
+    if not any("0" <= key < ":" for key in members):  # none begins with a digit
+        return members
+    indices = [key for key in members if _ARRAY_INDEX.fullmatch(key) and int(key) < 2**32 - 1]
+    others = dict.fromkeys(members)
+    for key in indices:
+        del others[key]
+    return [*sorted(indices, key=int), *others]
+
+
+def _build_javascript_number(value: int | float) -> str:
+    """Number::toString of ECMA-262 (6.1.6.1.20). Both languages choose the same shortest digits.
+
+    repr       digits, n      the value is 0.digits × 10^n
+    1.5e+300   15, 301        1.5e+300
+    123.25     12325, 3       123.25
+    1e-07      1, -6          1e-7
+    """
+    if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
+        return str(int(value))
+    if not math.isfinite(number := float(value)):
+        raise ValueError("a number that JSON does not have")
+    sign = "-" if number < 0 else ""
+    mantissa, _, exponent = repr(abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    whole, n = whole.lstrip("0"), int(exponent or 0)
+    n += len(whole) or len(fraction.lstrip("0")) - len(fraction)
+    digits = (whole + fraction).strip("0") if whole else fraction.strip("0")
+    if n > 21 or n <= -6:
+        tail = "." + digits[1:] if len(digits) > 1 else ""
+        return f"{sign}{digits[0]}{tail}e{n - 1:+d}"
+    if n <= 0:
+        return f"{sign}0.{'0' * -n}{digits}"
+    return sign + digits[:n].ljust(n, "0") + ("." + digits[n:] if len(digits) > n else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class SignatureHeaders:
+    """The four fields of a signed request, none of them believed yet."""
+
+    device_id: str
+    app_id: str
+    nonce: str
+    signature: str
+
+
+def parse_signature_headers(headers: Headers) -> SignatureHeaders | None:
+    """The signature of a request, None if it has none of the fields. SignatureError if some, doubled or not ASCII."""
+    fields = [headers.get_all(name) for name in SIGNATURE_FIELDS]
+    if not any(fields):
+        return None
+    if any(len(values) != 1 for values in fields):
+        raise SignatureError
+    device_id, app_id, nonce, signature = (values[0] for values in fields)
+    is_sound = _FIELD_PEER_ID.fullmatch(device_id) and _FIELD_PEER_ID.fullmatch(app_id)
+    if not (is_sound and _VISIBLE.fullmatch(nonce) and _VISIBLE.fullmatch(signature)):
+        raise SignatureError
+    return SignatureHeaders(device_id=device_id, app_id=app_id, nonce=nonce, signature=signature)
+
+
+def build_signed_headers(
+    *, pairing_key: str, device_id: str, app_id: str | None, nonce: str, method: str, path: str, body: bytes
+) -> list[tuple[str, str]]:
+    """The fields that sign one request of the device `device_id`; without an `app_id` that id stands in for it."""
+    signature = sign_hmac(pairing_key, compose_signed_message(nonce, method, path, body))
+    return [
+        ("X-DVAI-Peer-Device-Id", device_id),
+        ("X-DVAI-App-Id", app_id or device_id),
+        ("X-DVAI-Nonce", nonce),
+        ("X-DVAI-Signature", signature),
+    ]
+
+
+class ReplayMemory:
+    """Which nonces were used, by pairing: those with a time until it is stale, the others oldest out.
+
+    Full of fresh ones it refuses rather than forgets. Kept as 9 bytes of SHA-256, so a nonce is never in it.
+    """
+
+    def __init__(self) -> None:
+        self._timed: dict[str, dict[bytes, int]] = {}  # pairing id → hash → sent_at_ms
+        self._untimed: dict[str, dict[bytes, None]] = {}  # pairing id → hashes in order of use
+        self._timed_count = 0
+        self._swept_at_ms = 0
+        self.has_new_untimed = False
+
+    def remember_timed(self, pairing_id: str, nonce: str, sent_at_ms: int, now_ms: int) -> bool:
+        """False if `nonce` was used before. OverloadedError if there is no room for it."""
+        is_full = (
+            self._timed_count >= TIMED_NONCES_LIMIT
+            or len(self._timed.get(pairing_id, ())) >= TIMED_NONCES_PER_PAIRING_LIMIT
+        )
+        if abs(now_ms - self._swept_at_ms) >= (NONCE_SWEEP_INTERVAL_MS if is_full else SIGNATURE_SKEW_MS):
+            self._sweep(now_ms)
+        seen = self._timed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= TIMED_NONCES_PER_PAIRING_LIMIT or self._timed_count >= TIMED_NONCES_LIMIT:
+            raise OverloadedError("too many signed requests within minutes", retry_after_s=SIGNATURE_SKEW_MS // 2000)
+        seen[digest] = sent_at_ms
+        self._timed_count += 1
+        return True
+
+    def remember_untimed(self, pairing_id: str, nonce: str) -> bool:
+        """False if `nonce` was used before, as far as it is remembered."""
+        seen = self._untimed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= UNTIMED_NONCES_LIMIT:
+            del seen[next(iter(seen))]
+        seen[digest] = None
+        self.has_new_untimed = True
+        return True
+
+    def retain(self, pairing_ids: Collection[str]) -> None:
+        """Forget the pairings that are gone."""
+        self._timed = {each: seen for each, seen in self._timed.items() if each in pairing_ids}
+        self._untimed = {each: seen for each, seen in self._untimed.items() if each in pairing_ids}
+        self._timed_count = sum(map(len, self._timed.values()))
+
+    def encode(self, now_ms: int) -> bytes:
+        """The memory as a state file: per pairing one base64url of what is fresh, one of what has no time."""
+        self._sweep(now_ms)
+        timed = {
+            each: encode_base64url(b"".join(struct.pack(">Q", ms) + digest for digest, ms in seen.items()))
+            for each, seen in self._timed.items()
+        }
+        untimed = {each: encode_base64url(b"".join(seen)) for each, seen in self._untimed.items()}
+        return encode_json({"version": 1, "timed": timed, "untimed": untimed})
+
+    def _sweep(self, now_ms: int) -> None:
+        """Drops what would be refused for its time anyway."""
+        self._swept_at_ms = now_ms
+        for pairing_id, seen in list(self._timed.items()):
+            fresh = {digest: ms for digest, ms in seen.items() if abs(ms - now_ms) <= SIGNATURE_SKEW_MS}
+            self._timed[pairing_id] = fresh
+            if not fresh:
+                del self._timed[pairing_id]
+        self._timed_count = sum(map(len, self._timed.values()))
+
+
+def parse_replay_memory(data: bytes) -> ReplayMemory:
+    """The memory that `encode` wrote; ValueError (or what a wrong type brings) for anything else."""
+    document = parse_json(data)
+    if document["version"] != 1:
+        raise ValueError("another version")
+    memory = ReplayMemory()
+    for pairing_id, text in document["timed"].items():
+        entries = struct.iter_unpack(">Q9s", parse_base64url(text))
+        memory._timed[pairing_id] = {digest: ms for ms, digest in entries}
+    for pairing_id, text in document["untimed"].items():
+        memory._untimed[pairing_id] = dict.fromkeys(each[0] for each in struct.iter_unpack("9s", parse_base64url(text)))
+    memory.retain(document["timed"].keys() | document["untimed"].keys())
+    return memory
+
+
+def _hash_nonce(nonce: str) -> bytes:
+    return hashlib.sha256(nonce.encode()).digest()[:9]
+
+
+# ---- Identity -------------------------------------------------------------------------
+# Who this installation is towards others, and on which machine it became so.
+
+MACHINE_PROBE_TIMEOUT_S = 5.0  # macOS' ioreg that hangs
+
+identity_log = logging.getLogger("dvai_bridge.identity")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
+
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
+    the key of the secure channel, base64url of 32 bytes.
+    """
+
+    device_id: str
+    device_name: str
+    machine: str | None = field(default=None, repr=False)
+    seed: str | None = field(default=None, repr=False)
+
+
+def is_peer_id(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside may be a device's or an application's id: 1 to 128 printable characters."""
+    return isinstance(value, str) and 1 <= len(value) <= PEER_ID_LIMIT_CHARS and value.isprintable()
+
+
+def parse_identity(data: bytes) -> Identity:
+    """Parse `identity.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    identity = Identity(
+        device_id=document["deviceId"],
+        device_name=document["deviceName"],
+        machine=document["machine"],
+        seed=document["seed"],
+    )
+    if len(parse_base64url(identity.device_id)) != 16 or not is_peer_id(identity.device_name):
+        raise ValueError("not an id of ours, or no name")
+    if not (identity.machine is None or re.fullmatch(r"[0-9a-f]{32}", identity.machine)):
+        raise ValueError("not a machine's hash")
+    if identity.seed is not None and len(parse_base64url(identity.seed)) != 32:
+        raise ValueError("not a seed")
+    return identity
+
+
+def encode_identity(identity: Identity) -> bytes:
+    """The bytes of `identity.json`."""
+    members = {
+        "version": 1,
+        "deviceId": identity.device_id,
+        "deviceName": identity.device_name,
+        "machine": identity.machine,
+        "seed": identity.seed,
+    }
+    return encode_json(members)
+
+
+def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
+    if known is not None and (machine is None or known.machine == machine):
+        return known
+    if known is not None and known.machine is None:
+        return replace(known, machine=machine)
+    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+
+
+def build_machine_hash(machine_id: str) -> str:
+    """32 hex digits that say nothing of `machine_id` to others, as its makers ask for (machine-id(5))."""
+    return hmac.digest(machine_id.encode(), b"dvai-bridge identity", "sha256").hex()[:32]
+
+
+def load_identity(
+    directory: Path, *, machine_id: str | None, hostname: str, random: RandomBytes = os.urandom
+) -> Identity:
+    """The identity in `identity.json` of a data directory, made at the first start. Blocks for the disk.
+
+    A directory copied from another machine gets a new one, and a line that says so; the old one is kept beside it.
+    StorageError if the file is damaged and has no good copy.
+    """
+    path = directory / "identity.json"
+    machine = build_machine_hash(machine_id) if machine_id else None
+    name = hostname.strip()[:PEER_ID_LIMIT_CHARS]
+    name = name if is_peer_id(name) else "unnamed device"
+    known = load_file(path, parse_identity)
+    chosen = choose_identity(known, machine=machine, device_name=name, random=random)
+    if chosen == known:
+        return chosen
+    if known is not None and known.device_id != chosen.device_id:
+        aside = path.with_name(f"{path.name}.other-machine-{known.device_id}")
+        save_file(aside, encode_identity(known))
+        identity_log.warning(
+            "%s was made on another machine: this one is now device %s and must be paired anew (the old identity is "
+            "kept as %s)",
+            path,
+            chosen.device_id,
+            aside.name,
+        )
+
+    def choose_again(saved: Identity | None) -> bytes:  # another process may have been first
+        nonlocal chosen
+        chosen = saved if saved is not None and saved != known else chosen
+        return encode_identity(chosen)
+
+    update_file(path, parse_identity, choose_again)
+    return chosen
+
+
+def probe_machine_id(platform: str, root: Path = Path("/")) -> str | None:
+    """What tells this machine from another one with a copy of its disk; None if there is nothing. May block.
+
+    `platform` as in sys.platform. Linux keeps machine-id on the very card that is cloned, so a board's serial
+    number, where one can be read, counts too.
+    """
+    if platform == "win32":
+        return _read_registry_machine_id()
+    if platform == "darwin":
+        return _run_ioreg()
+    names = ("etc/machine-id", "var/lib/dbus/machine-id", "etc/hostid")
+    found = next(filter(None, (_read_machine_file(root / name) for name in names)), "")
+    serial = _read_machine_file(root / "proc/device-tree/serial-number")
+    return f"{found}:{serial}" if serial else found or None
+
+
+def _read_machine_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(256).strip(b"\0\n ").decode("ascii", "replace")
+    except OSError:
+        return ""
+    return "" if text == "uninitialized" else text
+
+
+def _run_ioreg() -> str | None:
+    command = ["/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=MACHINE_PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(rb'"IOPlatformUUID" = "([^"]+)"', done.stdout)
+    return match[1].decode("ascii", "replace") if match else None
+
+
+def _read_registry_machine_id() -> str | None:
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
+            return str(winreg.QueryValueEx(key, "MachineGuid")[0])
+    except (ImportError, OSError):
+        return None
+
+
+# ---- Pairing --------------------------------------------------------------------------
+# Who is paired with this device: the records, their file, and the check of a signed request against them.
+#
+# A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
+# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
+# clock that is wrong for a while changes nothing for good.
+
+PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
+PAIRING_EXPIRES_AFTER_DAYS = 30
+LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+DAY_MS = 86_400_000
+
+pairing_log = logging.getLogger("dvai_bridge.pairing")
+
+
+class PairingState(enum.Enum):
+    """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """What is known of a paired peer.
+
+    `app_id`: the application there, the device's id where it named none. `device_id` is the base URL for an
+    outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
+    that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
+    `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
+    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    """
+
+    device_id: str
+    app_id: str
+    device_name: str
+    inbound_key: str | None = field(default=None, repr=False)
+    outbound_key: str | None = field(default=None, repr=False)
+    base_url: str | None = None
+    via: str = "lan-handshake"
+    paired_at_ms: int
+    last_used_at_ms: int
+    uses_t1: bool = False
+    is_marked_unauthorized: bool = False
+    speaks_noise: bool = False
+    identity_key: str | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> PairingKey:
+        """What tells this record from the others: (app_id, device_id)."""
+        return self.app_id, self.device_id
+
+    @property
+    def pairing_id(self) -> str:
+        """12 characters that name this record in routes and commands."""
+        return encode_base64url(hashlib.sha256("\0".join(self.key).encode()).digest()[:9])
+
+
+PairingKey = tuple[str, str]
+PairingListener = Callable[[Pairing | None, Pairing | None], None]  # (before, after)
+PairingRecords = dict[PairingKey, Pairing]
+
+# Member of the file → field and what its value must be.
+_OPTIONAL_TEXT = (str, type(None))
+_PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "deviceId": ("device_id", (str,)),
+    "appId": ("app_id", (str,)),
+    "deviceName": ("device_name", (str,)),
+    "inboundKey": ("inbound_key", _OPTIONAL_TEXT),
+    "outboundKey": ("outbound_key", _OPTIONAL_TEXT),
+    "baseUrl": ("base_url", _OPTIONAL_TEXT),
+    "via": ("via", (str,)),
+    "pairedAt": ("paired_at_ms", (int,)),
+    "lastUsedAt": ("last_used_at_ms", (int,)),
+    "usesT1": ("uses_t1", (bool,)),
+    "isMarkedUnauthorized": ("is_marked_unauthorized", (bool,)),
+    "speaksNoise": ("speaks_noise", (bool,)),
+    "identityKey": ("identity_key", _OPTIONAL_TEXT),
+}
+
+
+def is_pairing_key(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside is a key: canonical base64url of 32 bytes."""
+    try:
+        return isinstance(value, str) and len(parse_base64url(value)) == 32
+    except ValueError:
+        return False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingFile:
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+
+    device_id: str | None
+    records: PairingRecords = field(repr=False)
+
+
+def parse_pairings(data: bytes) -> PairingFile:
+    """Parse `pairings.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    if "version" not in document:  # on Windows other software has its file in the same place
+        return PairingFile(device_id=None, records=parse_foreign_pairings(data))
+    if document["version"] != 1 or not is_peer_id(document["deviceId"]):
+        raise ValueError("another version")
+    records = [_parse_pairing(each) for each in document["pairings"]]
+    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+
+
+def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
+    for name, (_, types) in _PAIRING_MEMBERS.items():
+        if type(members[name]) not in types:
+            raise TypeError(f"{name} has the wrong type")
+    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
+        raise ValueError("no key, or no id")
+    return pairing
+
+
+def encode_pairings(file: PairingFile) -> bytes:
+    """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
+    rows = [
+        {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        for _, pairing in sorted(file.records.items())
+    ]
+    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+
+
+def parse_foreign_pairings(data: bytes) -> PairingRecords:
+    """The pairings that other DVAI software on this machine accepted; ValueError if the file has another form.
+
+    Its form: `{"<peerDeviceId>": {peerDeviceId, peerDeviceName, pairingKey, pairedAt, lastUsedAt, appId?}}`, or a
+    list of such, perhaps under "pairings". Its keys become inbound ones: its own id, by which others know this
+    machine, is not ours. What is not of this form is left out.
+    """
+    document = parse_json(data)
+    if isinstance(document, dict):
+        document = document.get("pairings", document)
+    rows = document.values() if isinstance(document, dict) else document
+    if not isinstance(rows, list | type({}.values())):
+        raise ValueError("not a list of pairings")
+    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    return {each.key: each for each in pairings}
+
+
+def _parse_foreign_pairing(row: Any) -> Pairing | None:
+    if not isinstance(row, dict):
+        return None
+    device_id, key = row.get("peerDeviceId"), row.get("pairingKey")
+    app_id, name = row.get("appId") or device_id, row.get("peerDeviceName") or device_id
+    paired_at_ms = row.get("pairedAt")
+    last_used_at_ms = row.get("lastUsedAt", paired_at_ms)
+    if not (is_peer_id(device_id) and is_peer_id(app_id) and isinstance(name, str) and is_pairing_key(key)):
+        return None
+    if not (type(paired_at_ms) is type(last_used_at_ms) is int and min(paired_at_ms, last_used_at_ms) >= 0):
+        return None
+    return Pairing(
+        device_id=device_id,
+        app_id=app_id,
+        device_name=name,
+        inbound_key=key,
+        paired_at_ms=paired_at_ms,
+        last_used_at_ms=last_used_at_ms,
+    )
+
+
+def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
+    """Where other DVAI software keeps its pairings on this machine."""
+    for variable, folder in (("LOCALAPPDATA", ""), ("XDG_CACHE_HOME", ""), ("HOME", ".cache")):
+        if environ.get(variable):
+            return Path(environ[variable]) / folder / APP_FOLDER / "pairings.json"
+    return None
+
+
+def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
+    if known is None:
+        return new
+    return replace(
+        new,
+        inbound_key=new.inbound_key or known.inbound_key,
+        outbound_key=new.outbound_key or known.outbound_key,
+        base_url=new.base_url or known.base_url,
+        uses_t1=known.uses_t1 and new.inbound_key is None,
+        speaks_noise=known.speaks_noise or new.speaks_noise,
+        identity_key=new.identity_key or known.identity_key,
+    )
+
+
+def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
+    """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
+    return {
+        "id": pairing.pairing_id,
+        "deviceId": pairing.device_id,
+        "deviceName": display_name(pairing.device_name),
+        "appId": pairing.app_id,
+        "state": state.value,
+        "mayUseUs": pairing.inbound_key is not None,
+        "mayBeUsed": pairing.outbound_key is not None,
+        "isMarkedUnauthorized": pairing.is_marked_unauthorized,
+        "baseUrl": pairing.base_url,
+        "via": pairing.via,
+        "pairedAt": pairing.paired_at_ms,
+        "lastUsedAt": pairing.last_used_at_ms,
+    }
+
+
+class PairingStore:
+    """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
+
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner awaits
+    `refresh` every few seconds (another process may have written), `flush` every minute, and `close` at the end.
+    Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
+    """
+
+    def __init__(
+        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+    ) -> None:
+        self.device_id = device_id
+        self.replay = ReplayMemory()
+        self._path = directory / "pairings.json"
+        self._nonces_path = directory / "nonces.json"
+        self._expires_after_ms = expire_after_days * DAY_MS
+        self._records: PairingRecords = {}
+        self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
+        self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
+        self._removals: set[PairingKey] = set()  # not yet in the file
+        self._stamp: tuple[int, ...] | None = None
+        self._listeners: list[PairingListener] = []
+        self._saving = asyncio.Lock()
+
+    def load(self, foreign_path: Path | None = None) -> None:
+        """Read the files; blocks for the disk. StorageError if the pairings are damaged and there is no good copy.
+
+        `foreign_path`: the pairings of other software, taken over when there is no file of ours yet.
+        """
+        self._stamp = self._probe_stamp()
+        file = load_file(self._path, parse_pairings)
+        if file is None and foreign_path is not None:
+            file = self._import(foreign_path)
+        elif file is not None and file.device_id not in (None, self.device_id):
+            file = self._put_aside(file)
+        self._adopt({} if file is None else file.records)
+        try:
+            self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
+        except StorageError as exc:
+            pairing_log.warning("requests signed before this start could be sent again unnoticed: %s", exc)
+        self.replay.retain({pairing.pairing_id for pairing in self.pairings})
+
+    @property
+    def pairings(self) -> tuple[Pairing, ...]:
+        """All records, the expired ones included."""
+        return tuple(self._records.values())
+
+    def find(self, pairing_id: str) -> Pairing | None:
+        """The record with this id."""
+        return next((each for each in self.pairings if each.pairing_id == pairing_id), None)
+
+    def find_record(self, app_id: str, device_id: str) -> Pairing | None:
+        """The record of an application on a device, in whatever state."""
+        return self._records.get((app_id, device_id))
+
+    def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
+        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
+        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+
+    def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
+        """The active pairing by which this caller may use us."""
+        pairing = self._records.get((app_id, device_id))
+        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
+        """The active pairing by which we may use this peer: by its id, else by where it is.
+
+        It may be marked unauthorized: then the peer no longer accepts it.
+        """
+        key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
+        pairing = self._records[key] if key else None
+        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def note_use(self, pairing: Pairing, now_ms: int) -> None:
+        """Keep the pairing from expiring. Cheap: at most one note an hour."""
+        known = self._records.get(pairing.key)
+        if known is not None and not 0 <= now_ms - known.last_used_at_ms < LAST_USE_GRAIN_MS:
+            self.note(known, last_used_at_ms=now_ms)
+
+    def note(self, pairing: Pairing, **fields: Any) -> None:
+        """Change fields that are no secrets (`is_marked_unauthorized`, `base_url`, …) now; `flush` writes them."""
+        known = self._records.get(pairing.key)
+        if known is None or all(getattr(known, name) == value for name, value in fields.items()):
+            return
+        _, earlier = self._notes.get(known.key, (0, {}))
+        self._notes[known.key] = known.paired_at_ms, {**earlier, **fields}
+        self._adopt({**self._records, known.key: replace(known, **fields)})
+
+    async def add(self, pairing: Pairing) -> Pairing:
+        """Save a new pairing, or a new approval of a known one, and return what is kept. StorageError: it is not."""
+        if pairing.key not in self._records and len(self._records) >= PAIRINGS_LIMIT:
+            raise StorageError(f"{PAIRINGS_LIMIT} peers are paired already: revoke one with `pair revoke`")
+        await self._save(pairing)
+        return self._records[pairing.key]
+
+    async def revoke(self, pairing_id: str) -> Pairing | None:
+        """Forget a pairing: at once in memory, then on the disk. None if there is no such one.
+
+        StorageError: it is revoked as long as this process runs, and the next `flush` tries the disk again.
+        """
+        pairing = self.find(pairing_id)
+        if pairing is None:
+            return None
+        self._removals.add(pairing.key)
+        self._adopt(self._records)
+        await self._save()
+        return pairing
+
+    async def flush(self) -> None:
+        """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        if self._notes or self._removals:
+            await self._save()
+        if self.replay.has_new_untimed:
+            await self._save_nonces()
+
+    async def refresh(self) -> None:
+        """Take over what another process wrote. Errors are for `load` and `flush` to report."""
+        async with self._saving:
+            stamp = await asyncio.to_thread(self._probe_stamp)
+            if stamp == self._stamp:
+                return
+            try:
+                file = await asyncio.to_thread(load_file, self._path, parse_pairings)
+            except StorageError as exc:
+                pairing_log.warning("the pairings in memory stay in use: %s", exc)
+            else:
+                self._adopt(file.records if file else {})
+            self._stamp = stamp
+
+    async def close(self) -> None:
+        """Write everything, the nonces of the last minutes too."""
+        await self.flush()
+        if self._records:
+            await self._save_nonces()
+
+    def subscribe(self, listener: PairingListener) -> Callable[[], None]:
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that.
+
+        `after` None, or with another `inbound_key`: whatever the peer still does here has lost its ground.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _adopt(self, records: Mapping[PairingKey, Pairing]) -> None:
+        """Make `records`, as changed by what is not yet in the file, those in memory."""
+        before, after = self._records, _apply_changes(records, self._notes, self._removals)
+        self._records = after
+        self._outbound = {}
+        for pairing in sorted(after.values(), key=lambda each: each.paired_at_ms):
+            if pairing.outbound_key is not None:
+                self._outbound[pairing.base_url or ""] = self._outbound[pairing.device_id] = pairing.key
+        self._outbound.pop("", None)
+        for key in before.keys() | after.keys():
+            self._tell(before.get(key), after.get(key))
+
+    def _tell(self, before: Pairing | None, after: Pairing | None) -> None:
+        if before is after or (before and after and replace(before, last_used_at_ms=after.last_used_at_ms) == after):
+            return
+        for listener in tuple(self._listeners):
+            try:
+                listener(before, after)
+            except Exception:
+                pairing_log.exception("a listener failed")
+
+    async def _save(self, new: Pairing | None = None) -> None:
+        async with self._saving:
+            notes, removals = dict(self._notes), set(self._removals)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
+            self._removals -= removals
+            self._stamp = None
+            self._adopt(records)
+            self.replay.retain({pairing.pairing_id for pairing in records.values()})
+
+    def _save_changes(
+        self,
+        new: Pairing | None,
+        notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+        removals: Collection[PairingKey],
+    ) -> PairingRecords:
+        """In a thread: put the changes upon what the file holds. Returns what it holds then."""
+        records: PairingRecords = {}
+
+        def change(saved: PairingFile | None) -> bytes:
+            if saved is not None and saved.device_id not in (None, self.device_id):
+                raise StorageError(f"{self._path} belongs to another device now; restart the bridge")
+            records.update(_apply_changes(saved.records if saved else {}, notes, removals))
+            if new is not None:
+                records[new.key] = merge_pairing(records.get(new.key), new)
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+
+        update_file(self._path, parse_pairings, change)
+        return records
+
+    async def _save_nonces(self) -> None:
+        self.replay.has_new_untimed = False
+        data = self.replay.encode(time.time_ns() // 1_000_000)
+        try:
+            await asyncio.to_thread(save_file, self._nonces_path, data)
+        except StorageError:
+            self.replay.has_new_untimed = True
+            raise
+
+    def _probe_stamp(self) -> tuple[int, ...] | None:
+        """What changes whenever the file is replaced; None without a file."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _import(self, path: Path) -> PairingFile | None:
+        try:
+            records = parse_foreign_pairings(_read_state(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as exc:
+            pairing_log.warning("the pairings of other software in %s cannot be taken over: %s", path, exc)
+            return None
+        file = PairingFile(device_id=self.device_id, records=records)
+        save_file(self._path, encode_pairings(file))
+        pairing_log.info("took over %d pairings from %s", len(records), path)
+        return file
+
+    def _put_aside(self, file: PairingFile) -> PairingFile:
+        aside = self._path.with_name(
+            f"{self._path.name}.of-{hashlib.sha256(str(file.device_id).encode()).hexdigest()[:12]}"
+        )
+        save_file(aside, encode_pairings(file))
+        empty = PairingFile(device_id=self.device_id, records={})
+        save_file(self._path, encode_pairings(empty))
+        pairing_log.warning(
+            "the pairings here were another device's: they are kept as %s, and none is used", aside.name
+        )
+        return empty
+
+
+def _apply_changes(
+    records: Mapping[PairingKey, Pairing],
+    notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+    removals: Collection[PairingKey],
+) -> PairingRecords:
+    """`records` with notes and removals. A note on a pairing that was approved anew since then is void."""
+    changed = {key: pairing for key, pairing in records.items() if key not in removals}
+    for key, (paired_at_ms, fields) in notes.items():
+        if key in changed and changed[key].paired_at_ms == paired_at_ms:
+            changed[key] = replace(changed[key], **fields)
+    return changed
+
+
+class SignatureVerifier:
+    """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
+
+    Belongs to the store's event loop and never awaits, so of two requests with one nonce exactly one wins.
+    """
+
+    def __init__(self, store: PairingStore, *, random: RandomBytes = os.urandom) -> None:
+        self._store = store
+        self._stand_in_key = generate_pairing_key(random)  # for callers that are not known: the same work
+
+    def verify(
+        self, signature: SignatureHeaders, *, method: str, path: str, query: str, body: bytes, now_ms: int
+    ) -> Pairing:
+        """The pairing of the caller, its use noted. `path`: raw, as it stood in the request line.
+
+        Raises SignatureError, always the same one, except to a caller that signed well and whose clock is off
+        (ClockSkewError) or who signs more than can be remembered (OverloadedError).
+        """
+        pairing = self._store.find_inbound(signature.app_id, signature.device_id, now_ms)
+        key = (pairing and pairing.inbound_key) or self._stand_in_key
+        message = compose_signed_message(signature.nonce, method, path, body)
+        is_signed = _is_hmac(key, message, signature.signature)
+        if pairing is None or not is_signed or query:
+            raise SignatureError
+        self._verify_freshness(pairing, signature.nonce, now_ms)
+        self._store.note_use(pairing, now_ms)
+        return pairing
+
+    def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
+        try:
+            timed = parse_timed_nonce(nonce)
+        except ValueError:
+            raise SignatureError from None
+        if timed is None:
+            if pairing.uses_t1 or not self._store.replay.remember_untimed(pairing.pairing_id, nonce):
+                raise SignatureError
+            return
+        if timed.binding != build_nonce_binding(pairing.device_id, self._store.device_id):
+            raise SignatureError
+        skew_ms = timed.sent_at_ms - now_ms
+        if abs(skew_ms) > SIGNATURE_SKEW_MS:
+            raise ClockSkewError(skew_ms)
+        if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
+            raise SignatureError
+        if not pairing.uses_t1:
+            self._store.note(pairing, uses_t1=True)
+
+
+def sign_request(
+    pairing: Pairing,
+    identity: Identity,
+    *,
+    app_id: str | None,
+    method: str,
+    path: str,
+    body: bytes,
+    now_ms: int,
+    random: RandomBytes = os.urandom,
+) -> list[tuple[str, str]]:
+    """The four fields for a request of ours to a paired peer. `path`: raw, without query, as it will be sent."""
+    if pairing.outbound_key is None:
+        raise ValueError("this pairing does not let us use the peer")
+    return build_signed_headers(
+        pairing_key=pairing.outbound_key,
+        device_id=identity.device_id,
+        app_id=app_id,
+        nonce=generate_nonce(identity.device_id, pairing.device_id, now_ms, random),
+        method=method,
+        path=path,
+        body=body,
+    )
+
+
+# ---- Handshake ------------------------------------------------------------------------
+# How two devices become paired on the LAN: the question to the user here, the request to the one there. No sockets.
+
+PROMPT_DEADLINE_S = 120.0  # a user who is not there
+PROMPTS_WAITING_LIMIT = 8  # strangers queueing for the user's attention
+HANDSHAKE_DEADLINE_S = 290.0  # queueing and prompt together; those who ask wait 300 s
+HANDSHAKES_PER_ADDRESS_LIMIT = 3  # prompts that wear a user down until they say yes
+HANDSHAKES_WINDOW_MS = 600_000
+HANDSHAKE_ADDRESSES_LIMIT = 256  # memory taken by addresses that asked
+HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
+HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
+HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
+PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+CALLBACK_END_S = 1.0  # a callback that does not let itself be cancelled
+HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+handshake_log = logging.getLogger("dvai_bridge.handshake")
+
+
+class PairingPolicy(enum.Enum):
+    """What happens to a request to pair."""
+
+    ASK = "ask"
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeRequest:
+    """The body of a request to pair; `app_id` is the device's id where it names no application."""
+
+    device_id: str
+    device_name: str
+    app_id: str
+
+
+def parse_handshake_request(body: bytes) -> HandshakeRequest:
+    """The request in a handshake's body; MalformedHandshakeError says what is wrong with it."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise MalformedHandshakeError(f"the body is not valid JSON: {exc}") from exc
+    if not isinstance(document, dict):
+        raise MalformedHandshakeError("the body must be a JSON object")
+    device_id, name = document.get("peerDeviceId"), document.get("peerDeviceName")
+    app_id, nonce = document.get("appId"), document.get("nonce")
+    if not is_peer_id(device_id):
+        raise MalformedHandshakeError("peerDeviceId must be 1 to 128 printable characters", param="peerDeviceId")
+    if not (isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS):
+        raise MalformedHandshakeError("peerDeviceName must be a text that is not empty", param="peerDeviceName")
+    if app_id is not None and not is_peer_id(app_id):
+        raise MalformedHandshakeError("appId must be 1 to 128 printable characters", param="appId")
+    if document.get("via", "lan-handshake") != "lan-handshake":
+        raise MalformedHandshakeError("via must be `lan-handshake` on this route", param="via")
+    if nonce is not None and not (isinstance(nonce, str) and len(nonce) <= NONCE_LIMIT_CHARS):
+        raise MalformedHandshakeError("nonce must be a short text", param="nonce")
+    return HandshakeRequest(device_id=device_id, device_name=name, app_id=app_id or device_id)
+
+
+def build_handshake_request(identity: Identity, app_id: str | None, nonce: str) -> dict[str, Any]:
+    """The body of our request to pair."""
+    members = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
+    if app_id:
+        members["appId"] = app_id
+    return {**members, "via": "lan-handshake", "nonce": nonce}
+
+
+def build_handshake_answer(identity: Identity, pairing: Pairing, pairing_key: str | None) -> dict[str, Any]:
+    """The body of a 200. `pairing_key` None: the caller has it already. `peerDeviceId` is the caller's own."""
+    answer: dict[str, Any] = {"paired": True, "pairedAt": pairing.paired_at_ms, "via": "lan-handshake"}
+    if pairing_key is not None:
+        answer["pairingKey"] = pairing_key
+    own = {"deviceId": identity.device_id, "deviceName": identity.device_name}
+    return {**answer, "peerDeviceId": pairing.device_id, **own}
+
+
+class HandshakeLimiter:
+    """Counts requests to pair by address: at most HANDSHAKES_PER_ADDRESS_LIMIT in HANDSHAKES_WINDOW_MS. Pure."""
+
+    def __init__(self) -> None:
+        self._times_ms: dict[str, list[int]] = {}
+
+    def verify_admission(self, address: str, now_ms: int) -> None:
+        """Count one more; PairingBusyError if that is one too many."""
+        source = self._choose_source(address)
+        if source not in self._times_ms and len(self._times_ms) >= HANDSHAKE_ADDRESSES_LIMIT:
+            self._forget_old(now_ms)
+        times_ms = [ms for ms in self._times_ms.get(source, ()) if abs(now_ms - ms) < HANDSHAKES_WINDOW_MS]
+        has_room = source in self._times_ms or len(self._times_ms) < HANDSHAKE_ADDRESSES_LIMIT
+        if len(times_ms) >= HANDSHAKES_PER_ADDRESS_LIMIT or not has_room:
+            wait_ms = HANDSHAKES_WINDOW_MS - (now_ms - min(times_ms, default=now_ms))
+            raise PairingBusyError("too many requests to pair; try again later", retry_after_s=wait_ms // 1000 + 1)
+        self._times_ms[source] = [*times_ms, now_ms]
+
+    @staticmethod
+    def _choose_source(address: str) -> str:
+        """An IPv6 host has a whole /64 of addresses."""
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return address
+        return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+
+    def _forget_old(self, now_ms: int) -> None:
+        self._times_ms = {
+            source: times_ms
+            for source, times_ms in self._times_ms.items()
+            if abs(now_ms - times_ms[-1]) < HANDSHAKES_WINDOW_MS
+        }
+
+
+class PairingRequest:
+    """A device that asks to use this one, until somebody answers, nobody does in time, or it hangs up.
+
+    `peer_device_name` is safe to show. `is_known`: the same (application, device) is paired already, and would get
+    another key. `asked_at_ms`: unix ms.
+    """
+
+    def __init__(
+        self, request: HandshakeRequest, *, request_id: str, address: str, is_known: bool, asked_at_ms: int
+    ) -> None:
+        self.request_id = request_id
+        self.peer_device_id = request.device_id
+        self.peer_device_name = display_name(request.device_name)
+        self.app_id = request.app_id
+        self.address = address
+        self.is_known = is_known
+        self.asked_at_ms = asked_at_ms
+        self._loop = asyncio.get_running_loop()
+        self._answer: asyncio.Future[bool] = self._loop.create_future()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether an answer can no longer change anything."""
+        return self._answer.done()
+
+    def respond(self, approved: bool) -> None:
+        """Approve or deny; the first answer counts. May be called in any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the request
+            self._loop.call_soon_threadsafe(self._settle, approved is True)
+
+    async def wait(self) -> bool:
+        """The answer, when there is one."""
+        return await asyncio.shield(self._answer)
+
+    def end(self) -> None:
+        """Nobody waits for an answer any more."""
+        self._answer.cancel()
+
+    def _settle(self, approved: bool) -> None:
+        if not self._answer.done():
+            self._answer.set_result(approved)
+
+
+def build_pairing_question(request: PairingRequest) -> str:
+    """The question to the user, in one line."""
+    app = "" if request.app_id == request.peer_device_id else f", application {display_name(request.app_id)}"
+    known = " It is paired already and would get a new key." if request.is_known else ""
+    return (
+        f"Let {request.peer_device_name} (device {display_name(request.peer_device_id)}{app}, at {request.address}) "
+        f"use the models of this machine? The key will cross the network readably.{known}"
+    )
+
+
+def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
+    """A waiting request as the owner of this machine may see it."""
+    return {
+        "id": request.request_id,
+        "deviceId": request.peer_device_id,
+        "deviceName": request.peer_device_name,
+        "appId": request.app_id,
+        "address": request.address,
+        "isKnown": request.is_known,
+        "askedAt": request.asked_at_ms,
+    }
+
+
+PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
+
+
+class PairingDesk:
+    """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
+
+    A request is decided by the first of: `on_pairing_request` (sync or async), a reader of `requests()`, `respond`
+    (the `pair approve` and `pair deny` commands). `is_operated`: somebody can give those commands. Nobody who could
+    be asked, no answer in time, and a callback that fails are all a denial. No stored key is ever given out.
+
+        request ─ malformed 400, disabled 503, policy 403, too many 429
+           │ ─ signed with the current key ─ 200, no key
+           └─ waits for its turn ─ shown ─ approved ─ saved ─ 200 with a new key
+                                     └─ denied, or nobody answers in time: 403
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        policy: PairingPolicy,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        on_pairing_request: PairingCallback | None = None,
+        is_operated: bool = False,
+        prompt_deadline_s: float = PROMPT_DEADLINE_S,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._policy = policy
+        self._legacy_policy = legacy_policy
+        self._callback = on_pairing_request
+        self._is_operated = is_operated
+        self._prompt_deadline_s = prompt_deadline_s
+        self._clock_ms = clock_ms
+        self._random = random
+        self._limiter = HandshakeLimiter()
+        self._pending: dict[str, PairingRequest] = {}
+        self._shown: PairingRequest | None = None
+        self._turn = asyncio.Lock()
+        self._readers: set[asyncio.Queue[PairingRequest | None]] = set()
+        self._is_closed = False
+
+    @property
+    def pending(self) -> tuple[PairingRequest, ...]:
+        """The requests that wait for an answer, in order of arrival."""
+        return tuple(self._pending.values())
+
+    def respond(self, request_id: str, approved: bool) -> bool:
+        """Answer a waiting request; False if there is none with this id."""
+        request = self._pending.get(request_id)
+        if request is not None:
+            request.respond(approved)
+        return request is not None
+
+    async def requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Every request when it is its turn, until the desk closes. Reading them is to be somebody who may decide."""
+        waiting: asyncio.Queue[PairingRequest | None] = asyncio.Queue(maxsize=1)
+        self._readers.add(waiting)
+        try:
+            if self._shown is not None or self._is_closed:
+                waiting.put_nowait(self._shown)
+            while (request := await waiting.get()) is not None:
+                if not request.is_over:
+                    yield request
+        finally:
+            self._readers.discard(waiting)
+
+    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> dict[str, Any]:
+        """The 200 body for a handshake, or one of its errors. Cancel it when the requester hangs up.
+
+        `signer`: whose valid signature the request carried.
+        """
+        store = self._store
+        if store is None or self._is_closed:
+            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+        request = parse_handshake_request(body)
+        if signer is not None:
+            if signer.key != (request.app_id, request.device_id):
+                raise MalformedHandshakeError("the request is signed by another device than it names")
+            return build_handshake_answer(self._identity, signer, None)
+        known = store.find_record(request.app_id, request.device_id)
+        self._verify_policy(known)
+        self._limiter.verify_admission(address, self._clock_ms())
+        if not await self._decide(request, address, is_known=known is not None):
+            raise PairingDeniedError("the user of this device did not approve the pairing")
+        return await self._accept(store, request)
+
+    def close(self) -> None:
+        """Deny what waits, and end `requests()`."""
+        self._is_closed = True
+        for request in self.pending:
+            request.respond(False)
+        self._show(None)
+
+    def _verify_policy(self, known: Pairing | None) -> None:
+        if self._policy is PairingPolicy.DENY:
+            raise PairingDeniedError("this device denies all pairings")
+        if self._legacy_policy is PairingPolicy.DENY or (known is not None and known.speaks_noise):
+            raise PairingDeniedError("this device does not send keys over the network readably")
+
+    async def _decide(self, request: HandshakeRequest, address: str, *, is_known: bool) -> bool:
+        if self._policy is self._legacy_policy is PairingPolicy.ALLOW:
+            return True
+        if not (self._callback or self._readers or self._is_operated):
+            handshake_log.warning("%s asked to pair, and nobody can be asked", display_name(request.device_name))
+            return False
+        if len(self._pending) >= PROMPTS_WAITING_LIMIT:
+            raise PairingBusyError("too many devices wait to be paired; try again later", retry_after_s=60)
+        pending = PairingRequest(
+            request,
+            request_id=self._random(4).hex(),
+            address=address,
+            is_known=is_known,
+            asked_at_ms=self._clock_ms(),
+        )
+        self._pending[pending.request_id] = pending
+        try:
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S), self._turn:
+                return await self._prompt(pending)
+        except TimeoutError:
+            return False
+        finally:
+            del self._pending[pending.request_id]
+            pending.end()
+
+    async def _prompt(self, request: PairingRequest) -> bool:
+        """Show the request to everybody who may decide, for as long as a prompt may stand."""
+        handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+        callback = asyncio.create_task(self._call(request)) if self._callback else None
+        self._show(request)
+        try:
+            async with asyncio.timeout(self._prompt_deadline_s):
+                return await request.wait()
+        except TimeoutError:
+            handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+            return False
+        finally:
+            self._show(None)
+            request.end()
+            if callback is not None:
+                callback.cancel()
+                await asyncio.wait([callback], timeout=CALLBACK_END_S)
+
+    def _show(self, request: PairingRequest | None) -> None:
+        self._shown = request
+        for waiting in self._readers:
+            if request is not None or self._is_closed:
+                if waiting.full():  # what it has not read is over
+                    waiting.get_nowait()
+                waiting.put_nowait(request)
+
+    async def _call(self, request: PairingRequest) -> None:
+        assert self._callback is not None
+        try:
+            approved = self._callback(request)
+            request.respond(approved if isinstance(approved, bool) else await approved)
+        except Exception:
+            handshake_log.exception("on_pairing_request failed: that is a denial")
+            request.respond(False)
+
+    async def _accept(self, store: PairingStore, request: HandshakeRequest) -> dict[str, Any]:
+        now_ms, key = self._clock_ms(), generate_pairing_key(self._random)
+        pairing = await store.add(
+            Pairing(
+                device_id=request.device_id,
+                app_id=request.app_id,
+                device_name=request.device_name,
+                inbound_key=key,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: %s may use this device", display_name(request.device_name))
+        return build_handshake_answer(self._identity, pairing, key)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingTarget:
+    """A peer to ask. `base_url` ends in /v1; the others as discovery told them, None where it did not."""
+
+    base_url: str
+    device_id: str | None = None
+    device_name: str | None = None
+
+    @property
+    def shown_name(self) -> str:
+        """What to call it in a message."""
+        return display_name(self.device_name or self.base_url)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeAnswer:
+    """What a target's 200 says. `pairing_key` None: it holds that the key is known. The ids are the target's."""
+
+    pairing_key: str | None = field(repr=False)
+    device_id: str | None = None
+    device_name: str | None = None
+
+
+# (URL, body, further header fields, deadline in seconds) → (status, body); OSError or BridgeError if there is none.
+HandshakePost = Callable[[str, bytes, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
+
+
+def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTarget) -> HandshakeAnswer:
+    """What a 200 says; PairingFailedError if it is none, is meant for another device, or comes from another one."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise PairingFailedError(f"the answer of {target.shown_name} is not JSON: {exc}") from exc
+    if not isinstance(document, dict) or document.get("paired") is not True:
+        raise PairingFailedError(f"the answer of {target.shown_name} does not say that it is paired")
+    if document.get("peerDeviceId") != identity.device_id:
+        raise PairingFailedError(f"the answer of {target.shown_name} is meant for another device")
+    key, device_id, name = document.get("pairingKey"), document.get("deviceId"), document.get("deviceName")
+    if key is not None and not is_pairing_key(key):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable key")
+    if device_id is not None and not is_peer_id(device_id):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable deviceId")
+    if device_id == identity.device_id:
+        raise PairingFailedError(f"{target.base_url} is this bridge itself")
+    if None not in (device_id, target.device_id) and device_id != target.device_id:
+        raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
+    name = name if isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS else None
+    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name)
+
+
+def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
+    """What an answer other than 200 means to the one who asked."""
+    name = target.shown_name
+    if status == 403:
+        return PairingDeniedError(f"{name} denied the pairing")
+    if status == 429:
+        return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
+    if status == 503:
+        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+    if status in (404, 405):
+        return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
+    return PairingFailedError(f"{name} answered the request to pair with status {status}")
+
+
+class PairingInitiator:
+    """Asks other devices for leave to use them; one request per base URL at a time, each in a task owned here.
+
+    What asks by itself (`is_explicit` False) leaves a peer that refused alone for HANDSHAKE_PAUSE_MS, and never asks
+    in ways that the user wants to be asked about.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        app_id: str | None,
+        store: PairingStore,
+        post: HandshakePost,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._app_id = app_id
+        self._store = store
+        self._post = post
+        self._clock_ms = clock_ms
+        self._legacy_policy = legacy_policy
+        self._random = random
+        self._tasks: dict[str, asyncio.Task[Pairing]] = {}
+        self._refusals: dict[str, tuple[int, BridgeError]] = {}  # by base URL: when, and how it was said
+
+    def is_asking(self, base_url: str) -> bool:
+        """Whether a peer is being asked now."""
+        return base_url in self._tasks
+
+    def start(self, target: PairingTarget, *, is_explicit: bool = False) -> asyncio.Task[Pairing]:
+        """Ask in the background, or join the request that is under way. Its error is kept for whoever awaits it."""
+        task = self._tasks.get(target.base_url)
+        if task is None:
+            task = asyncio.create_task(self._pair(target, is_explicit=is_explicit), name="handshake")
+            self._tasks[target.base_url] = task
+            task.add_done_callback(functools.partial(self._note_end, target))
+        return task
+
+    async def pair(self, target: PairingTarget, *, is_explicit: bool = False) -> Pairing:
+        """The pairing by which `target` may be used, after asking its user where needed (up to 300 s).
+
+        Whoever stops waiting does not stop the request. PairingDeniedError, PairingBusyError, PairingDisabledError,
+        PairingFailedError; StorageError if the key cannot be kept.
+        """
+        return await asyncio.shield(self.start(target, is_explicit=is_explicit))
+
+    async def close(self) -> None:
+        """End every request."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_end(self, target: PairingTarget, task: asyncio.Task[Pairing]) -> None:
+        del self._tasks[target.base_url]
+        self._refusals.pop(target.base_url, None)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, PairingDeniedError | PairingBusyError):
+            if len(self._refusals) >= HANDSHAKE_TARGETS_LIMIT:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[target.base_url] = self._clock_ms(), error
+        elif error is not None and not isinstance(error, BridgeError):
+            handshake_log.error("pairing with %s failed", target.shown_name, exc_info=error)
+
+    async def _pair(self, target: PairingTarget, *, is_explicit: bool) -> Pairing:
+        known = self._store.find_outbound(target.device_id, target.base_url, self._clock_ms())
+        if known is not None and known.is_marked_unauthorized:
+            known = None
+        if known is not None and not is_explicit:
+            return known
+        self._verify_policy(target, is_explicit=is_explicit)
+        status, body = await self._ask(target, known)
+        if status == 401 and known is not None:  # it has forgotten us
+            known = None
+            status, body = await self._ask(target, None)
+        if status != 200:
+            raise build_handshake_error(status, target)
+        answer = parse_handshake_answer(body, identity=self._identity, target=target)
+        return await self._keep(target, answer, known)
+
+    def _verify_policy(self, target: PairingTarget, *, is_explicit: bool) -> None:
+        name, refused = target.shown_name, self._refusals.get(target.base_url)
+        speaks_noise = any(each.speaks_noise for each in self._store.pairings if each.device_id == target.device_id)
+        if self._legacy_policy is PairingPolicy.DENY or speaks_noise:
+            raise PairingDeniedError(
+                f"pairing with {name} would send a key over the network readably: not allowed here"
+            )
+        if is_explicit:
+            return
+        if self._legacy_policy is PairingPolicy.ASK:
+            raise PairingDeniedError(f"not paired with {name}; ask it with `pair request`")
+        if refused is not None and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
+            raise refused[1]
+
+    async def _ask(self, target: PairingTarget, known: Pairing | None) -> tuple[int, bytes]:
+        """Status and body of one request; signed with the key that we have, which then needs nobody's approval."""
+        receiver = target.device_id or target.base_url
+        nonce = generate_nonce(self._identity.device_id, receiver, self._clock_ms(), self._random)
+        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce))
+        url, signed = target.base_url + HANDSHAKE_PATH, []
+        if known is not None:
+            signed = sign_request(
+                known,
+                self._identity,
+                app_id=self._app_id,
+                method="POST",
+                path=urllib.parse.urlsplit(url).path,
+                body=body,
+                now_ms=self._clock_ms(),
+                random=self._random,
+            )
+        try:
+            async with asyncio.timeout(HANDSHAKE_REQUEST_DEADLINE_S):
+                return await self._post(url, body, signed, HANDSHAKE_REQUEST_DEADLINE_S)
+        except TimeoutError as exc:
+            raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
+        except OSError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+
+    async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
+        if answer.pairing_key is None:
+            if known is None:
+                raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
+            self._store.note(known, base_url=target.base_url)
+            return known
+        device_id = answer.device_id or target.device_id or target.base_url
+        now_ms = self._clock_ms()
+        pairing = await self._store.add(
+            Pairing(
+                device_id=device_id,
+                app_id=device_id,
+                device_name=answer.device_name or target.device_name or target.base_url,
+                outbound_key=answer.pairing_key,
+                base_url=target.base_url,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: this device may use %s", target.shown_name)
+        return pairing
+
+
 # ---- Models ---------------------------------------------------------------------------
-# Names of models: ids, quantisations, equality. Pure.
+# Names of models: ids, quantisations, equality, substitution. Pure.
+
+BUILTIN_MODEL_ID = "dvai-demo"  # the demonstration model: it answers to this name and stands in for no other
 
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})", re.DOTALL)
 _QUANTIZATION = re.compile(
@@ -3360,6 +5018,21 @@ _QUANTIZATION = re.compile(
     r"I?Q[1-9]_K(?:_(?:XXS|XS|S|M|L|XL))?|IQ[1-9]_(?:XXS|XS|S|M|NL|XL)|Q[1-9]_[01](?:_[48]_[48])?"
     r"|TQ[12]_0|(?:MX|NV)FP4|BF16|FP?(?:16|32))(?![A-Z0-9])",
     re.IGNORECASE,
+)
+_FAMILIES = (
+    "baichuan bge bloom codegemma codellama codeqwen codestral cogito command deepseek devstral dolphin ernie exaone "
+    "falcon gemma glm gpt granite hermes hunyuan internlm jamba kimi lfm llama llava magistral mamba medgemma "
+    "minicpm ministral mistral mixtral mpt nemotron nomic olmo olmoe openchat openhermes orca pythia phi qwen qwq rwkv "
+    "seed shieldgemma smollm smolvlm solar stablelm starcoder stories tinyllama vicuna wizardlm yi zephyr"
+)
+_AFTER_LETTERS = re.compile(r"[\W\d_].*", re.DOTALL)
+_NAME_WORD = re.compile(r"[^\W\d_]*\d+(?:\.\d+)+[^\W\d_]*|[^\W_]+\+*")
+_VERSION_WORD = re.compile(r"v?(\d+(?:\.\d+)*n?)")
+_SIZE_WORD = re.compile(r"(?:\d+x|[ae])?\d+(?:\.\d+)?[mbt]|260k")
+_SAME_TYPE = {"it": "instruct", "inst": "instruct", "pt": "base"}
+_NO_TYPES = (  # publishers, packagings and quantisations
+    "ai allenai bartowski community google hf huggingfacetb ibm latest lmstudio meta microsoft mistralai unsloth "
+    "4bit 8bit awq gguf gptq i1 imat imatrix int4 int8 mlx q4 q5 q6 q8 ud"
 )
 
 
@@ -3399,6 +5072,61 @@ def parse_quantization(name: str) -> str | None:
         return None
     quantization: str = found[-1].upper()
     return quantization.replace("FP16", "F16").replace("FP32", "F32")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelName:
+    """What a model's name says of it besides the quantisation. Two equal ones name the same weights, rounded apart.
+
+    `family`: "llama"; `version`: "3.2", or "" when the name has none; `size`: "3b", "30b-a3b", or "";
+    `type`: every other word, so that a fine-tune is never taken for what it was made from.
+    """
+
+    family: str
+    version: str
+    size: str
+    type: frozenset[str]
+
+
+def parse_model_name(name: str) -> ModelName | None:
+    """The parts of a model's name, as downloads and Ollama's tags spell them; None if no known family occurs in it."""
+    plain = _QUANTIZATION.sub(" ", name.rpartition("/")[2]).casefold()
+    words = _NAME_WORD.findall(re.sub(r"(?<=\d)_(?=\d)", ".", plain))
+    families, ignored = _FAMILIES.split(), _NO_TYPES.split()
+    family, versions, sizes, types = "", [], [], set()
+    for word in words:
+        letters = _AFTER_LETTERS.sub("", word)
+        if letters in families and family in ("", letters):
+            family, word = letters, word.removeprefix(letters)
+        version = _VERSION_WORD.fullmatch(word)
+        if version:
+            versions.append(version[1])
+        elif _SIZE_WORD.fullmatch(word):
+            sizes.append(word)
+        elif word and word not in ignored:
+            types.add(_SAME_TYPE.get(word, word))
+    if not family:
+        return None
+    return ModelName(family=family, version="-".join(versions), size="-".join(sizes), type=frozenset(types))
+
+
+def can_substitute(model_id: str, requested: str) -> bool:
+    """Whether one model may serve for another: the same in all but quantisation. Unknown families never do."""
+    name = parse_model_name(requested)
+    return name is not None and name == parse_model_name(model_id)
+
+
+def split_address(name: str, owners: Collection[str]) -> tuple[str | None, str]:
+    """`studio/llama` → ("studio", "llama") when `owners` has "studio", ignoring case; else (None, name).
+
+    The longest owner that fits wins: both names and models may contain slashes.
+    """
+    known = {each.casefold(): each for each in owners}
+    for slash in reversed([match.start() for match in re.finditer("/", name[:-1])]):
+        owner = known.get(name[:slash].casefold())
+        if owner:
+            return owner, name[slash + 1 :]
+    return None, name
 
 
 def format_size(size_bytes: int) -> str:
@@ -4586,6 +6314,669 @@ def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) 
             newest_first.appendleft(found)
             left -= len(found)
     return [entry for found in newest_first for entry in found]
+
+
+# ---- Routing --------------------------------------------------------------------------
+# Where a request runs: peers, candidates and the decision. Pure.
+
+PEER_MODEL_ID_LIMIT_CHARS = 256  # model ids that flood the table of peers
+PEER_MODELS_LIMIT = 128  # models that one peer may claim to have
+PEER_URL_LIMIT_CHARS = 1024  # addresses
+PEER_SCORE_LIMIT_TOK_S = 1_000_000.0  # a peer that would win every comparison by claiming the absurd
+COOL_DOWN_S = 5.0  # a peer that fails each request given to it
+COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
+CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
+NO_DEVICE_RETRY_AFTER_S = 30
+
+
+class PeerVia(enum.Enum):
+    """How a peer was found, best first: of two equal candidates the one nearer to the user's network wins."""
+
+    MDNS = "mdns"
+    STATIC = "static"
+    CUSTOM = "custom"
+    RENDEZVOUS = "rendezvous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another bridge, as found; says nothing of whether it may be used.
+
+    `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    base_url: str
+    via: PeerVia
+    last_seen_ms: int
+    app_id: str | None = None
+    loaded_models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+
+
+def parse_base_url(text: str) -> str:
+    """The base URL of a peer in its one form: `http://host:port/v1`, given with or without `/v1`.
+
+    ValueError unless it is http or https, with a host and without credentials, query or fragment: what stands in
+    a URL is shown in logs and lists, so no secret may hide there.
+    """
+    if not 0 < len(text) <= PEER_URL_LIMIT_CHARS or not text.isprintable() or " " in text or "\\" in text:
+        raise ValueError("not a URL")
+    split = urllib.parse.urlsplit(text)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("not an http:// or https:// URL with a host")
+    if "@" in split.netloc or "?" in text or "#" in text:
+        raise ValueError("credentials, query and fragment have no place in a base URL")
+    host = f"[{split.hostname}]" if ":" in split.hostname else split.hostname
+    port = "" if split.port is None else f":{split.port}"  # ValueError beyond 65535
+    path = split.path.rstrip("/")
+    return f"{split.scheme}://{host}{port}{path if path.endswith('/v1') else path + '/v1'}"
+
+
+def build_peer_json(peer: Peer) -> dict[str, Any]:
+    """The peer as `GET /v1/dvai/peers` shows it and existing software writes it (unix ms, camelCase)."""
+    return {
+        "deviceId": peer.device_id,
+        "deviceName": peer.device_name,
+        "dvaiVersion": peer.dvai_version,
+        "baseUrl": peer.base_url,
+        **({} if peer.app_id is None else {"appId": peer.app_id}),
+        "loadedModels": list(peer.loaded_models),
+        "capability": dict(peer.capability),
+        "via": peer.via.value,
+        "secure": peer.secure,
+        "lastSeenAt": peer.last_seen_ms,
+    }
+
+
+def parse_peer_json(value: object, via: PeerVia | None = None) -> Peer:
+    """The peer that a decoded JSON object describes; ValueError says which member is wrong.
+
+    `via`, when given, decides instead of the object: who learnt of the peer knows how. Only deviceId and baseUrl are
+    needed; unknown members are ignored, models and scores beyond the bounds are left out.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("a peer must be an object")
+    device_id = parse_device_id(value.get("deviceId"))
+    base_url = value.get("baseUrl")
+    if not isinstance(base_url, str):
+        raise ValueError("baseUrl must be a text")
+    app_id = value.get("appId")
+    last_seen = value.get("lastSeenAt")
+    try:
+        found_via = via or PeerVia(value.get("via"))
+    except ValueError:
+        raise ValueError(f"via must be one of {', '.join(each.value for each in PeerVia)}") from None
+    return Peer(
+        device_id=device_id,
+        device_name=_parse_peer_text(value.get("deviceName")) or device_id,
+        dvai_version=_parse_peer_text(value.get("dvaiVersion")),
+        base_url=parse_base_url(base_url),
+        via=found_via,
+        last_seen_ms=last_seen if is_count(last_seen) else 0,
+        app_id=None if app_id is None else parse_device_id(app_id, "appId"),
+        loaded_models=parse_model_ids(value.get("loadedModels")),
+        capability=parse_scores(value.get("capability")),
+        secure=value.get("secure") is True,
+    )
+
+
+def parse_device_id(value: object, member: str = "deviceId") -> str:
+    """A device or app id: 1 to 128 printable characters; ValueError names the JSON member otherwise."""
+    if not is_peer_id(value):
+        raise ValueError(f"{member} must be 1 to {PEER_ID_LIMIT_CHARS} printable characters")
+    return value
+
+
+def parse_model_ids(value: object) -> tuple[str, ...]:
+    """The model ids in a JSON list from a peer; what is no such id is left out."""
+    ids = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in ids[:PEER_MODELS_LIMIT] if is_model_id(each))
+
+
+def parse_scores(value: object) -> dict[str, float]:
+    """Model id → tokens per second in a JSON object from a peer; what is no such pair is left out."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    sound = ((model, score) for model, score in pairs if is_model_id(model) and is_score(score))
+    return {model: float(score) for model, score in itertools.islice(sound, PEER_MODELS_LIMIT)}
+
+
+def is_model_id(value: object) -> bool:
+    """Whether a peer may call a model so."""
+    return isinstance(value, str) and 0 < len(value) <= PEER_MODEL_ID_LIMIT_CHARS and value.isprintable()
+
+
+def is_score(value: object) -> bool:
+    """Whether this is a number of tokens per second that a device can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= PEER_SCORE_LIMIT_TOK_S
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number that fits JSON's safe integers and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _parse_peer_text(value: object) -> str:
+    return value[:PEER_NAME_LIMIT_CHARS] if isinstance(value, str) else ""
+
+
+# What a request asks for
+
+
+class OffloadPreference(enum.Enum):
+    """The values of `X-DVAI-Offload`."""
+
+    PREFER = "prefer"
+    NEVER = "never"
+    REQUIRE = "require"
+
+
+def parse_preference(value: str | None) -> OffloadPreference:
+    """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
+    word = (value or "").strip().lower()
+    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+
+
+def parse_forwarded(value: str | None) -> bool:
+    """Whether `X-DVAI-Forwarded` says that the request came through a bridge already, and must not go on.
+
+    Any value but nothing and 0 counts: a loop costs more than a request served here.
+    """
+    return (value or "").strip() not in ("", "0")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class OffloadPolicy:
+    """What the user decided once for all requests. Scores in tokens per second."""
+
+    enabled: bool = False
+    min_local_capability: float = 10.0
+    substitute_quant: bool = False
+    has_rendezvous: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteRequest:
+    """What one request says of where it may run. `model` None: it named none."""
+
+    model: str | None = None
+    preference: OffloadPreference = OffloadPreference.PREFER
+    is_forwarded: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalModel:
+    """A model that this device serves. `score` None: nobody knows how fast."""
+
+    model_id: str
+    score: float | None = None
+    is_demonstration: bool = False
+
+
+# What is known of a peer
+#
+#            answered            paired             learned
+#     SEEN ────────────▶ REACHABLE ───────▶ PAIRED ─────────▶ READY
+#      ▲                  │   ▲               │ │               │
+#      │                  │   └── unpaired ───┘ │               │
+#      │                  │   └── unpaired ─────┼───────────────┤
+#      └──── lost ────────┴──────── lost ───────┴──── lost ─────┘
+#
+# Invariants: a prompt is sent in PAIRED and READY only. A peer that was lost passes through every state again, so that
+# what it has and who it is are asked anew when it returns; its pairing and what it taught us are kept meanwhile.
+
+
+class PeerState(enum.Enum):
+    """How far we got with a peer; the value is what `peers` prints."""
+
+    SEEN = "seen"
+    REACHABLE = "reachable"
+    PAIRED = "paired"
+    READY = "ready"
+
+
+class PeerEvent(enum.Enum):
+    """What moves a peer from state to state."""
+
+    ANSWERED = "answered"  # health came back
+    PAIRED = "paired"  # there is a pairing that lets us use it
+    LEARNED = "learned"  # it said which models it has
+    UNPAIRED = "unpaired"  # the pairing was revoked, ran out, or was not recognised (401)
+    LOST = "lost"  # no answer
+
+
+PEER_TRANSITIONS = {
+    (PeerState.SEEN, PeerEvent.ANSWERED): PeerState.REACHABLE,
+    (PeerState.REACHABLE, PeerEvent.PAIRED): PeerState.PAIRED,
+    (PeerState.REACHABLE, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.PAIRED, PeerEvent.LEARNED): PeerState.READY,
+    (PeerState.PAIRED, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.PAIRED, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.READY, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.READY, PeerEvent.LOST): PeerState.SEEN,
+}
+
+
+def advance_peer(state: PeerState, event: PeerEvent) -> PeerState:
+    """The state after the event; events that mean nothing in a state leave it as it is."""
+    return PEER_TRANSITIONS.get((state, event), state)
+
+
+class PeerHealth(enum.Enum):
+    """What a peer's health route says of its engine."""
+
+    OK = "ok"
+    LOADING = "loading"
+    DEGRADED = "degraded"
+
+
+class Handshake(enum.Enum):
+    """Where the pairing with an unpaired peer stands."""
+
+    NONE = "not paired"
+    ASKING = "waits for approval there"
+    REFUSED = "not paired: the handshake was refused"
+
+
+class PeerRoute(enum.Enum):
+    """By which way a peer is reached; the words of `X-DVAI-Route`."""
+
+    LAN = "lan"
+    RELAY = "relay"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class CoolDown:
+    """How long a peer that failed is left alone: 5 s, doubled with each further failure, at most 5 minutes.
+
+    Times on one clock of the caller's. Any sign of life ends it: the caller begins again with `CoolDown()`.
+    """
+
+    failures: int = 0
+    until_s: float = 0.0
+
+    def fail(self, now_s: float, retry_after_s: float = 0.0) -> CoolDown:
+        """After one more failure; a peer that said when to come back is left alone so long at least."""
+        doubled_s = COOL_DOWN_S * 2.0 ** min(self.failures, 16)
+        wait_s = min(max(doubled_s, retry_after_s), COOL_DOWN_LIMIT_S)
+        return CoolDown(failures=self.failures + 1, until_s=now_s + wait_s)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A peer with all that the decision looks at.
+
+    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
+    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
+    "" while nobody knows yet.
+    """
+
+    peer: Peer
+    state: PeerState
+    has_pairing: bool = False
+    handshake: Handshake = Handshake.NONE
+    health: PeerHealth = PeerHealth.OK
+    models: tuple[str, ...] | None = None
+    running: int = 0
+    waiting: int = 0
+    slots: int = 1
+    cool_down: CoolDown = field(default_factory=CoolDown)
+    route: PeerRoute = PeerRoute.LAN
+    error: str = ""
+
+
+# The decision
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One line of a refusal's `checked`: who was considered, its score, and why it does not serve.
+
+    `score` is the effective one: divided by the queue; 0 when it does not matter.
+    """
+
+    device_id: str
+    device_name: str | None
+    score: float
+    reason: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteTarget:
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    """
+
+    peer: Peer | None = None
+    route: PeerRoute | None = None
+    model_id: str | None = None
+    substituted_for: str | None = None
+    score: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteDecision:
+    """Where a request runs: `targets` in the order to try them; none of them is a refusal (build_refusal).
+
+    `reason`: ASCII, for a header and the log. `checked`: this device, then every peer that was considered.
+    `pair_with`: an unpaired peer that would be chosen, with which the handshake is to begin now. `awaited`: the peer
+    whose approval a request without targets may wait for. `may_retry`: somebody cools down or connects, so that
+    asking again can help. `advice`: what the user can do when nobody serves.
+    """
+
+    targets: tuple[RouteTarget, ...]
+    reason: str
+    model: str | None
+    checked: tuple[Checked, ...] = ()
+    pair_with: Peer | None = None
+    awaited: Peer | None = None
+    may_retry: bool = False
+    advice: str = ""
+    is_local_only: bool = False
+    local_score: float | None = None
+    required_score: float = 0.0
+    has_rendezvous: bool = False
+    paired_remote_peers: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """What the request demands of a peer: `floor` tok/s. `fallback` serves when no peer does.
+
+    `reason`: why the one that serves was chosen; `here`: why this device was not.
+    """
+
+    reason: str
+    here: str = ""
+    floor: float = 0.0
+    fallback: LocalModel | None = None
+    is_local_enough: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """What one candidate can do for one request. `score`: effective; of an unknown one, what it counts as.
+
+    `obstacle`: why it cannot serve, "" if it can. `is_coming`: that passes by itself. `is_unpaired`: it passes when
+    that device's user approves.
+    """
+
+    candidate: Candidate
+    model_id: str | None = None
+    score: float = 0.0
+    is_known: bool = False
+    is_loaded: bool = False
+    is_substitute: bool = False
+    obstacle: str = ""
+    is_coming: bool = False
+    is_unpaired: bool = False
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts the best first: loaded, score, the way it was found; the id last, so that the order is stable.
+
+        An unknown score stands behind every known one that is as good, and so its model counts as not loaded there.
+        """
+        peer = self.candidate.peer
+        via = list(PeerVia).index(peer.via)
+        is_first = self.is_loaded and self.is_known
+        return not is_first, -self.score, not self.is_known, not self.is_loaded, via, peer.device_id
+
+
+def choose_route(
+    policy: OffloadPolicy,
+    request: RouteRequest,
+    local: Sequence[LocalModel],
+    candidates: Sequence[Candidate],
+    now_s: float,
+) -> RouteDecision:
+    """Where a request runs, by section 3 of the protocol; a pure function of its arguments.
+
+    | request | this device | served by |
+    |---|---|---|
+    | offload off, `never`, or forwarded | any | this device, else `no_local_backend` |
+    | names a paired peer: `studio/llama` | any | that peer, whatever its score |
+    | `require` | any | peers that score at least min_local_capability |
+    | `prefer` | scores at least min_local_capability | this device |
+    | `prefer` | scores less, or has no such model | peers that score more, then this device |
+
+    Several peers are tried in the order of _Offer.rank. Nobody left: `no_capable_device`. `local`: what this device
+    serves, the default first; empty in offload-only mode. `now_s`: of the clock that the cool-downs were made with.
+    """
+    if not policy.enabled or request.preference is OffloadPreference.NEVER or request.is_forwarded:
+        return _decide_local(policy, request, local)
+    model, owners = _resolve_address(request.model, local, candidates)
+    here = _find_local(local, request.model)
+    local_score = _score_local(here, request.model)
+    terms = _choose_terms(policy, request, here, local_score, is_addressed=owners is not None)
+    if terms.is_local_enough:
+        return RouteDecision(targets=_target_local(here), reason=terms.reason, model=model, local_score=local_score)
+    considered = [each for each in candidates if owners is None or each.peer.device_id in owners]
+    offers = sorted((_build_offer(policy, model, each, now_s) for each in considered), key=lambda offer: offer.rank)
+    absence = "does not have the model" if local else "serves nothing itself"
+    itself = Checked(device_id="self", device_name=None, score=local_score, reason=terms.here if here else absence)
+    decision = RouteDecision(
+        targets=_target_local(terms.fallback),
+        reason="no peer is better",
+        model=model,
+        checked=(itself, *(_check(each, terms.floor) for each in offers)),
+        local_score=local_score if here else None,
+        required_score=policy.min_local_capability,
+        has_rendezvous=policy.has_rendezvous,
+        paired_remote_peers=sum(each.has_pairing and each.peer.via is PeerVia.RENDEZVOUS for each in candidates),
+    )
+    return _decide_peers(decision, terms, offers)
+
+
+def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
+    """Those of the offers that meet the terms go before this device; `offers`: the best first."""
+    wanted = [each for each in offers if each.score >= terms.floor and (not each.obstacle or each.is_unpaired)]
+    able = [each for each in wanted if not each.obstacle]
+    unpaired = next((each.candidate for each in wanted if each.is_unpaired), None)
+    is_first = unpaired is not None and wanted[0].candidate is unpaired
+    return replace(
+        decision,
+        targets=(*(_target_peer(each, decision.model) for each in able), *decision.targets),
+        reason=terms.reason if able else decision.reason,
+        pair_with=unpaired.peer if unpaired and is_first and unpaired.handshake is Handshake.NONE else None,
+        awaited=unpaired.peer if unpaired else None,
+        may_retry=any(each.is_coming for each in offers),
+        advice=_advise(offers, terms.floor),
+    )
+
+
+def _decide_local(policy: OffloadPolicy, request: RouteRequest, local: Sequence[LocalModel]) -> RouteDecision:
+    """This device, whatever the model: if it has no such model, it says so itself."""
+    if not policy.enabled:
+        reason = "offload is off"
+    elif request.is_forwarded:
+        reason = "a peer forwarded it"
+    else:
+        reason = "X-DVAI-Offload: never"
+    targets = (RouteTarget(model_id=request.model),) if local else ()
+    return RouteDecision(targets=targets, reason=reason, model=request.model, is_local_only=True)
+
+
+def _choose_terms(
+    policy: OffloadPolicy, request: RouteRequest, here: LocalModel | None, local_score: float, *, is_addressed: bool
+) -> _Terms:
+    minimum = policy.min_local_capability
+    if is_addressed:
+        return _Terms(floor=0.0, reason="the model names this peer", here="another device was named")
+    if request.preference is OffloadPreference.REQUIRE:
+        return _Terms(floor=minimum, reason="X-DVAI-Offload: require", here="a peer is required")
+    if here is not None and local_score >= minimum:
+        return _Terms(reason=f"this device has {local_score:.3g} tok/s, enough for {minimum:g}", is_local_enough=True)
+    faster = math.nextafter(local_score, math.inf)
+    reason = f"faster than the {local_score:.3g} tok/s of this device" if here else "this device does not have it"
+    return _Terms(floor=faster, fallback=here, reason=reason, here="below threshold")
+
+
+def _find_local(local: Sequence[LocalModel], model: str | None) -> LocalModel | None:
+    if model is None:
+        return local[0] if local else None
+    return next((each for each in local if is_same_model(each.model_id, model)), None)
+
+
+def _score_local(here: LocalModel | None, model: str | None) -> float:
+    """What this device scores, 0 when nobody knows; the demonstration model counts only for who names it."""
+    if here is None or here.score is None or (here.is_demonstration and model is None):
+        return 0.0
+    return here.score
+
+
+def _resolve_address(
+    model: str | None, local: Sequence[LocalModel], candidates: Sequence[Candidate]
+) -> tuple[str | None, frozenset[str] | None]:
+    """The model, and the ids of the paired peers that its name begins with; None for those if it names none.
+
+    A model whose whole name somebody serves is no address: ids have slashes of their own.
+    """
+    paired = [each for each in candidates if each.has_pairing]
+    served = [each.model_id for each in local] + [each for peer in paired for each in _list_models(peer)]
+    if model is None or "/" not in model or any(is_same_model(each, model) for each in served):
+        return model, None
+    names = [name for each in paired for name in (each.peer.device_id, each.peer.device_name)]
+    owner, rest = split_address(model, names)
+    if owner is None:
+        return model, None
+    peers = [each.peer for each in paired]
+    owned = (
+        each.device_id for each in peers if owner.casefold() in (each.device_id.casefold(), each.device_name.casefold())
+    )
+    return rest, frozenset(owned)
+
+
+def _list_models(candidate: Candidate) -> tuple[str, ...]:
+    """Every model that the peer is known to have."""
+    if candidate.models is not None:
+        return candidate.models
+    return (*candidate.peer.loaded_models, *candidate.peer.capability)
+
+
+def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate, now_s: float) -> _Offer:
+    passing = _find_passing_obstacle(candidate, now_s)
+    if passing:
+        return _Offer(candidate=candidate, obstacle=passing, is_coming=True)
+    if candidate.state is PeerState.SEEN:
+        via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
+        return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
+    found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
+    if found is None and candidate.models is not None:
+        return _Offer(candidate=candidate, obstacle="does not have the model")
+    known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
+    score = policy.min_local_capability if known is None else known
+    offer = _Offer(
+        candidate=candidate,
+        model_id=found or model,
+        score=score / (1 + candidate.waiting / max(1, candidate.slots)),
+        is_known=known is not None,
+        is_loaded=any(is_same_model(each, found or "") for each in candidate.peer.loaded_models),
+        is_substitute=found is not None and model is not None and not is_same_model(found, model),
+    )
+    if known == 0:
+        return replace(offer, obstacle="scores 0")
+    if candidate.health is PeerHealth.DEGRADED:
+        return replace(offer, obstacle="its engine does not work")
+    if candidate.state is PeerState.REACHABLE:
+        is_open = candidate.handshake is not Handshake.REFUSED
+        return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
+    return offer
+
+
+def _find_passing_obstacle(candidate: Candidate, now_s: float) -> str:
+    """What stands against a candidate and goes by itself, "" for nothing."""
+    if now_s < candidate.cool_down.until_s:
+        return f"cooling down for {math.ceil(candidate.cool_down.until_s - now_s)} s after a failure"
+    if candidate.state is PeerState.SEEN and not candidate.error:
+        return "still connecting"
+    if candidate.state is not PeerState.SEEN and candidate.health is PeerHealth.LOADING:
+        return "still loading its model"
+    return ""
+
+
+def _find_peer_model(candidate: Candidate, model: str | None, *, can_differ: bool) -> str | None:
+    """What the peer calls the model; the best of its models when none was named; None if it has none that will do."""
+    names = [each for each in _list_models(candidate) if model is not None or not is_same_model(each, BUILTIN_MODEL_ID)]
+    fitting = [each for each in names if model is None or is_same_model(each, model)]
+    if not fitting and can_differ and model is not None:
+        fitting = [each for each in names if can_substitute(each, model)]
+    loaded, scores = candidate.peer.loaded_models, candidate.peer.capability
+    return max(fitting, key=lambda each: (each in loaded, scores.get(each, 0.0)), default=None)
+
+
+def _target_local(here: LocalModel | None) -> tuple[RouteTarget, ...]:
+    return () if here is None else (RouteTarget(model_id=here.model_id, score=here.score),)
+
+
+def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
+    return RouteTarget(
+        peer=offer.candidate.peer,
+        route=offer.candidate.route,
+        model_id=offer.model_id,
+        substituted_for=model if offer.is_substitute else None,
+        score=offer.score,
+    )
+
+
+def _check(offer: _Offer, floor: float) -> Checked:
+    peer = offer.candidate.peer
+    reason = offer.obstacle or ("below threshold" if offer.score < floor else "can serve")
+    return Checked(device_id=peer.device_id, device_name=peer.device_name, score=offer.score, reason=reason)
+
+
+def _advise(offers: Sequence[_Offer], floor: float) -> str:
+    """What the user can do when nobody serves; the nearest remedy first."""
+    fast = [each for each in offers if each.score >= floor]
+    asked = next((each for each in fast if each.is_unpaired), None)
+    refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
+    if asked:
+        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+    if any(each.is_coming for each in offers):
+        return "One is connecting or failed a moment ago: ask again soon."
+    if refused:
+        name = display_name(refused.candidate.peer.device_name)
+        return f"{name} refused to pair: `pair request` asks it again."
+    if not offers:
+        return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
+    return "`peers` says what each of them lacks."
+
+
+# The refusal
+
+
+def build_refusal(
+    decision: RouteDecision, request_id: str, failures: Mapping[str, str] | None = None
+) -> NoCapableDeviceError | NoLocalBackendError:
+    """The answer when a decision has no targets, or all of them failed: `failures` is their reason by device id."""
+    if decision.is_local_only:
+        return NoLocalBackendError("This bridge runs in offload-only mode, and the request must not leave the device.")
+    checked = [_build_checked_json(each, (failures or {}).get(each.device_id)) for each in decision.checked]
+    model = "any model" if decision.model is None else f"model {display_name(decision.model)}"
+    return NoCapableDeviceError(
+        f"No device with capability ≥ {decision.required_score:g} tok/s for {model} was reachable. {decision.advice}",
+        retry_after_s=NO_DEVICE_RETRY_AFTER_S,
+        should_retry=None if decision.may_retry or failures else False,
+        extra={
+            "checked": checked[:CHECKED_LIMIT],
+            "localCapability": decision.local_score,
+            "requiredAtLeast": decision.required_score,
+            "rendezvousConfigured": decision.has_rendezvous,
+            "pairedRemotePeers": decision.paired_remote_peers,
+            "requestId": request_id,
+        },
+    )
+
+
+def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]:
+    name = {} if checked.device_name is None else {"deviceName": display_name(checked.device_name)}
+    score, reason = round(checked.score, 1), failure or checked.reason
+    return {"deviceId": display_name(checked.device_id), **name, "capabilityScore": score, "reason": reason}
 
 
 # ---- Streams --------------------------------------------------------------------------
@@ -8025,7 +10416,6 @@ def estimate_memory_bytes(gguf: GgufFile | GgufHeader, n_ctx: int | None, slots:
 
 # The engine as a Backend: slots with their caches, and the jobs that run on them
 
-BUILTIN_MODEL_ID = "dvai-demo"
 SLICE_S = 0.1  # aim of one step: so long may a cancel or another job have to wait
 SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves must free its slot within a second
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
@@ -9068,6 +11458,956 @@ def describe_engine(engine: FoundEngine) -> str:
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
     return f"{engine.product} serves {models} at {engine.base_url}"
+
+
+# ---- Downloads ------------------------------------------------------------------------
+# Models from a Hugging Face hub or a URL: resumed, checked, and only then given their name.
+#
+# What lies in <cache>/models/<user>/<repo>/ for a file NAME, in the order in which it comes and goes:
+#
+#     .NAME.lock         held by the process that downloads it
+#     NAME.part          what has arrived
+#     NAME.part.json     what that part is of: address, size, checksum, ETag
+#     NAME               the part, renamed when its length, checksum and header were right
+#     NAME.sha256        that checksum, as sha256sum writes and reads it
+#
+# Invariant: a file called NAME is whole. No search looks at a name that does not end in .gguf.
+
+HUB_ENDPOINT = "https://huggingface.co"
+HUB_LISTING_LIMIT_BYTES = 16 * MIB  # a listing that never ends
+HUB_FILE_LIMIT_BYTES = 1 << 42  # sizes that are no sizes
+DOWNLOAD_IDLE_S = 30.0  # servers that stop: to connect, and between two pieces of an answer
+DOWNLOAD_HEADERS_S = 60.0  # servers that send headers byte by byte
+DOWNLOAD_STALL_S = 60.0  # servers that send a body byte by byte: in this time
+DOWNLOAD_STALL_BYTES = 32 * KIB  # at least so much must come
+DOWNLOAD_REDIRECTS_LIMIT = 8  # servers that send in circles
+DOWNLOAD_BLOCK_BYTES = 256 * KIB
+DOWNLOAD_ATTEMPTS = 6  # connections in a row that bring less than this
+DOWNLOAD_PROGRESS_BYTES = MIB
+RETRY_PAUSE_LIMIT_S = 60.0
+RETRY_AFTER_LIMIT_S = 300  # a server that asks to wait longer is reported, not waited for
+FREE_SPACE_RESERVE_BYTES = 256 * MIB  # a download leaves so much of the disk to others
+FILE_NAME_LIMIT_BYTES = 200  # names that leave no room for the names beside them
+SPLIT_PARTS_LIMIT = 1000  # names that announce more parts than any model has
+LISTED_CHOICES_LIMIT = 30  # names in one error text
+
+_DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
+_COMPANION_MARKS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-")  # what belongs to a model without being one
+_HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STRONG_ETAG = re.compile(r'"[!#-~]{1,200}"')
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_FILE_NAME_PART = re.compile(r'[^\x00-\x1f\x7f/\\:*?"<>|]+')
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubReference:
+    """A model of a hub. `repo`: `user/repo`; `tag`: a quantisation or the name of a file; None: the usual one."""
+
+    repo: str
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f":{self.tag}" if self.tag else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubAccess:
+    """Which hub is asked, as whom. `endpoint`: a URL without a slash at its end; the token goes nowhere else."""
+
+    endpoint: str = HUB_ENDPOINT
+    token: str | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file to download. `path`: below the repository, its parts fit to be names here. None: not known yet."""
+
+    path: str
+    url: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PulledModel:
+    """A model that is on this machine, whole. `path`: its first file; `was_present`: nothing was downloaded."""
+
+    model_id: str
+    path: Path
+    files: tuple[Path, ...]
+    size_bytes: int
+    was_present: bool
+
+
+def _show_nothing(*_: object) -> None:
+    return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PullWatch:
+    """Who hears of a download. `on_progress`: bytes that are here, bytes of all files (None: not known);
+    `on_notice`: a sentence for the user. `sleep` pauses between attempts."""
+
+    on_progress: Callable[[int, int | None], None] = _show_nothing
+    on_notice: Callable[[str], None] = _show_nothing
+    sleep: Callable[[float], None] = time.sleep
+
+
+# Names and choices: pure.
+
+
+def parse_hub_reference(text: str) -> HubReference:
+    """`user/repo`, `user/repo:Q8_0` or `user/repo:file.gguf`; UsageError for anything else."""
+    try:
+        repo, _, tag = parse_hub_repo(text).partition(":")
+    except ValueError as exc:
+        raise UsageError(f"{display_name(text)!r} names no model: {exc}") from None
+    return HubReference(repo=repo, tag=tag or None)
+
+
+def parse_hub_url(url: str, endpoint: str) -> HubReference | None:
+    """The model whose page, or whose file on the main branch, this URL of the hub shows; None for any other."""
+    path = url.removeprefix(endpoint + "/")
+    match = re.fullmatch(r"([^/?#]+/[^/?#]+)(?:/(?:resolve|blob)/main/([^?#]+))?(?:[?#].*)?", path)
+    if path == url or not match:
+        return None
+    with contextlib.suppress(ValueError):
+        text = match[1] + (f":{urllib.parse.unquote(match[2])}" if match[2] else "")
+        return parse_hub_reference(parse_hub_repo(text))
+    return None
+
+
+def parse_download_url(url: str) -> urllib.parse.SplitResult:
+    """An http or https URL with a host and without a password; ValueError for any other."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL is printable ASCII without blanks")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must begin with https:// and the name of a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a name and password in a URL are not used")
+    if parts.port == 0:
+        raise ValueError("there is no port 0")
+    return parts
+
+
+def _find_origin(url: str) -> tuple[str, str, int]:
+    parts = parse_download_url(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _is_loopback_host(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_token_allowed(url: str, endpoint: str) -> bool:
+    """Whether a request for `url` may carry the hub's token: to the endpoint's own origin, never readable on a wire."""
+    scheme, host, _ = _find_origin(url)
+    return _find_origin(url) == _find_origin(endpoint) and (scheme == "https" or _is_loopback_host(host))
+
+
+def build_download_headers(url: str, access: HubAccess, extra: Mapping[str, str]) -> dict[str, str]:
+    """What a request for `url` carries; bodies are asked for as they are, uncompressed."""
+    headers = {"User-Agent": f"dvai-bridge/{__version__}", "Accept-Encoding": "identity", **extra}
+    if access.token and is_token_allowed(url, access.endpoint):
+        headers["Authorization"] = f"Bearer {access.token}"
+    return headers
+
+
+def choose_redirect(url: str, location: str | None, *, may_be_plain: bool) -> str:
+    """Where a redirect of `url` leads; DownloadError if nowhere, or from https to http (unless that `may_be_plain`)."""
+    host = display_name(parse_download_url(url).hostname or "")
+    try:
+        target = urllib.parse.urljoin(url, location or "")
+        scheme = parse_download_url(target).scheme
+    except ValueError:
+        raise DownloadError(f"{host} redirects to an address that is none") from None
+    if not location or (scheme == "http" and url.startswith("https:") and not may_be_plain):
+        raise DownloadError(f"{host} redirects to " + ("an unencrypted address" if location else "nowhere"))
+    return target
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a file name is that of a model, not of a projector, draft head or matrix that belongs to one."""
+    return _is_gguf_name(name) and not any(mark in name.lower() for mark in _COMPANION_MARKS)
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a foreign path can be one below a directory of ours, on every system, and be found there again."""
+    parts = path.split("/")
+    return len(parts) <= ScanLimits().depth - 2 and all(
+        _FILE_NAME_PART.fullmatch(part)
+        and part.isprintable()
+        and part == part.strip(". ")
+        and len(part.encode()) <= FILE_NAME_LIMIT_BYTES
+        for part in parts
+    )
+
+
+def parse_hub_listing(data: bytes, url: str) -> list[RemoteFile]:
+    """The GGUF files that a hub's answer to `/api/models/…?blobs=true` lists; ValueError if it is no such answer.
+
+    `url`: the repository's. Every file is addressed by the listing's commit, so that all parts are of one version.
+    """
+    answer = parse_json(data)
+    entries = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("no list of files")
+    commit = answer.get("sha")
+    revision = commit if isinstance(commit, str) and _HUB_COMMIT.fullmatch(commit) else "main"
+    files = []
+    for entry in entries:
+        path = entry.get("rfilename") if isinstance(entry, dict) else None
+        if isinstance(path, str) and _is_gguf_name(path) and is_safe_path(path):
+            files.append(_build_remote_file(entry, path, f"{url}/resolve/{revision}/{urllib.parse.quote(path)}"))
+    return files
+
+
+def _build_remote_file(entry: Mapping[str, Any], path: str, url: str) -> RemoteFile:
+    stored = entry.get("lfs")
+    stored = stored if isinstance(stored, dict) else {}
+    size, digest = stored.get("size", entry.get("size")), stored.get("sha256")
+    return RemoteFile(
+        path=path,
+        url=url,
+        size_bytes=size if type(size) is int and 0 <= size <= HUB_FILE_LIMIT_BYTES else None,
+        sha256=digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None,
+    )
+
+
+def find_tag(stems: Sequence[str], tag: str) -> list[str]:
+    """Those of the names (without `.gguf`) that `tag` names best: one, none, or several equally well.
+
+    A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
+    another quantisation than `Q4_K_M`, but is taken for it where there is no other.
+    """
+    wanted = re.escape(tag.removesuffix(".gguf"))
+    for pattern in (
+        rf"(?:.*/)?{wanted}",
+        rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}[.-].*",
+    ):
+        matches = [stem for stem in stems if re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL)]
+        if matches:
+            return matches
+    return []
+
+
+def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    """
+    for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
+        matches = find_tag(list(sizes), tag)
+        if len(matches) > 1:
+            choices = list_choices({stem: sizes[stem] for stem in matches})
+            raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
+        if matches:
+            return matches[0]
+    if reference.tag and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
+    return next(iter(sizes), None)
+
+
+def list_choices(sizes: Mapping[str, int | None]) -> str:
+    """Models for an error text: by quantisation where that tells them apart, else by name."""
+    tags = [parse_quantization(stem) or "" for stem in sizes]
+    are_distinct = all(tags) and len(set(tags)) == len(tags)
+    shown = [
+        (tag if are_distinct else display_name(stem + ".gguf")) + (f" ({format_size(size)})" if size else "")
+        for tag, (stem, size) in zip(tags, sizes.items(), strict=True)
+    ]
+    more = len(shown) - LISTED_CHOICES_LIMIT
+    return ", ".join(shown[:LISTED_CHOICES_LIMIT]) + (f" and {more} more" if more > 0 else "")
+
+
+def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) -> list[RemoteFile]:
+    """The file that a reference means, or all parts of a split one in order. UsageError if that is not one model."""
+    groups: dict[str, dict[int, RemoteFile]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        if is_model_name(file.name):
+            split = parse_split_name(file.path[:-5])
+            stem, index, count = split or (file.path[:-5], 1, 1)
+            groups.setdefault(stem, {})[index] = file
+            counts[stem] = count
+    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    if chosen is None:
+        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+    parts, count = groups[chosen], counts[chosen]
+    if sorted(parts) != list(range(1, count + 1)):
+        raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
+    return [parts[index] for index in sorted(parts)]
+
+
+def _sum_sizes(files: Iterable[RemoteFile]) -> int | None:
+    """The bytes of all files together; None if one is not known."""
+    total = 0
+    for file in files:
+        if file.size_bytes is None:
+            return None
+        total += file.size_bytes
+    return total
+
+
+def choose_repo_places(places: Sequence[ModelPlace], repo: str) -> list[ModelPlace]:
+    """Where in these places the files of a repository lie: as here and in LM Studio, or as in a hub's cache."""
+    folders = (repo, "models--" + repo.replace("/", "--"))
+    return [
+        ModelPlace(source=place.source, path=place.path / folder)
+        for place in places
+        if place.source != "Ollama"
+        for folder in folders
+    ]
+
+
+# What is on this machine.
+
+
+def load_hub_access(environ: Mapping[str, str], platform: str) -> HubAccess:
+    """HF_ENDPOINT, and the token of HF_TOKEN or of the file that `hf auth login` writes. Raises UsageError."""
+    endpoint = (environ.get("HF_ENDPOINT") or HUB_ENDPOINT).rstrip("/")
+    try:
+        parse_download_url(endpoint)
+    except ValueError as exc:
+        raise UsageError(f"HF_ENDPOINT: {exc}") from None
+    token = (environ.get("HF_TOKEN") or _load_token_file(environ, platform)).strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token for the hub (HF_TOKEN, or the file that HF_TOKEN_PATH names) is no token")
+    return HubAccess(endpoint=endpoint, token=token or None)
+
+
+def _load_token_file(environ: Mapping[str, str], platform: str) -> str:
+    if environ.get("HF_TOKEN_PATH"):
+        path = Path(environ["HF_TOKEN_PATH"])
+    elif environ.get("HF_HOME"):
+        path = Path(environ["HF_HOME"]) / "token"
+    else:
+        cache = environ.get("XDG_CACHE_HOME") or choose_user_home(environ, platform) / ".cache"
+        path = Path(cache) / "huggingface" / "token"
+    try:
+        return path.read_bytes()[: 4 * KIB].decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as exc:
+        raise UsageError(f"the hub's token cannot be read from {path}: {exc.strerror}") from exc
+
+
+def _compute_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_content(path: Path, remote: RemoteFile) -> bool:
+    """Whether a file here is the remote one: by size, then by the checksum that its cache noted, else by reading it."""
+    if remote.size_bytes not in (None, path.stat().st_size):
+        return False
+    if remote.sha256 is None:
+        return True
+    blob = path.resolve().name  # a hub's cache names the file itself by its checksum
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        return blob == remote.sha256
+    with contextlib.suppress(OSError):
+        return _note_of(path).read_bytes()[:64] == remote.sha256.encode()
+    return _compute_sha256(path) == remote.sha256
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _list_parts(first: Path) -> list[Path]:
+    """All files of a model by its first; FileNotFoundError if one is missing."""
+    split = parse_split_name(first.name[:-5])
+    if split is None:
+        return [first]
+    parts = [first.with_name(f"{split[0]}-{index:05}-of-{split[2]:05}.gguf") for index in range(1, split[2] + 1)]
+    for part in parts:
+        part.stat()
+    return parts
+
+
+def _build_pulled(files: Sequence[Path], *, was_present: bool) -> PulledModel:
+    return PulledModel(
+        model_id=build_model_id(files[0].name),
+        path=files[0],
+        files=tuple(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        was_present=was_present,
+    )
+
+
+def find_downloaded(reference: HubReference, places: Sequence[ModelPlace]) -> PulledModel | None:
+    """The model that a reference means among those that are on this machine, whole; of several versions the newest.
+
+    Asks no network. UsageError as `choose_stem`.
+    """
+    if reference.tag:
+        reference = replace(reference, tag=reference.tag.rpartition("/")[2])
+    models: dict[str, list[Path]] = {}
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        with contextlib.suppress(OSError):
+            if is_model_name(model.path.name):
+                parts, stem = _list_parts(model.path), build_model_id(model.path.name)
+                known = models.get(stem)
+                if known is None or parts[0].stat().st_mtime > known[0].stat().st_mtime:
+                    models[stem] = parts
+    sizes = {stem: sum(part.stat().st_size for part in parts) for stem, parts in models.items()}
+    chosen = choose_stem(reference, sizes)
+    return _build_pulled(models[chosen], was_present=True) if chosen else None
+
+
+def find_present(
+    files: Sequence[RemoteFile], reference: HubReference, places: Sequence[ModelPlace]
+) -> PulledModel | None:
+    """The model on this machine whose content is that of these remote files, wherever it came from; None: none is."""
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        if model.path.name == files[0].name:
+            here = [model.path.with_name(file.name) for file in files]
+            with contextlib.suppress(OSError):
+                if all(_has_content(path, file) for path, file in zip(here, files, strict=True)):
+                    return _build_pulled(here, was_present=True)
+    return None
+
+
+# The transport: the standard library's, its redirects followed here, where the token is watched.
+
+
+_Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that the next may not; the text says how."""
+
+    def __init__(self, reason: str, retry_after_s: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
+    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(timeout_s, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
+    """Opens http and https through the proxies of the environment; every status, redirects too, is just an answer."""
+    import http.client
+    import urllib.request
+
+    class Answers(urllib.request.HTTPErrorProcessor):
+        def http_response(self, request: Any, response: Any) -> Any:
+            return response
+
+        https_response = http_response
+
+    class PlainConnection(http.client.HTTPConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class SecureConnection(http.client.HTTPSConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(PlainConnection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(SecureConnection, request)
+
+    proxies = [urllib.request.ProxyHandler({})] if is_direct else []
+    return urllib.request.build_opener(Answers, PlainHandler, SecureHandler, *proxies)
+
+
+def _explain_network_error(error: object, host: str, *, is_connected: bool) -> Exception:
+    """What an exception, or a text, from below HTTP means: DownloadError, UnreachableError or _Retry."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return DownloadError(
+            f"the certificate of {host} is not trusted ({display_name(error.verify_message)}): SSL_CERT_FILE names "
+            "the authorities to trust"
+        )
+    strerror = error.strerror if isinstance(error, OSError) else None
+    why = display_name(strerror or str(error) or type(error).__name__)
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_silent = isinstance(error, TimeoutError) and not is_connected
+    if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
+        return UnreachableError(
+            f"{host} cannot be reached ({why}): check the network; --offline uses what is on this machine, "
+            "HF_ENDPOINT names another hub"
+        )
+    return _Retry(f"the connection to {host} failed ({why})")
+
+
+def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http.client.HTTPResponse:
+    """One request, one answer whatever its status; the caller closes it. Loopback is never asked through a proxy."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    host = parse_download_url(url).hostname or ""
+    request = urllib.request.Request(url, headers=build_download_headers(url, access, extra))
+    opener = _build_opener(is_direct=_is_loopback_host(host))
+    try:
+        answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
+    except urllib.error.URLError as exc:
+        raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
+    except (OSError, http.client.HTTPException) as exc:
+        raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
+    return answer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """An answer at the end of its redirects. `sha256`: the checksum that the hub gave on the way, if it did."""
+
+    body: http.client.HTTPResponse
+    host: str
+    is_hub: bool
+    sha256: str | None
+
+    def find_header(self, name: str) -> str:
+        return str(self.body.headers.get(name) or "").strip()
+
+
+@contextlib.contextmanager
+def _open_url(url: str, access: HubAccess, what: str, extra: Mapping[str, str]) -> Iterator[_Answer]:
+    """GET through redirects; a status other than 200 and 206 becomes the error that it is."""
+    may_be_plain, digest, hub = access.endpoint.startswith("http:"), None, _find_origin(access.endpoint)
+    for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        host = display_name(parse_download_url(url).hostname or "")
+        with _send_request(url, access, extra) as body:
+            is_hub, linked = _find_origin(url) == hub, str(body.headers.get("X-Linked-Etag")).strip('"')
+            digest = linked if is_hub and _SHA256.fullmatch(linked) else digest
+            answer = _Answer(body=body, host=host, is_hub=is_hub, sha256=digest)
+            if body.status not in _REDIRECTS:
+                _verify_status(answer, what, access)
+                yield answer
+                return
+            url = choose_redirect(url, answer.find_header("Location"), may_be_plain=may_be_plain)
+    raise DownloadError(f"{what}: more than {DOWNLOAD_REDIRECTS_LIMIT} redirects")
+
+
+def _verify_status(answer: _Answer, what: str, access: HubAccess) -> None:
+    """Raises what a status says; `what` is being asked for."""
+    status, code = answer.body.status, answer.find_header("X-Error-Code")
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        pause_s = None
+        with contextlib.suppress(ValueError):
+            pause_s = parse_decimal(answer.find_header("Retry-After"), maximum=10**9)
+        why = "asks to slow down" if status == 429 else "cannot answer now"
+        raise _Retry(f"{answer.host} {why} ({status})", pause_s)
+    if answer.is_hub and status in (401, 403):
+        raise DownloadError(_explain_refusal(status, code, what, access))
+    if status in (404, 410):
+        raise DownloadError(f"{what} does not exist on {answer.host} ({status}): check its name")
+    raise DownloadError(f"{answer.host} answers {status} for {what}")
+
+
+def _explain_refusal(status: int, code: str, what: str, access: HubAccess) -> str:
+    """A hub also answers 401 for what does not exist, so that nobody learns the names of private repositories."""
+    token = "see that the token (HF_TOKEN) may read it" if access.token else "set HF_TOKEN to a token that may read it"
+    if code == "GatedRepo" or status == 403:
+        return f"{what} is gated ({status}): accept its licence on {access.endpoint}, and {token}"
+    return f"{what} does not exist, or is private or gated ({status}): check its name; if it is not public, {token}"
+
+
+class _Patience:
+    """How long a download goes on trying: failures in a row, and a longer pause after each."""
+
+    def __init__(self, watch: PullWatch) -> None:
+        self._watch = watch
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def wait(self, failure: _Retry, kept: str = "") -> None:
+        """Pause before the next attempt, or raise DownloadError."""
+        self._failures += 1
+        if self._failures >= DOWNLOAD_ATTEMPTS:
+            raise DownloadError(f"{failure}, {self._failures} times in a row{kept}") from failure
+        pause_s = min(RETRY_PAUSE_LIMIT_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        if failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        if pause_s > RETRY_AFTER_LIMIT_S:
+            raise DownloadError(
+                f"{failure}: try again in {pause_s:.0f} s{kept}", retry_after_s=failure.retry_after_s
+            ) from failure
+        self._watch.on_notice(f"{failure}; trying again in {pause_s:.0f} s")
+        self._watch.sleep(pause_s)
+
+
+def fetch_hub_files(reference: HubReference, access: HubAccess, watch: PullWatch) -> list[RemoteFile]:
+    """The GGUF files of a repository, as its hub lists them. Raises DownloadError."""
+    patience, url = _Patience(watch), f"{access.endpoint}/api/models/{reference.repo}?blobs=true"
+    while True:
+        try:
+            with _open_url(url, access, reference.repo, {"Accept": "application/json"}) as answer:
+                data = bytearray()
+                for piece in _read_body(answer):
+                    data += piece
+                    if len(data) > HUB_LISTING_LIMIT_BYTES:
+                        raise DownloadError(f"{reference.repo} has too many files to list")
+            return parse_hub_listing(bytes(data), f"{access.endpoint}/{reference.repo}")
+        except ValueError as exc:
+            raise DownloadError(f"what answers at {access.endpoint} is no Hugging Face hub ({exc})") from exc
+        except _Retry as failure:
+            patience.wait(failure)
+
+
+def _read_body(answer: _Answer) -> Iterator[bytes]:
+    """The pieces of a body as they arrive; _Retry if it ends before its length, stops or only trickles."""
+    import http.client
+
+    if answer.find_header("Content-Encoding").lower() not in ("", "identity"):
+        raise DownloadError(f"{answer.host} compresses what it was asked to send as it is")
+    left = _parse_count(answer.find_header("Content-Length")) if not answer.body.chunked else None
+    since, arrived = time.monotonic(), 0
+    while left is None or left > 0:
+        try:
+            piece = answer.body.read1(min(DOWNLOAD_BLOCK_BYTES, left or DOWNLOAD_BLOCK_BYTES))
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise _Retry(
+                f"the connection to {answer.host} broke ({display_name(str(exc) or type(exc).__name__)})"
+            ) from exc
+        if not piece:
+            break
+        left = left - len(piece) if left is not None else None
+        arrived += len(piece)
+        if time.monotonic() - since > DOWNLOAD_STALL_S:
+            if arrived < DOWNLOAD_STALL_BYTES:
+                raise _Retry(f"{answer.host} sends almost nothing")
+            since, arrived = time.monotonic(), 0
+        yield piece
+    if left:
+        raise _Retry(f"{answer.host} closed the connection {format_size(left)} before the end")
+
+
+# Files: received in part, then whole.
+
+
+class _Part:
+    """A file being received: `size` bytes are in NAME.part and in the checksum. Belongs to the holder of the lock."""
+
+    def __init__(self, target: Path, remote: RemoteFile) -> None:
+        self.target = target
+        self.announced = self.remote = remote  # `remote`: with what the answers said besides
+        self.path = target.with_name(target.name + ".part")
+        self._about = target.with_name(target.name + ".part.json")
+        self.etag = ""
+        self.size = 0
+        self.is_complete = False
+        self._digest = hashlib.sha256()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Nothing is left behind where nothing has arrived."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        os.close(fd)
+        if not self.size:
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.path, self._about):
+            path.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go on from what an earlier run left, if that is of the same content; else from nothing."""
+        about = self._load_about()
+        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
+        self.etag = str(about.get("etag") or "") if same else ""
+        if not same or not (self.remote.sha256 or self.etag):
+            self.restart()
+            return
+        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
+        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+            self.restart()
+            return
+        while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
+            self._digest.update(piece)
+            self.size += len(piece)
+        self.is_complete = self.size == self.remote.size_bytes
+
+    def _load_about(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            about = parse_json(_read_state(self._about))
+            if isinstance(about, dict):
+                return about
+        return {}
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self.size, self.etag, self.is_complete = 0, "", False
+        self.remote, self._digest = self.announced, hashlib.sha256()
+
+    def build_headers(self) -> dict[str, str]:
+        """Asks for the rest, or for all of it if the file is another by now (RFC 9110, section 13.1.5)."""
+        if not self.size:
+            return {}
+        return {"Range": f"bytes={self.size}-"} | ({"If-Range": self.etag} if self.etag else {})
+
+    def describe(self, *, size_bytes: int | None, sha256: str | None, etag: str) -> None:
+        """Note what the answer says of the file, for this run and the next. DownloadError if it is another file."""
+        known = self.remote
+        if None not in (known.size_bytes, size_bytes) and known.size_bytes != size_bytes:
+            raise DownloadError(
+                f"{display_name(known.name)}: {known.size_bytes} bytes were announced and {size_bytes} are offered"
+            )
+        size_bytes = known.size_bytes if size_bytes is None else size_bytes
+        self.remote = replace(known, size_bytes=size_bytes, sha256=known.sha256 or sha256)
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        verify_free_space(self.target.parent, (size_bytes or 0) - self.size)
+        about = {"url": known.url, "sizeBytes": size_bytes, "sha256": self.remote.sha256, "etag": self.etag}
+        _save_beside(self._about, encode_json(about))
+
+    def append(self, data: bytes) -> None:
+        """Add bytes; DownloadError at the first that is too many or shows that this is no model."""
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if self.size + len(data) > limit:
+            self.restart()
+            raise DownloadError(f"{display_name(self.remote.name)}: the server sends more than {limit} bytes")
+        if self.size < len(GGUF_MAGIC):
+            start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
+            if data[: end - start] != GGUF_MAGIC[start:end]:
+                raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
+        rest = memoryview(data)
+        while rest:
+            written = os.write(self._fd, rest)
+            self._digest.update(rest[:written])
+            self.size += written
+            rest = rest[written:]
+
+    def finish(self) -> None:
+        """Check the whole and give it its name. DownloadError: it was damaged and is removed."""
+        os.fsync(self._fd)
+        self.close()  # Windows does not rename an open file
+        name, digest = display_name(self.remote.name), self._digest.hexdigest()
+        try:
+            if self.remote.sha256 not in (None, digest):
+                raise DownloadError(
+                    f"{name}: its checksum is not the one that was announced, so it was removed; try again"
+                )
+            try:
+                open_gguf(self.path).close()
+            except ModelFileError as exc:
+                raise DownloadError(f"{name} was removed: {exc.message}") from exc
+        except DownloadError:
+            self._remove()
+            raise
+        _note_of(self.target).unlink(missing_ok=True)  # before the rename: it may be of an older file of this name
+        os.replace(self.path, self.target)
+        _save_beside(_note_of(self.target), f"{digest}  {self.target.name}\n".encode())
+        self._about.unlink(missing_ok=True)
+        _sync_directory(self.target.parent)
+
+
+def _save_beside(path: Path, data: bytes) -> None:
+    """Replace a small file of which no copy is needed."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    _write_new_file(new, data)
+    os.replace(new, path)
+
+
+def verify_free_space(directory: Path, needed_bytes: int) -> None:
+    """Raises DownloadError when `needed_bytes` more would leave less than FREE_SPACE_RESERVE_BYTES of the disk."""
+    import shutil  # here: only downloads need it
+
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > max(0, free_bytes - FREE_SPACE_RESERVE_BYTES):
+        raise DownloadError(
+            f"{format_size(needed_bytes)} are still to come and {format_size(free_bytes)} are free in {directory}: "
+            "make room, or name another directory with --home"
+        )
+
+
+def _parse_extent(answer: _Answer) -> tuple[int, int | None] | None:
+    """Where in its file a body begins, and how long the file is (None: not said); None: neither 200 nor a sound 206."""
+    if answer.body.status == 200:
+        return 0, None if answer.body.chunked else _parse_count(answer.find_header("Content-Length"))
+    match = _CONTENT_RANGE.fullmatch(answer.find_header("Content-Range"))
+    return (int(match[1]), _parse_count(match[3])) if answer.body.status == 206 and match else None
+
+
+def _receive(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """One attempt: what is missing of a file, or as much of it as comes. Raises _Retry."""
+    with _open_url(part.remote.url, access, display_name(part.remote.name), part.build_headers()) as answer:
+        extent, etag = _parse_extent(answer), answer.find_header("ETag")
+        start, size_bytes = extent or (None, None)
+        if part.size and (start != part.size or (part.etag and etag and etag != part.etag)):
+            watch.on_notice(f"{answer.host} does not go on where it stopped: {part.target.name} starts anew")
+            part.restart()
+        if start != part.size:
+            raise _Retry(f"{answer.host} sends something else than was asked for ({answer.body.status})")
+        with _translate_os_errors("save", part.path):
+            part.describe(size_bytes=size_bytes, sha256=answer.sha256, etag=etag)
+        for piece in _read_body(answer):
+            with _translate_os_errors("save", part.path):
+                part.append(piece)
+            show(part.size, part.remote.size_bytes)
+        part.is_complete = part.remote.size_bytes in (None, part.size)
+        if not part.is_complete:
+            raise _Retry(f"{answer.host} ended after {part.size} of {part.remote.size_bytes} bytes")
+
+
+def _receive_all(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Attempts until the file is whole."""
+    patience, had, has_answered = _Patience(watch), part.size, False
+    while not part.is_complete:
+        try:
+            _receive(part, access, watch, show)
+        except UnreachableError as exc:
+            if not has_answered:
+                raise
+            patience.wait(_Retry(exc.message), _say_kept(part))
+        except _Retry as failure:
+            has_answered = True
+            if part.size - had >= DOWNLOAD_PROGRESS_BYTES:
+                patience.reset()
+                had = part.size
+            patience.wait(failure, _say_kept(part))
+
+
+def _say_kept(part: _Part) -> str:
+    return f"; {format_size(part.size)} are kept, and the same command goes on from there" if part.size else ""
+
+
+def _pull_file(remote: RemoteFile, target: Path, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Download one file to `target`, unless it is there."""
+    lock = PathLock(target.with_name(f".{target.name}.lock"))
+    with _translate_os_errors("save", target):
+        create_private_directory(target.parent)
+        if not lock.try_acquire():
+            raise DownloadError(f"another process is downloading {target}: wait until it is done")
+        try:
+            if target.is_file() and _has_content(target, remote):
+                return
+            part = _Part(target, remote)
+            try:
+                part.resume()
+                _receive_all(part, access, watch, show)
+                part.finish()
+            except KeyboardInterrupt as exc:
+                raise DownloadError(f"stopped{_say_kept(part)}") from exc
+            except StorageError as exc:
+                raise StorageError(exc.message + _say_kept(part)) from exc
+            finally:
+                part.close()
+        finally:
+            lock.release()
+
+
+def _pull_files(files: Sequence[RemoteFile], directory: Path, access: HubAccess, watch: PullWatch) -> PulledModel:
+    """Download all files below `directory`, one after the other."""
+    total, done = _sum_sizes(files), 0
+    with _translate_os_errors("save", directory):
+        create_private_directory(directory)
+        verify_free_space(directory, (total or 0) - _count_present_bytes(files, directory))
+    targets = [directory.joinpath(*file.path.split("/")) for file in files]
+    for file, target in zip(files, targets, strict=True):
+
+        def show(size: int, size_bytes: int | None, before: int = done) -> None:
+            watch.on_progress(before + size, size_bytes if len(files) == 1 else total)
+
+        _pull_file(file, target, access, watch, show)
+        done += target.stat().st_size
+    return _build_pulled(targets, was_present=False)
+
+
+def _count_present_bytes(files: Sequence[RemoteFile], directory: Path) -> int:
+    """How much of the files is below `directory` already, whole or in part."""
+    total = 0
+    for file in files:
+        target = directory.joinpath(*file.path.split("/"))
+        for path in (target, target.with_name(target.name + ".part")):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                break
+    return total
+
+
+def pull_model(
+    reference: HubReference,
+    *,
+    cache: Path,
+    places: Sequence[ModelPlace],
+    access: HubAccess,
+    watch: PullWatch | None = None,
+) -> PulledModel:
+    """Bring a model of a hub to this machine: found in `places`, or downloaded into `cache`/models/USER/REPO.
+
+    Blocks: not for an event loop. Raises UsageError (no such quantisation, or several), UnreachableError,
+    DownloadError (what has arrived is kept, unless it was wrong) and StorageError.
+    """
+    watch = watch or PullWatch()
+    files = choose_remote_files(fetch_hub_files(reference, access, watch), reference)
+    present = find_present(files, reference, places)
+    return present or _pull_files(files, cache / "models" / reference.repo, access, watch)
+
+
+def pull_url(url: str, *, cache: Path, access: HubAccess, watch: PullWatch | None = None) -> PulledModel:
+    """Bring a GGUF file from anywhere into `cache`/models/HOST, with all its parts if it is split.
+
+    A file that is there is taken as it is. Blocks. Raises as `pull_model`.
+    """
+    try:
+        parts = parse_download_url(url)
+    except ValueError as exc:
+        raise UsageError(f"{display_name(url)}: {exc}") from None
+    name = urllib.parse.unquote(parts.path.rpartition("/")[2])
+    if not _is_gguf_name(name) or not is_safe_path(name):
+        raise UsageError(f"{display_name(url)}: the name of a model file ends in .gguf")
+    split = parse_split_name(name[:-5])
+    names = [name]
+    if split:
+        if split[2] > SPLIT_PARTS_LIMIT:
+            raise UsageError(f"{display_name(url)}: a model has no {split[2]} parts")
+        names = [f"{split[0]}-{index:05}-of-{split[2]:05}.gguf" for index in range(1, split[2] + 1)]
+    folder = parts.path.rpartition("/")[0]
+    files = [
+        RemoteFile(path=each, url=parts._replace(path=f"{folder}/{urllib.parse.quote(each)}", fragment="").geturl())
+        for each in names
+    ]
+    directory = cache / "models" / (parts.hostname or "").replace(":", "_")
+    here = [directory / each for each in names]
+    if all(path.is_file() for path in here):
+        return _build_pulled(here, was_present=True)
+    return _pull_files(files, directory, access, watch or PullWatch())
 
 
 # ---- Probe ----------------------------------------------------------------------------
@@ -10637,11 +13977,15 @@ class Serving:
     reason: str
 
 
+def list_model_places(environ: Mapping[str, str], directories: Directories) -> list[ModelPlace]:
+    """Where this user's models may lie."""
+    home = choose_user_home(environ, sys.platform)
+    return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
+
+
 def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
     """The models on this machine, each judged by the memory that is free now."""
-    home = choose_user_home(environ, sys.platform)
-    places = choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
-    return find_models(places, memory=probe_free_memory())
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -10663,6 +14007,18 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
         if is_same_model(model.model_id, named):
             return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
+
+
+def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
+    """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
+    if config.hf_repo is None:
+        return config
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    found = find_downloaded(parse_hub_reference(config.hf_repo), places)
+    if found is None:
+        raise UsageError(f"{config.hf_repo} is not on this machine: `pull {config.hf_repo}` brings it")
+    return replace(config, model=str(found.path), hf_repo=None)
 
 
 def _serve_demonstration(config: Config, reason: str) -> Serving:
@@ -10728,8 +14084,11 @@ class DVAI:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
-        self.config = config = config or build_config(environ=environ)
+        config = config or build_config(environ=environ)
         self.directories = choose_directories(environ, sys.platform, config.home)
+        if config.hf_repo is not None:
+            config = use_hub_model(config, list_model_places(environ, self.directories))
+        self.config = config
         self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
         self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
         service = Service(
@@ -10838,14 +14197,15 @@ examples:
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
   python3 dvai_bridge.py models                       see what is there
+  python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (
     *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--hf-repo", "-hf", "--n-gpu-layers", "-ngl"),
+    *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
     *("--models-dir", "--metrics"),
 )
-PLANNED_COMMANDS = ("pull", "peers", "pair", "identity", "provider")
+PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
@@ -10938,6 +14298,9 @@ def build_parser() -> CommandParser:
             command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
         if name == "audit":
             add_audit_options(command)
+    pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
+    pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
+    pull.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -11003,18 +14366,68 @@ class ProgressLine:
         self._shown = -1
         self._started = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._shown_at = 0.0
+        self._open_width = 0  # of a line on the terminal that has not ended
 
-    def show(self, fraction: float) -> None:
-        """`fraction` from 0 to 1."""
-        if time.monotonic() - self._started < PROGRESS_AFTER_S:
+    def show(self, fraction: float, detail: str = "") -> None:
+        """`fraction` from 0 to 1; `detail` stands after it."""
+        now = time.monotonic()
+        if now - self._started < PROGRESS_AFTER_S:
             return
         percent = int(100 * fraction)
         step = percent if self._terminal else percent // 10 * 10
-        if step == self._shown:
+        is_old = self._terminal and detail and now - self._shown_at >= PROGRESS_AFTER_S
+        if step == self._shown and not is_old:
             return
-        self._shown = step
-        start, end = ("\r", "" if percent < 100 else "\n") if self._terminal else ("", "\n")
-        print(f"{start}{self._what}: {percent} %", end=end, file=sys.stderr, flush=True)
+        self._shown, self._shown_at = step, now
+        line = f"{self._what}: {percent} %{detail}"
+        if not self._terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        print(f"\r{line.ljust(self._open_width)}", end="", file=sys.stderr, flush=True)
+        self._open_width = len(line)
+        if percent >= 100:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the line as it is: what is printed next stands below it."""
+        if self._open_width:
+            self._open_width = 0
+            print(file=sys.stderr, flush=True)
+
+
+PROGRESS_BAR_CHARS = 24
+
+
+class PullProgress:
+    """A download on stderr: how much of it is here, how fast it comes, and what else there is to say."""
+
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(f"pulling {what}")
+        self._terminal = sys.stderr.isatty()
+        self._started: tuple[float, int] | None = None
+        self.watch = PullWatch(on_progress=self._show, on_notice=self.say)
+
+    def _show(self, received: int, total: int | None) -> None:
+        now = time.monotonic()
+        started, before = self._started = self._started or (now, received)
+        if total:
+            rate = (received - before) / (now - started) if now > started else 0.0
+            self._line.show(received / total, self._describe(received, total, rate))
+
+    def _describe(self, received: int, total: int, rate: float) -> str:
+        done = PROGRESS_BAR_CHARS * received // total
+        bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
+        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.end()
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._line.end()
 
 
 def show_json(value: Any) -> None:
@@ -11053,8 +14466,67 @@ async def wait_first(*tasks: asyncio.Task[Any]) -> None:
         task.result()
 
 
+def fetch_model(command: Command, target: str) -> PulledModel:
+    """The model that `pull` or `--hf-repo` names: here already or downloaded now, or with --offline only the former."""
+    access, places = (
+        load_hub_access(command.environ, sys.platform),
+        list_model_places(command.environ, command.directories),
+    )
+    reference = parse_hub_url(target, access.endpoint) if "://" in target else parse_hub_reference(target)
+    if command.config.offline:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise DownloadError(f"{display_name(target)} is not on this machine, and --offline forbids to download it")
+        return found
+    progress, cache = PullProgress(display_name(target)), command.directories.cache
+    try:
+        if reference is None:
+            return pull_url(target, cache=cache, access=access, watch=progress.watch)
+        return pull_model(reference, cache=cache, places=places, access=access, watch=progress.watch)
+    except UnreachableError as exc:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise
+        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        return found
+    finally:
+        progress.end()
+
+
+def bring_hub_model(command: Command) -> Command:
+    """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
+    config = command.config
+    if config.hf_repo is None:
+        return command
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    pulled = fetch_model(command, config.hf_repo)
+    return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
+
+
+def run_pull(command: Command) -> int:
+    """`pull`: bring a model to this machine."""
+    pulled = fetch_model(command, command.arguments.target or "")
+    if command.json:
+        show_json(
+            {
+                "id": pulled.model_id,
+                "path": str(pulled.path),
+                "files": [str(path) for path in pulled.files],
+                "sizeBytes": pulled.size_bytes,
+                "wasPresent": pulled.was_present,
+            }
+        )
+        return 0
+    parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
+    return 0
+
+
 def run_serve(command: Command) -> int:
     """`serve`: answer until a signal asks to stop."""
+    command = bring_hub_model(command)
     try:
         return asyncio.run(serve_until_stopped(command))
     finally:
@@ -11400,6 +14872,7 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
     load = LoadRequest(
@@ -11561,6 +15034,7 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
 
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
+    "pull": run_pull,
     "models": run_models,
     "status": run_status,
     "doctor": run_doctor,
