@@ -8,13 +8,16 @@ import pytest
 import dvai_bridge
 from dvai_bridge import (
     AdmissionQueue,
+    CapabilityMeter,
     EngineError,
     Finished,
     GatewayTimeoutError,
     GenerationRequest,
+    ModelCost,
     OverloadedError,
     PrefillProgress,
     RequestWatch,
+    ScoreCache,
     ScoreKey,
     ScoreSource,
     TextDelta,
@@ -301,6 +304,99 @@ def test_an_engine_that_fails_fails_the_probe():
         assert queue.running == 0
 
     run(check())
+
+
+# ---- what a bridge knows of its own speed ----------------------------------------------
+
+KEY = ScoreKey(model_id="m", engine="builtin", quantization="Q8_0")
+COST = ModelCost(n_params=1_000_000, bytes_per_token=1_000_000)
+
+
+@contextlib.asynccontextmanager
+async def start_meter(tmp_path):
+    meter = CapabilityMeter(ScoreCache(tmp_path / "capability.json"), "me", clock=lambda: 5.0)
+    await meter.start()
+    try:
+        yield meter
+    finally:
+        await meter.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(dvai_bridge, "BANDWIDTH_BUFFER_BYTES", 1 << 20)
+
+
+def test_a_meter_goes_from_the_heuristic_to_the_estimate_to_the_measurement(tmp_path, quick):
+    async def check():
+        async with start_meter(tmp_path) as meter:
+            assert meter.get_score(KEY).source is ScoreSource.HEURISTIC and meter.list_scores() == ()
+            assert meter.get_score(KEY, COST).source is ScoreSource.ESTIMATE
+            score = await meter.probe(ScriptedEngine(), KEY, RequestWatch(), AdmissionQueue(1, 0))
+            assert meter.get_score(KEY, COST) == score and meter.list_scores() == (score,)
+            assert (score.source, score.device_id, score.measured_at_ms) == (ScoreSource.MEASURED, "me", 5000)
+        async with start_meter(tmp_path) as meter:
+            assert meter.get_score(KEY, COST).source is ScoreSource.MEASURED
+
+    run(check())
+
+
+def test_a_model_is_measured_once(tmp_path, quick):
+    async def check():
+        engine, watch, queue = ScriptedEngine(), RequestWatch(), AdmissionQueue(2, 8)
+        async with start_meter(tmp_path) as meter:
+            meter.probe_on_first_use(engine, KEY, watch, queue)
+            meter.probe_on_first_use(engine, KEY, watch, queue)
+            scores = await asyncio.gather(*(meter.probe(engine, KEY, watch, queue) for _ in range(3)))
+            assert len(set(map(id, scores))) == 1 and len(engine.requests) == 2
+            meter.probe_on_first_use(engine, KEY, watch, queue)
+            assert len(engine.requests) == 2
+            await meter.probe(engine, KEY, watch, queue)  # who asks for it gets a new one
+            assert len(engine.requests) == 4
+
+    run(check())
+
+
+def test_a_meter_learns_from_traffic(tmp_path, quick):
+    async def check():
+        async with start_meter(tmp_path) as meter:
+            meter.observe(KEY, usage_of(21, 1000.0))
+            meter.observe(KEY, usage_of(3, 1.0))
+            assert meter.get_score(KEY).tok_per_s == pytest.approx(20.0)
+        async with start_meter(tmp_path) as meter:
+            assert meter.get_score(KEY).tok_per_s == pytest.approx(20.0)
+
+    run(check())
+
+
+def test_a_probe_goes_on_without_who_asked_and_ends_with_the_meter(tmp_path, quick):
+    async def check():
+        engine, watch, queue = ScriptedEngine(), RequestWatch(), AdmissionQueue(1, 8)
+        engine.gate.clear()
+        async with start_meter(tmp_path) as meter:
+            asking = asyncio.create_task(meter.probe(engine, KEY, watch, queue))
+            await engine.began.wait()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert engine.running == 1
+        assert (engine.running, queue.running) == (0, 0)
+
+    run(check())
+
+
+def test_a_failed_background_probe_is_one_line(tmp_path, quick, caplog):
+    async def check():
+        async with start_meter(tmp_path) as meter:
+            queue = AdmissionQueue(1, 0)
+            meter.probe_on_first_use(ScriptedEngine(ends_after=0), KEY, RequestWatch(), queue)
+            with pytest.raises(EngineError):
+                await meter.probe(ScriptedEngine(), KEY, RequestWatch(), queue)
+            await meter.probe(ScriptedEngine(), KEY, RequestWatch(), queue)  # the failure is not kept
+
+    run(check())
+    assert [record.message for record in caplog.records].count(
+        "m was not measured: the model ends its answers at once: its speed cannot be measured"
+    ) == 1
 
 
 # ---- a real engine process ------------------------------------------------------------
