@@ -123,6 +123,7 @@ LINGER_S = 2.0  # after refusing a request: how long its rest is read and droppe
 CONNECTIONS_LIMIT = 256  # descriptors, all clients together
 CONNECTIONS_PER_ADDRESS_LIMIT = 16  # descriptors of one foreign address
 CONNECTIONS_LOOPBACK_RESERVE = 16  # of all connections, those that foreign clients cannot take
+INTERIM_RESPONSES_LIMIT = 8  # a server we ask that goes on announcing its answer (1xx)
 PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: reading pauses there
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
@@ -358,6 +359,30 @@ class HttpVersionError(ProtocolError):
     """An HTTP version other than 1.0 and 1.1."""
 
     status, code = 505, "http_version_not_supported"
+
+
+class UpstreamError(BridgeError):
+    """A server that we asked broke HTTP or a bound of ours; the subclasses say what else can go wrong with it."""
+
+    status, type, code = 502, "server_error", "upstream_failed"
+
+
+class UpstreamConnectError(UpstreamError):
+    """There is no connection to the server, so nothing was sent: refused, unknown name, TLS, too slow."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamLostError(UpstreamError):
+    """The server closed the connection before its answer was complete."""
+
+    code = "upstream_lost"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server did not answer, or not go on, within the time it was given."""
+
+    status, type, code = 504, "timeout_error", "upstream_timeout"
 
 
 def build_error_body(error: BridgeError) -> dict[str, Any]:
@@ -1440,7 +1465,7 @@ class RunningRecord:
 
 
 # ---- HTTP/1.1 -------------------------------------------------------------------------
-# Request grammar, stricter than most on purpose. Pure: bytes in, events out (RFC 9112).
+# The grammar of requests and answers, stricter than most on purpose. Pure: bytes in, values out (RFC 9112).
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"  # all but control characters; a tab is none here (RFC 9110 section 5.5)
@@ -1452,7 +1477,9 @@ _FIELD_VALUE = re.compile(_TEXT)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#@]+)(/[^#]*)")
 _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
+_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
@@ -1671,38 +1698,90 @@ class ParserState(enum.Enum):
     FAILED = enum.auto()
 
 
-class RequestParser:
+class LineReader:
+    """The lines of a message's head and of its chunks, taken from bytes that come in segments.
+
+    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
+    feed lies between the two.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._line_start = 0
+        self._searched = 0
+        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields: list[tuple[str, str]] = []
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Received and not consumed."""
+        return len(self._buffer) - self._line_start
+
+    def _read_fields(self, block_limit_bytes: int) -> bool:
+        """Reads field lines up to the empty one; False until that has arrived."""
+        while True:
+            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
+            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
+            if not line:
+                return line is not None
+            self._fields.append(parse_field_line(line))
+            if len(self._fields) > HEADER_COUNT_LIMIT:
+                raise HeadersTooLargeError("too many header lines")
+
+    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
+        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
+        buffer, start = self._buffer, self._line_start
+        end = buffer.find(b"\n", self._searched)
+        complete = end >= 0
+        if not complete:
+            end = self._searched = len(buffer)
+        has_cr = end > start and buffer[end - 1] == 13
+        if end - has_cr - start > limit_bytes:
+            raise too_long("a line, or all of them together, are too long")
+        if not complete:
+            return None
+        if not has_cr:
+            raise ProtocolError("a line that does not end in CRLF")
+        self._line_start = self._searched = end + 1
+        return buffer[start : end - 1].decode("latin-1")
+
+    def _take_bytes(self, count: int) -> bytes:
+        data = bytes(memoryview(self._buffer)[:count])
+        self._line_start = self._searched = count
+        return data
+
+    def _release(self) -> None:
+        """Gives back the memory of what is consumed; a block that began there has its start below zero."""
+        del self._buffer[: self._line_start]
+        self._searched -= self._line_start
+        self._block_start -= self._line_start
+        self._line_start = 0
+
+
+class RequestParser(LineReader):
     """One connection's requests: `receive` bytes as they come, take events until `next_event` returns None.
 
     Gives RequestHead, then RequestBody, then nothing until `start_next_request`, however much has arrived
     (pipelining). The outcome depends on the bytes only, never on how they were cut into segments. Errors are
     raised at the first byte that proves them; after one the connection has no meaning any more.
 
-    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
-    feed lies between the two; `body_received <= body_limit_bytes`.
+    Invariants: those of LineReader; `body_received <= body_limit_bytes`.
     """
 
     def __init__(self, *, body_limit_bytes: int) -> None:
+        super().__init__()
         self._body_limit_bytes = body_limit_bytes
-        self._buffer = bytearray()
-        self._line_start = 0
-        self._searched = 0
         self._error: BridgeError | None = None
         self._start_request()
 
     def _start_request(self) -> None:
         self.state = ParserState.REQUEST_LINE
         self._request_line: tuple[str, RequestTarget, int] | None = None
-        self._fields: list[tuple[str, str]] = []
-        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields = []
+        self._block_start = 0
         self._body_length = 0  # FIXED_BODY: of the body; CHUNK_DATA: of this chunk
         self._body = bytearray()  # chunks so far
         self._extension_bytes = 0
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Received and not consumed."""
-        return len(self._buffer) - self._line_start
 
     @property
     def body_received_bytes(self) -> int:
@@ -1820,46 +1899,214 @@ class RequestParser:
         self.state = ParserState.COMPLETE
         return RequestBody(body)
 
-    def _read_fields(self, block_limit_bytes: int) -> bool:
-        """Reads field lines up to the empty one; False until that has arrived."""
-        while True:
-            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
-            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
-            if not line:
-                return line is not None
-            self._fields.append(parse_field_line(line))
-            if len(self._fields) > HEADER_COUNT_LIMIT:
-                raise HeadersTooLargeError("too many header lines")
-
-    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
-        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
-        buffer, start = self._buffer, self._line_start
-        end = buffer.find(b"\n", self._searched)
-        complete = end >= 0
-        if not complete:
-            end = self._searched = len(buffer)
-        has_cr = end > start and buffer[end - 1] == 13
-        if end - has_cr - start > limit_bytes:
-            raise too_long("a line, or all of them together, are too long")
-        if not complete:
-            return None
-        if not has_cr:
-            raise ProtocolError("a line that does not end in CRLF")
-        self._line_start = self._searched = end + 1
-        return buffer[start : end - 1].decode("latin-1")
-
-    def _take_bytes(self, count: int) -> bytes:
-        data = bytes(memoryview(self._buffer)[:count])
-        self._line_start = self._searched = count
-        return data
-
-    def _release(self) -> None:
-        """Gives back the memory of what is consumed."""
-        del self._buffer[: self._line_start]
-        self._line_start = self._searched = self._block_start = 0
-
     def _too_large(self) -> ContentTooLargeError:
         return ContentTooLargeError(f"the body is larger than {self._body_limit_bytes // KIB} KiB")
+
+
+@record(frozen=True, slots=True)
+class ResponseHead:
+    """An answer before its body. `keep_alive`: whether the server lets the connection serve further requests."""
+
+    status: int
+    http_minor: int
+    headers: Headers
+    keep_alive: bool
+
+
+class ResponseState(enum.Enum):
+    """What a ResponseParser waits for.
+
+    STATUS_LINE → HEADERS → FIXED_BODY | CLOSE_BODY | CHUNK_SIZE → CHUNK_DATA → CHUNK_END → CHUNK_SIZE …;
+    CHUNK_SIZE → TRAILERS;   HEADERS → STATUS_LINE after an interim answer (1xx);
+    HEADERS, FIXED_BODY, CLOSE_BODY, TRAILERS → COMPLETE.   Any of them → FAILED.
+    """
+
+    STATUS_LINE = enum.auto()
+    HEADERS = enum.auto()
+    FIXED_BODY = enum.auto()
+    CLOSE_BODY = enum.auto()
+    CHUNK_SIZE = enum.auto()
+    CHUNK_DATA = enum.auto()
+    CHUNK_END = enum.auto()
+    TRAILERS = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+class ResponseParser(LineReader):
+    """The answer to one request of `method`: `receive` gives the body's bytes as they come.
+
+    `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
+    given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+
+    Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._minor = self._status = 0
+        self._interim_count = 0
+        self._remaining = 0
+        self._extension_bytes = 0
+        self.state = ResponseState.STATUS_LINE
+        self.head: ResponseHead | None = None
+        self.error: UpstreamError | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole answer was there."""
+        return self.state is ResponseState.COMPLETE
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether another request may follow on the connection: the answer ended, and nothing came behind it."""
+        return self.is_complete and self.head is not None and self.head.keep_alive and not self._buffer
+
+    def receive(self, data: bytes) -> bytes:
+        """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
+            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
+            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
+                size = int(data[:end], 16)
+                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
+                    return data[end + 2 : -2]
+        if self.state is ResponseState.FAILED:
+            return b""
+        self._buffer += data
+        pieces: list[bytes] = []
+        try:
+            while self._step(pieces):
+                pass
+        except ProtocolError as exc:
+            self._fail(UpstreamError(f"the server broke HTTP: {exc.message}"))
+        else:
+            self._release()
+        return b"".join(pieces)
+
+    def receive_eof(self) -> None:
+        """The server sends nothing more: the end of a body that says so, else a fault."""
+        if self.state is ResponseState.CLOSE_BODY:
+            self.state = ResponseState.COMPLETE
+        elif self.state is not ResponseState.COMPLETE and self.error is None:
+            where = "before it answered" if self.head is None else "in the middle of its answer"
+            self._fail(UpstreamLostError(f"the server closed the connection {where}"))
+
+    def _fail(self, error: UpstreamError) -> None:
+        self.error = error
+        self.state = ResponseState.FAILED
+        self._buffer.clear()
+
+    def _step(self, pieces: list[bytes]) -> bool:
+        """Reads one thing; False when it needs more bytes, or none."""
+        state = self.state
+        if state is ResponseState.STATUS_LINE:
+            return self._read_status_line()
+        if state is ResponseState.HEADERS:
+            return self._read_headers()
+        if state is ResponseState.CHUNK_SIZE:
+            return self._read_chunk_size()
+        if state is ResponseState.CHUNK_END:
+            return self._read_chunk_end()
+        if state is ResponseState.TRAILERS:
+            return self._read_trailers()
+        return state is not ResponseState.COMPLETE and self._read_data(pieces)
+
+    def _read_status_line(self) -> bool:
+        line = self._take_line(HEADER_LINE_LIMIT_BYTES, HeadersTooLargeError)
+        if line is None:
+            return False
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed status line")
+        self._minor, self._status = int(match[1]), int(match[2])
+        if self._status == 101:
+            raise ProtocolError("a change of protocol that nobody asked for")
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.HEADERS
+        return True
+
+    def _read_headers(self) -> bool:
+        if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
+            return False
+        if self._status < 200:
+            self._interim_count += 1
+            if self._interim_count > INTERIM_RESPONSES_LIMIT:
+                raise ProtocolError("too many interim answers")
+            self.state = ResponseState.STATUS_LINE
+            return True
+        headers = Headers(self._fields)
+        self.state = self._choose_body(headers)
+        tokens = headers.get_tokens("connection")
+        keep_alive = "close" not in tokens and (self._minor == 1 or "keep-alive" in tokens)
+        self.head = ResponseHead(
+            self._status, self._minor, headers, keep_alive and self.state is not ResponseState.CLOSE_BODY
+        )
+        return True
+
+    def _choose_body(self, headers: Headers) -> ResponseState:
+        """How the body's end will be found (RFC 9112 section 6.3)."""
+        length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
+        if self._method == "HEAD" or self._status in (204, 304):
+            return ResponseState.COMPLETE
+        if "transfer-encoding" not in headers and "content-length" not in headers:
+            return ResponseState.CLOSE_BODY
+        if length is None:
+            return ResponseState.CHUNK_SIZE
+        self._remaining = length
+        return ResponseState.FIXED_BODY if length else ResponseState.COMPLETE
+
+    def _read_data(self, pieces: list[bytes]) -> bool:
+        """Hands on what has come of the body or of a chunk."""
+        end = len(self._buffer)
+        if self.state is not ResponseState.CLOSE_BODY:
+            end = min(end, self._line_start + self._remaining)
+            self._remaining -= end - self._line_start
+        if end > self._line_start:
+            pieces.append(bytes(memoryview(self._buffer)[self._line_start : end]))
+            self._line_start = self._searched = end
+        if self.state is ResponseState.CLOSE_BODY or self._remaining:
+            return False
+        is_chunk = self.state is ResponseState.CHUNK_DATA
+        self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
+        return is_chunk
+
+    def _read_chunk_size(self) -> bool:
+        limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
+        line = self._take_line(limit_bytes, ContentTooLargeError)
+        if line is None:
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed chunk size")
+        self._extension_bytes += len(match[2] or "")
+        if self._extension_bytes > CHUNK_EXTENSIONS_LIMIT_BYTES:
+            raise ProtocolError("chunk extensions too large")
+        self._remaining = int(match[1], 16)
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.CHUNK_DATA if self._remaining else ResponseState.TRAILERS
+        return True
+
+    def _read_chunk_end(self) -> bool:
+        terminator = self._buffer[self._line_start : self._line_start + 2]
+        if terminator != b"\r\n"[: len(terminator)]:
+            raise ProtocolError("chunk data not followed by CRLF")
+        if len(terminator) < 2:
+            return False
+        self._line_start = self._searched = self._line_start + 2
+        self.state = ResponseState.CHUNK_SIZE
+        return True
+
+    def _read_trailers(self) -> bool:
+        if not self._read_fields(TRAILERS_LIMIT_BYTES):
+            return False
+        if any(name in _FRAMING_FIELDS for name, _ in self._fields):
+            raise ProtocolError("a trailer that belongs in the header")
+        self.state = ResponseState.COMPLETE
+        return False
 
 
 _REASONS = {
