@@ -13,7 +13,7 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
     decisions     models, memory
-    transport     streams: asyncio begins here
+    transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
@@ -128,6 +128,14 @@ PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: re
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
+CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
+POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
+POOL_LIMIT = 32  # descriptors of connections kept for the next request
+CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all together
+RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
+CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
+CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -2144,7 +2152,19 @@ def choose_framing(*, method: str, http_minor: int, status: int, is_stream: bool
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Status line, header lines and the empty line; ValueError for a field that would break out of its line."""
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
+    return _encode_head(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", fields)
+
+
+def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Request line, header lines and the empty line; ValueError for anything that would break out of its line."""
+    line = f"{method} {target} HTTP/1.1"
+    if not _REQUEST_LINE.fullmatch(line):
+        raise ValueError("not a request line")
+    return _encode_head(line, fields)
+
+
+def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    lines = [first_line]
     for name, value in fields:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"not a header field: {display_name(name)}")
@@ -4068,6 +4088,436 @@ def load_tls_context(cert_file: str, key_file: str) -> ssl.SSLContext:
 
 def _refuse_passphrase() -> str:
     raise UsageError("the TLS key is encrypted; give one without a passphrase (mode 0600)")
+
+
+# ---- HTTP client ----------------------------------------------------------------------
+# Requests to other servers: a pool of connections, a deadline on every wait, back-pressure, cancellation.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HttpBudgets:
+    """How long a request may take, in seconds. `first_byte_s`: from sending it to the head of the answer.
+
+    `idle_s`: silence between two pieces of the body, while somebody waits for them. `total_s`: everything, the
+    connect included; None: as long as it takes.
+    """
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_byte_s: float = 30.0
+    idle_s: float = 60.0
+    total_s: float | None = None
+
+
+@record(frozen=True, slots=True)
+class HttpUrl:
+    """Where a request goes. `host` as the resolver takes it (scope and all), `authority` as the Host field does."""
+
+    is_tls: bool
+    host: str
+    port: int
+    authority: str
+    target: str
+
+
+def parse_http_url(url: str) -> HttpUrl:
+    """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
+
+    The scope of a link-local address may follow a bare `%` or RFC 6874's `%25`; it never leaves this machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname, parts.port
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None or parts.fragment:
+        raise ValueError("not an http(s) URL of host, port, path and query")
+    is_tls = parts.scheme == "https"
+    address, percent, scope = host.partition("%")
+    if percent:
+        host = f"{address}%{scope.removeprefix('25') or scope}"
+    authority = f"[{address}]" if ":" in address else address
+    if port is not None:
+        authority += f":{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not _ORIGIN_FORM.fullmatch(target) or not _HOST.fullmatch(authority):
+        raise ValueError("characters in the URL that belong percent-encoded")
+    return HttpUrl(is_tls, host, port or (443 if is_tls else 80), authority, target)
+
+
+class ClientPhase(enum.Enum):
+    """What a connection to a server is doing.
+
+    IDLE → ACTIVE → IDLE …;   ACTIVE → LINGERING → IDLE;   any of them → CLOSED.
+    Invariants: only IDLE connections are in the pool; an answer that was not read to its end is never followed by
+    another request.
+    """
+
+    IDLE = "waits in the pool for a request"
+    ACTIVE = "a request was sent, its answer is being read"
+    LINGERING = "nobody wants the rest of the answer, which is expected to be short"
+    CLOSED = "of no use any more"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection: sends a request, holds what has come of the answer until somebody takes it."""
+
+    def __init__(self, client: HttpClient, url: HttpUrl) -> None:
+        self._client = client
+        self.origin = (url.is_tls, url.host, url.port)
+        self._authority = url.authority
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._parser = ResponseParser("GET")
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._is_reading = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._error: UpstreamError | None = None
+        self.phase = ClientPhase.IDLE
+        self.is_reused = False
+        self.has_received = False
+
+    # -- what asyncio calls --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the server."""
+        if self.phase is ClientPhase.ACTIVE:
+            self.has_received = True
+            piece = self._parser.receive(data)
+            if piece:
+                self._pieces.append(piece)
+                self._held_bytes += len(piece)
+                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+                    self._is_reading = False
+                    self._transport.pause_reading()
+            if self._parser.error is not None:
+                self._transport.abort()
+            self._wake()
+        elif self.phase is ClientPhase.LINGERING:
+            self._held_bytes += len(data)
+            self._parser.receive(data)
+            self._try_to_reuse()
+        else:
+            self.close()  # a server that speaks without being asked
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        self._parser.receive_eof()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed, by whomever."""
+        if self._error is None and not self._parser.is_complete:
+            self._error = self._parser.error or UpstreamLostError(f"{self._authority} closed the connection")
+        self.phase = ClientPhase.CLOSED
+        self._deadline.close()
+        self._client.forget(self)
+        self._wake()
+
+    # -- what an exchange calls --
+
+    def send(self, method: str, data: bytes, ends_at: float | None) -> None:
+        """Starts a request; `ends_at` (loop time): when the whole answer must have come."""
+        self._parser = ResponseParser(method)
+        self._ends_at = ends_at
+        self.has_received = False
+        self.phase = ClientPhase.ACTIVE
+        self._deadline.clear()
+        self._transport.write(data)
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_head(self, limit_s: float) -> ResponseHead:
+        """The head of the answer."""
+        while self._parser.head is None:
+            await self._wait(limit_s)
+        return self._parser.head
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._parser.is_complete:
+                return b""
+            await self._wait(limit_s)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def release(self, *, may_linger: bool) -> None:
+        """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
+
+        `may_linger`: what is missing is no more than the end of the body; it is waited for in the background.
+        """
+        if self.phase is not ClientPhase.ACTIVE:
+            return
+        self._pieces.clear()
+        self._held_bytes = 0
+        self.phase = ClientPhase.LINGERING
+        if not may_linger and not self._parser.is_complete:
+            self.close()
+        elif self._is_reading:
+            self._deadline.set_after(CLIENT_LINGER_S)
+            self._try_to_reuse()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection now."""
+        self.phase = ClientPhase.CLOSED
+        self._client.withdraw(self)
+        self._transport.abort()
+
+    # -- inside --
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
+        error = self._error or self._parser.error
+        if error is not None:
+            raise error
+        if self._ends_at is not None:
+            limit_s = min(limit_s, self._ends_at - self._loop.time())
+        self._waited_s = limit_s
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(limit_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _deadline_passed(self) -> None:
+        if self.phase is ClientPhase.ACTIVE:
+            self._error = UpstreamTimeoutError(f"nothing came from {self._authority} within {self._waited_s:.3g} s")
+            self._wake()
+        self.close()
+
+    def _try_to_reuse(self) -> None:
+        """From LINGERING to the pool, once the answer is complete."""
+        if self._parser.can_reuse and not self._transport.is_closing():
+            self.phase = ClientPhase.IDLE
+            self.is_reused = True
+            self._deadline.set_after(POOL_IDLE_S)
+            self._client.keep(self)
+        elif self._parser.is_complete or self._parser.error or self._held_bytes > CLIENT_LINGER_LIMIT_BYTES:
+            self.close()
+
+
+class ClientResponse:
+    """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
+
+    Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+    """
+
+    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+        self.status = head.status
+        self.headers = head.headers
+        self._connection = connection
+        self._idle_s = budgets.idle_s
+        self.may_linger = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._connection.read_piece(self._idle_s)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body; UpstreamError once it is larger than `limit_bytes`."""
+        pieces, size = [], 0
+        async for data in self:
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamError(f"the answer is larger than {limit_bytes // KIB} KiB")
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def end_within(self, total_s: float | None) -> None:
+        """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
+        self._connection.end_within(total_s)
+
+    def leave_rest(self) -> None:
+        """The rest of the body is not wanted but short: leaving the block need not close the connection."""
+        self.may_linger = True
+
+
+class ClientExchange:
+    """One request and its answer: `async with` gives the ClientResponse, leaving the block gives up the connection."""
+
+    def __init__(self, client: HttpClient, method: str, url: HttpUrl, data: bytes, budgets: HttpBudgets) -> None:
+        self._client = client
+        self._method = method
+        self._url = url
+        self._data = data
+        self._budgets = budgets
+        self._connection: ClientConnection | None = None
+        self._response: ClientResponse | None = None
+
+    async def __aenter__(self) -> ClientResponse:
+        total_s = self._budgets.total_s
+        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        connection = self._client.take_idle(self._url)
+        if connection is not None:
+            try:
+                return await self._ask(connection, ends_at)
+            except UpstreamLostError:
+                if connection.has_received:
+                    raise  # else the server had closed it before our request came: that is no failure
+        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+
+    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+        try:
+            connection.send(self._method, self._data, ends_at)
+            head = await connection.read_head(self._budgets.first_byte_s)
+            if head.headers.get("content-encoding", "identity").lower() != "identity":
+                raise UpstreamError("the server sent an encoding that was not asked for")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+        return self._response
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
+        if self._connection is not None and self._response is not None:
+            self._connection.release(may_linger=self._response.may_linger)
+            self._connection = None
+
+
+class HttpClient:
+    """Asks servers. Belongs to one event loop; `close` ends what is still open.
+
+    Connections are kept for the next request to the same origin. A request on a kept one that the server closed
+    without a byte of an answer is sent once more, on a new connection. Nothing is redirected, no proxy is used.
+    """
+
+    def __init__(self, *, tls_context: ssl.SSLContext | None = None) -> None:
+        self._tls_context = tls_context
+        self._idle: dict[ClientConnection, None] = {}  # oldest first
+        self._connections: set[ClientConnection] = set()
+        self._all_closed = asyncio.Event()
+        self._is_closed = False
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange:
+        """A request, sent when the block is entered. ValueError for a URL or a header that cannot be sent.
+
+        Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+        """
+        parsed = parse_http_url(url)
+        fields = [("Host", parsed.authority), ("Accept-Encoding", "identity"), *headers]
+        if body or method == "POST":
+            fields.append(("Content-Length", str(len(body))))
+        data = encode_request_head(method, parsed.target, fields) + body
+        return ClientExchange(self, method, parsed, data, budgets or HttpBudgets())
+
+    async def close(self) -> None:
+        """Ends every connection; whoever waits for an answer gets UpstreamLostError."""
+        self._is_closed = True
+        for connection in list(self._connections):
+            connection.close()
+        if self._connections:
+            self._all_closed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_closed.wait(), CLIENT_LINGER_S)
+
+    # -- what exchanges and connections call --
+
+    def take_idle(self, url: HttpUrl) -> ClientConnection | None:
+        """The connection to this origin that was used last."""
+        origin = (url.is_tls, url.host, url.port)
+        for connection in reversed(self._idle):
+            if connection.origin == origin:
+                del self._idle[connection]
+                return connection
+        return None
+
+    def keep(self, connection: ClientConnection) -> None:
+        """Takes an idle connection into the pool, the oldest making room."""
+        self._idle[connection] = None
+        if len(self._idle) > POOL_LIMIT:
+            next(iter(self._idle)).close()
+
+    def adopt(self, connection: ClientConnection) -> None:
+        """A connection is open."""
+        self._connections.add(connection)
+
+    def withdraw(self, connection: ClientConnection) -> None:
+        """A connection is no longer to be used."""
+        self._idle.pop(connection, None)
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection is closed."""
+        self.withdraw(connection)
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_closed.set()
+
+    async def connect(self, url: HttpUrl, budgets: HttpBudgets) -> ClientConnection:
+        """A new connection; UpstreamConnectError says why there is none."""
+        if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
+            raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
+        context = await self._get_tls_context() if url.is_tls else None
+        try:
+            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ClientConnection(self, url),
+                    url.host,
+                    url.port,
+                    ssl=context,
+                    server_hostname=url.host.partition("%")[0] if context is not None else None,
+                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+                )
+        except TimeoutError as exc:
+            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
+        except ssl.SSLError as exc:
+            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+        except (OSError, UnicodeError) as exc:
+            reason = getattr(exc, "strerror", None) or display_name(str(exc))
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+        return connection
+
+    async def _get_tls_context(self) -> ssl.SSLContext:
+        """Made at first use, in a thread: it reads the system's certificates."""
+        if self._tls_context is None:
+            self._tls_context = await asyncio.to_thread(ssl.create_default_context)
+        return self._tls_context
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- Engine ---------------------------------------------------------------------------
