@@ -3554,7 +3554,11 @@ def _build_javascript_number(value: int | float) -> str:
     """
     if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
         return str(int(value))
-    if not math.isfinite(number := float(value)):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError("a number that JSON does not have")
     sign = "-" if number < 0 else ""
     mantissa, _, exponent = repr(abs(number)).partition("e")
@@ -3684,12 +3688,18 @@ def parse_replay_memory(data: bytes) -> ReplayMemory:
         raise ValueError("another version")
     memory = ReplayMemory()
     for pairing_id, text in document["timed"].items():
-        entries = struct.iter_unpack(">Q9s", parse_base64url(text))
-        memory._timed[pairing_id] = {digest: ms for ms, digest in entries}
+        memory._timed[pairing_id] = {digest: ms for ms, digest in _parse_entries(">Q9s", text)}
     for pairing_id, text in document["untimed"].items():
-        memory._untimed[pairing_id] = dict.fromkeys(each[0] for each in struct.iter_unpack("9s", parse_base64url(text)))
+        memory._untimed[pairing_id] = {digest: None for (digest,) in _parse_entries("9s", text)}
     memory.retain(document["timed"].keys() | document["untimed"].keys())
     return memory
+
+
+def _parse_entries(form: str, text: str) -> list[tuple[Any, ...]]:
+    try:
+        return list(struct.iter_unpack(form, parse_base64url(text)))
+    except struct.error as exc:
+        raise ValueError("a part of an entry") from exc
 
 
 def _hash_nonce(nonce: str) -> bytes:
@@ -4001,7 +4011,7 @@ def _parse_foreign_pairing(row: Any) -> Pairing | None:
     last_used_at_ms = row.get("lastUsedAt", paired_at_ms)
     if not (is_peer_id(device_id) and is_peer_id(app_id) and isinstance(name, str) and is_pairing_key(key)):
         return None
-    if not (type(paired_at_ms) is type(last_used_at_ms) is int and 0 <= min(paired_at_ms, last_used_at_ms)):
+    if not (type(paired_at_ms) is type(last_used_at_ms) is int and min(paired_at_ms, last_used_at_ms) >= 0):
         return None
     return Pairing(
         device_id=device_id,
