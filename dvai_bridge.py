@@ -12,6 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory
     transport     streams: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry
@@ -3867,6 +3868,8 @@ def _read_registry_machine_id() -> str | None:
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
+PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
@@ -4046,6 +4049,13 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
+def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
+    """Whether a change of a pairing must end what the peer is doing here."""
+    if before is None or before.inbound_key is None:
+        return False
+    return after is None or after.inbound_key != before.inbound_key
+
+
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
     """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
     return {
@@ -4067,8 +4077,8 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
 class PairingStore:
     """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
 
-    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner awaits
-    `refresh` every few seconds (another process may have written), `flush` every minute, and `close` at the end.
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner runs
+    `maintain` in a task (another process may have written, and uses are to be) and awaits `close` at the end.
     Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
     """
 
@@ -4198,6 +4208,19 @@ class PairingStore:
                 self._adopt(file.records if file else {})
             self._stamp = stamp
 
+    async def maintain(self) -> NoReturn:
+        """Refresh and flush for as long as the bridge runs; cancel it, then `close`."""
+        rounds = round(PAIRINGS_FLUSH_INTERVAL_S / PAIRINGS_REFRESH_INTERVAL_S)
+        for number in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+            if number % rounds == 0:
+                try:
+                    await self.flush()
+                except StorageError as exc:
+                    pairing_log.warning("%s; it is tried again", exc)
+        raise AssertionError("counting does not end")
+
     async def close(self) -> None:
         """Write everything, the nonces of the last minutes too."""
         await self.flush()
@@ -4205,10 +4228,7 @@ class PairingStore:
             await self._save_nonces()
 
     def subscribe(self, listener: PairingListener) -> Callable[[], None]:
-        """Call `listener(before, after)` at every change but a mere use; returns what ends that.
-
-        `after` None, or with another `inbound_key`: whatever the peer still does here has lost its ground.
-        """
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -4405,8 +4425,10 @@ HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
 HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
-CALLBACK_END_S = 1.0  # a callback that does not let itself be cancelled
+TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+_SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
 
 handshake_log = logging.getLogger("dvai_bridge.handshake")
 
@@ -4572,6 +4594,12 @@ def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
 PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
 
 
+async def _end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
+    task.cancel()
+    await asyncio.wait([task], timeout=TASK_END_S)
+
+
 class PairingDesk:
     """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
 
@@ -4688,32 +4716,33 @@ class PairingDesk:
             asked_at_ms=self._clock_ms(),
         )
         self._pending[pending.request_id] = pending
+        prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
         try:
-            async with asyncio.timeout(HANDSHAKE_DEADLINE_S), self._turn:
-                return await self._prompt(pending)
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S):
+                return await pending.wait()
         except TimeoutError:
             return False
         finally:
             del self._pending[pending.request_id]
             pending.end()
+            await _end_task(prompt)
 
-    async def _prompt(self, request: PairingRequest) -> bool:
-        """Show the request to everybody who may decide, for as long as a prompt may stand."""
-        handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
-        callback = asyncio.create_task(self._call(request)) if self._callback else None
-        self._show(request)
-        try:
-            async with asyncio.timeout(self._prompt_deadline_s):
-                return await request.wait()
-        except TimeoutError:
-            handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
-            return False
-        finally:
-            self._show(None)
-            request.end()
-            if callback is not None:
-                callback.cancel()
-                await asyncio.wait([callback], timeout=CALLBACK_END_S)
+    async def _prompt(self, request: PairingRequest) -> None:
+        """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
+        async with self._turn:
+            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            self._show(request)
+            try:
+                async with asyncio.timeout(self._prompt_deadline_s):
+                    await request.wait()
+            except TimeoutError:
+                handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+                request.respond(False)
+            finally:
+                self._show(None)
+                if callback is not None:
+                    await _end_task(callback)
 
     def _show(self, request: PairingRequest | None) -> None:
         self._shown = request
@@ -4940,7 +4969,8 @@ class PairingInitiator:
                 raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
             self._store.note(known, base_url=target.base_url)
             return known
-        device_id = answer.device_id or target.device_id or target.base_url
+        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
+        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
         now_ms = self._clock_ms()
         pairing = await self._store.add(
             Pairing(
