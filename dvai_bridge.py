@@ -12,6 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry
@@ -88,7 +89,7 @@ from collections.abc import (
 )
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeGuard, TypeVar, cast, overload
 
 __version__ = "0.1.0"
 
@@ -289,11 +290,67 @@ class AuthenticationError(BridgeError):
     should_retry = False
 
 
+class SignatureError(AuthenticationError):
+    """The request's signature does not prove who sent it. One message, whatever is wrong with it."""
+
+    code = "invalid_signature"
+
+    def __init__(
+        self, message: str = "the request is not signed validly; pair the devices anew", **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+
+
+class ClockSkewError(SignatureError):
+    """The signature is valid, but the clocks of the two devices differ too much to tell it from an old one."""
+
+    code = "clock_skew"
+
+    def __init__(self, skew_ms: int) -> None:
+        seconds = round(skew_ms / 1000)
+        word = "ahead of" if seconds > 0 else "behind"
+        super().__init__(
+            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
+            extra={"skewSeconds": seconds},
+        )
+
+
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
 
     status, type, code = 403, "permission_error", "forbidden"
     should_retry = False
+
+
+class MalformedHandshakeError(InvalidRequestError):
+    """The body of a request to pair is wrong."""
+
+    type, code = "malformed_handshake", "malformed_handshake"
+
+
+class PairingDeniedError(ForbiddenError):
+    """The user of a device, or its settings, denied a pairing."""
+
+    type, code = "pairing_denied", "pairing_denied"
+
+
+class PairingBusyError(OverloadedError):
+    """Too many requests to pair."""
+
+    type, code = "pairing_busy", "pairing_busy"
+
+
+class PairingDisabledError(BridgeError):
+    """A device does not take part in pairing at all."""
+
+    status, type, code = 503, "pairing_disabled", "pairing_disabled"
+    should_retry = False
+
+
+class PairingFailedError(BridgeError):
+    """The device that was asked to pair cannot be reached or gives no usable answer."""
+
+    status, type, code = 502, "pairing_failed", "pairing_failed"
 
 
 class RouteNotFoundError(BridgeError):
@@ -3616,6 +3673,1585 @@ def build_model(model_id: str, created: int, owned_by: str) -> dict[str, Any]:
 def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The answer of `GET /v1/models`; its items are made by build_model."""
     return {"object": "list", "data": list(models)}
+
+
+# ---- Signing --------------------------------------------------------------------------
+# Signed requests between paired devices: what is signed, in which form, and what counts as fresh. Pure.
+#
+#     message = nonce \n METHOD \n path \n SHA-256(body) in hex, or 64 zeros for no body
+#     X-DVAI-Signature = base64url(HMAC-SHA256(pairing key, message))
+#
+# Freshness is ours and opaque to other software, whose nonces are any text:
+#
+#     t1.1790000000000.AAAAAAAAAAAAAAAAAAAAAA.ssl31giHcRcB
+#        unix ms       22 random characters   SHA-256("dev-src" 00 "dev-tgt")[0:9]: from whom to whom
+
+SIGNATURE_SKEW_MS = 120_000  # captured requests that are sent again later
+NONCE_LIMIT_CHARS = 256  # memory taken by a nonce
+PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
+TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
+TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
+UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
+NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
+
+SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
+
+_TIMED_NONCE = re.compile(r"t1\.([1-9][0-9]{0,15})\.[A-Za-z0-9_-]{22}\.([A-Za-z0-9_-]{12})")
+_VISIBLE = re.compile(rf"[!-~]{{1,{NONCE_LIMIT_CHARS}}}")
+_FIELD_PEER_ID = re.compile(rf"[ -~]{{1,{PEER_ID_LIMIT_CHARS}}}")
+_HMAC_HEX = re.compile(r"[0-9A-Fa-f]{64}")
+_NO_BODY_HASH = "0" * 64
+
+RandomBytes = Callable[[int], bytes]  # as os.urandom
+
+
+def generate_pairing_key(random: RandomBytes = os.urandom) -> str:
+    """A new key of 32 bytes, as it travels and is kept: 43 digits of base64url."""
+    return encode_base64url(random(32))
+
+
+def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> bytes:
+    """What a signature covers. `path`: as sent, without query; an empty `body` counts as none."""
+    body_hash = hashlib.sha256(body).hexdigest() if body else _NO_BODY_HASH
+    return f"{nonce}\n{method.upper()}\n{path}\n{body_hash}".encode()
+
+
+def sign_hmac(pairing_key: str, message: bytes) -> str:
+    """The signature of a composed message: 43 digits of base64url."""
+    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
+    """Raises SignatureError unless `signature` (43 digits of base64url or 64 of hex) is that of `message`."""
+    if not _is_hmac(pairing_key, message, signature):
+        raise SignatureError
+
+
+def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
+    """The same work whatever is wrong with the signature."""
+    try:
+        presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
+    except ValueError:
+        presented = b""
+    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+@record(frozen=True, slots=True)
+class TimedNonce:
+    """What a t1 nonce says. `sent_at_ms`: unix time in milliseconds; `binding`: from whom to whom."""
+
+    sent_at_ms: int
+    binding: str
+
+
+def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes = os.urandom) -> str:
+    """A t1 nonce for one request of the device `sender` to the device `receiver`."""
+    return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
+
+
+def build_nonce_binding(sender: str, receiver: str) -> str:
+    """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
+    return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
+
+
+def parse_timed_nonce(text: str) -> TimedNonce | None:
+    """What a t1 nonce says; None for other formats. ValueError for one that begins as t1 and is none."""
+    if not text.startswith("t1."):
+        return None
+    match = _TIMED_NONCE.fullmatch(text)
+    if match is None:
+        raise ValueError("a malformed t1 nonce")
+    return TimedNonce(int(match[1]), match[2])
+
+
+def encode_canonical_json(value: Any) -> bytes:
+    """The bytes of JSON.stringify(JSON.parse(text)) for the value of that text: the body to sign and to send.
+
+    Hubs write a body anew before they hash it, so ours must have that form already: JavaScript's numbers,
+    integer-like keys first, lone surrogates escaped (ECMA-262 25.5.2). ValueError for NaN and infinities.
+    """
+    text = _build_canonical_json(value)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", joined).encode()
+
+
+_EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
+_ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_JSON_CONSTANTS = {None: "null", True: "true", False: "false"}
+
+
+def _build_canonical_json(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return json.encoder.encode_basestring(value)
+    if kind is dict:
+        members = [
+            f"{json.encoder.encode_basestring(key)}:{_build_canonical_json(value[key])}" for key in _sort_keys(value)
+        ]
+        return "{" + ",".join(members) + "}"
+    if kind is list:
+        return "[" + ",".join(map(_build_canonical_json, value)) + "]"
+    if kind is bool or value is None:
+        return _JSON_CONSTANTS[value]
+    if kind is int and -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT:
+        return str(value)
+    return _build_javascript_number(value)
+
+
+def _sort_keys(members: Mapping[str, Any]) -> Iterable[str]:
+    """Keys in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
+    if not any("0" <= key < ":" for key in members):  # none begins with a digit
+        return members
+    indices = [key for key in members if _ARRAY_INDEX.fullmatch(key) and int(key) < 2**32 - 1]
+    others = dict.fromkeys(members)
+    for key in indices:
+        del others[key]
+    return [*sorted(indices, key=int), *others]
+
+
+def _build_javascript_number(value: int | float) -> str:
+    """Number::toString of ECMA-262 (6.1.6.1.20). Both languages choose the same shortest digits.
+
+    repr       digits, n      the value is 0.digits × 10^n
+    1.5e+300   15, 301        1.5e+300
+    123.25     12325, 3       123.25
+    1e-07      1, -6          1e-7
+    """
+    if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
+        return str(int(value))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("a number that JSON does not have")
+    sign = "-" if number < 0 else ""
+    mantissa, _, exponent = repr(abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    whole, n = whole.lstrip("0"), int(exponent or 0)
+    n += len(whole) or len(fraction.lstrip("0")) - len(fraction)
+    digits = (whole + fraction).strip("0") if whole else fraction.strip("0")
+    if n > 21 or n <= -6:
+        tail = "." + digits[1:] if len(digits) > 1 else ""
+        return f"{sign}{digits[0]}{tail}e{n - 1:+d}"
+    if n <= 0:
+        return f"{sign}0.{'0' * -n}{digits}"
+    return sign + digits[:n].ljust(n, "0") + ("." + digits[n:] if len(digits) > n else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class SignatureHeaders:
+    """The four fields of a signed request, none of them believed yet."""
+
+    device_id: str
+    app_id: str
+    nonce: str
+    signature: str
+
+
+def parse_signature_headers(headers: Headers) -> SignatureHeaders | None:
+    """The signature of a request, None if it has none of the fields. SignatureError if some, doubled or not ASCII."""
+    fields = [headers.get_all(name) for name in SIGNATURE_FIELDS]
+    if not any(fields):
+        return None
+    if any(len(values) != 1 for values in fields):
+        raise SignatureError
+    device_id, app_id, nonce, signature = (values[0] for values in fields)
+    is_sound = _FIELD_PEER_ID.fullmatch(device_id) and _FIELD_PEER_ID.fullmatch(app_id)
+    if not (is_sound and _VISIBLE.fullmatch(nonce) and _VISIBLE.fullmatch(signature)):
+        raise SignatureError
+    return SignatureHeaders(device_id=device_id, app_id=app_id, nonce=nonce, signature=signature)
+
+
+def build_signed_headers(
+    *, pairing_key: str, device_id: str, app_id: str | None, nonce: str, method: str, path: str, body: bytes
+) -> list[tuple[str, str]]:
+    """The fields that sign one request of the device `device_id`; without an `app_id` that id stands in for it."""
+    signature = sign_hmac(pairing_key, compose_signed_message(nonce, method, path, body))
+    return [
+        ("X-DVAI-Peer-Device-Id", device_id),
+        ("X-DVAI-App-Id", app_id or device_id),
+        ("X-DVAI-Nonce", nonce),
+        ("X-DVAI-Signature", signature),
+    ]
+
+
+class ReplayMemory:
+    """Which nonces were used, by pairing: those with a time until it is stale, the others oldest out.
+
+    Full of fresh ones it refuses rather than forgets. Kept as 9 bytes of SHA-256, so a nonce is never in it.
+    """
+
+    def __init__(self) -> None:
+        self._timed: dict[str, dict[bytes, int]] = {}  # pairing id → hash → sent_at_ms
+        self._untimed: dict[str, dict[bytes, None]] = {}  # pairing id → hashes in order of use
+        self._timed_count = 0
+        self._swept_at_ms = 0
+        self.has_new_untimed = False
+
+    def remember_timed(self, pairing_id: str, nonce: str, sent_at_ms: int, now_ms: int) -> bool:
+        """False if `nonce` was used before. OverloadedError if there is no room for it."""
+        is_full = (
+            self._timed_count >= TIMED_NONCES_LIMIT
+            or len(self._timed.get(pairing_id, ())) >= TIMED_NONCES_PER_PAIRING_LIMIT
+        )
+        if abs(now_ms - self._swept_at_ms) >= (NONCE_SWEEP_INTERVAL_MS if is_full else SIGNATURE_SKEW_MS):
+            self._sweep(now_ms)
+        seen = self._timed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= TIMED_NONCES_PER_PAIRING_LIMIT or self._timed_count >= TIMED_NONCES_LIMIT:
+            raise OverloadedError("too many signed requests within minutes", retry_after_s=SIGNATURE_SKEW_MS // 2000)
+        seen[digest] = sent_at_ms
+        self._timed_count += 1
+        return True
+
+    def remember_untimed(self, pairing_id: str, nonce: str) -> bool:
+        """False if `nonce` was used before, as far as it is remembered."""
+        seen = self._untimed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= UNTIMED_NONCES_LIMIT:
+            del seen[next(iter(seen))]
+        seen[digest] = None
+        self.has_new_untimed = True
+        return True
+
+    def retain(self, pairing_ids: Collection[str]) -> None:
+        """Forget the pairings that are gone."""
+        self._timed = {each: seen for each, seen in self._timed.items() if each in pairing_ids}
+        self._untimed = {each: seen for each, seen in self._untimed.items() if each in pairing_ids}
+        self._timed_count = sum(map(len, self._timed.values()))
+
+    def encode(self, now_ms: int) -> bytes:
+        """The memory as a state file: per pairing one base64url of what is fresh, one of what has no time."""
+        self._sweep(now_ms)
+        timed = {
+            each: encode_base64url(b"".join(struct.pack(">Q", ms) + digest for digest, ms in seen.items()))
+            for each, seen in self._timed.items()
+        }
+        untimed = {each: encode_base64url(b"".join(seen)) for each, seen in self._untimed.items()}
+        return encode_json({"version": 1, "timed": timed, "untimed": untimed})
+
+    def _sweep(self, now_ms: int) -> None:
+        """Drops what would be refused for its time anyway."""
+        self._swept_at_ms = now_ms
+        for pairing_id, seen in list(self._timed.items()):
+            fresh = {digest: ms for digest, ms in seen.items() if abs(ms - now_ms) <= SIGNATURE_SKEW_MS}
+            self._timed[pairing_id] = fresh
+            if not fresh:
+                del self._timed[pairing_id]
+        self._timed_count = sum(map(len, self._timed.values()))
+
+
+def parse_replay_memory(data: bytes) -> ReplayMemory:
+    """The memory that `encode` wrote; ValueError (or what a wrong type brings) for anything else."""
+    document = parse_json(data)
+    if document["version"] != 1:
+        raise ValueError("another version")
+    memory = ReplayMemory()
+    for pairing_id, text in document["timed"].items():
+        memory._timed[pairing_id] = {digest: ms for ms, digest in _parse_entries(">Q9s", text)}
+    for pairing_id, text in document["untimed"].items():
+        memory._untimed[pairing_id] = {digest: None for (digest,) in _parse_entries("9s", text)}
+    memory.retain(document["timed"].keys() | document["untimed"].keys())
+    return memory
+
+
+def _parse_entries(form: str, text: str) -> list[tuple[Any, ...]]:
+    try:
+        return list(struct.iter_unpack(form, parse_base64url(text)))
+    except struct.error as exc:
+        raise ValueError("a part of an entry") from exc
+
+
+def _hash_nonce(nonce: str) -> bytes:
+    return hashlib.sha256(nonce.encode()).digest()[:9]
+
+
+# ---- Identity -------------------------------------------------------------------------
+# Who this installation is towards others, and on which machine it became so.
+
+MACHINE_PROBE_TIMEOUT_S = 5.0  # macOS' ioreg that hangs
+
+identity_log = logging.getLogger("dvai_bridge.identity")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
+
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
+    the key of the secure channel, base64url of 32 bytes.
+    """
+
+    device_id: str
+    device_name: str
+    machine: str | None = field(default=None, repr=False)
+    seed: str | None = field(default=None, repr=False)
+
+
+def is_peer_id(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside may be a device's or an application's id: 1 to 128 printable characters."""
+    return isinstance(value, str) and 1 <= len(value) <= PEER_ID_LIMIT_CHARS and value.isprintable()
+
+
+def parse_identity(data: bytes) -> Identity:
+    """Parse `identity.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    identity = Identity(
+        device_id=document["deviceId"],
+        device_name=document["deviceName"],
+        machine=document["machine"],
+        seed=document["seed"],
+    )
+    if len(parse_base64url(identity.device_id)) != 16 or not is_peer_id(identity.device_name):
+        raise ValueError("not an id of ours, or no name")
+    if not (identity.machine is None or re.fullmatch(r"[0-9a-f]{32}", identity.machine)):
+        raise ValueError("not a machine's hash")
+    if identity.seed is not None and len(parse_base64url(identity.seed)) != 32:
+        raise ValueError("not a seed")
+    return identity
+
+
+def encode_identity(identity: Identity) -> bytes:
+    """The bytes of `identity.json`."""
+    members = {
+        "version": 1,
+        "deviceId": identity.device_id,
+        "deviceName": identity.device_name,
+        "machine": identity.machine,
+        "seed": identity.seed,
+    }
+    return encode_json(members)
+
+
+def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
+    if known is not None and (machine is None or known.machine == machine):
+        return known
+    if known is not None and known.machine is None:
+        return replace(known, machine=machine)
+    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+
+
+def build_machine_hash(machine_id: str) -> str:
+    """32 hex digits that say nothing of `machine_id` to others, as its makers ask for (machine-id(5))."""
+    return hmac.digest(machine_id.encode(), b"dvai-bridge identity", "sha256").hex()[:32]
+
+
+def load_identity(
+    directory: Path, *, machine_id: str | None, hostname: str, random: RandomBytes = os.urandom
+) -> Identity:
+    """The identity in `identity.json` of a data directory, made at the first start. Blocks for the disk.
+
+    A directory copied from another machine gets a new one, and a line that says so; the old one is kept beside it.
+    StorageError if the file is damaged and has no good copy.
+    """
+    path = directory / "identity.json"
+    machine = build_machine_hash(machine_id) if machine_id else None
+    name = hostname.strip()[:PEER_ID_LIMIT_CHARS]
+    name = name if is_peer_id(name) else "unnamed device"
+    known = load_file(path, parse_identity)
+    chosen = choose_identity(known, machine=machine, device_name=name, random=random)
+    if chosen == known:
+        return chosen
+    if known is not None and known.device_id != chosen.device_id:
+        aside = path.with_name(f"{path.name}.other-machine-{known.device_id}")
+        save_file(aside, encode_identity(known))
+        identity_log.warning(
+            "%s was made on another machine: this one is now device %s and must be paired anew (the old identity is "
+            "kept as %s)",
+            path,
+            chosen.device_id,
+            aside.name,
+        )
+
+    def choose_again(saved: Identity | None) -> bytes:  # another process may have been first
+        nonlocal chosen
+        chosen = saved if saved is not None and saved != known else chosen
+        return encode_identity(chosen)
+
+    update_file(path, parse_identity, choose_again)
+    return chosen
+
+
+def probe_machine_id(platform: str, root: Path = Path("/")) -> str | None:
+    """What tells this machine from another one with a copy of its disk; None if there is nothing. May block.
+
+    `platform` as in sys.platform. Linux keeps machine-id on the very card that is cloned, so a board's serial
+    number, where one can be read, counts too.
+    """
+    if platform == "win32":
+        return _read_registry_machine_id()
+    if platform == "darwin":
+        return _run_ioreg()
+    names = ("etc/machine-id", "var/lib/dbus/machine-id", "etc/hostid")
+    found = next(filter(None, (_read_machine_file(root / name) for name in names)), "")
+    serial = _read_machine_file(root / "proc/device-tree/serial-number")
+    return f"{found}:{serial}" if serial else found or None
+
+
+def _read_machine_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(256).strip(b"\0\n ").decode("ascii", "replace")
+    except OSError:
+        return ""
+    return "" if text == "uninitialized" else text
+
+
+def _run_ioreg() -> str | None:
+    command = ["/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=MACHINE_PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(rb'"IOPlatformUUID" = "([^"]+)"', done.stdout)
+    return match[1].decode("ascii", "replace") if match else None
+
+
+def _read_registry_machine_id() -> str | None:
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
+            return str(winreg.QueryValueEx(key, "MachineGuid")[0])
+    except (ImportError, OSError):
+        return None
+
+
+# ---- Pairing --------------------------------------------------------------------------
+# Who is paired with this device: the records, their file, and the check of a signed request against them.
+#
+# A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
+# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
+# clock that is wrong for a while changes nothing for good.
+
+PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
+PAIRING_EXPIRES_AFTER_DAYS = 30
+LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
+PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+DAY_MS = 86_400_000
+
+pairing_log = logging.getLogger("dvai_bridge.pairing")
+
+
+class PairingState(enum.Enum):
+    """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """What is known of a paired peer.
+
+    `app_id`: the application there, the device's id where it named none. `device_id` is the base URL for an
+    outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
+    that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
+    `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
+    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    """
+
+    device_id: str
+    app_id: str
+    device_name: str
+    inbound_key: str | None = field(default=None, repr=False)
+    outbound_key: str | None = field(default=None, repr=False)
+    base_url: str | None = None
+    via: str = "lan-handshake"
+    paired_at_ms: int
+    last_used_at_ms: int
+    uses_t1: bool = False
+    is_marked_unauthorized: bool = False
+    speaks_noise: bool = False
+    identity_key: str | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> PairingKey:
+        """What tells this record from the others: (app_id, device_id)."""
+        return self.app_id, self.device_id
+
+    @property
+    def pairing_id(self) -> str:
+        """12 characters that name this record in routes and commands."""
+        return encode_base64url(hashlib.sha256("\0".join(self.key).encode()).digest()[:9])
+
+
+PairingKey = tuple[str, str]
+PairingListener = Callable[[Pairing | None, Pairing | None], None]  # (before, after)
+PairingRecords = dict[PairingKey, Pairing]
+
+# Member of the file → field and what its value must be.
+_OPTIONAL_TEXT = (str, type(None))
+_PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "deviceId": ("device_id", (str,)),
+    "appId": ("app_id", (str,)),
+    "deviceName": ("device_name", (str,)),
+    "inboundKey": ("inbound_key", _OPTIONAL_TEXT),
+    "outboundKey": ("outbound_key", _OPTIONAL_TEXT),
+    "baseUrl": ("base_url", _OPTIONAL_TEXT),
+    "via": ("via", (str,)),
+    "pairedAt": ("paired_at_ms", (int,)),
+    "lastUsedAt": ("last_used_at_ms", (int,)),
+    "usesT1": ("uses_t1", (bool,)),
+    "isMarkedUnauthorized": ("is_marked_unauthorized", (bool,)),
+    "speaksNoise": ("speaks_noise", (bool,)),
+    "identityKey": ("identity_key", _OPTIONAL_TEXT),
+}
+
+
+def is_pairing_key(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside is a key: canonical base64url of 32 bytes."""
+    try:
+        return isinstance(value, str) and len(parse_base64url(value)) == 32
+    except ValueError:
+        return False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingFile:
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+
+    device_id: str | None
+    records: PairingRecords = field(repr=False)
+
+
+def parse_pairings(data: bytes) -> PairingFile:
+    """Parse `pairings.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    if "version" not in document:  # on Windows other software has its file in the same place
+        return PairingFile(device_id=None, records=parse_foreign_pairings(data))
+    if document["version"] != 1 or not is_peer_id(document["deviceId"]):
+        raise ValueError("another version")
+    records = [_parse_pairing(each) for each in document["pairings"]]
+    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+
+
+def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
+    for name, (_, types) in _PAIRING_MEMBERS.items():
+        if type(members[name]) not in types:
+            raise TypeError(f"{name} has the wrong type")
+    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
+        raise ValueError("no key, or no id")
+    return pairing
+
+
+def encode_pairings(file: PairingFile) -> bytes:
+    """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
+    rows = [
+        {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        for _, pairing in sorted(file.records.items())
+    ]
+    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+
+
+def parse_foreign_pairings(data: bytes) -> PairingRecords:
+    """The pairings that other DVAI software on this machine accepted; ValueError if the file has another form.
+
+    Its form: `{"<peerDeviceId>": {peerDeviceId, peerDeviceName, pairingKey, pairedAt, lastUsedAt, appId?}}`, or a
+    list of such, perhaps under "pairings". Its keys become inbound ones: its own id, by which others know this
+    machine, is not ours. What is not of this form is left out.
+    """
+    document = parse_json(data)
+    if isinstance(document, dict):
+        document = document.get("pairings", document)
+    rows = document.values() if isinstance(document, dict) else document
+    if not isinstance(rows, list | type({}.values())):
+        raise ValueError("not a list of pairings")
+    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    return {each.key: each for each in pairings}
+
+
+def _parse_foreign_pairing(row: Any) -> Pairing | None:
+    if not isinstance(row, dict):
+        return None
+    device_id, key = row.get("peerDeviceId"), row.get("pairingKey")
+    app_id, name = row.get("appId") or device_id, row.get("peerDeviceName") or device_id
+    paired_at_ms = row.get("pairedAt")
+    last_used_at_ms = row.get("lastUsedAt", paired_at_ms)
+    if not (is_peer_id(device_id) and is_peer_id(app_id) and isinstance(name, str) and is_pairing_key(key)):
+        return None
+    if not (type(paired_at_ms) is type(last_used_at_ms) is int and min(paired_at_ms, last_used_at_ms) >= 0):
+        return None
+    return Pairing(
+        device_id=device_id,
+        app_id=app_id,
+        device_name=name,
+        inbound_key=key,
+        paired_at_ms=paired_at_ms,
+        last_used_at_ms=last_used_at_ms,
+    )
+
+
+def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
+    """Where other DVAI software keeps its pairings on this machine."""
+    for variable, folder in (("LOCALAPPDATA", ""), ("XDG_CACHE_HOME", ""), ("HOME", ".cache")):
+        if environ.get(variable):
+            return Path(environ[variable]) / folder / APP_FOLDER / "pairings.json"
+    return None
+
+
+def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
+    if known is None:
+        return new
+    return replace(
+        new,
+        inbound_key=new.inbound_key or known.inbound_key,
+        outbound_key=new.outbound_key or known.outbound_key,
+        base_url=new.base_url or known.base_url,
+        uses_t1=known.uses_t1 and new.inbound_key is None,
+        speaks_noise=known.speaks_noise or new.speaks_noise,
+        identity_key=new.identity_key or known.identity_key,
+    )
+
+
+def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
+    """Whether a change of a pairing must end what the peer is doing here."""
+    if before is None or before.inbound_key is None:
+        return False
+    return after is None or after.inbound_key != before.inbound_key
+
+
+def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
+    """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
+    return {
+        "id": pairing.pairing_id,
+        "deviceId": pairing.device_id,
+        "deviceName": display_name(pairing.device_name),
+        "appId": pairing.app_id,
+        "state": state.value,
+        "mayUseUs": pairing.inbound_key is not None,
+        "mayBeUsed": pairing.outbound_key is not None,
+        "isMarkedUnauthorized": pairing.is_marked_unauthorized,
+        "baseUrl": pairing.base_url,
+        "via": pairing.via,
+        "pairedAt": pairing.paired_at_ms,
+        "lastUsedAt": pairing.last_used_at_ms,
+    }
+
+
+class PairingStore:
+    """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
+
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner runs
+    `maintain` in a task (another process may have written, and uses are to be) and awaits `close` at the end.
+    Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
+    """
+
+    def __init__(
+        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+    ) -> None:
+        self.device_id = device_id
+        self.replay = ReplayMemory()
+        self._path = directory / "pairings.json"
+        self._nonces_path = directory / "nonces.json"
+        self._expires_after_ms = expire_after_days * DAY_MS
+        self._records: PairingRecords = {}
+        self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
+        self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
+        self._removals: set[PairingKey] = set()  # not yet in the file
+        self._stamp: tuple[int, ...] | None = None
+        self._listeners: list[PairingListener] = []
+        self._saving = asyncio.Lock()
+
+    def load(self, foreign_path: Path | None = None) -> None:
+        """Read the files; blocks for the disk. StorageError if the pairings are damaged and there is no good copy.
+
+        `foreign_path`: the pairings of other software, taken over when there is no file of ours yet.
+        """
+        self._stamp = self._probe_stamp()
+        file = load_file(self._path, parse_pairings)
+        if file is None and foreign_path is not None:
+            file = self._import(foreign_path)
+        elif file is not None and file.device_id not in (None, self.device_id):
+            file = self._put_aside(file)
+        self._adopt({} if file is None else file.records)
+        try:
+            self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
+        except StorageError as exc:
+            pairing_log.warning("requests signed before this start could be sent again unnoticed: %s", exc)
+        self.replay.retain({pairing.pairing_id for pairing in self.pairings})
+
+    @property
+    def pairings(self) -> tuple[Pairing, ...]:
+        """All records, the expired ones included."""
+        return tuple(self._records.values())
+
+    def find(self, pairing_id: str) -> Pairing | None:
+        """The record with this id."""
+        return next((each for each in self.pairings if each.pairing_id == pairing_id), None)
+
+    def find_record(self, app_id: str, device_id: str) -> Pairing | None:
+        """The record of an application on a device, in whatever state."""
+        return self._records.get((app_id, device_id))
+
+    def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
+        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
+        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+
+    def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
+        """The active pairing by which this caller may use us."""
+        pairing = self._records.get((app_id, device_id))
+        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
+        """The active pairing by which we may use this peer: by its id, else by where it is.
+
+        It may be marked unauthorized: then the peer no longer accepts it.
+        """
+        key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
+        pairing = self._records[key] if key else None
+        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def note_use(self, pairing: Pairing, now_ms: int) -> None:
+        """Keep the pairing from expiring. Cheap: at most one note an hour."""
+        known = self._records.get(pairing.key)
+        if known is not None and not 0 <= now_ms - known.last_used_at_ms < LAST_USE_GRAIN_MS:
+            self.note(known, last_used_at_ms=now_ms)
+
+    def note(self, pairing: Pairing, **fields: Any) -> None:
+        """Change fields that are no secrets (`is_marked_unauthorized`, `base_url`, …) now; `flush` writes them."""
+        known = self._records.get(pairing.key)
+        if known is None or all(getattr(known, name) == value for name, value in fields.items()):
+            return
+        _, earlier = self._notes.get(known.key, (0, {}))
+        self._notes[known.key] = known.paired_at_ms, {**earlier, **fields}
+        self._adopt({**self._records, known.key: replace(known, **fields)})
+
+    async def add(self, pairing: Pairing) -> Pairing:
+        """Save a new pairing, or a new approval of a known one, and return what is kept. StorageError: it is not."""
+        if pairing.key not in self._records and len(self._records) >= PAIRINGS_LIMIT:
+            raise StorageError(f"{PAIRINGS_LIMIT} peers are paired already: revoke one with `pair revoke`")
+        await self._save(pairing)
+        return self._records[pairing.key]
+
+    async def revoke(self, pairing_id: str) -> Pairing | None:
+        """Forget a pairing: at once in memory, then on the disk. None if there is no such one.
+
+        StorageError: it is revoked as long as this process runs, and the next `flush` tries the disk again.
+        """
+        pairing = self.find(pairing_id)
+        if pairing is None:
+            return None
+        self._removals.add(pairing.key)
+        self._adopt(self._records)
+        await self._save()
+        return pairing
+
+    async def flush(self) -> None:
+        """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        if self._notes or self._removals:
+            await self._save()
+        if self.replay.has_new_untimed:
+            await self._save_nonces()
+
+    async def refresh(self) -> None:
+        """Take over what another process wrote. Errors are for `load` and `flush` to report."""
+        async with self._saving:
+            stamp = await asyncio.to_thread(self._probe_stamp)
+            if stamp == self._stamp:
+                return
+            try:
+                file = await asyncio.to_thread(load_file, self._path, parse_pairings)
+            except StorageError as exc:
+                pairing_log.warning("the pairings in memory stay in use: %s", exc)
+            else:
+                self._adopt(file.records if file else {})
+            self._stamp = stamp
+
+    async def maintain(self) -> NoReturn:
+        """Refresh and flush for as long as the bridge runs; cancel it, then `close`."""
+        rounds = round(PAIRINGS_FLUSH_INTERVAL_S / PAIRINGS_REFRESH_INTERVAL_S)
+        for number in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+            if number % rounds == 0:
+                try:
+                    await self.flush()
+                except StorageError as exc:
+                    pairing_log.warning("%s; it is tried again", exc)
+        raise AssertionError("counting does not end")
+
+    async def close(self) -> None:
+        """Write everything, the nonces of the last minutes too."""
+        await self.flush()
+        if self._records:
+            await self._save_nonces()
+
+    def subscribe(self, listener: PairingListener) -> Callable[[], None]:
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _adopt(self, records: Mapping[PairingKey, Pairing]) -> None:
+        """Make `records`, as changed by what is not yet in the file, those in memory."""
+        before, after = self._records, _apply_changes(records, self._notes, self._removals)
+        self._records = after
+        self._outbound = {}
+        for pairing in sorted(after.values(), key=lambda each: each.paired_at_ms):
+            if pairing.outbound_key is not None:
+                self._outbound[pairing.base_url or ""] = self._outbound[pairing.device_id] = pairing.key
+        self._outbound.pop("", None)
+        for key in before.keys() | after.keys():
+            self._tell(before.get(key), after.get(key))
+
+    def _tell(self, before: Pairing | None, after: Pairing | None) -> None:
+        if before is after or (before and after and replace(before, last_used_at_ms=after.last_used_at_ms) == after):
+            return
+        for listener in tuple(self._listeners):
+            try:
+                listener(before, after)
+            except Exception:
+                pairing_log.exception("a listener failed")
+
+    async def _save(self, new: Pairing | None = None) -> None:
+        async with self._saving:
+            notes, removals = dict(self._notes), set(self._removals)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
+            self._removals -= removals
+            self._stamp = None
+            self._adopt(records)
+            self.replay.retain({pairing.pairing_id for pairing in records.values()})
+
+    def _save_changes(
+        self,
+        new: Pairing | None,
+        notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+        removals: Collection[PairingKey],
+    ) -> PairingRecords:
+        """In a thread: put the changes upon what the file holds. Returns what it holds then."""
+        records: PairingRecords = {}
+
+        def change(saved: PairingFile | None) -> bytes:
+            if saved is not None and saved.device_id not in (None, self.device_id):
+                raise StorageError(f"{self._path} belongs to another device now; restart the bridge")
+            records.update(_apply_changes(saved.records if saved else {}, notes, removals))
+            if new is not None:
+                records[new.key] = merge_pairing(records.get(new.key), new)
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+
+        update_file(self._path, parse_pairings, change)
+        return records
+
+    async def _save_nonces(self) -> None:
+        self.replay.has_new_untimed = False
+        data = self.replay.encode(time.time_ns() // 1_000_000)
+        try:
+            await asyncio.to_thread(save_file, self._nonces_path, data)
+        except StorageError:
+            self.replay.has_new_untimed = True
+            raise
+
+    def _probe_stamp(self) -> tuple[int, ...] | None:
+        """What changes whenever the file is replaced; None without a file."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _import(self, path: Path) -> PairingFile | None:
+        try:
+            records = parse_foreign_pairings(_read_state(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as exc:
+            pairing_log.warning("the pairings of other software in %s cannot be taken over: %s", path, exc)
+            return None
+        file = PairingFile(device_id=self.device_id, records=records)
+        save_file(self._path, encode_pairings(file))
+        pairing_log.info("took over %d pairings from %s", len(records), path)
+        return file
+
+    def _put_aside(self, file: PairingFile) -> PairingFile:
+        aside = self._path.with_name(
+            f"{self._path.name}.of-{hashlib.sha256(str(file.device_id).encode()).hexdigest()[:12]}"
+        )
+        save_file(aside, encode_pairings(file))
+        empty = PairingFile(device_id=self.device_id, records={})
+        save_file(self._path, encode_pairings(empty))
+        pairing_log.warning(
+            "the pairings here were another device's: they are kept as %s, and none is used", aside.name
+        )
+        return empty
+
+
+def _apply_changes(
+    records: Mapping[PairingKey, Pairing],
+    notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+    removals: Collection[PairingKey],
+) -> PairingRecords:
+    """`records` with notes and removals. A note on a pairing that was approved anew since then is void."""
+    changed = {key: pairing for key, pairing in records.items() if key not in removals}
+    for key, (paired_at_ms, fields) in notes.items():
+        if key in changed and changed[key].paired_at_ms == paired_at_ms:
+            changed[key] = replace(changed[key], **fields)
+    return changed
+
+
+class SignatureVerifier:
+    """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
+
+    Belongs to the store's event loop and never awaits, so of two requests with one nonce exactly one wins.
+    """
+
+    def __init__(self, store: PairingStore, *, random: RandomBytes = os.urandom) -> None:
+        self._store = store
+        self._stand_in_key = generate_pairing_key(random)  # for callers that are not known: the same work
+
+    def verify(
+        self, signature: SignatureHeaders, *, method: str, path: str, query: str, body: bytes, now_ms: int
+    ) -> Pairing:
+        """The pairing of the caller, its use noted. `path`: raw, as it stood in the request line.
+
+        Raises SignatureError, always the same one, except to a caller that signed well and whose clock is off
+        (ClockSkewError) or who signs more than can be remembered (OverloadedError).
+        """
+        pairing = self._store.find_inbound(signature.app_id, signature.device_id, now_ms)
+        key = (pairing and pairing.inbound_key) or self._stand_in_key
+        message = compose_signed_message(signature.nonce, method, path, body)
+        is_signed = _is_hmac(key, message, signature.signature)
+        if pairing is None or not is_signed or query:
+            raise SignatureError
+        self._verify_freshness(pairing, signature.nonce, now_ms)
+        self._store.note_use(pairing, now_ms)
+        return pairing
+
+    def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
+        try:
+            timed = parse_timed_nonce(nonce)
+        except ValueError:
+            raise SignatureError from None
+        if timed is None:
+            if pairing.uses_t1 or not self._store.replay.remember_untimed(pairing.pairing_id, nonce):
+                raise SignatureError
+            return
+        if timed.binding != build_nonce_binding(pairing.device_id, self._store.device_id):
+            raise SignatureError
+        skew_ms = timed.sent_at_ms - now_ms
+        if abs(skew_ms) > SIGNATURE_SKEW_MS:
+            raise ClockSkewError(skew_ms)
+        if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
+            raise SignatureError
+        if not pairing.uses_t1:
+            self._store.note(pairing, uses_t1=True)
+
+
+def sign_request(
+    pairing: Pairing,
+    identity: Identity,
+    *,
+    app_id: str | None,
+    method: str,
+    path: str,
+    body: bytes,
+    now_ms: int,
+    random: RandomBytes = os.urandom,
+) -> list[tuple[str, str]]:
+    """The four fields for a request of ours to a paired peer. `path`: raw, without query, as it will be sent."""
+    if pairing.outbound_key is None:
+        raise ValueError("this pairing does not let us use the peer")
+    return build_signed_headers(
+        pairing_key=pairing.outbound_key,
+        device_id=identity.device_id,
+        app_id=app_id,
+        nonce=generate_nonce(identity.device_id, pairing.device_id, now_ms, random),
+        method=method,
+        path=path,
+        body=body,
+    )
+
+
+# ---- Handshake ------------------------------------------------------------------------
+# How two devices become paired on the LAN: the question to the user here, the request to the one there. No sockets.
+
+PROMPT_DEADLINE_S = 120.0  # a user who is not there
+PROMPTS_WAITING_LIMIT = 8  # strangers queueing for the user's attention
+HANDSHAKE_DEADLINE_S = 290.0  # queueing and prompt together; those who ask wait 300 s
+HANDSHAKES_PER_ADDRESS_LIMIT = 3  # prompts that wear a user down until they say yes
+HANDSHAKES_WINDOW_MS = 600_000
+HANDSHAKE_ADDRESSES_LIMIT = 256  # memory taken by addresses that asked
+HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
+HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
+HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
+PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+_SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
+
+handshake_log = logging.getLogger("dvai_bridge.handshake")
+
+
+class PairingPolicy(enum.Enum):
+    """What happens to a request to pair."""
+
+    ASK = "ask"
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeRequest:
+    """The body of a request to pair; `app_id` is the device's id where it names no application."""
+
+    device_id: str
+    device_name: str
+    app_id: str
+
+
+def parse_handshake_request(body: bytes) -> HandshakeRequest:
+    """The request in a handshake's body; MalformedHandshakeError says what is wrong with it."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise MalformedHandshakeError(f"the body is not valid JSON: {exc}") from exc
+    if not isinstance(document, dict):
+        raise MalformedHandshakeError("the body must be a JSON object")
+    device_id, name = document.get("peerDeviceId"), document.get("peerDeviceName")
+    app_id, nonce = document.get("appId"), document.get("nonce")
+    if not is_peer_id(device_id):
+        raise MalformedHandshakeError("peerDeviceId must be 1 to 128 printable characters", param="peerDeviceId")
+    if not (isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS):
+        raise MalformedHandshakeError("peerDeviceName must be a text that is not empty", param="peerDeviceName")
+    if app_id is not None and not is_peer_id(app_id):
+        raise MalformedHandshakeError("appId must be 1 to 128 printable characters", param="appId")
+    if document.get("via", "lan-handshake") != "lan-handshake":
+        raise MalformedHandshakeError("via must be `lan-handshake` on this route", param="via")
+    if nonce is not None and not (isinstance(nonce, str) and len(nonce) <= NONCE_LIMIT_CHARS):
+        raise MalformedHandshakeError("nonce must be a short text", param="nonce")
+    return HandshakeRequest(device_id=device_id, device_name=name, app_id=app_id or device_id)
+
+
+def build_handshake_request(identity: Identity, app_id: str | None, nonce: str) -> dict[str, Any]:
+    """The body of our request to pair."""
+    members = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
+    if app_id:
+        members["appId"] = app_id
+    return {**members, "via": "lan-handshake", "nonce": nonce}
+
+
+def build_handshake_answer(identity: Identity, pairing: Pairing, pairing_key: str | None) -> dict[str, Any]:
+    """The body of a 200. `pairing_key` None: the caller has it already. `peerDeviceId` is the caller's own."""
+    answer: dict[str, Any] = {"paired": True, "pairedAt": pairing.paired_at_ms, "via": "lan-handshake"}
+    if pairing_key is not None:
+        answer["pairingKey"] = pairing_key
+    own = {"deviceId": identity.device_id, "deviceName": identity.device_name}
+    return {**answer, "peerDeviceId": pairing.device_id, **own}
+
+
+class HandshakeLimiter:
+    """Counts requests to pair by address: at most HANDSHAKES_PER_ADDRESS_LIMIT in HANDSHAKES_WINDOW_MS. Pure."""
+
+    def __init__(self) -> None:
+        self._times_ms: dict[str, list[int]] = {}
+
+    def verify_admission(self, address: str, now_ms: int) -> None:
+        """Count one more; PairingBusyError if that is one too many."""
+        source = self._choose_source(address)
+        if source not in self._times_ms and len(self._times_ms) >= HANDSHAKE_ADDRESSES_LIMIT:
+            self._forget_old(now_ms)
+        times_ms = [ms for ms in self._times_ms.get(source, ()) if abs(now_ms - ms) < HANDSHAKES_WINDOW_MS]
+        has_room = source in self._times_ms or len(self._times_ms) < HANDSHAKE_ADDRESSES_LIMIT
+        if len(times_ms) >= HANDSHAKES_PER_ADDRESS_LIMIT or not has_room:
+            wait_ms = HANDSHAKES_WINDOW_MS - (now_ms - min(times_ms, default=now_ms))
+            raise PairingBusyError("too many requests to pair; try again later", retry_after_s=wait_ms // 1000 + 1)
+        self._times_ms[source] = [*times_ms, now_ms]
+
+    @staticmethod
+    def _choose_source(address: str) -> str:
+        """An IPv6 host has a whole /64 of addresses."""
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return address
+        return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+
+    def _forget_old(self, now_ms: int) -> None:
+        self._times_ms = {
+            source: times_ms
+            for source, times_ms in self._times_ms.items()
+            if abs(now_ms - times_ms[-1]) < HANDSHAKES_WINDOW_MS
+        }
+
+
+class PairingRequest:
+    """A device that asks to use this one, until somebody answers, nobody does in time, or it hangs up.
+
+    `peer_device_name` is safe to show. `is_known`: the same (application, device) is paired already, and would get
+    another key. `asked_at_ms`: unix ms.
+    """
+
+    def __init__(
+        self, request: HandshakeRequest, *, request_id: str, address: str, is_known: bool, asked_at_ms: int
+    ) -> None:
+        self.request_id = request_id
+        self.peer_device_id = request.device_id
+        self.peer_device_name = display_name(request.device_name)
+        self.app_id = request.app_id
+        self.address = address
+        self.is_known = is_known
+        self.asked_at_ms = asked_at_ms
+        self._loop = asyncio.get_running_loop()
+        self._answer: asyncio.Future[bool] = self._loop.create_future()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether an answer can no longer change anything."""
+        return self._answer.done()
+
+    def respond(self, approved: bool) -> None:
+        """Approve or deny; the first answer counts. May be called in any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the request
+            self._loop.call_soon_threadsafe(self._settle, approved is True)
+
+    async def wait(self) -> bool:
+        """The answer, when there is one."""
+        return await asyncio.shield(self._answer)
+
+    def end(self) -> None:
+        """Nobody waits for an answer any more."""
+        self._answer.cancel()
+
+    def _settle(self, approved: bool) -> None:
+        if not self._answer.done():
+            self._answer.set_result(approved)
+
+
+def build_pairing_question(request: PairingRequest) -> str:
+    """The question to the user, in one line."""
+    app = "" if request.app_id == request.peer_device_id else f", application {display_name(request.app_id)}"
+    known = " It is paired already and would get a new key." if request.is_known else ""
+    return (
+        f"Let {request.peer_device_name} (device {display_name(request.peer_device_id)}{app}, at {request.address}) "
+        f"use the models of this machine? The key will cross the network readably.{known}"
+    )
+
+
+def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
+    """A waiting request as the owner of this machine may see it."""
+    return {
+        "id": request.request_id,
+        "deviceId": request.peer_device_id,
+        "deviceName": request.peer_device_name,
+        "appId": request.app_id,
+        "address": request.address,
+        "isKnown": request.is_known,
+        "askedAt": request.asked_at_ms,
+    }
+
+
+PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
+
+
+async def _end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
+    task.cancel()
+    await asyncio.wait([task], timeout=TASK_END_S)
+
+
+class PairingDesk:
+    """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
+
+    A request is decided by the first of: `on_pairing_request` (sync or async), a reader of `requests()`, `respond`
+    (the `pair approve` and `pair deny` commands). `is_operated`: somebody can give those commands. Nobody who could
+    be asked, no answer in time, and a callback that fails are all a denial. No stored key is ever given out.
+
+        request ─ malformed 400, disabled 503, policy 403, too many 429
+           │ ─ signed with the current key ─ 200, no key
+           └─ waits for its turn ─ shown ─ approved ─ saved ─ 200 with a new key
+                                     └─ denied, or nobody answers in time: 403
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        policy: PairingPolicy,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        on_pairing_request: PairingCallback | None = None,
+        is_operated: bool = False,
+        prompt_deadline_s: float = PROMPT_DEADLINE_S,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._policy = policy
+        self._legacy_policy = legacy_policy
+        self._callback = on_pairing_request
+        self._is_operated = is_operated
+        self._prompt_deadline_s = prompt_deadline_s
+        self._clock_ms = clock_ms
+        self._random = random
+        self._limiter = HandshakeLimiter()
+        self._pending: dict[str, PairingRequest] = {}
+        self._shown: PairingRequest | None = None
+        self._turn = asyncio.Lock()
+        self._readers: set[asyncio.Queue[PairingRequest | None]] = set()
+        self._is_closed = False
+
+    @property
+    def pending(self) -> tuple[PairingRequest, ...]:
+        """The requests that wait for an answer, in order of arrival."""
+        return tuple(self._pending.values())
+
+    def respond(self, request_id: str, approved: bool) -> bool:
+        """Answer a waiting request; False if there is none with this id."""
+        request = self._pending.get(request_id)
+        if request is not None:
+            request.respond(approved)
+        return request is not None
+
+    async def requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Every request when it is its turn, until the desk closes. Reading them is to be somebody who may decide."""
+        waiting: asyncio.Queue[PairingRequest | None] = asyncio.Queue(maxsize=1)
+        self._readers.add(waiting)
+        try:
+            if self._shown is not None or self._is_closed:
+                waiting.put_nowait(self._shown)
+            while (request := await waiting.get()) is not None:
+                if not request.is_over:
+                    yield request
+        finally:
+            self._readers.discard(waiting)
+
+    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> dict[str, Any]:
+        """The 200 body for a handshake, or one of its errors. Cancel it when the requester hangs up.
+
+        `signer`: whose valid signature the request carried.
+        """
+        store = self._store
+        if store is None or self._is_closed:
+            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+        request = parse_handshake_request(body)
+        if signer is not None:
+            if signer.key != (request.app_id, request.device_id):
+                raise MalformedHandshakeError("the request is signed by another device than it names")
+            return build_handshake_answer(self._identity, signer, None)
+        known = store.find_record(request.app_id, request.device_id)
+        self._verify_policy(known)
+        self._limiter.verify_admission(address, self._clock_ms())
+        if not await self._decide(request, address, is_known=known is not None):
+            raise PairingDeniedError("the user of this device did not approve the pairing")
+        return await self._accept(store, request)
+
+    def close(self) -> None:
+        """Deny what waits, and end `requests()`."""
+        self._is_closed = True
+        for request in self.pending:
+            request.respond(False)
+        self._show(None)
+
+    def _verify_policy(self, known: Pairing | None) -> None:
+        if self._policy is PairingPolicy.DENY:
+            raise PairingDeniedError("this device denies all pairings")
+        if self._legacy_policy is PairingPolicy.DENY or (known is not None and known.speaks_noise):
+            raise PairingDeniedError("this device does not send keys over the network readably")
+
+    async def _decide(self, request: HandshakeRequest, address: str, *, is_known: bool) -> bool:
+        if self._policy is self._legacy_policy is PairingPolicy.ALLOW:
+            return True
+        if not (self._callback or self._readers or self._is_operated):
+            handshake_log.warning("%s asked to pair, and nobody can be asked", display_name(request.device_name))
+            return False
+        if len(self._pending) >= PROMPTS_WAITING_LIMIT:
+            raise PairingBusyError("too many devices wait to be paired; try again later", retry_after_s=60)
+        pending = PairingRequest(
+            request,
+            request_id=self._random(4).hex(),
+            address=address,
+            is_known=is_known,
+            asked_at_ms=self._clock_ms(),
+        )
+        self._pending[pending.request_id] = pending
+        prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
+        try:
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S):
+                return await pending.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._pending[pending.request_id]
+            pending.end()
+            await _end_task(prompt)
+
+    async def _prompt(self, request: PairingRequest) -> None:
+        """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
+        async with self._turn:
+            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            self._show(request)
+            try:
+                async with asyncio.timeout(self._prompt_deadline_s):
+                    await request.wait()
+            except TimeoutError:
+                handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+                request.respond(False)
+            finally:
+                self._show(None)
+                if callback is not None:
+                    await _end_task(callback)
+
+    def _show(self, request: PairingRequest | None) -> None:
+        self._shown = request
+        for waiting in self._readers:
+            if request is not None or self._is_closed:
+                if waiting.full():  # what it has not read is over
+                    waiting.get_nowait()
+                waiting.put_nowait(request)
+
+    async def _call(self, request: PairingRequest) -> None:
+        assert self._callback is not None
+        try:
+            approved = self._callback(request)
+            request.respond(approved if isinstance(approved, bool) else await approved)
+        except Exception:
+            handshake_log.exception("on_pairing_request failed: that is a denial")
+            request.respond(False)
+
+    async def _accept(self, store: PairingStore, request: HandshakeRequest) -> dict[str, Any]:
+        now_ms, key = self._clock_ms(), generate_pairing_key(self._random)
+        pairing = await store.add(
+            Pairing(
+                device_id=request.device_id,
+                app_id=request.app_id,
+                device_name=request.device_name,
+                inbound_key=key,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: %s may use this device", display_name(request.device_name))
+        return build_handshake_answer(self._identity, pairing, key)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingTarget:
+    """A peer to ask. `base_url` ends in /v1; the others as discovery told them, None where it did not."""
+
+    base_url: str
+    device_id: str | None = None
+    device_name: str | None = None
+
+    @property
+    def shown_name(self) -> str:
+        """What to call it in a message."""
+        return display_name(self.device_name or self.base_url)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeAnswer:
+    """What a target's 200 says. `pairing_key` None: it holds that the key is known. The ids are the target's."""
+
+    pairing_key: str | None = field(repr=False)
+    device_id: str | None = None
+    device_name: str | None = None
+
+
+# (URL, body, further header fields, deadline in seconds) → (status, body); OSError or BridgeError if there is none.
+HandshakePost = Callable[[str, bytes, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
+
+
+def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTarget) -> HandshakeAnswer:
+    """What a 200 says; PairingFailedError if it is none, is meant for another device, or comes from another one."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise PairingFailedError(f"the answer of {target.shown_name} is not JSON: {exc}") from exc
+    if not isinstance(document, dict) or document.get("paired") is not True:
+        raise PairingFailedError(f"the answer of {target.shown_name} does not say that it is paired")
+    if document.get("peerDeviceId") != identity.device_id:
+        raise PairingFailedError(f"the answer of {target.shown_name} is meant for another device")
+    key, device_id, name = document.get("pairingKey"), document.get("deviceId"), document.get("deviceName")
+    if key is not None and not is_pairing_key(key):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable key")
+    if device_id is not None and not is_peer_id(device_id):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable deviceId")
+    if device_id == identity.device_id:
+        raise PairingFailedError(f"{target.base_url} is this bridge itself")
+    if None not in (device_id, target.device_id) and device_id != target.device_id:
+        raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
+    name = name if isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS else None
+    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name)
+
+
+def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
+    """What an answer other than 200 means to the one who asked."""
+    name = target.shown_name
+    if status == 403:
+        return PairingDeniedError(f"{name} denied the pairing")
+    if status == 429:
+        return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
+    if status == 503:
+        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+    if status in (404, 405):
+        return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
+    return PairingFailedError(f"{name} answered the request to pair with status {status}")
+
+
+class PairingInitiator:
+    """Asks other devices for leave to use them; one request per base URL at a time, each in a task owned here.
+
+    What asks by itself (`is_explicit` False) leaves a peer that refused alone for HANDSHAKE_PAUSE_MS, and never asks
+    in ways that the user wants to be asked about.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        app_id: str | None,
+        store: PairingStore,
+        post: HandshakePost,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._app_id = app_id
+        self._store = store
+        self._post = post
+        self._clock_ms = clock_ms
+        self._legacy_policy = legacy_policy
+        self._random = random
+        self._tasks: dict[str, asyncio.Task[Pairing]] = {}
+        self._refusals: dict[str, tuple[int, BridgeError]] = {}  # by base URL: when, and how it was said
+
+    def is_asking(self, base_url: str) -> bool:
+        """Whether a peer is being asked now."""
+        return base_url in self._tasks
+
+    def start(self, target: PairingTarget, *, is_explicit: bool = False) -> asyncio.Task[Pairing]:
+        """Ask in the background, or join the request that is under way. Its error is kept for whoever awaits it."""
+        task = self._tasks.get(target.base_url)
+        if task is None:
+            task = asyncio.create_task(self._pair(target, is_explicit=is_explicit), name="handshake")
+            self._tasks[target.base_url] = task
+            task.add_done_callback(functools.partial(self._note_end, target))
+        return task
+
+    async def pair(self, target: PairingTarget, *, is_explicit: bool = False) -> Pairing:
+        """The pairing by which `target` may be used, after asking its user where needed (up to 300 s).
+
+        Whoever stops waiting does not stop the request. PairingDeniedError, PairingBusyError, PairingDisabledError,
+        PairingFailedError; StorageError if the key cannot be kept.
+        """
+        return await asyncio.shield(self.start(target, is_explicit=is_explicit))
+
+    async def close(self) -> None:
+        """End every request."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_end(self, target: PairingTarget, task: asyncio.Task[Pairing]) -> None:
+        del self._tasks[target.base_url]
+        self._refusals.pop(target.base_url, None)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, PairingDeniedError | PairingBusyError):
+            if len(self._refusals) >= HANDSHAKE_TARGETS_LIMIT:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[target.base_url] = self._clock_ms(), error
+        elif error is not None and not isinstance(error, BridgeError):
+            handshake_log.error("pairing with %s failed", target.shown_name, exc_info=error)
+
+    async def _pair(self, target: PairingTarget, *, is_explicit: bool) -> Pairing:
+        known = self._store.find_outbound(target.device_id, target.base_url, self._clock_ms())
+        if known is not None and known.is_marked_unauthorized:
+            known = None
+        if known is not None and not is_explicit:
+            return known
+        self._verify_policy(target, is_explicit=is_explicit)
+        status, body = await self._ask(target, known)
+        if status == 401 and known is not None:  # it has forgotten us
+            known = None
+            status, body = await self._ask(target, None)
+        if status != 200:
+            raise build_handshake_error(status, target)
+        answer = parse_handshake_answer(body, identity=self._identity, target=target)
+        return await self._keep(target, answer, known)
+
+    def _verify_policy(self, target: PairingTarget, *, is_explicit: bool) -> None:
+        name, refused = target.shown_name, self._refusals.get(target.base_url)
+        speaks_noise = any(each.speaks_noise for each in self._store.pairings if each.device_id == target.device_id)
+        if self._legacy_policy is PairingPolicy.DENY or speaks_noise:
+            raise PairingDeniedError(
+                f"pairing with {name} would send a key over the network readably: not allowed here"
+            )
+        if is_explicit:
+            return
+        if self._legacy_policy is PairingPolicy.ASK:
+            raise PairingDeniedError(f"not paired with {name}; ask it with `pair request`")
+        if refused is not None and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
+            raise refused[1]
+
+    async def _ask(self, target: PairingTarget, known: Pairing | None) -> tuple[int, bytes]:
+        """Status and body of one request; signed with the key that we have, which then needs nobody's approval."""
+        receiver = target.device_id or target.base_url
+        nonce = generate_nonce(self._identity.device_id, receiver, self._clock_ms(), self._random)
+        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce))
+        url, signed = target.base_url + HANDSHAKE_PATH, []
+        if known is not None:
+            signed = sign_request(
+                known,
+                self._identity,
+                app_id=self._app_id,
+                method="POST",
+                path=urllib.parse.urlsplit(url).path,
+                body=body,
+                now_ms=self._clock_ms(),
+                random=self._random,
+            )
+        try:
+            async with asyncio.timeout(HANDSHAKE_REQUEST_DEADLINE_S):
+                return await self._post(url, body, signed, HANDSHAKE_REQUEST_DEADLINE_S)
+        except TimeoutError as exc:
+            raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
+        except OSError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+
+    async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
+        if answer.pairing_key is None:
+            if known is None:
+                raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
+            self._store.note(known, base_url=target.base_url)
+            return known
+        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
+        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
+        now_ms = self._clock_ms()
+        pairing = await self._store.add(
+            Pairing(
+                device_id=device_id,
+                app_id=device_id,
+                device_name=answer.device_name or target.device_name or target.base_url,
+                outbound_key=answer.pairing_key,
+                base_url=target.base_url,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: this device may use %s", target.shown_name)
+        return pairing
 
 
 # ---- Models ---------------------------------------------------------------------------
