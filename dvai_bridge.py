@@ -5643,10 +5643,10 @@ SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows
 MULTIPLY_ADD_LANES = 576
 MULTIPLY_ADD_COLUMNS = 64
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
-BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_MULTIPLY_ADDS_PER_S = 625e6  # of one core of the machine in the README's table, in big integers
+BUILTIN_EFFICIENCY = 0.8  # of that rate, what a whole forward pass reaches: 0.86 (15M) and 0.96 (135M) side by side
 BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
-LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.8 on two server cores, less on small boards
 DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
 
 SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
@@ -6027,7 +6027,7 @@ def probe_machine_speed() -> MachineSpeed:
 
 
 def estimate_builtin_tok_per_s(
-    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S, threads: int = 1
 ) -> float:
     """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
     gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
@@ -13156,6 +13156,8 @@ PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
 PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
 PROBE_WORDS = 16  # of the prompt
 
+probe_log = logging.getLogger("dvai_bridge.probe")
+
 
 class RequestWatch:
     """Who has an engine for itself: every generation enters and leaves, on the event loop.
@@ -13318,6 +13320,103 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
         measured_at_ms=now_ms,
         prefill_tok_per_s=result.prefill_tok_per_s,
     )
+
+
+class CapabilityMeter:
+    """What a bridge knows of its own speed: the machine looked at once, each model measured once, traffic learnt from.
+
+    Belongs to one event loop. Between `start` and `close` it owns the probes that run and the saving of their results.
+    """
+
+    def __init__(self, cache: ScoreCache, device_id: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._cache = cache
+        self._device_id = device_id
+        self._clock = clock  # unix time in seconds
+        self._hints: HardwareHints | None = None
+        self._speed: MachineSpeed | None = None
+        self._probes: dict[ScoreKey, asyncio.Task[Score]] = {}
+        self._saving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at the machine and load earlier measurements; takes a tenth of a second, or a slow tool's deadline."""
+        await asyncio.to_thread(self._cache.load)
+        self._hints = await asyncio.to_thread(probe_hardware_hints)
+        self._speed = await asyncio.to_thread(probe_machine_speed)
+        self._saving = asyncio.create_task(self._save_now_and_then(), name="scores")
+
+    def get_score(self, key: ScoreKey, cost: ModelCost | None = None, gpu_class: GpuClass = GpuClass.NONE) -> Score:
+        """The best that is known of a model now, without waiting. `cost`, `gpu_class`: as in estimate_tok_per_s."""
+        assert self._hints is not None and self._speed is not None, "start it first"
+        estimate = None if cost is None else estimate_tok_per_s(key.engine, cost, self._speed, gpu_class=gpu_class)
+        return choose_score(
+            key,
+            self._device_id,
+            measured=self._cache.get(key),
+            estimated_tok_per_s=estimate,
+            hints=self._hints,
+            now_ms=self._read_ms(),
+        )
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """All measurements, for `GET /v1/dvai/capability`."""
+        return tuple(replace(score, device_id=self._device_id) for score in self._cache.list_scores())
+
+    def observe(self, key: ScoreKey, usage: Usage) -> None:
+        """Learn from a request that ran alone (RequestWatch.leave says so)."""
+        self._cache.observe(key, self._device_id, usage, self._read_ms())
+
+    async def probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        """Measure a model; who asks while it is being measured gets the same result. Raises as probe_engine_speed.
+
+        Giving up waiting does not end the measurement.
+        """
+        return await asyncio.shield(self._start_probe(engine, key, watch, queue))
+
+    def probe_on_first_use(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> None:
+        """Measure a model in the background, unless that was done; a failure is one line in the log."""
+        if self._cache.get(key) is None:
+            self._start_probe(engine, key, watch, queue)
+
+    async def close(self) -> None:
+        """End what runs, and save."""
+        tasks = [*self._probes.values(), *([self._saving] if self._saving else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._cache.flush)
+
+    def _start_probe(
+        self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue
+    ) -> asyncio.Task[Score]:
+        task = self._probes.get(key)
+        if task is None:
+            task = asyncio.create_task(self._run_probe(engine, key, watch, queue), name=f"probe of {key.model_id}")
+            self._probes[key] = task
+            task.add_done_callback(functools.partial(self._end_probe, key))
+        return task
+
+    async def _run_probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        result = await probe_engine_speed(engine, watch, queue)
+        score = build_measured_score(key, self._device_id, result, self._read_ms())
+        self._cache.put(key, score)
+        probe_log.info("%s writes %.1f tokens/s (measured)", display_name(key.model_id), score.tok_per_s)
+        return score
+
+    def _end_probe(self, key: ScoreKey, task: asyncio.Task[Score]) -> None:
+        del self._probes[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            is_ours = not isinstance(error, BridgeError)
+            level = logging.ERROR if is_ours else logging.WARNING
+            exc_info = error if is_ours else None
+            probe_log.log(level, "%s was not measured: %s", display_name(key.model_id), error, exc_info=exc_info)
+
+    async def _save_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(SCORE_FLUSH_S)
+            await asyncio.to_thread(self._cache.flush)
+
+    def _read_ms(self) -> int:
+        return int(self._clock() * 1000)
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -15449,6 +15548,7 @@ def run_doctor(command: Command) -> int:
         probe_port(),
         *probe_packages(),
         probe_memory(),
+        probe_hardware(),
         asyncio.run(probe_builtin_engine()),
         *probe_survey(command),
     ]
@@ -15505,6 +15605,13 @@ def probe_memory() -> Finding:
     return Finding(
         subject="memory", verdict="ok", detail=f"{format_size(memory.free_bytes)} free ({memory.limit_source})"
     )
+
+
+def probe_hardware() -> Finding:
+    """What the machine is good for, whatever the model."""
+    assessment = assess_hardware()
+    verdict = "ok" if assessment.mode is HardwareMode.OK else "note"
+    return Finding(subject="hardware", verdict=verdict, detail=f"{assessment.mode.value}: {assessment.reason}")
 
 
 async def probe_builtin_engine() -> Finding:
@@ -15743,11 +15850,11 @@ def run_audit(command: Command) -> int:
 
 
 def describe_audit_entry(entry: Mapping[str, Any]) -> str:
-    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+    """One request on one line. Names were escaped when they were written; a file that was edited is escaped again."""
 
-    def text(name: str, default: str = "-") -> str:
-        value = entry.get(name)
-        return default if value is None else display_name(str(value))
+    def text(name: str) -> str:
+        shown = "-" if entry.get(name) is None else str(entry[name])
+        return shown if shown.isprintable() else display_name(shown)
 
     who = text("deviceId")
     if entry.get("caller") == "peer":
