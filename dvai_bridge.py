@@ -13,7 +13,7 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
     decisions     models, memory, capability, audit, routing
-    transport     streams: asyncio begins here
+    transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, probe
     peers         peers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
@@ -124,10 +124,19 @@ LINGER_S = 2.0  # after refusing a request: how long its rest is read and droppe
 CONNECTIONS_LIMIT = 256  # descriptors, all clients together
 CONNECTIONS_PER_ADDRESS_LIMIT = 16  # descriptors of one foreign address
 CONNECTIONS_LOOPBACK_RESERVE = 16  # of all connections, those that foreign clients cannot take
+INTERIM_RESPONSES_LIMIT = 8  # a server we ask that goes on announcing its answer (1xx)
 PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: reading pauses there
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
+CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
+POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
+POOL_LIMIT = 32  # descriptors of connections kept for the next request
+CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all together
+RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
+CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
+CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -432,6 +441,30 @@ class HttpVersionError(ProtocolError):
     """An HTTP version other than 1.0 and 1.1."""
 
     status, code = 505, "http_version_not_supported"
+
+
+class UpstreamError(BridgeError):
+    """A server that we asked broke HTTP or a bound of ours; the subclasses say what else can go wrong with it."""
+
+    status, type, code = 502, "server_error", "upstream_failed"
+
+
+class UpstreamConnectError(UpstreamError):
+    """There is no connection to the server, so nothing was sent: refused, unknown name, TLS, too slow."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamLostError(UpstreamError):
+    """The server closed the connection before its answer was complete."""
+
+    code = "upstream_lost"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server did not answer, or not go on, within the time it was given."""
+
+    status, type, code = 504, "timeout_error", "upstream_timeout"
 
 
 def build_error_body(error: BridgeError) -> dict[str, Any]:
@@ -1514,7 +1547,7 @@ class RunningRecord:
 
 
 # ---- HTTP/1.1 -------------------------------------------------------------------------
-# Request grammar, stricter than most on purpose. Pure: bytes in, events out (RFC 9112).
+# The grammar of requests and answers, stricter than most on purpose. Pure: bytes in, values out (RFC 9112).
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"  # all but control characters; a tab is none here (RFC 9110 section 5.5)
@@ -1526,7 +1559,9 @@ _FIELD_VALUE = re.compile(_TEXT)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#@]+)(/[^#]*)")
 _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
+_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
@@ -1745,38 +1780,90 @@ class ParserState(enum.Enum):
     FAILED = enum.auto()
 
 
-class RequestParser:
+class LineReader:
+    """The lines of a message's head and of its chunks, taken from bytes that come in segments.
+
+    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
+    feed lies between the two.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._line_start = 0
+        self._searched = 0
+        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields: list[tuple[str, str]] = []
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Received and not consumed."""
+        return len(self._buffer) - self._line_start
+
+    def _read_fields(self, block_limit_bytes: int) -> bool:
+        """Reads field lines up to the empty one; False until that has arrived."""
+        while True:
+            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
+            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
+            if not line:
+                return line is not None
+            self._fields.append(parse_field_line(line))
+            if len(self._fields) > HEADER_COUNT_LIMIT:
+                raise HeadersTooLargeError("too many header lines")
+
+    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
+        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
+        buffer, start = self._buffer, self._line_start
+        end = buffer.find(b"\n", self._searched)
+        complete = end >= 0
+        if not complete:
+            end = self._searched = len(buffer)
+        has_cr = end > start and buffer[end - 1] == 13
+        if end - has_cr - start > limit_bytes:
+            raise too_long("a line, or all of them together, are too long")
+        if not complete:
+            return None
+        if not has_cr:
+            raise ProtocolError("a line that does not end in CRLF")
+        self._line_start = self._searched = end + 1
+        return buffer[start : end - 1].decode("latin-1")
+
+    def _take_bytes(self, count: int) -> bytes:
+        data = bytes(memoryview(self._buffer)[:count])
+        self._line_start = self._searched = count
+        return data
+
+    def _release(self) -> None:
+        """Gives back the memory of what is consumed; a block that began there has its start below zero."""
+        del self._buffer[: self._line_start]
+        self._searched -= self._line_start
+        self._block_start -= self._line_start
+        self._line_start = 0
+
+
+class RequestParser(LineReader):
     """One connection's requests: `receive` bytes as they come, take events until `next_event` returns None.
 
     Gives RequestHead, then RequestBody, then nothing until `start_next_request`, however much has arrived
     (pipelining). The outcome depends on the bytes only, never on how they were cut into segments. Errors are
     raised at the first byte that proves them; after one the connection has no meaning any more.
 
-    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
-    feed lies between the two; `body_received <= body_limit_bytes`.
+    Invariants: those of LineReader; `body_received <= body_limit_bytes`.
     """
 
     def __init__(self, *, body_limit_bytes: int) -> None:
+        super().__init__()
         self._body_limit_bytes = body_limit_bytes
-        self._buffer = bytearray()
-        self._line_start = 0
-        self._searched = 0
         self._error: BridgeError | None = None
         self._start_request()
 
     def _start_request(self) -> None:
         self.state = ParserState.REQUEST_LINE
         self._request_line: tuple[str, RequestTarget, int] | None = None
-        self._fields: list[tuple[str, str]] = []
-        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields = []
+        self._block_start = 0
         self._body_length = 0  # FIXED_BODY: of the body; CHUNK_DATA: of this chunk
         self._body = bytearray()  # chunks so far
         self._extension_bytes = 0
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Received and not consumed."""
-        return len(self._buffer) - self._line_start
 
     @property
     def body_received_bytes(self) -> int:
@@ -1894,46 +1981,214 @@ class RequestParser:
         self.state = ParserState.COMPLETE
         return RequestBody(body)
 
-    def _read_fields(self, block_limit_bytes: int) -> bool:
-        """Reads field lines up to the empty one; False until that has arrived."""
-        while True:
-            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
-            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
-            if not line:
-                return line is not None
-            self._fields.append(parse_field_line(line))
-            if len(self._fields) > HEADER_COUNT_LIMIT:
-                raise HeadersTooLargeError("too many header lines")
-
-    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
-        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
-        buffer, start = self._buffer, self._line_start
-        end = buffer.find(b"\n", self._searched)
-        complete = end >= 0
-        if not complete:
-            end = self._searched = len(buffer)
-        has_cr = end > start and buffer[end - 1] == 13
-        if end - has_cr - start > limit_bytes:
-            raise too_long("a line, or all of them together, are too long")
-        if not complete:
-            return None
-        if not has_cr:
-            raise ProtocolError("a line that does not end in CRLF")
-        self._line_start = self._searched = end + 1
-        return buffer[start : end - 1].decode("latin-1")
-
-    def _take_bytes(self, count: int) -> bytes:
-        data = bytes(memoryview(self._buffer)[:count])
-        self._line_start = self._searched = count
-        return data
-
-    def _release(self) -> None:
-        """Gives back the memory of what is consumed."""
-        del self._buffer[: self._line_start]
-        self._line_start = self._searched = self._block_start = 0
-
     def _too_large(self) -> ContentTooLargeError:
         return ContentTooLargeError(f"the body is larger than {self._body_limit_bytes // KIB} KiB")
+
+
+@record(frozen=True, slots=True)
+class ResponseHead:
+    """An answer before its body. `keep_alive`: whether the server lets the connection serve further requests."""
+
+    status: int
+    http_minor: int
+    headers: Headers
+    keep_alive: bool
+
+
+class ResponseState(enum.Enum):
+    """What a ResponseParser waits for.
+
+    STATUS_LINE → HEADERS → FIXED_BODY | CLOSE_BODY | CHUNK_SIZE → CHUNK_DATA → CHUNK_END → CHUNK_SIZE …;
+    CHUNK_SIZE → TRAILERS;   HEADERS → STATUS_LINE after an interim answer (1xx);
+    HEADERS, FIXED_BODY, CLOSE_BODY, TRAILERS → COMPLETE.   Any of them → FAILED.
+    """
+
+    STATUS_LINE = enum.auto()
+    HEADERS = enum.auto()
+    FIXED_BODY = enum.auto()
+    CLOSE_BODY = enum.auto()
+    CHUNK_SIZE = enum.auto()
+    CHUNK_DATA = enum.auto()
+    CHUNK_END = enum.auto()
+    TRAILERS = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+class ResponseParser(LineReader):
+    """The answer to one request of `method`: `receive` gives the body's bytes as they come.
+
+    `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
+    given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+
+    Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._minor = self._status = 0
+        self._interim_count = 0
+        self._remaining = 0
+        self._extension_bytes = 0
+        self.state = ResponseState.STATUS_LINE
+        self.head: ResponseHead | None = None
+        self.error: UpstreamError | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole answer was there."""
+        return self.state is ResponseState.COMPLETE
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether another request may follow on the connection: the answer ended, and nothing came behind it."""
+        return self.is_complete and self.head is not None and self.head.keep_alive and not self._buffer
+
+    def receive(self, data: bytes) -> bytes:
+        """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
+            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
+            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
+                size = int(data[:end], 16)
+                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
+                    return data[end + 2 : -2]
+        if self.state is ResponseState.FAILED:
+            return b""
+        self._buffer += data
+        pieces: list[bytes] = []
+        try:
+            while self._step(pieces):
+                pass
+        except ProtocolError as exc:
+            self._fail(UpstreamError(f"the server broke HTTP: {exc.message}"))
+        else:
+            self._release()
+        return b"".join(pieces)
+
+    def receive_eof(self) -> None:
+        """The server sends nothing more: the end of a body that says so, else a fault."""
+        if self.state is ResponseState.CLOSE_BODY:
+            self.state = ResponseState.COMPLETE
+        elif self.state is not ResponseState.COMPLETE and self.error is None:
+            where = "before it answered" if self.head is None else "in the middle of its answer"
+            self._fail(UpstreamLostError(f"the server closed the connection {where}"))
+
+    def _fail(self, error: UpstreamError) -> None:
+        self.error = error
+        self.state = ResponseState.FAILED
+        self._buffer.clear()
+
+    def _step(self, pieces: list[bytes]) -> bool:
+        """Reads one thing; False when it needs more bytes, or none."""
+        state = self.state
+        if state is ResponseState.STATUS_LINE:
+            return self._read_status_line()
+        if state is ResponseState.HEADERS:
+            return self._read_headers()
+        if state is ResponseState.CHUNK_SIZE:
+            return self._read_chunk_size()
+        if state is ResponseState.CHUNK_END:
+            return self._read_chunk_end()
+        if state is ResponseState.TRAILERS:
+            return self._read_trailers()
+        return state is not ResponseState.COMPLETE and self._read_data(pieces)
+
+    def _read_status_line(self) -> bool:
+        line = self._take_line(HEADER_LINE_LIMIT_BYTES, HeadersTooLargeError)
+        if line is None:
+            return False
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed status line")
+        self._minor, self._status = int(match[1]), int(match[2])
+        if self._status == 101:
+            raise ProtocolError("a change of protocol that nobody asked for")
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.HEADERS
+        return True
+
+    def _read_headers(self) -> bool:
+        if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
+            return False
+        if self._status < 200:
+            self._interim_count += 1
+            if self._interim_count > INTERIM_RESPONSES_LIMIT:
+                raise ProtocolError("too many interim answers")
+            self.state = ResponseState.STATUS_LINE
+            return True
+        headers = Headers(self._fields)
+        self.state = self._choose_body(headers)
+        tokens = headers.get_tokens("connection")
+        keep_alive = "close" not in tokens and (self._minor == 1 or "keep-alive" in tokens)
+        self.head = ResponseHead(
+            self._status, self._minor, headers, keep_alive and self.state is not ResponseState.CLOSE_BODY
+        )
+        return True
+
+    def _choose_body(self, headers: Headers) -> ResponseState:
+        """How the body's end will be found (RFC 9112 section 6.3)."""
+        length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
+        if self._method == "HEAD" or self._status in (204, 304):
+            return ResponseState.COMPLETE
+        if "transfer-encoding" not in headers and "content-length" not in headers:
+            return ResponseState.CLOSE_BODY
+        if length is None:
+            return ResponseState.CHUNK_SIZE
+        self._remaining = length
+        return ResponseState.FIXED_BODY if length else ResponseState.COMPLETE
+
+    def _read_data(self, pieces: list[bytes]) -> bool:
+        """Hands on what has come of the body or of a chunk."""
+        end = len(self._buffer)
+        if self.state is not ResponseState.CLOSE_BODY:
+            end = min(end, self._line_start + self._remaining)
+            self._remaining -= end - self._line_start
+        if end > self._line_start:
+            pieces.append(bytes(memoryview(self._buffer)[self._line_start : end]))
+            self._line_start = self._searched = end
+        if self.state is ResponseState.CLOSE_BODY or self._remaining:
+            return False
+        is_chunk = self.state is ResponseState.CHUNK_DATA
+        self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
+        return is_chunk
+
+    def _read_chunk_size(self) -> bool:
+        limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
+        line = self._take_line(limit_bytes, ContentTooLargeError)
+        if line is None:
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed chunk size")
+        self._extension_bytes += len(match[2] or "")
+        if self._extension_bytes > CHUNK_EXTENSIONS_LIMIT_BYTES:
+            raise ProtocolError("chunk extensions too large")
+        self._remaining = int(match[1], 16)
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.CHUNK_DATA if self._remaining else ResponseState.TRAILERS
+        return True
+
+    def _read_chunk_end(self) -> bool:
+        terminator = self._buffer[self._line_start : self._line_start + 2]
+        if terminator != b"\r\n"[: len(terminator)]:
+            raise ProtocolError("chunk data not followed by CRLF")
+        if len(terminator) < 2:
+            return False
+        self._line_start = self._searched = self._line_start + 2
+        self.state = ResponseState.CHUNK_SIZE
+        return True
+
+    def _read_trailers(self) -> bool:
+        if not self._read_fields(TRAILERS_LIMIT_BYTES):
+            return False
+        if any(name in _FRAMING_FIELDS for name, _ in self._fields):
+            raise ProtocolError("a trailer that belongs in the header")
+        self.state = ResponseState.COMPLETE
+        return False
 
 
 _REASONS = {
@@ -1971,7 +2226,19 @@ def choose_framing(*, method: str, http_minor: int, status: int, is_stream: bool
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Status line, header lines and the empty line; ValueError for a field that would break out of its line."""
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
+    return _encode_head(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", fields)
+
+
+def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Request line, header lines and the empty line; ValueError for anything that would break out of its line."""
+    line = f"{method} {target} HTTP/1.1"
+    if not _REQUEST_LINE.fullmatch(line):
+        raise ValueError("not a request line")
+    return _encode_head(line, fields)
+
+
+def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    lines = [first_line]
     for name, value in fields:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"not a header field: {display_name(name)}")
@@ -7193,6 +7460,436 @@ def load_tls_context(cert_file: str, key_file: str) -> ssl.SSLContext:
 
 def _refuse_passphrase() -> str:
     raise UsageError("the TLS key is encrypted; give one without a passphrase (mode 0600)")
+
+
+# ---- HTTP client ----------------------------------------------------------------------
+# Requests to other servers: a pool of connections, a deadline on every wait, back-pressure, cancellation.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HttpBudgets:
+    """How long a request may take, in seconds. `first_byte_s`: from sending it to the head of the answer.
+
+    `idle_s`: silence between two pieces of the body, while somebody waits for them. `total_s`: everything, the
+    connect included; None: as long as it takes.
+    """
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_byte_s: float = 30.0
+    idle_s: float = 60.0
+    total_s: float | None = None
+
+
+@record(frozen=True, slots=True)
+class HttpUrl:
+    """Where a request goes. `host` as the resolver takes it (scope and all), `authority` as the Host field does."""
+
+    is_tls: bool
+    host: str
+    port: int
+    authority: str
+    target: str
+
+
+def parse_http_url(url: str) -> HttpUrl:
+    """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
+
+    The scope of a link-local address may follow a bare `%` or RFC 6874's `%25`; it never leaves this machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname, parts.port
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None or parts.fragment:
+        raise ValueError("not an http(s) URL of host, port, path and query")
+    is_tls = parts.scheme == "https"
+    address, percent, scope = host.partition("%")
+    if percent:
+        host = f"{address}%{scope.removeprefix('25') or scope}"
+    authority = f"[{address}]" if ":" in address else address
+    if port is not None:
+        authority += f":{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not _ORIGIN_FORM.fullmatch(target) or not _HOST.fullmatch(authority):
+        raise ValueError("characters in the URL that belong percent-encoded")
+    return HttpUrl(is_tls, host, port or (443 if is_tls else 80), authority, target)
+
+
+class ClientPhase(enum.Enum):
+    """What a connection to a server is doing.
+
+    IDLE → ACTIVE → IDLE …;   ACTIVE → LINGERING → IDLE;   any of them → CLOSED.
+    Invariants: only IDLE connections are in the pool; an answer that was not read to its end is never followed by
+    another request.
+    """
+
+    IDLE = "waits in the pool for a request"
+    ACTIVE = "a request was sent, its answer is being read"
+    LINGERING = "nobody wants the rest of the answer, which is expected to be short"
+    CLOSED = "of no use any more"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection: sends a request, holds what has come of the answer until somebody takes it."""
+
+    def __init__(self, client: HttpClient, url: HttpUrl) -> None:
+        self._client = client
+        self.origin = (url.is_tls, url.host, url.port)
+        self._authority = url.authority
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._parser = ResponseParser("GET")
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._is_reading = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._error: UpstreamError | None = None
+        self.phase = ClientPhase.IDLE
+        self.is_reused = False
+        self.has_received = False
+
+    # -- what asyncio calls --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the server."""
+        if self.phase is ClientPhase.ACTIVE:
+            self.has_received = True
+            piece = self._parser.receive(data)
+            if piece:
+                self._pieces.append(piece)
+                self._held_bytes += len(piece)
+                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+                    self._is_reading = False
+                    self._transport.pause_reading()
+            if self._parser.error is not None:
+                self._transport.abort()
+            self._wake()
+        elif self.phase is ClientPhase.LINGERING:
+            self._held_bytes += len(data)
+            self._parser.receive(data)
+            self._try_to_reuse()
+        else:
+            self.close()  # a server that speaks without being asked
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        self._parser.receive_eof()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed, by whomever."""
+        if self._error is None and not self._parser.is_complete:
+            self._error = self._parser.error or UpstreamLostError(f"{self._authority} closed the connection")
+        self.phase = ClientPhase.CLOSED
+        self._deadline.close()
+        self._client.forget(self)
+        self._wake()
+
+    # -- what an exchange calls --
+
+    def send(self, method: str, data: bytes, ends_at: float | None) -> None:
+        """Starts a request; `ends_at` (loop time): when the whole answer must have come."""
+        self._parser = ResponseParser(method)
+        self._ends_at = ends_at
+        self.has_received = False
+        self.phase = ClientPhase.ACTIVE
+        self._deadline.clear()
+        self._transport.write(data)
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_head(self, limit_s: float) -> ResponseHead:
+        """The head of the answer."""
+        while self._parser.head is None:
+            await self._wait(limit_s)
+        return self._parser.head
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._parser.is_complete:
+                return b""
+            await self._wait(limit_s)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def release(self, *, may_linger: bool) -> None:
+        """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
+
+        `may_linger`: what is missing is no more than the end of the body; it is waited for in the background.
+        """
+        if self.phase is not ClientPhase.ACTIVE:
+            return
+        self._pieces.clear()
+        self._held_bytes = 0
+        self.phase = ClientPhase.LINGERING
+        if not may_linger and not self._parser.is_complete:
+            self.close()
+        elif self._is_reading:
+            self._deadline.set_after(CLIENT_LINGER_S)
+            self._try_to_reuse()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection now."""
+        self.phase = ClientPhase.CLOSED
+        self._client.withdraw(self)
+        self._transport.abort()
+
+    # -- inside --
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
+        error = self._error or self._parser.error
+        if error is not None:
+            raise error
+        if self._ends_at is not None:
+            limit_s = min(limit_s, self._ends_at - self._loop.time())
+        self._waited_s = limit_s
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(limit_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _deadline_passed(self) -> None:
+        if self.phase is ClientPhase.ACTIVE:
+            self._error = UpstreamTimeoutError(f"nothing came from {self._authority} within {self._waited_s:.3g} s")
+            self._wake()
+        self.close()
+
+    def _try_to_reuse(self) -> None:
+        """From LINGERING to the pool, once the answer is complete."""
+        if self._parser.can_reuse and not self._transport.is_closing():
+            self.phase = ClientPhase.IDLE
+            self.is_reused = True
+            self._deadline.set_after(POOL_IDLE_S)
+            self._client.keep(self)
+        elif self._parser.is_complete or self._parser.error or self._held_bytes > CLIENT_LINGER_LIMIT_BYTES:
+            self.close()
+
+
+class ClientResponse:
+    """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
+
+    Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+    """
+
+    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+        self.status = head.status
+        self.headers = head.headers
+        self._connection = connection
+        self._idle_s = budgets.idle_s
+        self.may_linger = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._connection.read_piece(self._idle_s)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body; UpstreamError once it is larger than `limit_bytes`."""
+        pieces, size = [], 0
+        async for data in self:
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamError(f"the answer is larger than {limit_bytes // KIB} KiB")
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def end_within(self, total_s: float | None) -> None:
+        """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
+        self._connection.end_within(total_s)
+
+    def leave_rest(self) -> None:
+        """The rest of the body is not wanted but short: leaving the block need not close the connection."""
+        self.may_linger = True
+
+
+class ClientExchange:
+    """One request and its answer: `async with` gives the ClientResponse, leaving the block gives up the connection."""
+
+    def __init__(self, client: HttpClient, method: str, url: HttpUrl, data: bytes, budgets: HttpBudgets) -> None:
+        self._client = client
+        self._method = method
+        self._url = url
+        self._data = data
+        self._budgets = budgets
+        self._connection: ClientConnection | None = None
+        self._response: ClientResponse | None = None
+
+    async def __aenter__(self) -> ClientResponse:
+        total_s = self._budgets.total_s
+        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        connection = self._client.take_idle(self._url)
+        if connection is not None:
+            try:
+                return await self._ask(connection, ends_at)
+            except UpstreamLostError:
+                if connection.has_received:
+                    raise  # else the server had closed it before our request came: that is no failure
+        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+
+    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+        try:
+            connection.send(self._method, self._data, ends_at)
+            head = await connection.read_head(self._budgets.first_byte_s)
+            if head.headers.get("content-encoding", "identity").lower() != "identity":
+                raise UpstreamError("the server sent an encoding that was not asked for")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+        return self._response
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
+        if self._connection is not None and self._response is not None:
+            self._connection.release(may_linger=self._response.may_linger)
+            self._connection = None
+
+
+class HttpClient:
+    """Asks servers. Belongs to one event loop; `close` ends what is still open.
+
+    Connections are kept for the next request to the same origin. A request on a kept one that the server closed
+    without a byte of an answer is sent once more, on a new connection. Nothing is redirected, no proxy is used.
+    """
+
+    def __init__(self, *, tls_context: ssl.SSLContext | None = None) -> None:
+        self._tls_context = tls_context
+        self._idle: dict[ClientConnection, None] = {}  # oldest first
+        self._connections: set[ClientConnection] = set()
+        self._all_closed = asyncio.Event()
+        self._is_closed = False
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange:
+        """A request, sent when the block is entered. ValueError for a URL or a header that cannot be sent.
+
+        Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+        """
+        parsed = parse_http_url(url)
+        fields = [("Host", parsed.authority), ("Accept-Encoding", "identity"), *headers]
+        if body or method == "POST":
+            fields.append(("Content-Length", str(len(body))))
+        data = encode_request_head(method, parsed.target, fields) + body
+        return ClientExchange(self, method, parsed, data, budgets or HttpBudgets())
+
+    async def close(self) -> None:
+        """Ends every connection; whoever waits for an answer gets UpstreamLostError."""
+        self._is_closed = True
+        for connection in list(self._connections):
+            connection.close()
+        if self._connections:
+            self._all_closed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_closed.wait(), CLIENT_LINGER_S)
+
+    # -- what exchanges and connections call --
+
+    def take_idle(self, url: HttpUrl) -> ClientConnection | None:
+        """The connection to this origin that was used last."""
+        origin = (url.is_tls, url.host, url.port)
+        for connection in reversed(self._idle):
+            if connection.origin == origin:
+                del self._idle[connection]
+                return connection
+        return None
+
+    def keep(self, connection: ClientConnection) -> None:
+        """Takes an idle connection into the pool, the oldest making room."""
+        self._idle[connection] = None
+        if len(self._idle) > POOL_LIMIT:
+            next(iter(self._idle)).close()
+
+    def adopt(self, connection: ClientConnection) -> None:
+        """A connection is open."""
+        self._connections.add(connection)
+
+    def withdraw(self, connection: ClientConnection) -> None:
+        """A connection is no longer to be used."""
+        self._idle.pop(connection, None)
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection is closed."""
+        self.withdraw(connection)
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_closed.set()
+
+    async def connect(self, url: HttpUrl, budgets: HttpBudgets) -> ClientConnection:
+        """A new connection; UpstreamConnectError says why there is none."""
+        if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
+            raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
+        context = await self._get_tls_context() if url.is_tls else None
+        try:
+            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ClientConnection(self, url),
+                    url.host,
+                    url.port,
+                    ssl=context,
+                    server_hostname=url.host.partition("%")[0] if context is not None else None,
+                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+                )
+        except TimeoutError as exc:
+            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
+        except ssl.SSLError as exc:
+            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+        except (OSError, UnicodeError) as exc:
+            reason = getattr(exc, "strerror", None) or display_name(str(exc))
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+        return connection
+
+    async def _get_tls_context(self) -> ssl.SSLContext:
+        """Made at first use, in a thread: it reads the system's certificates."""
+        if self._tls_context is None:
+            self._tls_context = await asyncio.to_thread(ssl.create_default_context)
+        return self._tls_context
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- Engine ---------------------------------------------------------------------------
