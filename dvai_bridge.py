@@ -12,6 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
@@ -234,10 +235,30 @@ class InvalidRequestError(BridgeError):
     should_retry = False
 
 
+class MissingModelIdError(InvalidRequestError):
+    """A probe that does not say of what."""
+
+    code = "missing_model_id"
+
+
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the context; `extra` has `n_prompt_tokens` and `n_ctx`."""
 
     code = "context_length_exceeded"
+
+
+class PairingNotFoundError(BridgeError):
+    """There is no pairing, or no request to pair, with this id."""
+
+    status, type, code = 404, "invalid_request_error", "pairing_not_found"
+    should_retry = False
+
+
+class NoBackendError(BridgeError):
+    """There is no engine here to measure."""
+
+    status, type, code = 503, "unavailable_error", "no_backend"
+    should_retry = False
 
 
 class ModelNotFoundError(BridgeError):
@@ -592,7 +613,8 @@ class Option:
     """What one field of a config says of itself; kept in the field's metadata under "option".
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
-    the last one long; `fallbacks` are environment variables of other programs that mean the same.
+    the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
     """
 
     flags: tuple[str, ...]
@@ -603,6 +625,7 @@ class Option:
     fallbacks: tuple[str, ...] = ()
     secret: bool = False
     is_switch: bool = False
+    is_repeated: bool = False
 
     @property
     def name(self) -> str:
@@ -649,6 +672,32 @@ def parse_integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_decimal_number(low: float, high: float) -> Callable[[str], float]:
+    """Build a parser of an ASCII number such as `10` or `2.5` in [low, high]."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"it must be a number from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
+    """Build a parser of comma-separated base URLs of those schemes, each with a host and nothing secret in it."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        for url in parse_list(text):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is not a URL such as {schemes[0]}://192.168.1.20:{DEFAULT_PORT}/v1")
+            if not 0 < (parts.port or DEFAULT_PORT) < 65536:
+                raise ValueError(f"{url!r} has no such port")
+        return parse_list(text)
+
+    return parse
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -676,6 +725,138 @@ def option(flags: str, default: Any, help: str, group: str, **details: Any) -> A
     details.setdefault("parse", parse_text)
     described = Option(flags=tuple(flags.split("/")), help=help, group=group, **details)
     return field(default=default, metadata={"option": described}, repr=not described.secret)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Whether and how requests go to other devices, and whether other devices may come to this one.
+
+    `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
+    their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
+    served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
+    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then.
+    """
+
+    enabled: bool = option(
+        "--offload",
+        False,
+        "let a more capable paired device answer what this one cannot answer fast enough",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    only: bool = option(
+        "--offload-only",
+        False,
+        "load no model: paired devices answer everything",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    known_peers: tuple[str | Peer, ...] = option(
+        "--peer",
+        (),
+        "base URL of a device to offload to, wherever discovery does not reach; may be repeated",
+        "offload",
+        parse=parse_urls("http", "https"),
+        metavar="URL",
+        is_repeated=True,
+    )
+    discover_lan: bool = option(
+        "--discover-lan",
+        True,
+        "with --offload: look for devices on the local network by mDNS",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    min_local_capability: float = option(
+        "--min-local-capability",
+        10.0,
+        "tokens per second from which this device answers by itself",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    hardware_minimum: float = option(
+        "--hardware-minimum",
+        3.0,
+        "estimated tokens per second below which this device counts as too weak for any model",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    substitute_quant: bool = option(
+        "--substitute-quant",
+        False,
+        "a device that has the model in another quantisation may answer",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    advertise_lan: bool = option(
+        "--advertise-lan",
+        False,
+        "announce this device by mDNS and accept pairing; --lan does so, too",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    pairing: str = option(
+        "--pairing",
+        "ask",
+        "what a device that wants to use this one is told: `ask` asks on the terminal, and refuses where nobody can "
+        "be asked",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    legacy_pairing: str = option(
+        "--legacy-pairing",
+        "allow",
+        "whether to pair by exchanging a key that the network could read, the only way that this version has",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    allow_anonymous_lan: bool = option(
+        "--allow-anonymous-lan",
+        False,
+        "answer inference for everybody on the network, unpaired; for apps that cannot pair",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    expire_after_days: int = option(
+        "--expire-after-days",
+        30,
+        "days without use after which a pairing has to be approved anew",
+        "pairing",
+        parse=parse_integer(1, 3650),
+        metavar="DAYS",
+    )
+    device_name: str | None = option(
+        "--device-name",
+        None,
+        "name under which other devices see this one; default: the host name",
+        "pairing",
+        metavar="NAME",
+    )
+    app_id: str | None = option(
+        "--app-id",
+        None,
+        "application that pairs; each one of a device is approved by itself. Default: the device's own id",
+        "pairing",
+        metavar="ID",
+    )
+    on_pairing_request: Callable[[Any], Any] | None = None
+    on_offload: Callable[[Any], Any] | None = None
+    custom_discovery: Callable[[], Any] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether requests may leave this device."""
+        return self.enabled or self.only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -753,10 +934,18 @@ class Config:
         metavar="NAME|FILE",
         fallbacks=("LLAMA_ARG_CHAT_TEMPLATE",),
     )
+    lan: bool = option(
+        "--lan",
+        False,
+        "let paired devices of the local network use this one: listen on all interfaces, announce, accept pairing",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+    )
     host: str = option(
         "--host",
         "127.0.0.1",
-        "address to listen on; any other than loopback needs an API key",
+        "address to listen on; on any other than loopback clients need a pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -867,14 +1056,41 @@ class Config:
     verbose: bool = option(
         "-v/--verbose", False, "log every request's steps", "files", parse=parse_switch, is_switch=True
     )
+    offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
 
-OPTION_GROUPS = {"model": "Model", "server": "Server", "access": "Who may use it", "files": "Files and logs"}
+OPTION_GROUPS = {
+    "model": "Model",
+    "server": "Server",
+    "access": "Who may use it",
+    "offload": "Offload",
+    "pairing": "Other devices",
+    "files": "Files and logs",
+}
 
 
 def get_options(config_class: type) -> dict[str, Option]:
-    """Field name → Option, in order of definition."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(config_class) if "option" in f.metadata}
+    """Field name → Option, in order of definition; those of a config within a config are named `offload.enabled`."""
+    options: dict[str, Option] = {}
+    for each in dataclasses.fields(config_class):
+        if "option" in each.metadata:
+            options[each.name] = each.metadata["option"]
+        elif "options" in each.metadata:
+            inner = get_options(each.metadata["options"])
+            options |= {f"{each.name}.{name}": opt for name, opt in inner.items()}
+    return options
+
+
+def get_default(config_class: type, name: str) -> Any:
+    """The default of an option, by its name in `get_options`."""
+    return operator.attrgetter(name)(config_class)
+
+
+def format_default(default: Any) -> str:
+    """What a help text says after its sentence."""
+    if default is None or default is False or default == ():
+        return ""
+    return f" (default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default})"
 
 
 def build_config(
@@ -896,7 +1112,8 @@ def build_config(
         found = _find_setting(name, opt, flags or {}, environ or {}, file or {})
         if found is not None:
             values[name] = _parse_setting(opt, *found)
-    return Config(**values)
+    offload = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("offload.")}
+    return Config(**values, offload=OffloadConfig(**offload))
 
 
 def _find_setting(
@@ -938,9 +1155,10 @@ def build_options_table(config_class: type, group: str) -> str:
     for name, opt in get_options(config_class).items():
         if opt.group != group:
             continue
-        default = getattr(config_class, name)
+        default = get_default(config_class, name)
         flags = ", ".join(f"`{flag}`" for flag in opt.flags) + (f" `{opt.metavar}`" if opt.metavar else "")
-        shown = "" if default in (None, (), False) else f" (default: {default})"
+        flags += f", `--no-{opt.name}`" if default is True else ""
+        shown = format_default(default)
         variables = ", ".join(f"`{variable}`" for variable in (opt.environment, *opt.fallbacks))
         rows.append(f"| {flags.replace('|', chr(92) + '|')} | {variables} | {opt.help}{shown} |")
     return "\n".join(rows) + "\n"
@@ -7456,6 +7674,12 @@ def parse_socket_address(sockaddr: Any) -> tuple[str, int]:
     return host, int(sockaddr[1])
 
 
+async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's callback gives, which may be a coroutine function or an ordinary one."""
+    given = function(*arguments)
+    return await given if isinstance(given, Awaitable) else given
+
+
 async def bind_sockets(host: str, port: int | None) -> list[socket.socket]:
     """Listening sockets for every address of `host`, all on one port.
 
@@ -13425,6 +13649,24 @@ class CapabilityMeter:
         return int(self._clock() * 1000)
 
 
+@record(frozen=True, kw_only=True, slots=True)
+class LocalSpeed:
+    """How fast this device is with the model that it serves."""
+
+    meter: CapabilityMeter
+    key: ScoreKey
+    cost: ModelCost | None
+
+    @property
+    def score(self) -> Score:
+        """The best that is known now."""
+        return self.meter.get_score(self.key, self.cost)
+
+    def observe(self, usage: Usage) -> None:
+        """A request ran alone and took this."""
+        self.meter.observe(self.key, usage)
+
+
 # ---- Peers ----------------------------------------------------------------------------
 # Which other bridges there are, what each can do now, and how this one stands with them.
 #
@@ -14262,6 +14504,7 @@ class Caller(enum.Enum):
 
     LOOPBACK = "this machine, with the API key if one is set"
     KEY_HOLDER = "another machine, with an API key"
+    PAIRED = "a device whose signature proves that it is paired"
     STRANGER = "anybody else"
 
 
@@ -14292,6 +14535,14 @@ ACCESS_TABLE: Mapping[Caller, Mapping[RouteClass, Access]] = {
     },
     Caller.KEY_HOLDER: {
         **dict.fromkeys(RouteClass, Access.ALLOWED),
+        RouteClass.CONTROL: Access.REFUSED,
+    },
+    Caller.PAIRED: {
+        RouteClass.INFERENCE: Access.ALLOWED,
+        RouteClass.CAPABILITY: Access.ALLOWED,
+        RouteClass.PEERS: Access.REFUSED,
+        RouteClass.HEALTH: Access.ALLOWED,
+        RouteClass.HANDSHAKE: Access.ALLOWED,
         RouteClass.CONTROL: Access.REFUSED,
     },
     Caller.STRANGER: {
@@ -14347,7 +14598,10 @@ class AccessPolicy:
 
 @record(frozen=True, kw_only=True, slots=True)
 class AccessDecision:
-    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer."""
+    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer.
+
+    PAIRED is what the request claims: its signature covers the body, so that it is verified once that is here.
+    """
 
     caller: Caller
     refusal: BridgeError | None = None
@@ -14359,16 +14613,18 @@ def choose_access(policy: AccessPolicy, head: RequestHead, *, is_loopback: bool,
     """Whether a request may go on to its route; decided before its body is read.
 
     The order matters: a name that is not ours (DNS rebinding) and a foreign page (drive-by) are refused whatever
-    they ask for and whoever they are; then keys; then what the route needs.
+    they ask for and whoever they are; then keys; then what the route needs. A signature decides alone: an Origin or
+    an Authorization beside it was copied from the client's client.
     """
+    is_signed = any(name in head.headers for name in SIGNATURE_FIELDS)
     try:
         _verify_host(policy, head, local_address)
-        origin = _verify_origin(policy, head.headers)
+        origin = None if is_signed else _verify_origin(policy, head.headers)
     except BridgeError as refusal:
         return AccessDecision(caller=Caller.STRANGER, refusal=refusal)
     if origin is not None and head.method == "OPTIONS" and "access-control-request-method" in head.headers:
         return AccessDecision(caller=Caller.STRANGER, origin=origin, is_preflight=True)
-    caller = choose_caller(policy, head.headers, is_loopback=is_loopback)
+    caller = Caller.PAIRED if is_signed else choose_caller(policy, head.headers, is_loopback=is_loopback)
     try:
         _verify_route(policy, head, caller, is_page=origin is not None)
         _verify_media_type(head)
@@ -14449,7 +14705,10 @@ def _verify_media_type(head: RequestHead) -> None:
 
 @record(frozen=True, kw_only=True, slots=True)
 class HttpRequest:
-    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers."""
+    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers.
+
+    `pairing`: of a PAIRED caller, the one whose key signed the request.
+    """
 
     method: str
     path: str
@@ -14462,6 +14721,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    pairing: Pairing | None = None
 
     @property
     def is_known_caller(self) -> bool:
@@ -14493,6 +14753,7 @@ class HttpResponse:
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+Identify = Callable[[HttpRequest], Pairing]  # whose signature a request has; raises what is answered instead
 
 
 def build_json_response(value: Any, *, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
@@ -14653,7 +14914,7 @@ class HttpExchange:
     def __init__(
         self, request: HttpRequest, head: RequestHead, writer: TransportWriter, common_fields: Sequence[tuple[str, str]]
     ) -> None:
-        self._request = request
+        self.request = request
         self._head = head
         self._writer = writer
         self._common_fields = common_fields
@@ -14676,13 +14937,13 @@ class HttpExchange:
     async def _answer(self, handler: Handler) -> HttpResponse:
         """What the handler returns or raises, with its head prepared."""
         try:
-            response = await handler(self._request)
+            response = await handler(self.request)
             self._prepare(response)
             return response
         except BridgeError as error:
             response = build_error_response(error)
         except Exception:
-            _http_logger.exception("internal error in request %s", self._request.request_id)
+            _http_logger.exception("internal error in request %s", self.request.request_id)
             response = build_error_response(InternalError("internal error"))
         self._prepare(response)
         return response
@@ -14716,7 +14977,7 @@ class HttpExchange:
             self._writer.write(body[start : start + WRITE_BUFFER_LIMIT_BYTES])
 
     def _build_fields(self, response: HttpResponse, framing: BodyFraming) -> list[tuple[str, str]]:
-        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self._request.request_id)]
+        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self.request.request_id)]
         if isinstance(response.body, bytes) and response.status != 204 and response.status >= 200:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
@@ -14735,19 +14996,19 @@ class HttpExchange:
                     self._writer.write(encode_chunk(data) if is_chunked else data)
                     await self._writer.drain()
         except BridgeError as error:
-            _http_logger.info("answer of request %s torn off: %s", self._request.request_id, error.code or error.type)
+            _http_logger.info("answer of request %s torn off: %s", self.request.request_id, error.code or error.type)
             self.keep_alive = False
         except Exception:
             if self._writer.is_lost:
                 raise
-            _http_logger.exception("internal error while answering request %s", self._request.request_id)
+            _http_logger.exception("internal error while answering request %s", self.request.request_id)
             self.keep_alive = False
         else:
             if is_chunked:
                 self._writer.write(LAST_CHUNK)
 
     def _log(self, status: int, elapsed_s: float) -> None:
-        request = self._request
+        request = self.request
         _http_logger.info(
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
@@ -14948,6 +15209,11 @@ class HttpConnection(asyncio.Protocol):
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
         )
+        if decision.caller is Caller.PAIRED and decision.refusal is None:
+            try:
+                request = replace(request, pairing=self._server.identify(request))
+            except BridgeError as refusal:
+                decision = replace(decision, refusal=refusal)
         self._exchange = HttpExchange(request, head, self._writer, self._server.build_common_fields(decision.origin))
         self._exchange.keep_alive &= not self._is_stopping
         self._task = self._server.own(self._exchange.run(_choose_handler(decision, self._server.handler)))
@@ -15031,6 +15297,11 @@ class HttpConnection(asyncio.Protocol):
 
     # -- what the server calls --
 
+    @property
+    def request(self) -> HttpRequest | None:
+        """The request that is being answered."""
+        return self._exchange.request if self._exchange is not None else None
+
     def abort(self) -> None:
         """Ends the connection now, whatever it does."""
         self._transport.abort()
@@ -15065,12 +15336,20 @@ def _keep_probing(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-class HttpServer:
-    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once."""
+def _refuse_signature(request: HttpRequest) -> Pairing:
+    raise SignatureError()
 
-    def __init__(self, options: HttpServerOptions, handler: Handler) -> None:
+
+class HttpServer:
+    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once.
+
+    `identify` verifies signed requests, once their body is here; it may not wait.
+    """
+
+    def __init__(self, options: HttpServerOptions, handler: Handler, *, identify: Identify = _refuse_signature) -> None:
         self.options = options
         self.handler = handler
+        self.identify = identify
         self.policy = build_access_policy(options, socket.gethostname())
         self.tls_context: ssl.SSLContext | None = None
         self._acceptors: list[asyncio.Task[None]] = []
@@ -15157,6 +15436,12 @@ class HttpServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_closed.wait(), timeout_s)
 
+    def end_requests(self, is_affected: Callable[[HttpRequest], bool]) -> None:
+        """Ends at once the connections on which such a request is being answered: its sender may no longer ask."""
+        for connection in list(self._connections):
+            if connection.request is not None and is_affected(connection.request):
+                connection.abort()
+
     # -- what connections call --
 
     def admit(self, connection: HttpConnection) -> bool:
@@ -15213,6 +15498,18 @@ SSE_HEADERS = (
     ("X-Accel-Buffering", "no"),
 )
 LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
+PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
+PEER_WAITING = 8  # and so many waiting
+PEER_TOKENS_LIMIT = 8192  # answers of paired devices that never end
+CALLBACKS_LIMIT = 64  # on_offload callbacks that never return
+CALLBACK_END_S = 1.0  # those that do not end with the bridge
+APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+AUDIT_CALLERS = {
+    Caller.LOOPBACK: AuditCaller.LOCAL,
+    Caller.KEY_HOLDER: AuditCaller.KEY,
+    Caller.PAIRED: AuditCaller.PEER,
+    Caller.STRANGER: AuditCaller.ANONYMOUS,
+}
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -15221,6 +15518,9 @@ HEALTH_WORDS = {
     EngineState.RESTARTING: "degraded",
     EngineState.FAILED: "degraded",
 }
+
+
+routes_log = logging.getLogger("dvai_bridge.routes")
 
 
 class AdmissionQueue:
@@ -15407,6 +15707,33 @@ class AnswerEncoder:
         return tail + encode_sse_event("[DONE]")
 
 
+def build_answer_form(
+    form: ForwardForm, body: Mapping[str, Any], *, features: frozenset[str], tenant: str, model: ServedModel
+) -> AnswerForm:
+    """How a generating route's body is read and its answer worded."""
+    created, nonce = int(time.time()), os.urandom(12).hex()
+    if form is ForwardForm.CHAT:
+        chat = parse_chat_request(body, features=features, tenant=tenant)
+        return ChatForm(head=AnswerHead(id=f"chatcmpl-{nonce}", created=created, model=model.model_id), parsed=chat)
+    text = parse_completion_request(body, features=features, tenant=tenant)
+    return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
+
+
+def may_offload(request: HttpRequest) -> bool:
+    """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
+    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
+    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+
+
+def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
+    """What a paired device asks for, with PEER_TOKENS_LIMIT as the longest answer."""
+    if pairing is None:
+        return generations
+    return [
+        replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
+    ]
+
+
 async def read_json(request: HttpRequest) -> dict[str, Any]:
     """The body's JSON object; a large one is parsed in a thread, so that others are answered meanwhile."""
     if len(request.body) > LARGE_BODY_BYTES:
@@ -15415,7 +15742,9 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
 
 
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: those of the same credentials, of which only a hash is kept."""
+    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed)."""
+    if request.pairing is not None:
+        return f"pairing {request.pairing.pairing_id}"
     credentials = request.headers.get("authorization")
     return hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
 
@@ -15479,85 +15808,339 @@ class ServedModel:
     owned_by: str
 
 
-class Service:
-    """Answers the requests that the HTTP server let in. One engine, one queue."""
+class InferenceAccount:
+    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
 
-    def __init__(self, *, engine: Engine, model: ServedModel, queue: AdmissionQueue, timeout_s: float) -> None:
-        self.model = model
-        self._engine = engine
-        self._queue = queue
-        self._timeout_s = timeout_s
+    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+        self.route: str | None = None
+        self.engine: str | None = None
+        self.served_by: str | None = None
+        self.model_asked: str | None = None
+        self.model_served: str | None = None
+        self._request = request
+        self._record: Callable[[AuditEntry], None] | None = record
         self._started = time.monotonic()
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/chat/completions": {"POST": self.create_chat_completion},
-            "/completions": {"POST": self.create_completion},
-            "/embeddings": {"POST": self.create_embeddings},
-            "/models": {"GET": self.list_models},
-            "/health": {"GET": self.show_health},
-            "/dvai/health": {"GET": self.show_health},
-        }
+        self._prompt_tokens: int | None = None
+        self._completion_tokens: int | None = None
 
-    async def handle(self, request: HttpRequest) -> HttpResponse:
-        """Route a request. Raises RouteNotFoundError, MethodNotAllowedError, or what the route raises."""
-        path = request.path.removeprefix("/v1")
-        methods = self._routes.get(path)
-        if methods is None and path.startswith("/models/"):
-            methods = {"GET": self.show_model}
+    def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
+        """Adds the tokens of one generation; None: nobody said how many."""
+        if prompt_tokens is not None:
+            self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
+        if completion_tokens is not None:
+            self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def close(self, status: int, outcome: str) -> None:
+        """The request has ended; what comes after the first end is not an end."""
+        if self._record is None:
+            return
+        request, pairing, record, self._record = self._request, self._request.pairing, self._record, None
+        duration_s = time.monotonic() - self._started
+        record(
+            AuditEntry(
+                time_ms=int(time.time() * 1000),
+                request_id=request.request_id,
+                caller=AUDIT_CALLERS[request.caller],
+                device_id=pairing.device_id if pairing is not None else None,
+                app_id=pairing.app_id if pairing is not None else None,
+                path=request.path,
+                status=status,
+                outcome=outcome,
+                duration_ms=int(duration_s * 1000),
+                route=self.route,
+                engine=self.engine,
+                model_asked=self.model_asked,
+                model_served=self.model_served,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                served_by=self.served_by,
+            )
+        )
+
+
+class AccountedBody:
+    """A streamed answer whose end closes its account: whole, torn off by an error, or left by the client."""
+
+    def __init__(self, body: AsyncIterator[bytes], account: InferenceAccount, status: int) -> None:
+        self._body = body
+        self._account = account
+        self._status = status
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except StopAsyncIteration:
+            self._account.close(self._status, "ok")
+            raise
+        except Exception as exc:
+            self._account.close(self._status, name_outcome(exc))
+            raise
+
+    async def aclose(self) -> None:
+        self._account.close(self._status, "cancelled")
+        close = getattr(self._body, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def name_outcome(exc: BaseException) -> str:
+    """How the audit names what a request ended with."""
+    if isinstance(exc, asyncio.CancelledError):
+        return "cancelled"
+    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+
+
+class PeerQuotas:
+    """What paired devices may take of this one at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, AdmissionQueue] = {}
+
+    @contextlib.asynccontextmanager
+    async def place(self, pairing: Pairing | None) -> AsyncIterator[None]:
+        """Hold one of the device's places; everybody else has no quota. Raises OverloadedError."""
+        if pairing is None:
+            yield
+            return
+        queue = self._queues.setdefault(pairing.pairing_id, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
+        try:
+            async with queue.place():
+                yield
+        finally:
+            if not queue.running and not queue.waiting:
+                self._queues.pop(pairing.pairing_id, None)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalEngine:
+    """A model that this device serves itself, with the queue before its engine.
+
+    `observe` is told what each generation took that ran alone: how fast the engine is.
+    """
+
+    model: ServedModel
+    engine: Engine
+    queue: AdmissionQueue
+    watch: RequestWatch
+    observe: Callable[[Usage], None] = lambda usage: None
+
+    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them."""
+        async with self.queue.place():
+            account.engine = (await self.engine.ready()).engine
+            for index, request in enumerate(requests):
+                ticket, usage = self.watch.enter(), None
+                try:
+                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                        async for event in events:
+                            if isinstance(event, Finished):
+                                usage = event.usage
+                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                            yield index, event
+                finally:
+                    if self.watch.leave(ticket) and usage is not None:
+                        self.observe(usage)
+
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+        """The vectors of a request's inputs."""
+        async with self.queue.place():
+            info = await self.engine.ready()
+            account.engine = info.engine
+            parsed.verify_dimensions(info.n_embd)
+            embedded = await self.engine.embed(parsed.embedding)
+            account.count(embedded.prompt_tokens, 0)
+            return embedded
+
+    def verify_model(self, model: str | None) -> None:
+        """Raises ModelNotFoundError for any name but this model's."""
+        if model is not None and not is_same_model(model, self.model.model_id):
+            raise ModelNotFoundError(
+                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                "`python3 dvai_bridge.py models` lists what this machine could serve",
+                param="model",
+            )
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class InterceptorContext:
+    """What a chat_completion_interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller."""
+
+    request_id: str
+    client_address: str
+    caller: Caller
+    device_id: str | None
+    app_id: str | None
+    model_id: str | None
+
+
+Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any]
+
+
+async def intercept(
+    interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], model: ServedModel | None
+) -> HttpResponse | None:
+    """The answer of an interceptor, or None. Its error is ours to answer: a BridgeError as it is, others with a 500."""
+    pairing = request.pairing
+    context = InterceptorContext(
+        request_id=request.request_id,
+        client_address=request.client_address,
+        caller=request.caller,
+        device_id=pairing.device_id if pairing else None,
+        app_id=pairing.app_id if pairing else None,
+        model_id=model.model_id if model else None,
+    )
+    answer = await call_back(interceptor, body, context, {name.lower(): value for name, value in request.headers})
+    if answer is None or isinstance(answer, HttpResponse):
+        return answer
+    raise TypeError(f"an interceptor returns None or an HttpResponse, not {type(answer).__name__}")
+
+
+RouteTable = Mapping[str, Mapping[str, Handler]]  # path without `/v1`, perhaps ending in `/*` → method → handler
+
+
+def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
+    """The handler of a request. Raises RouteNotFoundError or MethodNotAllowedError."""
+    path = request.path.removeprefix("/v1")
+    method = "GET" if request.method == "HEAD" else request.method
+    for table in tables:
+        methods = table.get(path) or next(
+            (table[each] for each in table if each.endswith("/*") and path.startswith(each[:-1])), None
+        )
         if methods is None:
-            raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
-        method = "GET" if request.method == "HEAD" else request.method
+            continue
         if method not in methods:
             raise MethodNotAllowedError(f"{request.path} does not take {request.method}", allow=tuple(methods))
-        return await methods[method](request)
+        return methods[method]
+    raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
 
-    # Generating
 
-    async def create_chat_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/chat/completions`."""
-        parsed = parse_chat_request(await read_json(request), features=self._features, tenant=build_tenant(request))
-        return await self._answer(ChatForm(head=self._build_head("chatcmpl-", parsed.model), parsed=parsed))
+class Service:
+    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
 
-    async def create_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/completions`, the legacy route."""
-        parsed = parse_completion_request(
-            await read_json(request), features=self._features, tenant=build_tenant(request)
-        )
-        return await self._answer(TextForm(head=self._build_head("cmpl-", parsed.model), parsed=parsed))
+    `local` None: offload-only mode. `record` takes the audit's entry of each inference request when it has ended.
+    """
 
-    async def create_embeddings(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/embeddings`."""
-        parsed = parse_embeddings_request(await read_json(request), tenant=build_tenant(request))
-        self._verify_model(parsed.model)
+    def __init__(
+        self,
+        *,
+        local: LocalEngine | None,
+        offload: Offloading | None = None,
+        interceptor: Interceptor | None = None,
+        record: Callable[[AuditEntry], None] = lambda entry: None,
+        timeout_s: float,
+    ) -> None:
+        self._local = local
+        self._offload = offload
+        self._interceptor = interceptor
+        self._record = record
+        self._timeout_s = timeout_s
+        self._quotas = PeerQuotas()
+        self.routes: RouteTable = {
+            "/chat/completions": {"POST": functools.partial(self._infer, ForwardForm.CHAT)},
+            "/completions": {"POST": functools.partial(self._infer, ForwardForm.TEXT)},
+            "/embeddings": {"POST": functools.partial(self._infer, ForwardForm.EMBEDDINGS)},
+            "/models": {"GET": self.list_models},
+            "/models/*": {"GET": self.show_model},
+        }
+
+    # Inference
+
+    async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
+        """One inference request, from its body to its entry in the audit."""
+        account = InferenceAccount(request, self._record)
         try:
-            async with asyncio.timeout(self._timeout_s), self._queue.place():
-                parsed.verify_dimensions((await self._engine.ready()).n_embd)
-                embedded = await self._engine.embed(parsed.embedding)
+            response = await self._answer(form, request, account)
+        except BaseException as exc:
+            account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
+            raise
+        if isinstance(response.body, bytes):
+            account.close(response.status, "ok" if response.status < 400 else "refused")
+            return response
+        return replace(response, body=AccountedBody(response.body, account, response.status))
+
+    async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
+        """The interceptor's answer, else a peer's, else the local engine's."""
+        body = await read_json(request)
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise InvalidRequestError("model must be a string", param="model")
+        account.model_asked = model
+        if self._interceptor is not None and form is ForwardForm.CHAT:
+            answer = await intercept(self._interceptor, request, body, self._local.model if self._local else None)
+            if answer is not None:
+                return answer
+        headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        if self._offload is not None:
+            placement = await self._offload.place(form, request, body, account)
+            if placement.answer is not None:
+                answer = placement.answer
+                return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
+            headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
+        if self._local is None:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        self._local.verify_model(model)
+        account.route, account.served_by = "local", "local"
+        account.model_served = self._local.model.model_id
+        if form is ForwardForm.EMBEDDINGS:
+            return await self._embed(self._local, request, body, account, headers)
+        return await self._generate(self._local, form, request, body, account, headers)
+
+    async def _embed(
+        self,
+        local: LocalEngine,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        try:
+            async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
+                embedded = await local.embed(parsed, account)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
-        answer = build_embeddings(self.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format)
-        return build_json_response(answer, headers=LOCAL_HEADERS)
+        answer = build_embeddings(
+            local.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format
+        )
+        return build_json_response(answer, headers=headers)
 
-    async def _answer(self, form: AnswerForm) -> HttpResponse:
-        generation = self._generate(form.parsed.generations)
+    async def _generate(
+        self,
+        local: LocalEngine,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
+        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
+        parsed = answer_form.parsed
+        generation = self._run(local, limit_generations(parsed.generations, request.pairing), request.pairing, account)
         first = await self._read_first(generation)
-        if form.parsed.stream:
-            body = EventStreamBody(generation, first, AnswerEncoder(form))
-            return HttpResponse(headers=SSE_HEADERS + LOCAL_HEADERS, body=body)
-        collector = AnswerCollector(form)
+        if parsed.stream:
+            body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
+            return HttpResponse(headers=(*SSE_HEADERS, *headers), body=body_stream)
+        collector = AnswerCollector(answer_form)
         collector.add(*first)
         async with contextlib.aclosing(generation):
             async for index, event in generation:
                 collector.add(index, event)
-        return build_json_response(collector.build(), headers=LOCAL_HEADERS)
+        return build_json_response(collector.build(), headers=headers)
 
-    async def _generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, EngineEvent], None]:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self._queue.place():
-            await self._engine.ready()
-            for index, request in enumerate(requests):
-                async with contextlib.aclosing(self._engine.generate(request)) as events:
-                    async for event in events:
-                        yield index, event
+    async def _run(
+        self,
+        local: LocalEngine,
+        generations: Sequence[GenerationRequest],
+        pairing: Pairing | None,
+        account: InferenceAccount,
+    ) -> Generation:
+        async with self._quotas.place(pairing), contextlib.aclosing(local.generate(generations, account)) as events:
+            async for event in events:
+                yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
         """The event that decides that the answer is a 200: text, or progress after PING_INTERVAL_S."""
@@ -15572,59 +16155,315 @@ class Service:
             raise self._build_timeout() from exc
         raise EngineError("the engine ended without an answer")
 
-    # Saying what there is
+    def _build_timeout(self) -> GatewayTimeoutError:
+        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+
+    # Models
 
     async def list_models(self, request: HttpRequest) -> HttpResponse:
-        """`GET /v1/models`."""
-        return build_json_response(build_model_list([self._build_model()]))
+        """`GET /v1/models`: what is served here, then what paired devices have, which only callers of ours are told."""
+        return build_json_response(build_model_list(self._build_models(request)))
 
     async def show_model(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/models/{id}`."""
-        self._verify_model(request.path.removeprefix("/v1").removeprefix("/models/"))
-        return build_json_response(self._build_model())
+        asked = request.path.removeprefix("/v1").removeprefix("/models/")
+        models = self._build_models(request)
+        found = next((model for model in models if is_same_model(model["id"], asked)), None)
+        if found is None:
+            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
+            raise ModelNotFoundError(
+                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
+            )
+        return build_json_response(found)
+
+    def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
+        served = [self._local.model] if self._local is not None else []
+        if self._offload is not None and may_offload(request):
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
+        return [build_model(model.model_id, model.created, model.owned_by) for model in served]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a request ended up: with a peer's `answer`, or here (None), for `reason`, as a request for `model`."""
+
+    answer: ForwardAnswer | None = None
+    model: str | None = None
+    reason: str = ""
+
+
+class Offloading:
+    """Takes each request to whoever should serve it: the decision, the handshake it may need, the forwarding."""
+
+    def __init__(
+        self,
+        *,
+        policy: OffloadPolicy,
+        monitor: PeerMonitor,
+        client: HttpClient,
+        list_local: Callable[[], Sequence[LocalModel]],
+        sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
+        on_offload: Callable[[Peer], Any] | None = None,
+    ) -> None:
+        self._policy = policy
+        self._monitor = monitor
+        self._list_local = list_local
+        self._sign = sign
+        self._on_offload = on_offload
+        self._client = client
+        self._callbacks: set[asyncio.Task[None]] = set()
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of paired devices, each once under its own name."""
+        return [
+            ServedModel(model_id=model_id, created=0, owned_by=display_name(peer.device_name))
+            for model_id, peer in self._monitor.list_models()
+        ]
+
+    async def place(
+        self, form: ForwardForm, request: HttpRequest, body: Mapping[str, Any], account: InferenceAccount
+    ) -> Placement:
+        """A peer's answer, or leave to answer here. NoCapableDeviceError when nobody can serve."""
+        asked = RouteRequest(
+            model=body.get("model"),
+            preference=parse_preference(request.headers.get("x-dvai-offload")),
+            is_forwarded=not may_offload(request),
+        )
+        decision = self._decide(asked)
+        if decision.pair_with is not None:
+            self._monitor.begin_pairing(decision.pair_with)
+        if not decision.targets and decision.awaited is not None:
+            await self._monitor.wait_for_approval(decision.awaited, APPROVAL_WAIT_S)
+            decision = self._decide(asked)
+        attempts: Sequence[Attempt] = ()
+        targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
+        if targets:
+            note_end = functools.partial(self._note_end, account)
+            forwarder = Forwarder(self._client, on_attempt=self._note_attempt, on_end=note_end)
+            forwarded = await forwarder.forward(
+                ForwardRequest(form=form, body=body, request_id=request.request_id), targets
+            )
+            if forwarded.answer is not None:
+                return Placement(answer=forwarded.answer)
+            attempts = forwarded.attempts
+        here = next((each for each in decision.targets if each.peer is None), None)
+        if here is None:
+            failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
+            raise build_refusal(decision, request.request_id, failures)
+        reason = f"{len(attempts)} peers failed" if attempts else decision.reason
+        return Placement(model=here.model_id, reason=reason)
+
+    async def close(self) -> None:
+        """Wait for the callbacks that run."""
+        if self._callbacks:
+            await asyncio.wait(self._callbacks, timeout=CALLBACK_END_S)
+
+    def _decide(self, asked: RouteRequest) -> RouteDecision:
+        monitor = self._monitor
+        return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
+
+    def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
+        peer, route = target.peer, target.route
+        assert peer is not None and route is not None  # those of this device are not forwarded
+        return ForwardTarget(
+            device_id=peer.device_id,
+            device_name=peer.device_name,
+            base_url=peer.base_url,
+            model_id=target.model_id,
+            route=route.value,
+            reason=reason,
+            substituted_for=target.substituted_for,
+            sign=functools.partial(self._sign, peer),
+        )
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        """What an attempt says of its peer."""
+        monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
+        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+            monitor.note_success(device_id)
+        elif outcome is AttemptOutcome.UNAUTHORIZED:
+            monitor.note_unauthorized(device_id)
+        else:
+            has_answered = outcome is not AttemptOutcome.UNREACHABLE
+            monitor.note_failure(
+                device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
+            )
+        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
+            self._tell(attempt.target.device_id)
+
+    def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
+        target = report.target
+        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
+        account.count(report.prompt_tokens, report.completion_tokens)
+        if report.decode_tok_per_s is not None and target.model_id is not None:
+            self._monitor.record_measurement(target.device_id, target.model_id, report.decode_tok_per_s)
+
+    def _tell(self, device_id: str) -> None:
+        """Call `on_offload`, whose error is logged and breaks nothing."""
+        peer = next((each for each in self._monitor.peers() if each.device_id == device_id), None)
+
+        async def call() -> None:
+            try:
+                await call_back(cast(Callable[..., Any], self._on_offload), peer)
+            except Exception:
+                routes_log.exception("on_offload failed")
+
+        if peer is not None and len(self._callbacks) < CALLBACKS_LIMIT:
+            task = asyncio.create_task(call(), name="on_offload")
+            self._callbacks.add(task)
+            task.add_done_callback(self._callbacks.discard)
+
+
+def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
+    """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
+    if "://" in named:
+        try:
+            return build_static_peer(named)
+        except ValueError as exc:
+            raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
+    found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
+    if len(found) == 1:
+        return found[0]
+    trouble = "is the name of several devices: give its id" if found else "is no device that is known: give its URL"
+    raise InvalidRequestError(f"{display_name(named)!r} {trouble} (see `peers`)", param="peer")
+
+
+class DeviceService:
+    """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
+
+    `get_speed` gives the local model's speed. `initiator`, `store` None: there are no pairings.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        local: LocalEngine | None,
+        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        desk: PairingDesk,
+        store: PairingStore | None,
+        monitor: PeerMonitor | None,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._identity = identity
+        self._local = local
+        self._get_speed = get_speed
+        self._desk = desk
+        self._store = store
+        self._monitor = monitor
+        self._clock_ms = clock_ms
+        self._started = time.monotonic()
+        self.routes: RouteTable = {
+            "/health": {"GET": self.show_health},
+            "/dvai/health": {"GET": self.show_health},
+            "/dvai/capability": {"GET": self.show_capability},
+            "/dvai/peers": {"GET": self.list_peers},
+            "/dvai/probe": {"POST": self.probe},
+            "/dvai/handshake": {"POST": self.shake_hands},
+            "/dvai/pairings": {"GET": self.list_pairings, "POST": self.request_pairing},
+            "/dvai/pairings/*": {"POST": self.answer_pairing, "DELETE": self.revoke_pairing},
+        }
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
+        local = self._local
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[self._engine.state],
+            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": self.model.model_id,
+            "currentModelId": local.model.model_id if local else None,
         }
         if request.is_known_caller:
-            queue = self._queue
+            health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+        if request.is_known_caller and local is not None:
+            queue = local.queue
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-            health["loadProgress"] = round(self._engine.progress, 3)
-            if self._engine.error is not None:
-                health["error"] = self._engine.error.message
+            health["loadProgress"] = round(local.engine.progress, 3)
+            if local.engine.error is not None:
+                health["error"] = local.engine.error.message
         return build_json_response(health)
 
-    @property
-    def _features(self) -> frozenset[str]:
-        return self._engine.info.features if self._engine.info else SAMPLING_FEATURES
+    async def show_capability(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
+        speed = await self._get_speed()
+        scores = [] if speed is None else [speed.score]
+        if not request.is_loopback:
+            scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
+        return build_json_response(build_scores_json(scores))
 
-    def _build_model(self) -> dict[str, Any]:
-        return build_model(self.model.model_id, self.model.created, self.model.owned_by)
+    async def list_peers(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/peers`."""
+        candidates = self._monitor.candidates() if self._monitor is not None else []
+        return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
-    def _build_head(self, prefix: str, model: str | None) -> AnswerHead:
-        self._verify_model(model)
-        return AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=self.model.model_id)
+    async def probe(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/probe`: measure the model now."""
+        model = request.parse_body().get("modelId")
+        local, speed = self._local, await self._get_speed()
+        if local is None or speed is None:
+            raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
+        if model is not None and not isinstance(model, str):
+            raise MissingModelIdError("modelId must be a string", param="modelId")
+        local.verify_model(model)
+        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return build_json_response({"score": build_score_json(score)})
 
-    def _verify_model(self, model: str | None) -> None:
-        if model is not None and not is_same_model(model, self.model.model_id):
-            raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
-                "`python3 dvai_bridge.py models` lists what this machine could serve",
-                param="model",
-            )
+    # Pairing
 
-    def _build_timeout(self) -> GatewayTimeoutError:
-        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+    async def shake_hands(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/handshake`: another device asks to use this one; ends when its user hangs up."""
+        return build_json_response(
+            await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
+        )
+
+    async def list_pairings(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
+        pairings: list[dict[str, Any]] = []
+        if self._store is not None:
+            await self._store.refresh()
+            now_ms = self._clock_ms()
+            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        pending = [build_pairing_request_json(each) for each in self._desk.pending]
+        return build_json_response({"pairings": pairings, "pending": pending})
+
+    async def request_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings {peer}`: ask a device, by its URL, id or name, for leave to use it."""
+        peer = request.parse_body().get("peer")
+        if not isinstance(peer, str) or not peer:
+            raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
+        if self._monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
+        assert self._store is not None
+        return build_json_response(
+            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
+        )
+
+    async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
+        request_id, _, word = request.path.rpartition("/pairings/")[2].partition("/")
+        if word not in ("approve", "deny"):
+            raise RouteNotFoundError(f"there is no {request.path}; a request to pair takes /approve and /deny")
+        if not self._desk.respond(request_id, word == "approve"):
+            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        return build_json_response({"id": request_id, "approved": word == "approve"})
+
+    async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
+        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        if pairing is None:
+            raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
+        return build_json_response({"id": pairing.pairing_id, "revoked": True})
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
+CONTROL_TOKEN_BYTES = 32
+DEVICE_ANSWER_LIMIT_BYTES = MIB  # what a peer says of itself
+PAIRINGS_REFRESH_S = 5.0  # after which a command that wrote the file without asking is noticed
+PAIRINGS_FLUSH_TICKS = 12  # refreshes between two saves of what is only noted
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -15729,14 +16568,277 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     return tuple(keys)
 
 
-class DVAI:
-    """A bridge: an engine in a process of its own, behind an HTTP server.
+def read_clock_ms() -> int:
+    """Unix milliseconds."""
+    return int(time.time() * 1000)
 
-        async with DVAI(build_config(flags={"model": "x.gguf"})) as dvai:
+
+def parse_control_token(data: bytes) -> str:
+    """The token in its file; ValueError if it is none."""
+    token = data.decode("ascii")
+    if len(parse_base64url(token)) != CONTROL_TOKEN_BYTES:
+        raise ValueError("the control token has another length")
+    return token
+
+
+def load_control_token(directory: Path) -> str:
+    """The token that the owner's commands show to the bridge, made at the first start. Blocks for the disk."""
+    path = directory / "control-token"
+    try:
+        token = load_file(path, parse_control_token)
+    except StorageError:  # damaged: nothing but the running bridge knew it
+        token = None
+    if token is None:
+        token = encode_base64url(os.urandom(CONTROL_TOKEN_BYTES))
+        save_file(path, token.encode())
+    return token
+
+
+def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
+    """A model's quantisation, and what one token of it costs; the demonstration model has neither. Blocks."""
+    if path is None:
+        return "", None
+    try:
+        with open_gguf(path) as gguf:
+            return summarize_gguf(gguf).quantization, compute_model_cost(gguf)
+    except ModelFileError:  # loading it will say why
+        return "", None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DeviceState:
+    """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
+
+    identity: Identity
+    control_token: str = field(repr=False)
+    pairings: PairingStore | None
+
+
+def load_device_state(directories: Directories, offload: OffloadConfig, foreign_pairings: Path | None) -> DeviceState:
+    """Blocks for the disk. A disk that keeps nothing costs pairings, not answers: this run is somebody new then.
+
+    `foreign_pairings`: the file of existing software, taken over once.
+    """
+    hostname = offload.device_name or socket.gethostname().partition(".")[0] or "a device"
+    try:
+        identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
+        token = load_control_token(directories.data)
+    except StorageError as exc:
+        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
+        return DeviceState(
+            identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
+        )
+    if offload.device_name is not None:
+        identity = replace(identity, device_name=offload.device_name)
+    pairings = PairingStore(
+        directories.data,
+        device_id=identity.device_id,
+        expire_after_days=offload.expire_after_days,
+    )
+    try:
+        pairings.load(foreign_pairings)
+    except StorageError as exc:
+        bridge_log.error("pairing is off: %s", exc)
+        return DeviceState(identity=identity, control_token=token, pairings=None)
+    return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def choose_lan_host() -> str:
+    """All interfaces, of both families where the system has sockets for both at once."""
+    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+
+
+async def get_bytes(
+    client: HttpClient, url: str, headers: Sequence[tuple[str, str]], timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and body of a peer's answer to a GET, at most DEVICE_ANSWER_LIMIT_BYTES."""
+    budgets = HttpBudgets(total_s=timeout_s)
+    async with client.request("GET", url, headers=headers, budgets=budgets) as response:
+        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
+
+
+async def post_bytes(
+    client: HttpClient, url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float
+) -> tuple[int, bytes]:
+    """The same for a POST of JSON whose answer a user may take long to give."""
+    budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
+    fields = (("Content-Type", "application/json"), *headers)
+    async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
+        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
+
+
+class Devices:
+    """This device among others: who may use it, and whom it uses.
+
+    Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: DeviceState,
+        *,
+        is_operated: bool,
+        list_local: Callable[[], Sequence[LocalModel]],
+    ) -> None:
+        offload = config.offload
+        self.identity = state.identity
+        self.store = state.pairings
+        self.is_open = config.lan or offload.advertise_lan
+        self.desk = PairingDesk(
+            identity=state.identity,
+            store=state.pairings if self.is_open else None,
+            policy=PairingPolicy(offload.pairing),
+            legacy_policy=PairingPolicy(offload.legacy_pairing),
+            clock_ms=read_clock_ms,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
+        self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
+        self._offload = offload
+        self._server: HttpServer | None = None
+        self._client: HttpClient | None = None
+        self._initiator: PairingInitiator | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._discovery: Discovery | None = None
+        self.monitor: PeerMonitor | None = None
+        self.offloading: Offloading | None = None
+        if offload.is_active:
+            self._build_outbound(list_local)
+
+    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+        """What uses other devices."""
+        offload = self._offload
+        self._client = client = HttpClient()
+        if self.store is not None:
+            self._initiator = PairingInitiator(
+                identity=self.identity,
+                app_id=offload.app_id,
+                store=self.store,
+                post=functools.partial(post_bytes, client),
+                clock_ms=read_clock_ms,
+                legacy_policy=PairingPolicy(offload.legacy_pairing),
+            )
+        self.monitor = PeerMonitor(
+            identity=self.identity,
+            app_id=offload.app_id,
+            get=functools.partial(get_bytes, client),
+            store=self.store,
+            initiator=self._initiator,
+            known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
+            custom_discovery=offload.custom_discovery,
+            own_urls=self._list_own_urls,
+        )
+        self.offloading = Offloading(
+            policy=OffloadPolicy(
+                enabled=True,
+                min_local_capability=offload.min_local_capability,
+                substitute_quant=offload.substitute_quant,
+            ),
+            monitor=self.monitor,
+            client=client,
+            list_local=list_local,
+            sign=self._sign,
+            on_offload=offload.on_offload,
+        )
+
+    def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
+        """The fields that prove to a peer who asks; none for one that we are not paired with."""
+        now_ms = read_clock_ms()
+        pairing = None if self.store is None else self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
+        if pairing is None or self.store is None:
+            return ()
+        self.store.note_use(pairing, now_ms)
+        return sign_request(
+            pairing,
+            self.identity,
+            app_id=self._offload.app_id,
+            method=method,
+            path=path,
+            body=body,
+            now_ms=now_ms,
+        )
+
+    def _list_own_urls(self) -> list[str]:
+        """Base URLs under which this bridge answers: a peer there is ourselves."""
+        if self._server is None:
+            return []
+        hosts = {"127.0.0.1", "localhost", "[::1]", *(host for host, _ in self._server.addresses)}
+        return [f"http://{host}:{self._server.port}/v1" for host in hosts]
+
+    def identify(self, request: HttpRequest) -> Pairing:
+        """Whose signature a request has. Raises SignatureError."""
+        signature = parse_signature_headers(request.headers)
+        if signature is None or self._verifier is None:
+            raise SignatureError
+        return self._verifier.verify(
+            signature,
+            method=request.method,
+            path=request.raw_path,
+            query=request.query,
+            body=request.body,
+            now_ms=read_clock_ms(),
+        )
+
+    async def start(self, server: HttpServer) -> None:
+        """Begin to look for devices, and to be found."""
+        self._server = server
+        if self.store is not None:
+            self.store.subscribe(self._end_revoked)
+            self._tasks.append(asyncio.create_task(self._keep_pairings(self.store), name="pairings"))
+        if self.monitor is not None:
+            self.monitor.start()
+
+    async def close(self) -> None:
+        """Say goodbye, end what was begun, write what is not yet written."""
+        self.desk.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self.monitor is not None:
+            await self.monitor.close()
+        if self._initiator is not None:
+            await self._initiator.close()
+        if self.offloading is not None:
+            await self.offloading.close()
+        if self._client is not None:
+            await self._client.close()
+        if self.store is not None:
+            await self.store.close()
+
+    def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
+        if before is None or self._server is None or (after is not None and after.inbound_key == before.inbound_key):
+            return
+        ended = before.pairing_id
+        self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
+
+    async def _keep_pairings(self, store: PairingStore) -> None:
+        """Take over what commands wrote, and save what was noted."""
+        for tick in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_S)
+            await store.refresh()
+            if tick % PAIRINGS_FLUSH_TICKS == 0:
+                try:
+                    await store.flush()
+                except StorageError as exc:
+                    bridge_log.warning("the last uses of pairings are not saved: %s", exc)
+
+
+class DVAI:
+    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
+
+        async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
 
-    The server answers before the model is loaded (health says "loading", requests wait). All methods belong to one
-    event loop; several bridges may live in one process. `environ`: where caches are and what tools are configured.
+    Without an event loop, `with DVAI(…) as dvai:` does the same from a thread of its own: see BlockingDVAI.
+    The keyword arguments are the fields of Config; `config`, if given, has the others. The server answers before the
+    model is loaded (health says "loading", requests wait). All methods belong to one event loop; several bridges may
+    live in one process, each with a home of its own. `environ`: where caches are and what tools are configured.
+    `chat_completion_interceptor(body, context, headers)` sees every chat completion after authentication and before
+    routing (headers lower-cased); it returns None, or the HttpResponse to answer with. It may be a coroutine function.
     """
 
     def __init__(
@@ -15745,39 +16847,48 @@ class DVAI:
         *,
         environ: Mapping[str, str] | None = None,
         on_progress: Callable[[float], None] | None = None,
+        chat_completion_interceptor: Interceptor | None = None,
+        is_operated: bool = False,
+        **options: Any,
     ) -> None:
-        environ = os.environ if environ is None else environ
-        config = config or build_config(environ=environ)
+        self._environ = environ = os.environ if environ is None else environ
+        config = replace(config or build_config(environ=environ), **options)
         self.directories = choose_directories(environ, sys.platform, config.home)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
-        self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-        self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
-        service = Service(
-            engine=self.engine,
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            queue=AdmissionQueue(config.parallel, config.queue_size),
-            timeout_s=config.timeout,
-        )
-        self._server = HttpServer(self._build_server_options(), service.handle)
+        self.serving: Serving | None = None
+        self.engine: EngineProcess | None = None
+        self.devices: Devices | None = None
+        if not config.offload.only:
+            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
+            self.engine = EngineProcess(self._build_load_request(self.serving), on_progress=on_progress)
+        self._local: LocalEngine | None = None
+        self._api_keys = load_api_keys(config)
+        self._interceptor = chat_completion_interceptor
+        self._is_operated = is_operated
+        self._meter: CapabilityMeter | None = None
+        self._speed: asyncio.Task[LocalSpeed | None] | None = None
+        self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
-        self._claim: asyncio.Task[None] | None = None
+        self._server: HttpServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._blocking: BlockingDVAI | None = None
 
     @property
     def port(self) -> int:
         """The port that the server listens on."""
-        return self._server.port
+        return self._get_server().port
 
     @property
     def base_url(self) -> str:
         """What OpenAI clients take as `base_url`."""
-        return self._server.base_url
+        return self._get_server().base_url
 
     @property
-    def model_id(self) -> str:
-        """The id under which the model is served."""
-        return self.serving.model_id
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self.serving.model_id if self.serving is not None else None
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -15786,64 +16897,339 @@ class DVAI:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
+    def __enter__(self) -> BlockingDVAI:
+        self._blocking = BlockingDVAI(self)
+        return self._blocking
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._blocking is not None:
+            self._blocking.close()
+
+    # Its life
+
     async def initialize(self) -> None:
         """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again."""
         try:
             await self.start()
-            await self.engine.ready()
+            if self.engine is not None:
+                await self.engine.ready()
         except BaseException:
             await self.close()
             raise
 
     async def start(self) -> None:
-        """Listen and begin to load the model."""
-        await self._server.start()
-        self.engine.start()
-        running = RunningBridge(
-            pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=int(time.time() * 1000)
+        """Listen, begin to load the model, and look for other devices."""
+        offload = self.config.offload
+        foreign = None
+        if self.config.home is None:
+            foreign = choose_user_home(self._environ, sys.platform) / ".cache" / "dvai-bridge" / "pairings.json"
+        state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
+        await self._leave_weak_hardware()
+        self._local = local = self._build_local()
+        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=self._list_local)
+        service = Service(
+            local=local,
+            offload=devices.offloading,
+            interceptor=self._interceptor,
+            record=self._audit.record,
+            timeout_s=self.config.timeout,
         )
-        self._claim = asyncio.create_task(self._claim_state(running), name="running record")
+        device_service = DeviceService(
+            identity=state.identity,
+            local=local,
+            get_speed=self._get_speed,
+            desk=devices.desk,
+            store=devices.store,
+            monitor=devices.monitor,
+            clock_ms=read_clock_ms,
+        )
 
-    async def _claim_state(self, running: RunningBridge) -> None:
+        async def handle(request: HttpRequest) -> HttpResponse:
+            return await find_route((service.routes, device_service.routes), request)(request)
+
+        self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
+        await self._server.start()
+        self._audit.start()
+        if self.engine is not None:
+            self.engine.start()
+        await devices.start(self._server)
+        self._tasks = [
+            asyncio.create_task(self._claim_state(), name="running record"),
+            asyncio.create_task(self._measure(), name="measuring"),
+        ]
+
+    async def unload(self) -> None:
+        """End the engine and give its memory back; requests that need it are answered with an error from then on."""
+        if self.engine is not None:
+            await self.engine.close()
+
+    async def close(self) -> None:
+        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
+        if self.devices is not None:
+            self.devices.desk.close()
+        if self._server is not None:
+            await self._server.stop()
+        for task in self._tasks[1:]:
+            task.cancel()
+        if self._speed is not None:
+            await asyncio.wait([self._speed])  # soon: it looks at files, and at the machine for a moment
+        if self._meter is not None:
+            await self._meter.close()
+        if self.devices is not None:
+            await self.devices.close()
+        if self.engine is not None:
+            await self.engine.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self._audit.close)
+        self._record.release()
+
+    # What it knows and can be told
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        monitor = self._get_devices().monitor
+        return tuple(monitor.peers()) if monitor is not None else ()
+
+    async def probe_capability(self) -> Score | None:
+        """Measure the local model, once it is idle; None with offload off, or without a local model."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        local = self._local
+        if speed is None or local is None:
+            return None
+        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+
+    async def get_capability(self, model_id: str | None = None) -> Score | None:
+        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
+            return None
+        return speed.score
+
+    async def assess_hardware(self) -> HardwareAssessment:
+        """How well this hardware runs models, by the thresholds of the offload config."""
+        offload = self.config.offload
+        return await asyncio.to_thread(assess_hardware, offload.hardware_minimum, offload.min_local_capability)
+
+    async def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """Ask a device (a Peer, its base URL, id or name) for leave to use it, and wait for its user: up to 300 s."""
+        monitor = self._get_devices().monitor
+        if monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
+        return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
+        return self._get_devices().desk.requests()
+
+    # Parts
+
+    def _get_server(self) -> HttpServer:
+        if self._server is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self._server
+
+    def _get_devices(self) -> Devices:
+        if self.devices is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self.devices
+
+    async def _leave_weak_hardware(self) -> None:
+        """Load nothing where nothing would run well, unless the user named the model."""
+        offload = self.config.offload
+        if not offload.enabled or self.config.model is not None or self.engine is None:
+            return
+        assessment = await self.assess_hardware()
+        if assessment.mode is HardwareMode.TOO_WEAK:
+            bridge_log.warning("loading no model: %s", assessment.reason)
+            self.engine = self.serving = None
+
+    def _build_local(self) -> LocalEngine | None:
+        if self.engine is None or self.serving is None:
+            return None
+        return LocalEngine(
+            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
+            engine=self.engine,
+            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
+            watch=RequestWatch(),
+            observe=self._observe,
+        )
+
+    def _list_local(self) -> list[LocalModel]:
+        """What the decision needs to know of the local model."""
+        if self.serving is None:
+            return []
+        speed = self._find_speed()
+        return [
+            LocalModel(
+                model_id=self.serving.model_id,
+                score=speed.score.tok_per_s if speed is not None else None,
+                is_demonstration=self.serving.path is None,
+            )
+        ]
+
+    def _find_speed(self) -> LocalSpeed | None:
+        """What is known of the local model's speed, without waiting."""
+        speed = self._speed
+        return speed.result() if speed is not None and speed.done() and not speed.cancelled() else None
+
+    def _observe(self, usage: Usage) -> None:
+        speed = self._find_speed()
+        if speed is not None:
+            speed.observe(usage)
+
+    async def _get_speed(self) -> LocalSpeed | None:
+        """The local model's speed, found out at first use; None without a local model."""
+        if self._speed is None:
+            self._speed = asyncio.create_task(self._build_speed(), name="speed")
+        return await asyncio.shield(self._speed)
+
+    async def _build_speed(self) -> LocalSpeed | None:
+        serving, devices = self.serving, self._get_devices()
+        if serving is None:
+            return None
+        self._meter = CapabilityMeter(
+            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
+        )
+        await self._meter.start()
+        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
+        key = ScoreKey(model_id=serving.model_id, engine=choose_engine(self.config), quantization=quantization)
+        return LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    async def _measure(self) -> None:
+        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
+        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
+        speed = await self._get_speed() if local is not None and is_needed else None
+        if local is None or speed is None:
+            return
+        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
+            await local.engine.ready()
+            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+
+    async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
+        running = RunningBridge(pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=read_clock_ms())
         try:
             if not await asyncio.to_thread(self._record.claim, running):
                 bridge_log.warning("another bridge runs with this state; give this one a --home of its own")
         except StorageError as exc:
             bridge_log.warning("`status` will not find this bridge: %s", exc)
 
-    async def close(self) -> None:
-        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
-        await self._server.stop()
-        await self.engine.close()
-        if self._claim is not None:
-            await self._claim
-        self._record.release()
-
-    def _build_load_request(self) -> LoadRequest:
+    def _build_load_request(self, serving: Serving) -> LoadRequest:
         config, template = self.config, self.config.chat_template
         if template is not None and os.path.isfile(template):
             template = read_option_file("--chat-template", template)
         return LoadRequest(
             engine=choose_engine(config),
-            model=self.serving.path,
+            model=serving.path,
             n_ctx=config.ctx_size or None,
             slots=config.parallel,
             threads=config.threads or count_cores(),
             chat_template=template,
         )
 
-    def _build_server_options(self) -> HttpServerOptions:
+    def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
+        host = choose_lan_host() if config.lan and config.host == "127.0.0.1" else config.host
         return HttpServerOptions(
-            host=config.host,
+            host=host,
             port=config.port,
-            api_keys=load_api_keys(config),
+            api_keys=self._api_keys,
+            control_token=state.control_token,
             cors_origins=config.cors_origins,
-            allowed_hosts=config.allowed_hosts,
+            allowed_hosts=(*config.allowed_hosts, f"{state.identity.device_id}.local"),
+            allow_anonymous_lan=config.offload.allow_anonymous_lan,
             ssl_cert_file=config.ssl_cert_file,
             ssl_key_file=config.ssl_key_file,
         )
+
+
+class BlockingDVAI:
+    """A running DVAI for programs without an event loop: its own thread runs one, and every method waits for it.
+
+    Made by `with DVAI(…) as dvai:`. Callbacks run on that thread. The methods raise what those of DVAI raise.
+    """
+
+    def __init__(self, bridge: DVAI) -> None:
+        self._bridge = bridge
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dvai-bridge", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(bridge.initialize())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI clients take as `base_url`."""
+        return self._bridge.base_url
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return self._bridge.port
+
+    @property
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self._bridge.model_id
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        return self._call(self._bridge.get_peers)
+
+    def probe_capability(self) -> Score | None:
+        """See DVAI.probe_capability."""
+        return self._wait(self._bridge.probe_capability())
+
+    def get_capability(self, model_id: str | None = None) -> Score | None:
+        """See DVAI.get_capability."""
+        return self._wait(self._bridge.get_capability(model_id))
+
+    def assess_hardware(self) -> HardwareAssessment:
+        """See DVAI.assess_hardware."""
+        return self._wait(self._bridge.assess_hardware())
+
+    def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """See DVAI.initiate_pairing."""
+        return self._wait(self._bridge.initiate_pairing(peer))
+
+    def pairing_requests(self) -> Iterator[PairingRequest]:
+        """See DVAI.pairing_requests."""
+        requests = self._bridge.pairing_requests()
+        try:
+            while (request := self._wait(anext(requests, None))) is not None:
+                yield request
+        finally:
+            self._wait(requests.aclose())
+
+    def unload(self) -> None:
+        """See DVAI.unload."""
+        self._wait(self._bridge.unload())
+
+    def close(self) -> None:
+        """End the bridge, then its loop and thread. A second call does nothing."""
+        if self._thread.is_alive():
+            try:
+                self._wait(self._bridge.close())
+            finally:
+                self._end_loop()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        async def call() -> T:
+            return function()
+
+        return self._wait(call())
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 # ---- Command line ---------------------------------------------------------------------
@@ -15863,15 +17249,12 @@ examples:
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (
-    *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
-    *("--models-dir", "--metrics"),
-)
-PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
+PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
+PLANNED_COMMANDS = ("identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
+PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -15914,14 +17297,23 @@ def add_config_options(parser: argparse.ArgumentParser, groups: Collection[str])
     for name, opt in get_options(Config).items():
         if opt.group not in sections:
             continue
-        details: dict[str, Any] = {"action": "store_const", "const": "true"} if opt.is_switch else {}
+        default = get_default(Config, name)
+        details: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         if opt.metavar:
             details["metavar"] = opt.metavar
-        default = getattr(Config, name)
-        shown = "" if default in (None, (), False) else f" (default: {default})"
-        sections[opt.group].add_argument(
-            *opt.flags, dest=name, default=argparse.SUPPRESS, help=(opt.help + shown).replace("%", "%%"), **details
-        )
+        if opt.is_repeated:
+            details["action"] = "append"
+        if opt.is_switch:
+            details |= {"action": "store_const", "const": "true"}
+        help = (opt.help + format_default(default)).replace("%", "%%")
+        sections[opt.group].add_argument(*opt.flags, help=help, **details)
+        if default is True:
+            details["const"] = "false"
+            sections[opt.group].add_argument(f"--no-{opt.name}", help=argparse.SUPPRESS, **details)
+
+
+SELECT = ("server", "files")  # the options by which commands find a running bridge
+PAIR_ACTIONS = ("list", "request", "approve", "deny", "revoke")
 
 
 def build_parser() -> CommandParser:
@@ -15964,6 +17356,12 @@ def build_parser() -> CommandParser:
     pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
     pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
     pull.add_argument("--json", action="store_true", help="print JSON")
+    peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
+    peers.add_argument("--json", action="store_true", help="print JSON")
+    pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
+    pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
+    pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -15990,7 +17388,11 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {name: value for name, value in vars(arguments).items() if name in known}
+    flags = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in known
+    }
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -16200,16 +17602,19 @@ def run_serve(command: Command) -> int:
 async def serve_until_stopped(command: Command) -> int:
     """Listen, load, say what is there, wait for a signal. Raises what makes serving impossible."""
     progress = ProgressLine("loading the model")
-    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show)
+    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show, is_operated=True)
     signals = StopSignals()
     stopping = asyncio.create_task(signals.first.wait(), name="stop signal")
     tasks: list[asyncio.Task[Any]] = [stopping]
     try:
         await bridge.start()
         print(f"listening on {bridge.base_url}", flush=True)
-        loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-        tasks.append(loading)
-        await wait_first(loading, stopping)
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
+        if bridge.engine is not None:
+            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
+            tasks.append(loading)
+            await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -16224,9 +17629,59 @@ async def serve_until_stopped(command: Command) -> int:
     return 0
 
 
+class TerminalLines:
+    """What the user types, line by line, read by a thread that the program's end does not wait for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+        threading.Thread(target=self._read, name="terminal", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # the loop or the terminal is gone
+            for line in sys.stdin:
+                self._loop.call_soon_threadsafe(self._lines.put_nowait, line.strip())
+
+    def drop(self) -> None:
+        """Forget what was typed before there was a question."""
+        while not self._lines.empty():
+            self._lines.get_nowait()
+
+    async def read(self) -> str:
+        """The next line."""
+        return await self._lines.get()
+
+
+async def ask_on_terminal(bridge: DVAI) -> None:
+    """Ask whoever sits at the terminal about each device that wants to pair; an answer from elsewhere counts, too."""
+    lines = TerminalLines()
+    async for request in bridge.pairing_requests():
+        lines.drop()
+        print(f"{build_pairing_question(request)} [y/N] ", end="", flush=True)
+        typing = asyncio.create_task(lines.read(), name="answer")
+        elsewhere = asyncio.create_task(wait_over(request), name="other answer")
+        try:
+            await asyncio.wait((typing, elsewhere), return_when=asyncio.FIRST_COMPLETED)
+            if typing.done():
+                request.respond(typing.result().lower() in ("y", "yes"))
+            else:
+                print("(answered)", flush=True)
+        finally:
+            await finish_tasks(typing, elsewhere)
+
+
+async def wait_over(request: PairingRequest) -> None:
+    """Until a request to pair has been answered, has run out, or was withdrawn."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await request.wait()
+
+
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
     serving = bridge.serving
+    if serving is None:
+        print("serving no model here: paired devices answer", flush=True)
+        return
     if serving.path is not None:
         print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
         return
@@ -16320,7 +17775,14 @@ def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def ask_bridge(
-    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+    url: str,
+    path: str,
+    keys: Sequence[str],
+    body: Any = None,
+    timeout_s: float = STATUS_TIMEOUT_S,
+    *,
+    method: str | None = None,
+    control_token: str | None = None,
 ) -> tuple[int, Any]:
     """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
 
@@ -16337,9 +17799,11 @@ def ask_bridge(
         connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    if control_token is not None:
+        headers["X-DVAI-Control"] = control_token
     try:
         if body is None:
-            connection.request("GET", f"/v1{path}", headers=headers)
+            connection.request(method or "GET", f"/v1{path}", headers=headers)
         else:
             connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -16366,6 +17830,136 @@ class Finding:
     verdict: str
     detail: str
     mend: str | None = None
+
+
+def read_bridge_answer(status: int, answer: Any, what: str) -> dict[str, Any]:
+    """The object of a 200; BridgeError with what the bridge said instead."""
+    if status == 200 and isinstance(answer, dict):
+        return answer
+    error = answer.get("error") if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    raise BridgeError(f"{what}: {message or f'the bridge answered {status}'}")
+
+
+def run_peers(command: Command) -> int:
+    """`peers`: the devices that the running bridge knows."""
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --offload` starts one")
+    status, answer = ask_bridge(url, "/dvai/peers", load_api_keys(command.config))
+    peers = read_bridge_answer(status, answer, "peers").get("peers", [])
+    if command.json:
+        show_json(peers)
+        return 0
+    if not peers:
+        print("no other device is known; one that runs `serve --lan` is found by itself, or by --peer URL")
+    for peer in peers:
+        print("\n".join(describe_peer(peer)))
+    return 0
+
+
+def describe_peer(peer: Mapping[str, Any]) -> list[str]:
+    """A peer in two lines: who and how it stands; what it has."""
+    name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
+    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({peer.get('via')}, {peer.get('deviceId')})"]
+    if peer.get("error") and state == "seen":
+        lines.append(f"    does not answer: {display_name(str(peer['error']))}")
+    elif not peer.get("paired"):
+        lines.append(f"    {peer.get('pairing', 'not paired')}")
+    scores = peer.get("capability") or {}
+    for model in peer.get("models") or ():
+        score = next((value for known, value in scores.items() if is_same_model(known, model)), None)
+        lines.append(f"    {display_name(model)}" + (f": {format_rate(score)}" if score is not None else ""))
+    return lines
+
+
+def run_pair(command: Command) -> int:
+    """`pair`: what the running bridge keeps and waits for; without one, `list` and `revoke` use the file."""
+    action, target = command.arguments.action, command.arguments.target
+    url = find_bridge_url(command)
+    if url is None:
+        return pair_without_bridge(command)
+    token = load_file(command.directories.data / "control-token", parse_control_token)
+    if token is None:
+        raise NotRunningError(f"the bridge at {url} has another home than this command: give --home")
+
+    def ask(path: str, body: Any = None, method: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> Any:
+        keys = load_api_keys(command.config)
+        status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
+        return read_bridge_answer(status, answer, f"pair {action}")
+
+    if action == "request" and target:
+        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
+        return show_pairings(
+            command, [ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S)["pairing"]], []
+        )
+    listed = ask("/dvai/pairings")
+    if action == "list":
+        return show_pairings(command, listed["pairings"], listed["pending"])
+    if action == "request":
+        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
+    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    if action == "revoke":
+        answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
+    else:
+        answer = ask(f"/dvai/pairings/{chosen}/{action}", {})
+    if command.json:
+        show_json(answer)
+    else:
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+    return 0
+
+
+def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
+    """The id that `target` (an id, or a device's id or name) means; the only one there is when it is not given."""
+    if target is None and len(listed) == 1 and action != "revoke":
+        return str(listed[0]["id"])
+    fitting = [each for each in listed if target in (each["id"], each["deviceId"], each["deviceName"])]
+    if len(fitting) == 1:
+        return str(fitting[0]["id"])
+    if not listed:
+        raise BridgeError(f"pair {action}: there is nothing to {action}")
+    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+
+
+def pair_without_bridge(command: Command) -> int:
+    """`pair list` and `pair revoke` upon the file."""
+    action, target = command.arguments.action, command.arguments.target
+    if action not in ("list", "revoke"):
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --lan` starts one")
+    store = PairingStore(
+        command.directories.data, device_id="", expire_after_days=command.config.offload.expire_after_days
+    )
+    store.load()
+    now_ms = int(time.time() * 1000)
+    listed = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
+    if action == "list":
+        return show_pairings(command, listed, [])
+    revoked = asyncio.run(store.revoke(choose_pairing_id(listed, action, target)))
+    assert revoked is not None  # it was in the list
+    print(f"revoked {display_name(revoked.device_name)}")
+    return 0
+
+
+def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pending: Sequence[Mapping[str, Any]]) -> int:
+    """What is paired and what waits."""
+    if command.json:
+        show_json({"pairings": pairings, "pending": pending})
+        return 0
+    for each in pending:
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
+        )
+    for each in pairings:
+        rights = {(True, True): "each may use the other", (True, False): "may use this device"}
+        right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
+        marks = ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])}  {each['state']}, {right}{marks}  ({each['deviceId']})"
+        )
+    if not (pairings or pending):
+        print("nothing is paired with this device")
+    return 0
 
 
 def run_doctor(command: Command) -> int:
@@ -16705,6 +18299,8 @@ COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "assess": run_assess,
     "probe": run_probe,
     "audit": run_audit,
+    "peers": run_peers,
+    "pair": run_pair,
 }
 
 
