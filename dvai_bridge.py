@@ -8346,9 +8346,9 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
 
 
 def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
-    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: none of them.
 
-    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several.
     """
     for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
         matches = find_tag(list(sizes), tag)
@@ -8357,9 +8357,7 @@ def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str
             raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
         if matches:
             return matches[0]
-    if reference.tag and sizes:
-        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
-    return next(iter(sizes), None)
+    return None if reference.tag else next(iter(sizes), None)
 
 
 def list_choices(sizes: Mapping[str, int | None]) -> str:
@@ -8384,9 +8382,12 @@ def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) ->
             stem, index, count = split or (file.path[:-5], 1, 1)
             groups.setdefault(stem, {})[index] = file
             counts[stem] = count
-    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    sizes = {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()}
+    chosen = choose_stem(reference, sizes)
+    if chosen is None and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag or '')}; it has: {list_choices(sizes)}")
     if chosen is None:
-        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+        raise UsageError(f"{reference.repo} has no GGUF model; look for a repository whose name ends in -GGUF")
     parts, count = groups[chosen], counts[chosen]
     if sorted(parts) != list(range(1, count + 1)):
         raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
@@ -10866,7 +10867,7 @@ class PullProgress:
     def _describe(self, received: int, total: int, rate: float) -> str:
         done = PROGRESS_BAR_CHARS * received // total
         bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
-        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+        return f"{bar} ({format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s)"
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -10935,7 +10936,7 @@ def fetch_model(command: Command, target: str) -> PulledModel:
         found = find_downloaded(reference, places) if reference else None
         if found is None:
             raise
-        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        progress.say(f"{exc.message.partition(':')[0]}; taking what is here: {found.path}")
         return found
     finally:
         progress.end()
@@ -10967,7 +10968,8 @@ def run_pull(command: Command) -> int:
         )
         return 0
     parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
-    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    state = "was here already" if pulled.was_present else "is here now"
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {state}")
     print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
     return 0
 
