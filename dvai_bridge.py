@@ -8332,7 +8332,8 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
     A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
     another quantisation than `Q4_K_M`, but is taken for it where there is no other.
     """
-    wanted = re.escape(tag.removesuffix(".gguf"))
+    name = tag[:-5] if _is_gguf_name(tag) else tag
+    wanted = re.escape((parse_split_name(name) or [name])[0])
     for pattern in (
         rf"(?:.*/)?{wanted}",
         rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
@@ -8540,9 +8541,12 @@ class _Retry(Exception):
 
 @contextlib.contextmanager
 def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
-    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+    """End what the block reads from `sock` when it takes longer, with TimeoutError: the socket's own timeout begins
+    anew with every byte, and to http.client a head that is cut off is whole."""
+    is_late = threading.Event()
 
     def cut() -> None:
+        is_late.set()
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
 
@@ -8553,6 +8557,8 @@ def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer in {timeout_s:.0f} s")
 
 
 def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
@@ -8846,6 +8852,7 @@ class _Part:
         if self.size < len(GGUF_MAGIC):
             start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
             if data[: end - start] != GGUF_MAGIC[start:end]:
+                self.restart()
                 raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
         rest = memoryview(data)
         while rest:
