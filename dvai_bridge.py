@@ -8527,7 +8527,6 @@ def find_present(
 
 # The transport: the standard library's, its redirects followed here, where the token is watched.
 
-
 _Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
 
 
@@ -8604,7 +8603,7 @@ def _explain_network_error(error: object, host: str, *, is_connected: bool) -> E
     strerror = error.strerror if isinstance(error, OSError) else None
     why = display_name(strerror or str(error) or type(error).__name__)
     unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
-    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError | UnicodeError)  # the last: no host name
     is_silent = isinstance(error, TimeoutError) and not is_connected
     if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
         return UnreachableError(
@@ -8627,7 +8626,7 @@ def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http
         answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
     except urllib.error.URLError as exc:
         raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, http.client.HTTPException, UnicodeError) as exc:
         raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
     return answer
 
@@ -8783,8 +8782,9 @@ class _Part:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
+        is_empty = os.fstat(fd).st_size == 0
         os.close(fd)
-        if not self.size:
+        if is_empty:
             self._remove()
 
     def _remove(self) -> None:
@@ -8793,15 +8793,14 @@ class _Part:
 
     def resume(self) -> None:
         """Go on from what an earlier run left, if that is of the same content; else from nothing."""
-        about = self._load_about()
-        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
-        self.etag = str(about.get("etag") or "") if same else ""
-        if not same or not (self.remote.sha256 or self.etag):
-            self.restart()
-            return
-        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
-            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
-        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+        about, arrived, remote = self._load_about(), os.fstat(self._fd).st_size, self.remote
+        same = about.get("sha256") == remote.sha256 if remote.sha256 else about.get("url") == remote.url
+        etag = str(about.get("etag"))
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        if remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(remote, size_bytes=about["sizeBytes"])
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if not 0 < arrived <= limit or not same or not (remote.sha256 or self.etag):
             self.restart()
             return
         while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):

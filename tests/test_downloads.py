@@ -472,6 +472,21 @@ def test_a_part_that_was_whole_before_the_kill_is_not_asked_for(puller):
     assert puller.pull().path.read_bytes() == MODEL and len(puller.hub.downloads()) == asked
 
 
+def test_an_interrupt_while_the_kept_part_is_read_keeps_it(puller, monkeypatch):
+    puller.hub.misbehave += [break_after(1000)] * dvai_bridge.DOWNLOAD_ATTEMPTS
+    puller.fails("kept")
+    kept = puller.part()
+    with monkeypatch.context() as patch:
+        patch.setattr(dvai_bridge.os, "read", lambda *_: signal.raise_signal(signal.SIGINT))
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            puller.fails("stopped")
+        finally:
+            signal.signal(signal.SIGINT, previous)
+    assert puller.part() == kept and puller.pull().path.read_bytes() == MODEL
+    assert puller.hub.downloads()[-1].headers["range"] == f"bytes={len(kept)}-"
+
+
 @pytest.mark.parametrize("about", [b"", b"{", b"[]", b"{}", b'{"sha256": 7}', b'{"sha256": "%b"}' % (b"0" * 64)])
 def test_a_part_of_something_else_is_not_gone_on_from(puller, about):
     puller.target.parent.mkdir(parents=True)
@@ -679,6 +694,11 @@ def test_redirects_end(puller):
     puller.hub.misbehave += [redirect(f"/{NAME}")] * (dvai_bridge.DOWNLOAD_REDIRECTS_LIMIT + 1)
     puller.fails("redirects")
     assert len(puller.hub.downloads()) == dvai_bridge.DOWNLOAD_REDIRECTS_LIMIT + 1
+
+
+def test_a_redirect_to_no_host_name_is_told(puller):
+    puller.hub.misbehave += [redirect("http://a..b/x")]
+    puller.fails("a..b cannot be reached", UnreachableError)
 
 
 def test_a_renamed_repository_is_followed(puller):
