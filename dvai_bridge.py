@@ -12,9 +12,9 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
-    decisions     models, memory
-    transport     streams: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads
+    decisions     models, memory, capability, audit, routing
+    transport     streams, HTTP client: asyncio begins here
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -89,7 +89,7 @@ from collections.abc import (
 )
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeGuard, TypeVar, cast, overload
 
 __version__ = "0.1.0"
 
@@ -124,10 +124,19 @@ LINGER_S = 2.0  # after refusing a request: how long its rest is read and droppe
 CONNECTIONS_LIMIT = 256  # descriptors, all clients together
 CONNECTIONS_PER_ADDRESS_LIMIT = 16  # descriptors of one foreign address
 CONNECTIONS_LOOPBACK_RESERVE = 16  # of all connections, those that foreign clients cannot take
+INTERIM_RESPONSES_LIMIT = 8  # a server we ask that goes on announcing its answer (1xx)
 PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: reading pauses there
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
+CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
+POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
+POOL_LIMIT = 32  # descriptors of connections kept for the next request
+CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all together
+RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
+CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
+CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -182,14 +191,15 @@ class BridgeError(Exception):
     """Base of every error the bridge raises on purpose.
 
     `status`, `type`, `code`: as in the OpenAI error body. `retry_after_s`: seconds, or None.
-    `should_retry`: False tells SDKs that repeating cannot help. `exit_code`: of the command line.
+    `should_retry`: False tells SDKs that repeating cannot help; on the class, or of one error. `exit_code`: of the
+    command line.
     `extra`: further members of the error body (e.g. `n_ctx`).
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | int | None] = None
-    should_retry: ClassVar[bool | None] = None
+    should_retry: bool | None = None
     exit_code: ClassVar[int] = 1
 
     def __init__(
@@ -198,12 +208,15 @@ class BridgeError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        if should_retry is not None:
+            self.should_retry = should_retry
         self.extra = dict(extra or {})
 
 
@@ -257,6 +270,19 @@ class EngineUnavailableError(BridgeError):
     status, type, code = 503, "unavailable_error", "engine_unavailable"
 
 
+class NoCapableDeviceError(BridgeError):
+    """Nobody can serve the request as it demands; `extra` says who was considered and why not."""
+
+    status, type, code = 503, "no_capable_device", 503
+
+
+class NoLocalBackendError(BridgeError):
+    """The request must not leave this device, which serves nothing itself (offload-only mode)."""
+
+    status, type, code = 503, "no_local_backend", 503
+    should_retry = False
+
+
 class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
@@ -293,11 +319,67 @@ class AuthenticationError(BridgeError):
     should_retry = False
 
 
+class SignatureError(AuthenticationError):
+    """The request's signature does not prove who sent it. One message, whatever is wrong with it."""
+
+    code = "invalid_signature"
+
+    def __init__(
+        self, message: str = "the request is not signed validly; pair the devices anew", **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+
+
+class ClockSkewError(SignatureError):
+    """The signature is valid, but the clocks of the two devices differ too much to tell it from an old one."""
+
+    code = "clock_skew"
+
+    def __init__(self, skew_ms: int) -> None:
+        seconds = round(skew_ms / 1000)
+        word = "ahead of" if seconds > 0 else "behind"
+        super().__init__(
+            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
+            extra={"skewSeconds": seconds},
+        )
+
+
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
 
     status, type, code = 403, "permission_error", "forbidden"
     should_retry = False
+
+
+class MalformedHandshakeError(InvalidRequestError):
+    """The body of a request to pair is wrong."""
+
+    type, code = "malformed_handshake", "malformed_handshake"
+
+
+class PairingDeniedError(ForbiddenError):
+    """The user of a device, or its settings, denied a pairing."""
+
+    type, code = "pairing_denied", "pairing_denied"
+
+
+class PairingBusyError(OverloadedError):
+    """Too many requests to pair."""
+
+    type, code = "pairing_busy", "pairing_busy"
+
+
+class PairingDisabledError(BridgeError):
+    """A device does not take part in pairing at all."""
+
+    status, type, code = 503, "pairing_disabled", "pairing_disabled"
+    should_retry = False
+
+
+class PairingFailedError(BridgeError):
+    """The device that was asked to pair cannot be reached or gives no usable answer."""
+
+    status, type, code = 502, "pairing_failed", "pairing_failed"
 
 
 class RouteNotFoundError(BridgeError):
@@ -371,6 +453,30 @@ class HttpVersionError(ProtocolError):
     """An HTTP version other than 1.0 and 1.1."""
 
     status, code = 505, "http_version_not_supported"
+
+
+class UpstreamError(BridgeError):
+    """A server that we asked broke HTTP or a bound of ours; the subclasses say what else can go wrong with it."""
+
+    status, type, code = 502, "server_error", "upstream_failed"
+
+
+class UpstreamConnectError(UpstreamError):
+    """There is no connection to the server, so nothing was sent: refused, unknown name, TLS, too slow."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamLostError(UpstreamError):
+    """The server closed the connection before its answer was complete."""
+
+    code = "upstream_lost"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server did not answer, or not go on, within the time it was given."""
+
+    status, type, code = 504, "timeout_error", "upstream_timeout"
 
 
 def build_error_body(error: BridgeError) -> dict[str, Any]:
@@ -1483,7 +1589,7 @@ class RunningRecord:
 
 
 # ---- HTTP/1.1 -------------------------------------------------------------------------
-# Request grammar, stricter than most on purpose. Pure: bytes in, events out (RFC 9112).
+# The grammar of requests and answers, stricter than most on purpose. Pure: bytes in, values out (RFC 9112).
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"  # all but control characters; a tab is none here (RFC 9110 section 5.5)
@@ -1495,7 +1601,9 @@ _FIELD_VALUE = re.compile(_TEXT)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#@]+)(/[^#]*)")
 _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
+_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
@@ -1714,38 +1822,90 @@ class ParserState(enum.Enum):
     FAILED = enum.auto()
 
 
-class RequestParser:
+class LineReader:
+    """The lines of a message's head and of its chunks, taken from bytes that come in segments.
+
+    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
+    feed lies between the two.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._line_start = 0
+        self._searched = 0
+        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields: list[tuple[str, str]] = []
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Received and not consumed."""
+        return len(self._buffer) - self._line_start
+
+    def _read_fields(self, block_limit_bytes: int) -> bool:
+        """Reads field lines up to the empty one; False until that has arrived."""
+        while True:
+            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
+            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
+            if not line:
+                return line is not None
+            self._fields.append(parse_field_line(line))
+            if len(self._fields) > HEADER_COUNT_LIMIT:
+                raise HeadersTooLargeError("too many header lines")
+
+    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
+        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
+        buffer, start = self._buffer, self._line_start
+        end = buffer.find(b"\n", self._searched)
+        complete = end >= 0
+        if not complete:
+            end = self._searched = len(buffer)
+        has_cr = end > start and buffer[end - 1] == 13
+        if end - has_cr - start > limit_bytes:
+            raise too_long("a line, or all of them together, are too long")
+        if not complete:
+            return None
+        if not has_cr:
+            raise ProtocolError("a line that does not end in CRLF")
+        self._line_start = self._searched = end + 1
+        return buffer[start : end - 1].decode("latin-1")
+
+    def _take_bytes(self, count: int) -> bytes:
+        data = bytes(memoryview(self._buffer)[:count])
+        self._line_start = self._searched = count
+        return data
+
+    def _release(self) -> None:
+        """Gives back the memory of what is consumed; a block that began there has its start below zero."""
+        del self._buffer[: self._line_start]
+        self._searched -= self._line_start
+        self._block_start -= self._line_start
+        self._line_start = 0
+
+
+class RequestParser(LineReader):
     """One connection's requests: `receive` bytes as they come, take events until `next_event` returns None.
 
     Gives RequestHead, then RequestBody, then nothing until `start_next_request`, however much has arrived
     (pipelining). The outcome depends on the bytes only, never on how they were cut into segments. Errors are
     raised at the first byte that proves them; after one the connection has no meaning any more.
 
-    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
-    feed lies between the two; `body_received <= body_limit_bytes`.
+    Invariants: those of LineReader; `body_received <= body_limit_bytes`.
     """
 
     def __init__(self, *, body_limit_bytes: int) -> None:
+        super().__init__()
         self._body_limit_bytes = body_limit_bytes
-        self._buffer = bytearray()
-        self._line_start = 0
-        self._searched = 0
         self._error: BridgeError | None = None
         self._start_request()
 
     def _start_request(self) -> None:
         self.state = ParserState.REQUEST_LINE
         self._request_line: tuple[str, RequestTarget, int] | None = None
-        self._fields: list[tuple[str, str]] = []
-        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields = []
+        self._block_start = 0
         self._body_length = 0  # FIXED_BODY: of the body; CHUNK_DATA: of this chunk
         self._body = bytearray()  # chunks so far
         self._extension_bytes = 0
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Received and not consumed."""
-        return len(self._buffer) - self._line_start
 
     @property
     def body_received_bytes(self) -> int:
@@ -1863,46 +2023,214 @@ class RequestParser:
         self.state = ParserState.COMPLETE
         return RequestBody(body)
 
-    def _read_fields(self, block_limit_bytes: int) -> bool:
-        """Reads field lines up to the empty one; False until that has arrived."""
-        while True:
-            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
-            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
-            if not line:
-                return line is not None
-            self._fields.append(parse_field_line(line))
-            if len(self._fields) > HEADER_COUNT_LIMIT:
-                raise HeadersTooLargeError("too many header lines")
-
-    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
-        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
-        buffer, start = self._buffer, self._line_start
-        end = buffer.find(b"\n", self._searched)
-        complete = end >= 0
-        if not complete:
-            end = self._searched = len(buffer)
-        has_cr = end > start and buffer[end - 1] == 13
-        if end - has_cr - start > limit_bytes:
-            raise too_long("a line, or all of them together, are too long")
-        if not complete:
-            return None
-        if not has_cr:
-            raise ProtocolError("a line that does not end in CRLF")
-        self._line_start = self._searched = end + 1
-        return buffer[start : end - 1].decode("latin-1")
-
-    def _take_bytes(self, count: int) -> bytes:
-        data = bytes(memoryview(self._buffer)[:count])
-        self._line_start = self._searched = count
-        return data
-
-    def _release(self) -> None:
-        """Gives back the memory of what is consumed."""
-        del self._buffer[: self._line_start]
-        self._line_start = self._searched = self._block_start = 0
-
     def _too_large(self) -> ContentTooLargeError:
         return ContentTooLargeError(f"the body is larger than {self._body_limit_bytes // KIB} KiB")
+
+
+@record(frozen=True, slots=True)
+class ResponseHead:
+    """An answer before its body. `keep_alive`: whether the server lets the connection serve further requests."""
+
+    status: int
+    http_minor: int
+    headers: Headers
+    keep_alive: bool
+
+
+class ResponseState(enum.Enum):
+    """What a ResponseParser waits for.
+
+    STATUS_LINE → HEADERS → FIXED_BODY | CLOSE_BODY | CHUNK_SIZE → CHUNK_DATA → CHUNK_END → CHUNK_SIZE …;
+    CHUNK_SIZE → TRAILERS;   HEADERS → STATUS_LINE after an interim answer (1xx);
+    HEADERS, FIXED_BODY, CLOSE_BODY, TRAILERS → COMPLETE.   Any of them → FAILED.
+    """
+
+    STATUS_LINE = enum.auto()
+    HEADERS = enum.auto()
+    FIXED_BODY = enum.auto()
+    CLOSE_BODY = enum.auto()
+    CHUNK_SIZE = enum.auto()
+    CHUNK_DATA = enum.auto()
+    CHUNK_END = enum.auto()
+    TRAILERS = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+class ResponseParser(LineReader):
+    """The answer to one request of `method`: `receive` gives the body's bytes as they come.
+
+    `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
+    given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+
+    Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._minor = self._status = 0
+        self._interim_count = 0
+        self._remaining = 0
+        self._extension_bytes = 0
+        self.state = ResponseState.STATUS_LINE
+        self.head: ResponseHead | None = None
+        self.error: UpstreamError | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole answer was there."""
+        return self.state is ResponseState.COMPLETE
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether another request may follow on the connection: the answer ended, and nothing came behind it."""
+        return self.is_complete and self.head is not None and self.head.keep_alive and not self._buffer
+
+    def receive(self, data: bytes) -> bytes:
+        """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
+            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
+            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
+                size = int(data[:end], 16)
+                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
+                    return data[end + 2 : -2]
+        if self.state is ResponseState.FAILED:
+            return b""
+        self._buffer += data
+        pieces: list[bytes] = []
+        try:
+            while self._step(pieces):
+                pass
+        except ProtocolError as exc:
+            self._fail(UpstreamError(f"the server broke HTTP: {exc.message}"))
+        else:
+            self._release()
+        return b"".join(pieces)
+
+    def receive_eof(self) -> None:
+        """The server sends nothing more: the end of a body that says so, else a fault."""
+        if self.state is ResponseState.CLOSE_BODY:
+            self.state = ResponseState.COMPLETE
+        elif self.state is not ResponseState.COMPLETE and self.error is None:
+            where = "before it answered" if self.head is None else "in the middle of its answer"
+            self._fail(UpstreamLostError(f"the server closed the connection {where}"))
+
+    def _fail(self, error: UpstreamError) -> None:
+        self.error = error
+        self.state = ResponseState.FAILED
+        self._buffer.clear()
+
+    def _step(self, pieces: list[bytes]) -> bool:
+        """Reads one thing; False when it needs more bytes, or none."""
+        state = self.state
+        if state is ResponseState.STATUS_LINE:
+            return self._read_status_line()
+        if state is ResponseState.HEADERS:
+            return self._read_headers()
+        if state is ResponseState.CHUNK_SIZE:
+            return self._read_chunk_size()
+        if state is ResponseState.CHUNK_END:
+            return self._read_chunk_end()
+        if state is ResponseState.TRAILERS:
+            return self._read_trailers()
+        return state is not ResponseState.COMPLETE and self._read_data(pieces)
+
+    def _read_status_line(self) -> bool:
+        line = self._take_line(HEADER_LINE_LIMIT_BYTES, HeadersTooLargeError)
+        if line is None:
+            return False
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed status line")
+        self._minor, self._status = int(match[1]), int(match[2])
+        if self._status == 101:
+            raise ProtocolError("a change of protocol that nobody asked for")
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.HEADERS
+        return True
+
+    def _read_headers(self) -> bool:
+        if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
+            return False
+        if self._status < 200:
+            self._interim_count += 1
+            if self._interim_count > INTERIM_RESPONSES_LIMIT:
+                raise ProtocolError("too many interim answers")
+            self.state = ResponseState.STATUS_LINE
+            return True
+        headers = Headers(self._fields)
+        self.state = self._choose_body(headers)
+        tokens = headers.get_tokens("connection")
+        keep_alive = "close" not in tokens and (self._minor == 1 or "keep-alive" in tokens)
+        self.head = ResponseHead(
+            self._status, self._minor, headers, keep_alive and self.state is not ResponseState.CLOSE_BODY
+        )
+        return True
+
+    def _choose_body(self, headers: Headers) -> ResponseState:
+        """How the body's end will be found (RFC 9112 section 6.3)."""
+        length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
+        if self._method == "HEAD" or self._status in (204, 304):
+            return ResponseState.COMPLETE
+        if "transfer-encoding" not in headers and "content-length" not in headers:
+            return ResponseState.CLOSE_BODY
+        if length is None:
+            return ResponseState.CHUNK_SIZE
+        self._remaining = length
+        return ResponseState.FIXED_BODY if length else ResponseState.COMPLETE
+
+    def _read_data(self, pieces: list[bytes]) -> bool:
+        """Hands on what has come of the body or of a chunk."""
+        end = len(self._buffer)
+        if self.state is not ResponseState.CLOSE_BODY:
+            end = min(end, self._line_start + self._remaining)
+            self._remaining -= end - self._line_start
+        if end > self._line_start:
+            pieces.append(bytes(memoryview(self._buffer)[self._line_start : end]))
+            self._line_start = self._searched = end
+        if self.state is ResponseState.CLOSE_BODY or self._remaining:
+            return False
+        is_chunk = self.state is ResponseState.CHUNK_DATA
+        self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
+        return is_chunk
+
+    def _read_chunk_size(self) -> bool:
+        limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
+        line = self._take_line(limit_bytes, ContentTooLargeError)
+        if line is None:
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed chunk size")
+        self._extension_bytes += len(match[2] or "")
+        if self._extension_bytes > CHUNK_EXTENSIONS_LIMIT_BYTES:
+            raise ProtocolError("chunk extensions too large")
+        self._remaining = int(match[1], 16)
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.CHUNK_DATA if self._remaining else ResponseState.TRAILERS
+        return True
+
+    def _read_chunk_end(self) -> bool:
+        terminator = self._buffer[self._line_start : self._line_start + 2]
+        if terminator != b"\r\n"[: len(terminator)]:
+            raise ProtocolError("chunk data not followed by CRLF")
+        if len(terminator) < 2:
+            return False
+        self._line_start = self._searched = self._line_start + 2
+        self.state = ResponseState.CHUNK_SIZE
+        return True
+
+    def _read_trailers(self) -> bool:
+        if not self._read_fields(TRAILERS_LIMIT_BYTES):
+            return False
+        if any(name in _FRAMING_FIELDS for name, _ in self._fields):
+            raise ProtocolError("a trailer that belongs in the header")
+        self.state = ResponseState.COMPLETE
+        return False
 
 
 _REASONS = {
@@ -1940,7 +2268,19 @@ def choose_framing(*, method: str, http_minor: int, status: int, is_stream: bool
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Status line, header lines and the empty line; ValueError for a field that would break out of its line."""
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
+    return _encode_head(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", fields)
+
+
+def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Request line, header lines and the empty line; ValueError for anything that would break out of its line."""
+    line = f"{method} {target} HTTP/1.1"
+    if not _REQUEST_LINE.fullmatch(line):
+        raise ValueError("not a request line")
+    return _encode_head(line, fields)
+
+
+def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    lines = [first_line]
     for name, value in fields:
         if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"not a header field: {display_name(name)}")
@@ -3394,8 +3734,1589 @@ def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": list(models)}
 
 
+# ---- Signing --------------------------------------------------------------------------
+# Signed requests between paired devices: what is signed, in which form, and what counts as fresh. Pure.
+#
+#     message = nonce \n METHOD \n path \n SHA-256(body) in hex, or 64 zeros for no body
+#     X-DVAI-Signature = base64url(HMAC-SHA256(pairing key, message))
+#
+# Freshness is ours and opaque to other software, whose nonces are any text:
+#
+#     t1.1790000000000.AAAAAAAAAAAAAAAAAAAAAA.ssl31giHcRcB
+#        unix ms       22 random characters   SHA-256("dev-src" 00 "dev-tgt")[0:9]: from whom to whom
+
+SIGNATURE_SKEW_MS = 120_000  # captured requests that are sent again later
+NONCE_LIMIT_CHARS = 256  # memory taken by a nonce
+PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
+TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
+TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
+UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
+NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
+
+SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
+
+_TIMED_NONCE = re.compile(r"t1\.([1-9][0-9]{0,15})\.[A-Za-z0-9_-]{22}\.([A-Za-z0-9_-]{12})")
+_VISIBLE = re.compile(rf"[!-~]{{1,{NONCE_LIMIT_CHARS}}}")
+_FIELD_PEER_ID = re.compile(rf"[ -~]{{1,{PEER_ID_LIMIT_CHARS}}}")
+_HMAC_HEX = re.compile(r"[0-9A-Fa-f]{64}")
+_NO_BODY_HASH = "0" * 64
+
+RandomBytes = Callable[[int], bytes]  # as os.urandom
+
+
+def generate_pairing_key(random: RandomBytes = os.urandom) -> str:
+    """A new key of 32 bytes, as it travels and is kept: 43 digits of base64url."""
+    return encode_base64url(random(32))
+
+
+def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> bytes:
+    """What a signature covers. `path`: as sent, without query; an empty `body` counts as none."""
+    body_hash = hashlib.sha256(body).hexdigest() if body else _NO_BODY_HASH
+    return f"{nonce}\n{method.upper()}\n{path}\n{body_hash}".encode()
+
+
+def sign_hmac(pairing_key: str, message: bytes) -> str:
+    """The signature of a composed message: 43 digits of base64url."""
+    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
+    """Raises SignatureError unless `signature` (43 digits of base64url or 64 of hex) is that of `message`."""
+    if not _is_hmac(pairing_key, message, signature):
+        raise SignatureError
+
+
+def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
+    """The same work whatever is wrong with the signature."""
+    try:
+        presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
+    except ValueError:
+        presented = b""
+    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+
+
+@record(frozen=True, slots=True)
+class TimedNonce:
+    """What a t1 nonce says. `sent_at_ms`: unix time in milliseconds; `binding`: from whom to whom."""
+
+    sent_at_ms: int
+    binding: str
+
+
+def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes = os.urandom) -> str:
+    """A t1 nonce for one request of the device `sender` to the device `receiver`."""
+    return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
+
+
+def build_nonce_binding(sender: str, receiver: str) -> str:
+    """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
+    return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
+
+
+def parse_timed_nonce(text: str) -> TimedNonce | None:
+    """What a t1 nonce says; None for other formats. ValueError for one that begins as t1 and is none."""
+    if not text.startswith("t1."):
+        return None
+    match = _TIMED_NONCE.fullmatch(text)
+    if match is None:
+        raise ValueError("a malformed t1 nonce")
+    return TimedNonce(int(match[1]), match[2])
+
+
+def encode_canonical_json(value: Any) -> bytes:
+    """The bytes of JSON.stringify(JSON.parse(text)) for the value of that text: the body to sign and to send.
+
+    Hubs write a body anew before they hash it, so ours must have that form already: JavaScript's numbers,
+    integer-like keys first, lone surrogates escaped (ECMA-262 25.5.2). ValueError for NaN and infinities.
+    """
+    text = _build_canonical_json(value)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", joined).encode()
+
+
+_EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
+_ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_JSON_CONSTANTS = {None: "null", True: "true", False: "false"}
+
+
+def _build_canonical_json(value: Any) -> str:
+    kind = type(value)
+    if kind is str:
+        return json.encoder.encode_basestring(value)
+    if kind is dict:
+        members = [
+            f"{json.encoder.encode_basestring(key)}:{_build_canonical_json(value[key])}" for key in _sort_keys(value)
+        ]
+        return "{" + ",".join(members) + "}"
+    if kind is list:
+        return "[" + ",".join(map(_build_canonical_json, value)) + "]"
+    if kind is bool or value is None:
+        return _JSON_CONSTANTS[value]
+    if kind is int and -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT:
+        return str(value)
+    return _build_javascript_number(value)
+
+
+def _sort_keys(members: Mapping[str, Any]) -> Iterable[str]:
+    """Keys in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
+    if not any("0" <= key < ":" for key in members):  # none begins with a digit
+        return members
+    indices = [key for key in members if _ARRAY_INDEX.fullmatch(key) and int(key) < 2**32 - 1]
+    others = dict.fromkeys(members)
+    for key in indices:
+        del others[key]
+    return [*sorted(indices, key=int), *others]
+
+
+def _build_javascript_number(value: int | float) -> str:
+    """Number::toString of ECMA-262 (6.1.6.1.20). Both languages choose the same shortest digits.
+
+    repr       digits, n      the value is 0.digits × 10^n
+    1.5e+300   15, 301        1.5e+300
+    123.25     12325, 3       123.25
+    1e-07      1, -6          1e-7
+    """
+    if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
+        return str(int(value))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("a number that JSON does not have")
+    sign = "-" if number < 0 else ""
+    mantissa, _, exponent = repr(abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    whole, n = whole.lstrip("0"), int(exponent or 0)
+    n += len(whole) or len(fraction.lstrip("0")) - len(fraction)
+    digits = (whole + fraction).strip("0") if whole else fraction.strip("0")
+    if n > 21 or n <= -6:
+        tail = "." + digits[1:] if len(digits) > 1 else ""
+        return f"{sign}{digits[0]}{tail}e{n - 1:+d}"
+    if n <= 0:
+        return f"{sign}0.{'0' * -n}{digits}"
+    return sign + digits[:n].ljust(n, "0") + ("." + digits[n:] if len(digits) > n else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class SignatureHeaders:
+    """The four fields of a signed request, none of them believed yet."""
+
+    device_id: str
+    app_id: str
+    nonce: str
+    signature: str
+
+
+def parse_signature_headers(headers: Headers) -> SignatureHeaders | None:
+    """The signature of a request, None if it has none of the fields. SignatureError if some, doubled or not ASCII."""
+    fields = [headers.get_all(name) for name in SIGNATURE_FIELDS]
+    if not any(fields):
+        return None
+    if any(len(values) != 1 for values in fields):
+        raise SignatureError
+    device_id, app_id, nonce, signature = (values[0] for values in fields)
+    is_sound = _FIELD_PEER_ID.fullmatch(device_id) and _FIELD_PEER_ID.fullmatch(app_id)
+    if not (is_sound and _VISIBLE.fullmatch(nonce) and _VISIBLE.fullmatch(signature)):
+        raise SignatureError
+    return SignatureHeaders(device_id=device_id, app_id=app_id, nonce=nonce, signature=signature)
+
+
+def build_signed_headers(
+    *, pairing_key: str, device_id: str, app_id: str | None, nonce: str, method: str, path: str, body: bytes
+) -> list[tuple[str, str]]:
+    """The fields that sign one request of the device `device_id`; without an `app_id` that id stands in for it."""
+    signature = sign_hmac(pairing_key, compose_signed_message(nonce, method, path, body))
+    return [
+        ("X-DVAI-Peer-Device-Id", device_id),
+        ("X-DVAI-App-Id", app_id or device_id),
+        ("X-DVAI-Nonce", nonce),
+        ("X-DVAI-Signature", signature),
+    ]
+
+
+class ReplayMemory:
+    """Which nonces were used, by pairing: those with a time until it is stale, the others oldest out.
+
+    Full of fresh ones it refuses rather than forgets. Kept as 9 bytes of SHA-256, so a nonce is never in it.
+    """
+
+    def __init__(self) -> None:
+        self._timed: dict[str, dict[bytes, int]] = {}  # pairing id → hash → sent_at_ms
+        self._untimed: dict[str, dict[bytes, None]] = {}  # pairing id → hashes in order of use
+        self._timed_count = 0
+        self._swept_at_ms = 0
+        self.has_new_untimed = False
+
+    def remember_timed(self, pairing_id: str, nonce: str, sent_at_ms: int, now_ms: int) -> bool:
+        """False if `nonce` was used before. OverloadedError if there is no room for it."""
+        is_full = (
+            self._timed_count >= TIMED_NONCES_LIMIT
+            or len(self._timed.get(pairing_id, ())) >= TIMED_NONCES_PER_PAIRING_LIMIT
+        )
+        if abs(now_ms - self._swept_at_ms) >= (NONCE_SWEEP_INTERVAL_MS if is_full else SIGNATURE_SKEW_MS):
+            self._sweep(now_ms)
+        seen = self._timed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= TIMED_NONCES_PER_PAIRING_LIMIT or self._timed_count >= TIMED_NONCES_LIMIT:
+            raise OverloadedError("too many signed requests within minutes", retry_after_s=SIGNATURE_SKEW_MS // 2000)
+        seen[digest] = sent_at_ms
+        self._timed_count += 1
+        return True
+
+    def remember_untimed(self, pairing_id: str, nonce: str) -> bool:
+        """False if `nonce` was used before, as far as it is remembered."""
+        seen = self._untimed.setdefault(pairing_id, {})
+        digest = _hash_nonce(nonce)
+        if digest in seen:
+            return False
+        if len(seen) >= UNTIMED_NONCES_LIMIT:
+            del seen[next(iter(seen))]
+        seen[digest] = None
+        self.has_new_untimed = True
+        return True
+
+    def retain(self, pairing_ids: Collection[str]) -> None:
+        """Forget the pairings that are gone."""
+        self._timed = {each: seen for each, seen in self._timed.items() if each in pairing_ids}
+        self._untimed = {each: seen for each, seen in self._untimed.items() if each in pairing_ids}
+        self._timed_count = sum(map(len, self._timed.values()))
+
+    def encode(self, now_ms: int) -> bytes:
+        """The memory as a state file: per pairing one base64url of what is fresh, one of what has no time."""
+        self._sweep(now_ms)
+        timed = {
+            each: encode_base64url(b"".join(struct.pack(">Q", ms) + digest for digest, ms in seen.items()))
+            for each, seen in self._timed.items()
+        }
+        untimed = {each: encode_base64url(b"".join(seen)) for each, seen in self._untimed.items()}
+        return encode_json({"version": 1, "timed": timed, "untimed": untimed})
+
+    def _sweep(self, now_ms: int) -> None:
+        """Drops what would be refused for its time anyway."""
+        self._swept_at_ms = now_ms
+        for pairing_id, seen in list(self._timed.items()):
+            fresh = {digest: ms for digest, ms in seen.items() if abs(ms - now_ms) <= SIGNATURE_SKEW_MS}
+            self._timed[pairing_id] = fresh
+            if not fresh:
+                del self._timed[pairing_id]
+        self._timed_count = sum(map(len, self._timed.values()))
+
+
+def parse_replay_memory(data: bytes) -> ReplayMemory:
+    """The memory that `encode` wrote; ValueError (or what a wrong type brings) for anything else."""
+    document = parse_json(data)
+    if document["version"] != 1:
+        raise ValueError("another version")
+    memory = ReplayMemory()
+    for pairing_id, text in document["timed"].items():
+        memory._timed[pairing_id] = {digest: ms for ms, digest in _parse_entries(">Q9s", text)}
+    for pairing_id, text in document["untimed"].items():
+        memory._untimed[pairing_id] = {digest: None for (digest,) in _parse_entries("9s", text)}
+    memory.retain(document["timed"].keys() | document["untimed"].keys())
+    return memory
+
+
+def _parse_entries(form: str, text: str) -> list[tuple[Any, ...]]:
+    try:
+        return list(struct.iter_unpack(form, parse_base64url(text)))
+    except struct.error as exc:
+        raise ValueError("a part of an entry") from exc
+
+
+def _hash_nonce(nonce: str) -> bytes:
+    return hashlib.sha256(nonce.encode()).digest()[:9]
+
+
+# ---- Identity -------------------------------------------------------------------------
+# Who this installation is towards others, and on which machine it became so.
+
+MACHINE_PROBE_TIMEOUT_S = 5.0  # macOS' ioreg that hangs
+
+identity_log = logging.getLogger("dvai_bridge.identity")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
+
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
+    the key of the secure channel, base64url of 32 bytes.
+    """
+
+    device_id: str
+    device_name: str
+    machine: str | None = field(default=None, repr=False)
+    seed: str | None = field(default=None, repr=False)
+
+
+def is_peer_id(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside may be a device's or an application's id: 1 to 128 printable characters."""
+    return isinstance(value, str) and 1 <= len(value) <= PEER_ID_LIMIT_CHARS and value.isprintable()
+
+
+def parse_identity(data: bytes) -> Identity:
+    """Parse `identity.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    identity = Identity(
+        device_id=document["deviceId"],
+        device_name=document["deviceName"],
+        machine=document["machine"],
+        seed=document["seed"],
+    )
+    if len(parse_base64url(identity.device_id)) != 16 or not is_peer_id(identity.device_name):
+        raise ValueError("not an id of ours, or no name")
+    if not (identity.machine is None or re.fullmatch(r"[0-9a-f]{32}", identity.machine)):
+        raise ValueError("not a machine's hash")
+    if identity.seed is not None and len(parse_base64url(identity.seed)) != 32:
+        raise ValueError("not a seed")
+    return identity
+
+
+def encode_identity(identity: Identity) -> bytes:
+    """The bytes of `identity.json`."""
+    members = {
+        "version": 1,
+        "deviceId": identity.device_id,
+        "deviceName": identity.device_name,
+        "machine": identity.machine,
+        "seed": identity.seed,
+    }
+    return encode_json(members)
+
+
+def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
+    if known is not None and (machine is None or known.machine == machine):
+        return known
+    if known is not None and known.machine is None:
+        return replace(known, machine=machine)
+    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+
+
+def build_machine_hash(machine_id: str) -> str:
+    """32 hex digits that say nothing of `machine_id` to others, as its makers ask for (machine-id(5))."""
+    return hmac.digest(machine_id.encode(), b"dvai-bridge identity", "sha256").hex()[:32]
+
+
+def load_identity(
+    directory: Path, *, machine_id: str | None, hostname: str, random: RandomBytes = os.urandom
+) -> Identity:
+    """The identity in `identity.json` of a data directory, made at the first start. Blocks for the disk.
+
+    A directory copied from another machine gets a new one, and a line that says so; the old one is kept beside it.
+    StorageError if the file is damaged and has no good copy.
+    """
+    path = directory / "identity.json"
+    machine = build_machine_hash(machine_id) if machine_id else None
+    name = hostname.strip()[:PEER_ID_LIMIT_CHARS]
+    name = name if is_peer_id(name) else "unnamed device"
+    known = load_file(path, parse_identity)
+    chosen = choose_identity(known, machine=machine, device_name=name, random=random)
+    if chosen == known:
+        return chosen
+    if known is not None and known.device_id != chosen.device_id:
+        aside = path.with_name(f"{path.name}.other-machine-{known.device_id}")
+        save_file(aside, encode_identity(known))
+        identity_log.warning(
+            "%s was made on another machine: this one is now device %s and must be paired anew (the old identity is "
+            "kept as %s)",
+            path,
+            chosen.device_id,
+            aside.name,
+        )
+
+    def choose_again(saved: Identity | None) -> bytes:  # another process may have been first
+        nonlocal chosen
+        chosen = saved if saved is not None and saved != known else chosen
+        return encode_identity(chosen)
+
+    update_file(path, parse_identity, choose_again)
+    return chosen
+
+
+def probe_machine_id(platform: str, root: Path = Path("/")) -> str | None:
+    """What tells this machine from another one with a copy of its disk; None if there is nothing. May block.
+
+    `platform` as in sys.platform. Linux keeps machine-id on the very card that is cloned, so a board's serial
+    number, where one can be read, counts too.
+    """
+    if platform == "win32":
+        return _read_registry_machine_id()
+    if platform == "darwin":
+        return _run_ioreg()
+    names = ("etc/machine-id", "var/lib/dbus/machine-id", "etc/hostid")
+    found = next(filter(None, (_read_machine_file(root / name) for name in names)), "")
+    serial = _read_machine_file(root / "proc/device-tree/serial-number")
+    return f"{found}:{serial}" if serial else found or None
+
+
+def _read_machine_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(256).strip(b"\0\n ").decode("ascii", "replace")
+    except OSError:
+        return ""
+    return "" if text == "uninitialized" else text
+
+
+def _run_ioreg() -> str | None:
+    command = ["/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=MACHINE_PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(rb'"IOPlatformUUID" = "([^"]+)"', done.stdout)
+    return match[1].decode("ascii", "replace") if match else None
+
+
+def _read_registry_machine_id() -> str | None:
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
+            return str(winreg.QueryValueEx(key, "MachineGuid")[0])
+    except (ImportError, OSError):
+        return None
+
+
+# ---- Pairing --------------------------------------------------------------------------
+# Who is paired with this device: the records, their file, and the check of a signed request against them.
+#
+# A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
+# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
+# clock that is wrong for a while changes nothing for good.
+
+PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
+PAIRING_EXPIRES_AFTER_DAYS = 30
+LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
+PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+DAY_MS = 86_400_000
+
+pairing_log = logging.getLogger("dvai_bridge.pairing")
+
+
+class PairingState(enum.Enum):
+    """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """What is known of a paired peer.
+
+    `app_id`: the application there, the device's id where it named none. `device_id` is the base URL for an
+    outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
+    that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
+    `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
+    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    """
+
+    device_id: str
+    app_id: str
+    device_name: str
+    inbound_key: str | None = field(default=None, repr=False)
+    outbound_key: str | None = field(default=None, repr=False)
+    base_url: str | None = None
+    via: str = "lan-handshake"
+    paired_at_ms: int
+    last_used_at_ms: int
+    uses_t1: bool = False
+    is_marked_unauthorized: bool = False
+    speaks_noise: bool = False
+    identity_key: str | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> PairingKey:
+        """What tells this record from the others: (app_id, device_id)."""
+        return self.app_id, self.device_id
+
+    @property
+    def pairing_id(self) -> str:
+        """12 characters that name this record in routes and commands."""
+        return encode_base64url(hashlib.sha256("\0".join(self.key).encode()).digest()[:9])
+
+
+PairingKey = tuple[str, str]
+PairingListener = Callable[[Pairing | None, Pairing | None], None]  # (before, after)
+PairingRecords = dict[PairingKey, Pairing]
+
+# Member of the file → field and what its value must be.
+_OPTIONAL_TEXT = (str, type(None))
+_PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "deviceId": ("device_id", (str,)),
+    "appId": ("app_id", (str,)),
+    "deviceName": ("device_name", (str,)),
+    "inboundKey": ("inbound_key", _OPTIONAL_TEXT),
+    "outboundKey": ("outbound_key", _OPTIONAL_TEXT),
+    "baseUrl": ("base_url", _OPTIONAL_TEXT),
+    "via": ("via", (str,)),
+    "pairedAt": ("paired_at_ms", (int,)),
+    "lastUsedAt": ("last_used_at_ms", (int,)),
+    "usesT1": ("uses_t1", (bool,)),
+    "isMarkedUnauthorized": ("is_marked_unauthorized", (bool,)),
+    "speaksNoise": ("speaks_noise", (bool,)),
+    "identityKey": ("identity_key", _OPTIONAL_TEXT),
+}
+
+
+def is_pairing_key(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside is a key: canonical base64url of 32 bytes."""
+    try:
+        return isinstance(value, str) and len(parse_base64url(value)) == 32
+    except ValueError:
+        return False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingFile:
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+
+    device_id: str | None
+    records: PairingRecords = field(repr=False)
+
+
+def parse_pairings(data: bytes) -> PairingFile:
+    """Parse `pairings.json`; ValueError (or what a wrong type brings) if it is not one."""
+    document = parse_json(data)
+    if "version" not in document:  # on Windows other software has its file in the same place
+        return PairingFile(device_id=None, records=parse_foreign_pairings(data))
+    if document["version"] != 1 or not is_peer_id(document["deviceId"]):
+        raise ValueError("another version")
+    records = [_parse_pairing(each) for each in document["pairings"]]
+    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+
+
+def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
+    for name, (_, types) in _PAIRING_MEMBERS.items():
+        if type(members[name]) not in types:
+            raise TypeError(f"{name} has the wrong type")
+    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
+        raise ValueError("no key, or no id")
+    return pairing
+
+
+def encode_pairings(file: PairingFile) -> bytes:
+    """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
+    rows = [
+        {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        for _, pairing in sorted(file.records.items())
+    ]
+    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+
+
+def parse_foreign_pairings(data: bytes) -> PairingRecords:
+    """The pairings that other DVAI software on this machine accepted; ValueError if the file has another form.
+
+    Its form: `{"<peerDeviceId>": {peerDeviceId, peerDeviceName, pairingKey, pairedAt, lastUsedAt, appId?}}`, or a
+    list of such, perhaps under "pairings". Its keys become inbound ones: its own id, by which others know this
+    machine, is not ours. What is not of this form is left out.
+    """
+    document = parse_json(data)
+    if isinstance(document, dict):
+        document = document.get("pairings", document)
+    rows = document.values() if isinstance(document, dict) else document
+    if not isinstance(rows, list | type({}.values())):
+        raise ValueError("not a list of pairings")
+    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    return {each.key: each for each in pairings}
+
+
+def _parse_foreign_pairing(row: Any) -> Pairing | None:
+    if not isinstance(row, dict):
+        return None
+    device_id, key = row.get("peerDeviceId"), row.get("pairingKey")
+    app_id, name = row.get("appId") or device_id, row.get("peerDeviceName") or device_id
+    paired_at_ms = row.get("pairedAt")
+    last_used_at_ms = row.get("lastUsedAt", paired_at_ms)
+    if not (is_peer_id(device_id) and is_peer_id(app_id) and isinstance(name, str) and is_pairing_key(key)):
+        return None
+    if not (type(paired_at_ms) is type(last_used_at_ms) is int and min(paired_at_ms, last_used_at_ms) >= 0):
+        return None
+    return Pairing(
+        device_id=device_id,
+        app_id=app_id,
+        device_name=name,
+        inbound_key=key,
+        paired_at_ms=paired_at_ms,
+        last_used_at_ms=last_used_at_ms,
+    )
+
+
+def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
+    """Where other DVAI software keeps its pairings on this machine."""
+    for variable, folder in (("LOCALAPPDATA", ""), ("XDG_CACHE_HOME", ""), ("HOME", ".cache")):
+        if environ.get(variable):
+            return Path(environ[variable]) / folder / APP_FOLDER / "pairings.json"
+    return None
+
+
+def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
+    if known is None:
+        return new
+    return replace(
+        new,
+        inbound_key=new.inbound_key or known.inbound_key,
+        outbound_key=new.outbound_key or known.outbound_key,
+        base_url=new.base_url or known.base_url,
+        uses_t1=known.uses_t1 and new.inbound_key is None,
+        speaks_noise=known.speaks_noise or new.speaks_noise,
+        identity_key=new.identity_key or known.identity_key,
+    )
+
+
+def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
+    """Whether a change of a pairing must end what the peer is doing here."""
+    if before is None or before.inbound_key is None:
+        return False
+    return after is None or after.inbound_key != before.inbound_key
+
+
+def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
+    """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
+    return {
+        "id": pairing.pairing_id,
+        "deviceId": pairing.device_id,
+        "deviceName": display_name(pairing.device_name),
+        "appId": pairing.app_id,
+        "state": state.value,
+        "mayUseUs": pairing.inbound_key is not None,
+        "mayBeUsed": pairing.outbound_key is not None,
+        "isMarkedUnauthorized": pairing.is_marked_unauthorized,
+        "baseUrl": pairing.base_url,
+        "via": pairing.via,
+        "pairedAt": pairing.paired_at_ms,
+        "lastUsedAt": pairing.last_used_at_ms,
+    }
+
+
+class PairingStore:
+    """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
+
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner runs
+    `maintain` in a task (another process may have written, and uses are to be) and awaits `close` at the end.
+    Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
+    """
+
+    def __init__(
+        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+    ) -> None:
+        self.device_id = device_id
+        self.replay = ReplayMemory()
+        self._path = directory / "pairings.json"
+        self._nonces_path = directory / "nonces.json"
+        self._expires_after_ms = expire_after_days * DAY_MS
+        self._records: PairingRecords = {}
+        self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
+        self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
+        self._removals: set[PairingKey] = set()  # not yet in the file
+        self._stamp: tuple[int, ...] | None = None
+        self._listeners: list[PairingListener] = []
+        self._saving = asyncio.Lock()
+
+    def load(self, foreign_path: Path | None = None) -> None:
+        """Read the files; blocks for the disk. StorageError if the pairings are damaged and there is no good copy.
+
+        `foreign_path`: the pairings of other software, taken over when there is no file of ours yet.
+        """
+        self._stamp = self._probe_stamp()
+        file = load_file(self._path, parse_pairings)
+        if file is None and foreign_path is not None:
+            file = self._import(foreign_path)
+        elif file is not None and file.device_id not in (None, self.device_id):
+            file = self._put_aside(file)
+        self._adopt({} if file is None else file.records)
+        try:
+            self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
+        except StorageError as exc:
+            pairing_log.warning("requests signed before this start could be sent again unnoticed: %s", exc)
+        self.replay.retain({pairing.pairing_id for pairing in self.pairings})
+
+    @property
+    def pairings(self) -> tuple[Pairing, ...]:
+        """All records, the expired ones included."""
+        return tuple(self._records.values())
+
+    def find(self, pairing_id: str) -> Pairing | None:
+        """The record with this id."""
+        return next((each for each in self.pairings if each.pairing_id == pairing_id), None)
+
+    def find_record(self, app_id: str, device_id: str) -> Pairing | None:
+        """The record of an application on a device, in whatever state."""
+        return self._records.get((app_id, device_id))
+
+    def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
+        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
+        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+
+    def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
+        """The active pairing by which this caller may use us."""
+        pairing = self._records.get((app_id, device_id))
+        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
+        """The active pairing by which we may use this peer: by its id, else by where it is.
+
+        It may be marked unauthorized: then the peer no longer accepts it.
+        """
+        key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
+        pairing = self._records[key] if key else None
+        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
+            return None
+        return pairing
+
+    def note_use(self, pairing: Pairing, now_ms: int) -> None:
+        """Keep the pairing from expiring. Cheap: at most one note an hour."""
+        known = self._records.get(pairing.key)
+        if known is not None and not 0 <= now_ms - known.last_used_at_ms < LAST_USE_GRAIN_MS:
+            self.note(known, last_used_at_ms=now_ms)
+
+    def note(self, pairing: Pairing, **fields: Any) -> None:
+        """Change fields that are no secrets (`is_marked_unauthorized`, `base_url`, …) now; `flush` writes them."""
+        known = self._records.get(pairing.key)
+        if known is None or all(getattr(known, name) == value for name, value in fields.items()):
+            return
+        _, earlier = self._notes.get(known.key, (0, {}))
+        self._notes[known.key] = known.paired_at_ms, {**earlier, **fields}
+        self._adopt({**self._records, known.key: replace(known, **fields)})
+
+    async def add(self, pairing: Pairing) -> Pairing:
+        """Save a new pairing, or a new approval of a known one, and return what is kept. StorageError: it is not."""
+        if pairing.key not in self._records and len(self._records) >= PAIRINGS_LIMIT:
+            raise StorageError(f"{PAIRINGS_LIMIT} peers are paired already: revoke one with `pair revoke`")
+        await self._save(pairing)
+        return self._records[pairing.key]
+
+    async def revoke(self, pairing_id: str) -> Pairing | None:
+        """Forget a pairing: at once in memory, then on the disk. None if there is no such one.
+
+        StorageError: it is revoked as long as this process runs, and the next `flush` tries the disk again.
+        """
+        pairing = self.find(pairing_id)
+        if pairing is None:
+            return None
+        self._removals.add(pairing.key)
+        self._adopt(self._records)
+        await self._save()
+        return pairing
+
+    async def flush(self) -> None:
+        """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        if self._notes or self._removals:
+            await self._save()
+        if self.replay.has_new_untimed:
+            await self._save_nonces()
+
+    async def refresh(self) -> None:
+        """Take over what another process wrote. Errors are for `load` and `flush` to report."""
+        async with self._saving:
+            stamp = await asyncio.to_thread(self._probe_stamp)
+            if stamp == self._stamp:
+                return
+            try:
+                file = await asyncio.to_thread(load_file, self._path, parse_pairings)
+            except StorageError as exc:
+                pairing_log.warning("the pairings in memory stay in use: %s", exc)
+            else:
+                self._adopt(file.records if file else {})
+            self._stamp = stamp
+
+    async def maintain(self) -> NoReturn:
+        """Refresh and flush for as long as the bridge runs; cancel it, then `close`."""
+        rounds = round(PAIRINGS_FLUSH_INTERVAL_S / PAIRINGS_REFRESH_INTERVAL_S)
+        for number in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+            if number % rounds == 0:
+                try:
+                    await self.flush()
+                except StorageError as exc:
+                    pairing_log.warning("%s; it is tried again", exc)
+        raise AssertionError("counting does not end")
+
+    async def close(self) -> None:
+        """Write everything, the nonces of the last minutes too."""
+        await self.flush()
+        if self._records:
+            await self._save_nonces()
+
+    def subscribe(self, listener: PairingListener) -> Callable[[], None]:
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _adopt(self, records: Mapping[PairingKey, Pairing]) -> None:
+        """Make `records`, as changed by what is not yet in the file, those in memory."""
+        before, after = self._records, _apply_changes(records, self._notes, self._removals)
+        self._records = after
+        self._outbound = {}
+        for pairing in sorted(after.values(), key=lambda each: each.paired_at_ms):
+            if pairing.outbound_key is not None:
+                self._outbound[pairing.base_url or ""] = self._outbound[pairing.device_id] = pairing.key
+        self._outbound.pop("", None)
+        for key in before.keys() | after.keys():
+            self._tell(before.get(key), after.get(key))
+
+    def _tell(self, before: Pairing | None, after: Pairing | None) -> None:
+        if before is after or (before and after and replace(before, last_used_at_ms=after.last_used_at_ms) == after):
+            return
+        for listener in tuple(self._listeners):
+            try:
+                listener(before, after)
+            except Exception:
+                pairing_log.exception("a listener failed")
+
+    async def _save(self, new: Pairing | None = None) -> None:
+        async with self._saving:
+            notes, removals = dict(self._notes), set(self._removals)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
+            self._removals -= removals
+            self._stamp = None
+            self._adopt(records)
+            self.replay.retain({pairing.pairing_id for pairing in records.values()})
+
+    def _save_changes(
+        self,
+        new: Pairing | None,
+        notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+        removals: Collection[PairingKey],
+    ) -> PairingRecords:
+        """In a thread: put the changes upon what the file holds. Returns what it holds then."""
+        records: PairingRecords = {}
+
+        def change(saved: PairingFile | None) -> bytes:
+            if saved is not None and saved.device_id not in (None, self.device_id):
+                raise StorageError(f"{self._path} belongs to another device now; restart the bridge")
+            records.update(_apply_changes(saved.records if saved else {}, notes, removals))
+            if new is not None:
+                records[new.key] = merge_pairing(records.get(new.key), new)
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+
+        update_file(self._path, parse_pairings, change)
+        return records
+
+    async def _save_nonces(self) -> None:
+        self.replay.has_new_untimed = False
+        data = self.replay.encode(time.time_ns() // 1_000_000)
+        try:
+            await asyncio.to_thread(save_file, self._nonces_path, data)
+        except StorageError:
+            self.replay.has_new_untimed = True
+            raise
+
+    def _probe_stamp(self) -> tuple[int, ...] | None:
+        """What changes whenever the file is replaced; None without a file."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _import(self, path: Path) -> PairingFile | None:
+        try:
+            records = parse_foreign_pairings(_read_state(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as exc:
+            pairing_log.warning("the pairings of other software in %s cannot be taken over: %s", path, exc)
+            return None
+        file = PairingFile(device_id=self.device_id, records=records)
+        save_file(self._path, encode_pairings(file))
+        pairing_log.info("took over %d pairings from %s", len(records), path)
+        return file
+
+    def _put_aside(self, file: PairingFile) -> PairingFile:
+        aside = self._path.with_name(
+            f"{self._path.name}.of-{hashlib.sha256(str(file.device_id).encode()).hexdigest()[:12]}"
+        )
+        save_file(aside, encode_pairings(file))
+        empty = PairingFile(device_id=self.device_id, records={})
+        save_file(self._path, encode_pairings(empty))
+        pairing_log.warning(
+            "the pairings here were another device's: they are kept as %s, and none is used", aside.name
+        )
+        return empty
+
+
+def _apply_changes(
+    records: Mapping[PairingKey, Pairing],
+    notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
+    removals: Collection[PairingKey],
+) -> PairingRecords:
+    """`records` with notes and removals. A note on a pairing that was approved anew since then is void."""
+    changed = {key: pairing for key, pairing in records.items() if key not in removals}
+    for key, (paired_at_ms, fields) in notes.items():
+        if key in changed and changed[key].paired_at_ms == paired_at_ms:
+            changed[key] = replace(changed[key], **fields)
+    return changed
+
+
+class SignatureVerifier:
+    """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
+
+    Belongs to the store's event loop and never awaits, so of two requests with one nonce exactly one wins.
+    """
+
+    def __init__(self, store: PairingStore, *, random: RandomBytes = os.urandom) -> None:
+        self._store = store
+        self._stand_in_key = generate_pairing_key(random)  # for callers that are not known: the same work
+
+    def verify(
+        self, signature: SignatureHeaders, *, method: str, path: str, query: str, body: bytes, now_ms: int
+    ) -> Pairing:
+        """The pairing of the caller, its use noted. `path`: raw, as it stood in the request line.
+
+        Raises SignatureError, always the same one, except to a caller that signed well and whose clock is off
+        (ClockSkewError) or who signs more than can be remembered (OverloadedError).
+        """
+        pairing = self._store.find_inbound(signature.app_id, signature.device_id, now_ms)
+        key = (pairing and pairing.inbound_key) or self._stand_in_key
+        message = compose_signed_message(signature.nonce, method, path, body)
+        is_signed = _is_hmac(key, message, signature.signature)
+        if pairing is None or not is_signed or query:
+            raise SignatureError
+        self._verify_freshness(pairing, signature.nonce, now_ms)
+        self._store.note_use(pairing, now_ms)
+        return pairing
+
+    def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
+        try:
+            timed = parse_timed_nonce(nonce)
+        except ValueError:
+            raise SignatureError from None
+        if timed is None:
+            if pairing.uses_t1 or not self._store.replay.remember_untimed(pairing.pairing_id, nonce):
+                raise SignatureError
+            return
+        if timed.binding != build_nonce_binding(pairing.device_id, self._store.device_id):
+            raise SignatureError
+        skew_ms = timed.sent_at_ms - now_ms
+        if abs(skew_ms) > SIGNATURE_SKEW_MS:
+            raise ClockSkewError(skew_ms)
+        if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
+            raise SignatureError
+        if not pairing.uses_t1:
+            self._store.note(pairing, uses_t1=True)
+
+
+def sign_request(
+    pairing: Pairing,
+    identity: Identity,
+    *,
+    app_id: str | None,
+    method: str,
+    path: str,
+    body: bytes,
+    now_ms: int,
+    random: RandomBytes = os.urandom,
+) -> list[tuple[str, str]]:
+    """The four fields for a request of ours to a paired peer. `path`: raw, without query, as it will be sent."""
+    if pairing.outbound_key is None:
+        raise ValueError("this pairing does not let us use the peer")
+    return build_signed_headers(
+        pairing_key=pairing.outbound_key,
+        device_id=identity.device_id,
+        app_id=app_id,
+        nonce=generate_nonce(identity.device_id, pairing.device_id, now_ms, random),
+        method=method,
+        path=path,
+        body=body,
+    )
+
+
+# ---- Handshake ------------------------------------------------------------------------
+# How two devices become paired on the LAN: the question to the user here, the request to the one there. No sockets.
+
+PROMPT_DEADLINE_S = 120.0  # a user who is not there
+PROMPTS_WAITING_LIMIT = 8  # strangers queueing for the user's attention
+HANDSHAKE_DEADLINE_S = 290.0  # queueing and prompt together; those who ask wait 300 s
+HANDSHAKES_PER_ADDRESS_LIMIT = 3  # prompts that wear a user down until they say yes
+HANDSHAKES_WINDOW_MS = 600_000
+HANDSHAKE_ADDRESSES_LIMIT = 256  # memory taken by addresses that asked
+HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
+HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
+HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
+PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+_SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
+
+handshake_log = logging.getLogger("dvai_bridge.handshake")
+
+
+class PairingPolicy(enum.Enum):
+    """What happens to a request to pair."""
+
+    ASK = "ask"
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeRequest:
+    """The body of a request to pair; `app_id` is the device's id where it names no application."""
+
+    device_id: str
+    device_name: str
+    app_id: str
+
+
+def parse_handshake_request(body: bytes) -> HandshakeRequest:
+    """The request in a handshake's body; MalformedHandshakeError says what is wrong with it."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise MalformedHandshakeError(f"the body is not valid JSON: {exc}") from exc
+    if not isinstance(document, dict):
+        raise MalformedHandshakeError("the body must be a JSON object")
+    device_id, name = document.get("peerDeviceId"), document.get("peerDeviceName")
+    app_id, nonce = document.get("appId"), document.get("nonce")
+    if not is_peer_id(device_id):
+        raise MalformedHandshakeError("peerDeviceId must be 1 to 128 printable characters", param="peerDeviceId")
+    if not (isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS):
+        raise MalformedHandshakeError("peerDeviceName must be a text that is not empty", param="peerDeviceName")
+    if app_id is not None and not is_peer_id(app_id):
+        raise MalformedHandshakeError("appId must be 1 to 128 printable characters", param="appId")
+    if document.get("via", "lan-handshake") != "lan-handshake":
+        raise MalformedHandshakeError("via must be `lan-handshake` on this route", param="via")
+    if nonce is not None and not (isinstance(nonce, str) and len(nonce) <= NONCE_LIMIT_CHARS):
+        raise MalformedHandshakeError("nonce must be a short text", param="nonce")
+    return HandshakeRequest(device_id=device_id, device_name=name, app_id=app_id or device_id)
+
+
+def build_handshake_request(identity: Identity, app_id: str | None, nonce: str) -> dict[str, Any]:
+    """The body of our request to pair."""
+    members = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
+    if app_id:
+        members["appId"] = app_id
+    return {**members, "via": "lan-handshake", "nonce": nonce}
+
+
+def build_handshake_answer(identity: Identity, pairing: Pairing, pairing_key: str | None) -> dict[str, Any]:
+    """The body of a 200. `pairing_key` None: the caller has it already. `peerDeviceId` is the caller's own."""
+    answer: dict[str, Any] = {"paired": True, "pairedAt": pairing.paired_at_ms, "via": "lan-handshake"}
+    if pairing_key is not None:
+        answer["pairingKey"] = pairing_key
+    own = {"deviceId": identity.device_id, "deviceName": identity.device_name}
+    return {**answer, "peerDeviceId": pairing.device_id, **own}
+
+
+class HandshakeLimiter:
+    """Counts requests to pair by address: at most HANDSHAKES_PER_ADDRESS_LIMIT in HANDSHAKES_WINDOW_MS. Pure."""
+
+    def __init__(self) -> None:
+        self._times_ms: dict[str, list[int]] = {}
+
+    def verify_admission(self, address: str, now_ms: int) -> None:
+        """Count one more; PairingBusyError if that is one too many."""
+        source = self._choose_source(address)
+        if source not in self._times_ms and len(self._times_ms) >= HANDSHAKE_ADDRESSES_LIMIT:
+            self._forget_old(now_ms)
+        times_ms = [ms for ms in self._times_ms.get(source, ()) if abs(now_ms - ms) < HANDSHAKES_WINDOW_MS]
+        has_room = source in self._times_ms or len(self._times_ms) < HANDSHAKE_ADDRESSES_LIMIT
+        if len(times_ms) >= HANDSHAKES_PER_ADDRESS_LIMIT or not has_room:
+            wait_ms = HANDSHAKES_WINDOW_MS - (now_ms - min(times_ms, default=now_ms))
+            raise PairingBusyError("too many requests to pair; try again later", retry_after_s=wait_ms // 1000 + 1)
+        self._times_ms[source] = [*times_ms, now_ms]
+
+    @staticmethod
+    def _choose_source(address: str) -> str:
+        """An IPv6 host has a whole /64 of addresses."""
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return address
+        return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+
+    def _forget_old(self, now_ms: int) -> None:
+        self._times_ms = {
+            source: times_ms
+            for source, times_ms in self._times_ms.items()
+            if abs(now_ms - times_ms[-1]) < HANDSHAKES_WINDOW_MS
+        }
+
+
+class PairingRequest:
+    """A device that asks to use this one, until somebody answers, nobody does in time, or it hangs up.
+
+    `peer_device_name` is safe to show. `is_known`: the same (application, device) is paired already, and would get
+    another key. `asked_at_ms`: unix ms.
+    """
+
+    def __init__(
+        self, request: HandshakeRequest, *, request_id: str, address: str, is_known: bool, asked_at_ms: int
+    ) -> None:
+        self.request_id = request_id
+        self.peer_device_id = request.device_id
+        self.peer_device_name = display_name(request.device_name)
+        self.app_id = request.app_id
+        self.address = address
+        self.is_known = is_known
+        self.asked_at_ms = asked_at_ms
+        self._loop = asyncio.get_running_loop()
+        self._answer: asyncio.Future[bool] = self._loop.create_future()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether an answer can no longer change anything."""
+        return self._answer.done()
+
+    def respond(self, approved: bool) -> None:
+        """Approve or deny; the first answer counts. May be called in any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the request
+            self._loop.call_soon_threadsafe(self._settle, approved is True)
+
+    async def wait(self) -> bool:
+        """The answer, when there is one."""
+        return await asyncio.shield(self._answer)
+
+    def end(self) -> None:
+        """Nobody waits for an answer any more."""
+        self._answer.cancel()
+
+    def _settle(self, approved: bool) -> None:
+        if not self._answer.done():
+            self._answer.set_result(approved)
+
+
+def build_pairing_question(request: PairingRequest) -> str:
+    """The question to the user, in one line."""
+    app = "" if request.app_id == request.peer_device_id else f", application {display_name(request.app_id)}"
+    known = " It is paired already and would get a new key." if request.is_known else ""
+    return (
+        f"Let {request.peer_device_name} (device {display_name(request.peer_device_id)}{app}, at {request.address}) "
+        f"use the models of this machine? The key will cross the network readably.{known}"
+    )
+
+
+def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
+    """A waiting request as the owner of this machine may see it."""
+    return {
+        "id": request.request_id,
+        "deviceId": request.peer_device_id,
+        "deviceName": request.peer_device_name,
+        "appId": request.app_id,
+        "address": request.address,
+        "isKnown": request.is_known,
+        "askedAt": request.asked_at_ms,
+    }
+
+
+PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
+
+
+async def _end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
+    task.cancel()
+    await asyncio.wait([task], timeout=TASK_END_S)
+
+
+class PairingDesk:
+    """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
+
+    A request is decided by the first of: `on_pairing_request` (sync or async), a reader of `requests()`, `respond`
+    (the `pair approve` and `pair deny` commands). `is_operated`: somebody can give those commands. Nobody who could
+    be asked, no answer in time, and a callback that fails are all a denial. No stored key is ever given out.
+
+        request ─ malformed 400, disabled 503, policy 403, too many 429
+           │ ─ signed with the current key ─ 200, no key
+           └─ waits for its turn ─ shown ─ approved ─ saved ─ 200 with a new key
+                                     └─ denied, or nobody answers in time: 403
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        policy: PairingPolicy,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        on_pairing_request: PairingCallback | None = None,
+        is_operated: bool = False,
+        prompt_deadline_s: float = PROMPT_DEADLINE_S,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._policy = policy
+        self._legacy_policy = legacy_policy
+        self._callback = on_pairing_request
+        self._is_operated = is_operated
+        self._prompt_deadline_s = prompt_deadline_s
+        self._clock_ms = clock_ms
+        self._random = random
+        self._limiter = HandshakeLimiter()
+        self._pending: dict[str, PairingRequest] = {}
+        self._shown: PairingRequest | None = None
+        self._turn = asyncio.Lock()
+        self._readers: set[asyncio.Queue[PairingRequest | None]] = set()
+        self._is_closed = False
+
+    @property
+    def pending(self) -> tuple[PairingRequest, ...]:
+        """The requests that wait for an answer, in order of arrival."""
+        return tuple(self._pending.values())
+
+    def respond(self, request_id: str, approved: bool) -> bool:
+        """Answer a waiting request; False if there is none with this id."""
+        request = self._pending.get(request_id)
+        if request is not None:
+            request.respond(approved)
+        return request is not None
+
+    async def requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Every request when it is its turn, until the desk closes. Reading them is to be somebody who may decide."""
+        waiting: asyncio.Queue[PairingRequest | None] = asyncio.Queue(maxsize=1)
+        self._readers.add(waiting)
+        try:
+            if self._shown is not None or self._is_closed:
+                waiting.put_nowait(self._shown)
+            while (request := await waiting.get()) is not None:
+                if not request.is_over:
+                    yield request
+        finally:
+            self._readers.discard(waiting)
+
+    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> dict[str, Any]:
+        """The 200 body for a handshake, or one of its errors. Cancel it when the requester hangs up.
+
+        `signer`: whose valid signature the request carried.
+        """
+        store = self._store
+        if store is None or self._is_closed:
+            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+        request = parse_handshake_request(body)
+        if signer is not None:
+            if signer.key != (request.app_id, request.device_id):
+                raise MalformedHandshakeError("the request is signed by another device than it names")
+            return build_handshake_answer(self._identity, signer, None)
+        known = store.find_record(request.app_id, request.device_id)
+        self._verify_policy(known)
+        self._limiter.verify_admission(address, self._clock_ms())
+        if not await self._decide(request, address, is_known=known is not None):
+            raise PairingDeniedError("the user of this device did not approve the pairing")
+        return await self._accept(store, request)
+
+    def close(self) -> None:
+        """Deny what waits, and end `requests()`."""
+        self._is_closed = True
+        for request in self.pending:
+            request.respond(False)
+        self._show(None)
+
+    def _verify_policy(self, known: Pairing | None) -> None:
+        if self._policy is PairingPolicy.DENY:
+            raise PairingDeniedError("this device denies all pairings")
+        if self._legacy_policy is PairingPolicy.DENY or (known is not None and known.speaks_noise):
+            raise PairingDeniedError("this device does not send keys over the network readably")
+
+    async def _decide(self, request: HandshakeRequest, address: str, *, is_known: bool) -> bool:
+        if self._policy is self._legacy_policy is PairingPolicy.ALLOW:
+            return True
+        if not (self._callback or self._readers or self._is_operated):
+            handshake_log.warning("%s asked to pair, and nobody can be asked", display_name(request.device_name))
+            return False
+        if len(self._pending) >= PROMPTS_WAITING_LIMIT:
+            raise PairingBusyError("too many devices wait to be paired; try again later", retry_after_s=60)
+        pending = PairingRequest(
+            request,
+            request_id=self._random(4).hex(),
+            address=address,
+            is_known=is_known,
+            asked_at_ms=self._clock_ms(),
+        )
+        self._pending[pending.request_id] = pending
+        prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
+        try:
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S):
+                return await pending.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._pending[pending.request_id]
+            pending.end()
+            await _end_task(prompt)
+
+    async def _prompt(self, request: PairingRequest) -> None:
+        """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
+        async with self._turn:
+            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            self._show(request)
+            try:
+                async with asyncio.timeout(self._prompt_deadline_s):
+                    await request.wait()
+            except TimeoutError:
+                handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+                request.respond(False)
+            finally:
+                self._show(None)
+                if callback is not None:
+                    await _end_task(callback)
+
+    def _show(self, request: PairingRequest | None) -> None:
+        self._shown = request
+        for waiting in self._readers:
+            if request is not None or self._is_closed:
+                if waiting.full():  # what it has not read is over
+                    waiting.get_nowait()
+                waiting.put_nowait(request)
+
+    async def _call(self, request: PairingRequest) -> None:
+        assert self._callback is not None
+        try:
+            approved = self._callback(request)
+            request.respond(approved if isinstance(approved, bool) else await approved)
+        except Exception:
+            handshake_log.exception("on_pairing_request failed: that is a denial")
+            request.respond(False)
+
+    async def _accept(self, store: PairingStore, request: HandshakeRequest) -> dict[str, Any]:
+        now_ms, key = self._clock_ms(), generate_pairing_key(self._random)
+        pairing = await store.add(
+            Pairing(
+                device_id=request.device_id,
+                app_id=request.app_id,
+                device_name=request.device_name,
+                inbound_key=key,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: %s may use this device", display_name(request.device_name))
+        return build_handshake_answer(self._identity, pairing, key)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingTarget:
+    """A peer to ask. `base_url` ends in /v1; the others as discovery told them, None where it did not."""
+
+    base_url: str
+    device_id: str | None = None
+    device_name: str | None = None
+
+    @property
+    def shown_name(self) -> str:
+        """What to call it in a message."""
+        return display_name(self.device_name or self.base_url)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeAnswer:
+    """What a target's 200 says. `pairing_key` None: it holds that the key is known. The ids are the target's."""
+
+    pairing_key: str | None = field(repr=False)
+    device_id: str | None = None
+    device_name: str | None = None
+
+
+# (URL, body, further header fields, deadline in seconds) → (status, body); OSError or BridgeError if there is none.
+HandshakePost = Callable[[str, bytes, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
+
+
+def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTarget) -> HandshakeAnswer:
+    """What a 200 says; PairingFailedError if it is none, is meant for another device, or comes from another one."""
+    try:
+        document = parse_json(body)
+    except JsonError as exc:
+        raise PairingFailedError(f"the answer of {target.shown_name} is not JSON: {exc}") from exc
+    if not isinstance(document, dict) or document.get("paired") is not True:
+        raise PairingFailedError(f"the answer of {target.shown_name} does not say that it is paired")
+    if document.get("peerDeviceId") != identity.device_id:
+        raise PairingFailedError(f"the answer of {target.shown_name} is meant for another device")
+    key, device_id, name = document.get("pairingKey"), document.get("deviceId"), document.get("deviceName")
+    if key is not None and not is_pairing_key(key):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable key")
+    if device_id is not None and not is_peer_id(device_id):
+        raise PairingFailedError(f"the answer of {target.shown_name} has no usable deviceId")
+    if device_id == identity.device_id:
+        raise PairingFailedError(f"{target.base_url} is this bridge itself")
+    if None not in (device_id, target.device_id) and device_id != target.device_id:
+        raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
+    name = name if isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS else None
+    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name)
+
+
+def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
+    """What an answer other than 200 means to the one who asked."""
+    name = target.shown_name
+    if status == 403:
+        return PairingDeniedError(f"{name} denied the pairing")
+    if status == 429:
+        return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
+    if status == 503:
+        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+    if status in (404, 405):
+        return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
+    return PairingFailedError(f"{name} answered the request to pair with status {status}")
+
+
+class PairingInitiator:
+    """Asks other devices for leave to use them; one request per base URL at a time, each in a task owned here.
+
+    What asks by itself (`is_explicit` False) leaves a peer that refused alone for HANDSHAKE_PAUSE_MS, and never asks
+    in ways that the user wants to be asked about.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        app_id: str | None,
+        store: PairingStore,
+        post: HandshakePost,
+        clock_ms: Callable[[], int],
+        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._app_id = app_id
+        self._store = store
+        self._post = post
+        self._clock_ms = clock_ms
+        self._legacy_policy = legacy_policy
+        self._random = random
+        self._tasks: dict[str, asyncio.Task[Pairing]] = {}
+        self._refusals: dict[str, tuple[int, BridgeError]] = {}  # by base URL: when, and how it was said
+
+    def is_asking(self, base_url: str) -> bool:
+        """Whether a peer is being asked now."""
+        return base_url in self._tasks
+
+    def start(self, target: PairingTarget, *, is_explicit: bool = False) -> asyncio.Task[Pairing]:
+        """Ask in the background, or join the request that is under way. Its error is kept for whoever awaits it."""
+        task = self._tasks.get(target.base_url)
+        if task is None:
+            task = asyncio.create_task(self._pair(target, is_explicit=is_explicit), name="handshake")
+            self._tasks[target.base_url] = task
+            task.add_done_callback(functools.partial(self._note_end, target))
+        return task
+
+    async def pair(self, target: PairingTarget, *, is_explicit: bool = False) -> Pairing:
+        """The pairing by which `target` may be used, after asking its user where needed (up to 300 s).
+
+        Whoever stops waiting does not stop the request. PairingDeniedError, PairingBusyError, PairingDisabledError,
+        PairingFailedError; StorageError if the key cannot be kept.
+        """
+        return await asyncio.shield(self.start(target, is_explicit=is_explicit))
+
+    async def close(self) -> None:
+        """End every request."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_end(self, target: PairingTarget, task: asyncio.Task[Pairing]) -> None:
+        del self._tasks[target.base_url]
+        self._refusals.pop(target.base_url, None)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, PairingDeniedError | PairingBusyError):
+            if len(self._refusals) >= HANDSHAKE_TARGETS_LIMIT:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[target.base_url] = self._clock_ms(), error
+        elif error is not None and not isinstance(error, BridgeError):
+            handshake_log.error("pairing with %s failed", target.shown_name, exc_info=error)
+
+    async def _pair(self, target: PairingTarget, *, is_explicit: bool) -> Pairing:
+        known = self._store.find_outbound(target.device_id, target.base_url, self._clock_ms())
+        if known is not None and known.is_marked_unauthorized:
+            known = None
+        if known is not None and not is_explicit:
+            return known
+        self._verify_policy(target, is_explicit=is_explicit)
+        status, body = await self._ask(target, known)
+        if status == 401 and known is not None:  # it has forgotten us
+            known = None
+            status, body = await self._ask(target, None)
+        if status != 200:
+            raise build_handshake_error(status, target)
+        answer = parse_handshake_answer(body, identity=self._identity, target=target)
+        return await self._keep(target, answer, known)
+
+    def _verify_policy(self, target: PairingTarget, *, is_explicit: bool) -> None:
+        name, refused = target.shown_name, self._refusals.get(target.base_url)
+        speaks_noise = any(each.speaks_noise for each in self._store.pairings if each.device_id == target.device_id)
+        if self._legacy_policy is PairingPolicy.DENY or speaks_noise:
+            raise PairingDeniedError(
+                f"pairing with {name} would send a key over the network readably: not allowed here"
+            )
+        if is_explicit:
+            return
+        if self._legacy_policy is PairingPolicy.ASK:
+            raise PairingDeniedError(f"not paired with {name}; ask it with `pair request`")
+        if refused is not None and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
+            raise refused[1]
+
+    async def _ask(self, target: PairingTarget, known: Pairing | None) -> tuple[int, bytes]:
+        """Status and body of one request; signed with the key that we have, which then needs nobody's approval."""
+        receiver = target.device_id or target.base_url
+        nonce = generate_nonce(self._identity.device_id, receiver, self._clock_ms(), self._random)
+        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce))
+        url, signed = target.base_url + HANDSHAKE_PATH, []
+        if known is not None:
+            signed = sign_request(
+                known,
+                self._identity,
+                app_id=self._app_id,
+                method="POST",
+                path=urllib.parse.urlsplit(url).path,
+                body=body,
+                now_ms=self._clock_ms(),
+                random=self._random,
+            )
+        try:
+            async with asyncio.timeout(HANDSHAKE_REQUEST_DEADLINE_S):
+                return await self._post(url, body, signed, HANDSHAKE_REQUEST_DEADLINE_S)
+        except TimeoutError as exc:
+            raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
+        except OSError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+
+    async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
+        if answer.pairing_key is None:
+            if known is None:
+                raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
+            self._store.note(known, base_url=target.base_url)
+            return known
+        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
+        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
+        now_ms = self._clock_ms()
+        pairing = await self._store.add(
+            Pairing(
+                device_id=device_id,
+                app_id=device_id,
+                device_name=answer.device_name or target.device_name or target.base_url,
+                outbound_key=answer.pairing_key,
+                base_url=target.base_url,
+                paired_at_ms=now_ms,
+                last_used_at_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired: this device may use %s", target.shown_name)
+        return pairing
+
+
 # ---- Models ---------------------------------------------------------------------------
-# Names of models: ids, quantisations, equality. Pure.
+# Names of models: ids, quantisations, equality, substitution. Pure.
+
+BUILTIN_MODEL_ID = "dvai-demo"  # the demonstration model: it answers to this name and stands in for no other
 
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})", re.DOTALL)
 _QUANTIZATION = re.compile(
@@ -3403,6 +5324,21 @@ _QUANTIZATION = re.compile(
     r"I?Q[1-9]_K(?:_(?:XXS|XS|S|M|L|XL))?|IQ[1-9]_(?:XXS|XS|S|M|NL|XL)|Q[1-9]_[01](?:_[48]_[48])?"
     r"|TQ[12]_0|(?:MX|NV)FP4|BF16|FP?(?:16|32))(?![A-Z0-9])",
     re.IGNORECASE,
+)
+_FAMILIES = (
+    "baichuan bge bloom codegemma codellama codeqwen codestral cogito command deepseek devstral dolphin ernie exaone "
+    "falcon gemma glm gpt granite hermes hunyuan internlm jamba kimi lfm llama llava magistral mamba medgemma "
+    "minicpm ministral mistral mixtral mpt nemotron nomic olmo olmoe openchat openhermes orca pythia phi qwen qwq rwkv "
+    "seed shieldgemma smollm smolvlm solar stablelm starcoder stories tinyllama vicuna wizardlm yi zephyr"
+)
+_AFTER_LETTERS = re.compile(r"[\W\d_].*", re.DOTALL)
+_NAME_WORD = re.compile(r"[^\W\d_]*\d+(?:\.\d+)+[^\W\d_]*|[^\W_]+\+*")
+_VERSION_WORD = re.compile(r"v?(\d+(?:\.\d+)*n?)")
+_SIZE_WORD = re.compile(r"(?:\d+x|[ae])?\d+(?:\.\d+)?[mbt]|260k")
+_SAME_TYPE = {"it": "instruct", "inst": "instruct", "pt": "base"}
+_NO_TYPES = (  # publishers, packagings and quantisations
+    "ai allenai bartowski community google hf huggingfacetb ibm latest lmstudio meta microsoft mistralai unsloth "
+    "4bit 8bit awq gguf gptq i1 imat imatrix int4 int8 mlx q4 q5 q6 q8 ud"
 )
 
 
@@ -3442,6 +5378,61 @@ def parse_quantization(name: str) -> str | None:
         return None
     quantization: str = found[-1].upper()
     return quantization.replace("FP16", "F16").replace("FP32", "F32")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelName:
+    """What a model's name says of it besides the quantisation. Two equal ones name the same weights, rounded apart.
+
+    `family`: "llama"; `version`: "3.2", or "" when the name has none; `size`: "3b", "30b-a3b", or "";
+    `type`: every other word, so that a fine-tune is never taken for what it was made from.
+    """
+
+    family: str
+    version: str
+    size: str
+    type: frozenset[str]
+
+
+def parse_model_name(name: str) -> ModelName | None:
+    """The parts of a model's name, as downloads and Ollama's tags spell them; None if no known family occurs in it."""
+    plain = _QUANTIZATION.sub(" ", name.rpartition("/")[2]).casefold()
+    words = _NAME_WORD.findall(re.sub(r"(?<=\d)_(?=\d)", ".", plain))
+    families, ignored = _FAMILIES.split(), _NO_TYPES.split()
+    family, versions, sizes, types = "", [], [], set()
+    for word in words:
+        letters = _AFTER_LETTERS.sub("", word)
+        if letters in families and family in ("", letters):
+            family, word = letters, word.removeprefix(letters)
+        version = _VERSION_WORD.fullmatch(word)
+        if version:
+            versions.append(version[1])
+        elif _SIZE_WORD.fullmatch(word):
+            sizes.append(word)
+        elif word and word not in ignored:
+            types.add(_SAME_TYPE.get(word, word))
+    if not family:
+        return None
+    return ModelName(family=family, version="-".join(versions), size="-".join(sizes), type=frozenset(types))
+
+
+def can_substitute(model_id: str, requested: str) -> bool:
+    """Whether one model may serve for another: the same in all but quantisation. Unknown families never do."""
+    name = parse_model_name(requested)
+    return name is not None and name == parse_model_name(model_id)
+
+
+def split_address(name: str, owners: Collection[str]) -> tuple[str | None, str]:
+    """`studio/llama` → ("studio", "llama") when `owners` has "studio", ignoring case; else (None, name).
+
+    The longest owner that fits wins: both names and models may contain slashes.
+    """
+    known = {each.casefold(): each for each in owners}
+    for slash in reversed([match.start() for match in re.finditer("/", name[:-1])]):
+        owner = known.get(name[:slash].casefold())
+        if owner:
+            return owner, name[slash + 1 :]
+    return None, name
 
 
 def format_size(size_bytes: int) -> str:
@@ -3496,36 +5487,46 @@ def _find_count(text: str, key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _probe_cgroup_directory(directory: Path) -> int | None:
-    """Bytes that the memory limits of one control group leave (v2's files, else v1's); None without a limit."""
-    limit_names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-    limits = [_parse_count(_read_small_file(directory / name)) for name in limit_names]
+def _read_memory_limit(directory: Path) -> int | None:
+    """Bytes that one control group may take (v2's files, else v1's); None without a limit."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [_parse_count(_read_small_file(directory / name)) for name in names]
     smallest = min((limit for limit in limits if limit is not None), default=1 << 60)
-    if smallest >= 1 << 60:  # v1 writes "no limit" as the largest multiple of a page
+    return smallest if smallest < 1 << 60 else None  # v1 writes "no limit" as the largest multiple of a page
+
+
+def _read_memory_left(directory: Path) -> int | None:
+    """Bytes that the memory limit of one control group leaves; None without a limit."""
+    limit = _read_memory_limit(directory)
+    if limit is None:
         return None
     used = _parse_count(
         _read_small_file(directory / "memory.current") or _read_small_file(directory / "memory.usage_in_bytes")
     )
     statistics = _read_small_file(directory / "memory.stat")
     reclaimable = _find_count(statistics, "total_inactive_file") or _find_count(statistics, "inactive_file") or 0
-    return max(0, smallest - max(0, (used or 0) - reclaimable))
+    return max(0, limit - max(0, (used or 0) - reclaimable))
 
 
-def _probe_cgroups(root: Path) -> int | None:
-    """The least that this process's control groups leave, each level up to the root of what is mounted here."""
-    free: list[int] = []
+def _list_cgroups(root: Path, controller: str) -> list[Path]:
+    """The control groups by which `controller` rules this process, each level up to the root of what is mounted."""
+    found: list[Path] = []
     for line in _read_small_file(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        bases = ("sys/fs/cgroup/memory",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+        bases = (f"sys/fs/cgroup/{controller}",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
         parts = [part for part in path.split("/") if part]
         if ".." in parts:  # the group lies outside of this container's view
             parts = []
-        for base in bases:
-            levels = [root.joinpath(base, *parts[:length]) for length in range(len(parts) + 1)]
-            free += [left for left in map(_probe_cgroup_directory, levels) if left is not None]
-    return min(free, default=None)
+        found += [root.joinpath(base, *parts[:length]) for base in bases for length in range(len(parts) + 1)]
+    return found
+
+
+def _probe_cgroups(root: Path, read: Callable[[Path], int | None]) -> int | None:
+    """The least of what `read` finds in the control groups that bound this process's memory."""
+    found = [value for value in map(read, _list_cgroups(root, "memory")) if value is not None]
+    return min(found, default=None)
 
 
 def _probe_address_space(root: Path) -> int | None:
@@ -3558,8 +5559,8 @@ def _probe_macos_memory() -> int | None:
         return None
 
 
-def _probe_windows_memory() -> int | None:
-    """The smaller of free physical memory and what may still be committed (GlobalMemoryStatusEx)."""
+def _probe_windows_memory() -> tuple[int, int] | None:
+    """Physical memory in all, and the smaller of what of it is free and what may still be committed."""
     import ctypes
 
     names = ("total_phys", "avail_phys", "total_page", "avail_page", "total_virtual", "avail_virtual", "extended")
@@ -3573,20 +5574,21 @@ def _probe_windows_memory() -> int | None:
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
-    return int(min(status.avail_phys, status.avail_page))
+    return int(status.total_phys), int(min(status.avail_phys, status.avail_page))
 
 
 def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> MemoryInfo:
     """How much memory a model may take: the smallest of what the system, its containers and limits leave."""
     if platform == "win32":
-        bounds = [(_probe_windows_memory(), "free memory")]
+        windows = _probe_windows_memory()
+        bounds = [(windows[1] if windows else None, "free memory")]
     elif platform == "darwin":
         bounds = [(_probe_macos_memory(), "free memory")]
     else:
         kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemAvailable")
         bounds = [
             (None if kilobytes is None else kilobytes * KIB, "free memory"),
-            (_probe_cgroups(root), "the container's or service's memory limit"),
+            (_probe_cgroups(root, _read_memory_left), "the container's or service's memory limit"),
         ]
     bounds.append((_probe_address_space(root), "the limit of `ulimit -v`"))
     known = [(free, source) for free, source in bounds if free is not None]
@@ -3594,6 +5596,16 @@ def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> M
         return MemoryInfo(free_bytes=None, limit_source="this system does not say how much memory is free")
     free, source = min(known)
     return MemoryInfo(free_bytes=free, limit_source=source)
+
+
+def probe_total_memory(root: Path = Path("/"), platform: str = sys.platform) -> int | None:
+    """Bytes that all of this process's machine has, or its container may take; None: not known (macOS: ask sysctl)."""
+    if platform == "win32":
+        windows = _probe_windows_memory()
+        return windows[0] if windows else None
+    kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemTotal")
+    bounds = (None if kilobytes is None else kilobytes * KIB, _probe_cgroups(root, _read_memory_limit))
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def explain_misfit(needed_bytes: int, memory: MemoryInfo | None) -> str | None:
@@ -3611,6 +5623,1666 @@ def verify_fits(needed_bytes: int, memory: MemoryInfo) -> None:
         raise ModelFileError(
             f"the model {misfit}: take a smaller model or quantisation, lower --ctx-size, or use another device"
         )
+
+
+# ---- Capability -----------------------------------------------------------------------
+# How fast this device writes tokens: by its hardware's class, by model size and memory bandwidth, by measurement.
+#
+# In this order of trust (ScoreSource): a measurement, an estimate for the model at hand, the heuristic. The heuristic
+# and the JSON shapes are those of all DVAI software, so that a device is judged alike whoever asks.
+
+DEFAULT_HARDWARE_MINIMUM = 3.0  # tokens/s below which a device is too weak
+DEFAULT_MIN_LOCAL_CAPABILITY = 10.0  # tokens/s below which requests go to a peer, if there is one
+TOOL_TIMEOUT_S = 5.0  # nvidia-smi takes a second to wake a sleeping card
+UNKNOWN_RAM_GB = 4.0
+
+BANDWIDTH_BUFFER_BYTES = 64 * MIB  # copied to measure memory: more than processor caches hold
+BANDWIDTH_FREE_SHARE = 8  # of the free memory, at most one part in so many is taken for it
+BANDWIDTH_THREADS = 4  # one core alone does not saturate the memory of larger machines
+SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows it
+MULTIPLY_ADD_LANES = 576
+MULTIPLY_ADD_COLUMNS = 64
+
+BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
+BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
+
+SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
+SCORE_LIMIT_TOK_PER_S = 1e6  # a peer that boasts
+SCORE_SAMPLE_TOKENS = 16  # fewer say little about speed
+SCORE_WEIGHT = 0.2  # of the newest request in the average
+SCORE_CHANGE_SAVED = 0.05  # smaller changes are not worth a write to an SD card
+SCORE_FLUSH_S = 60.0  # between two saves of the scores while requests run
+
+capability_log = logging.getLogger("dvai_bridge.capability")
+
+
+class GpuClass(enum.Enum):
+    """What computes beside the processor. Only what engines can use counts: a Raspberry Pi has none."""
+
+    NONE = "none"
+    INTEGRATED = "integrated"
+    DISCRETE = "discrete"
+    APPLE_SILICON = "apple-silicon"
+
+
+class CpuClass(enum.Enum):
+    """The processor by its logical cores: high from 12, mid from 6."""
+
+    LOW = "low"
+    MID = "mid"
+    HIGH = "high"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareHints:
+    """What the heuristic knows of a device. `ram_gb`: GiB, whole ones from 1 on."""
+
+    has_npu: bool
+    ram_gb: float
+    gpu_class: GpuClass
+    cpu_class: CpuClass
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` words it on every platform."""
+        return {
+            "hasNpu": self.has_npu,
+            "ramGb": self.ram_gb,
+            "gpuClass": self.gpu_class.value,
+            "cpuClass": self.cpu_class.value,
+        }
+
+
+def run_tool(command: Sequence[str]) -> str:
+    """What a tool of the system prints; empty if it is not there, fails, or takes longer than TOOL_TIMEOUT_S."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TOOL_TIMEOUT_S, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def read_registry(key: str, name: str) -> list[str]:
+    """The value `name` of every subkey of HKEY_LOCAL_MACHINE\\`key` that has one as text; empty but on Windows."""
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        parent = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key)
+    except (ImportError, OSError):
+        return []
+    values = []
+    with parent:
+        for index in range(winreg.QueryInfoKey(parent)[0]):
+            with contextlib.suppress(OSError), winreg.OpenKey(parent, winreg.EnumKey(parent, index)) as subkey:
+                values.append(winreg.QueryValueEx(subkey, name)[0])
+    return [value for value in values if isinstance(value, str)]
+
+
+def count_logical_cores() -> int:
+    """The logical cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareView:
+    """Through what the machine is looked at; a test stands a recorded one there. Files are read below `root`."""
+
+    platform: str = sys.platform
+    root: Path = Path("/")
+    run: Callable[[Sequence[str]], str] = run_tool
+    read_registry: Callable[[str, str], Sequence[str]] = read_registry
+    count_cores: Callable[[], int] = count_logical_cores
+
+
+# PCI ids of the makers of GPUs; servers' and virtual machines' display adapters are of others.
+_NVIDIA, _AMD, _INTEL = "10DE", "1002", "8086"
+_PCI_GPU = re.compile(r"^PCI_CLASS=(?:3[0-9A-F]{4}|1200[0-9A-F]{2})$", re.MULTILINE)  # display, or accelerator
+_SYSTEMS_WITH_GPU = ("nvidia,tegra", "apple,t", "qcom,x1")  # by the device tree: Jetson, Macs with Linux, Snapdragon X
+_DISPLAY_ADAPTERS = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
+_COMPUTE_ACCELERATORS = r"SYSTEM\CurrentControlSet\Control\Class\{f01a9d53-3ff6-48d2-9f97-c8a7004be10c}"
+_GPU_ORDER = (GpuClass.NONE, GpuClass.INTEGRATED, GpuClass.DISCRETE, GpuClass.APPLE_SILICON)
+
+
+def _list_files(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def classify_pci_gpu(uevent: str, vram_vendor: str) -> GpuClass:
+    """The class of a PCI device by its `uevent` in /sys and, of AMD's, `mem_info_vram_vendor`. Pure.
+
+    A device without a driver, or given to a virtual machine, cannot be used. Intel's own graphics always sit in slot
+    00:02.0; AMD's driver knows a maker of memory chips only where they are the card's own.
+    """
+    driver, pci_id, slot = (
+        found[1] if (found := re.search(rf"^{name}=(\S+)$", uevent, re.MULTILINE)) else ""
+        for name in ("DRIVER", "PCI_ID", "PCI_SLOT_NAME")
+    )
+    vendor = pci_id.partition(":")[0].upper()
+    if not _PCI_GPU.search(uevent) or driver in ("", "vfio-pci"):
+        return GpuClass.NONE
+    if vendor == _NVIDIA:
+        return GpuClass.DISCRETE
+    if vendor == _INTEL:
+        return GpuClass.INTEGRATED if slot.endswith(":00:02.0") else GpuClass.DISCRETE
+    if vendor == _AMD:
+        return GpuClass.DISCRETE if vram_vendor.strip() not in ("", "unknown") else GpuClass.INTEGRATED
+    return GpuClass.NONE
+
+
+def classify_gpu_name(name: str) -> GpuClass:
+    """The class of a GPU by the name its driver gives it (Windows, Macs with Intel processors). Pure.
+
+    AMD calls what is part of a processor "… Graphics"; Intel's cards are Arc with a letter and a number.
+    """
+    name = name.strip()
+    if re.search(r"\bNVIDIA\b", name):
+        return GpuClass.DISCRETE
+    if re.search(r"\bRadeon\b|\bAMD\b", name):
+        return GpuClass.INTEGRATED if name.endswith("Graphics") else GpuClass.DISCRETE
+    if re.search(r"\bIntel\b", name):
+        return GpuClass.DISCRETE if re.search(r"\bArc\b.*\b[AB][0-9]{2,3}", name) else GpuClass.INTEGRATED
+    return GpuClass.INTEGRATED if "Adreno" in name else GpuClass.NONE
+
+
+def _choose_gpu(classes: Iterable[GpuClass]) -> GpuClass:
+    return max(classes, key=_GPU_ORDER.index, default=GpuClass.NONE)
+
+
+def _probe_linux_gpu(view: HardwareView) -> GpuClass:
+    tree = _read_small_file(view.root / "proc/device-tree/compatible").split("\0")
+    if any(system.startswith(_SYSTEMS_WITH_GPU) for system in tree):
+        return GpuClass.INTEGRATED
+    found = GpuClass.NONE
+    # A container sees all of /sys, but only the device files that it was given.
+    device = view.root / "dev"
+    usable = [*(device / name for name in ("nvidiactl", "dxg", "kfd")), *device.glob("dri/renderD*")]
+    if any(path.exists() for path in usable):
+        found = _choose_gpu(
+            classify_pci_gpu(
+                _read_small_file(directory / "uevent"), _read_small_file(directory / "mem_info_vram_vendor")
+            )
+            for directory in _list_files(view.root / "sys/bus/pci/devices")
+        )
+    if found is not GpuClass.DISCRETE and "GPU 0:" in view.run(["nvidia-smi", "-L"]):  # WSL shows no such PCI device
+        found = GpuClass.DISCRETE
+    return found
+
+
+def _probe_linux_npu(view: HardwareView) -> bool:
+    """Whether a driver of an accelerator for neural networks has found its device: NPUs, Hailo, Coral, Rockchip."""
+    classes = ("sys/class/accel", "sys/class/hailo_chardev", "sys/class/apex")
+    rockchip = _list_files(view.root / "sys/bus/platform/drivers/RKNPU")
+    return any(_list_files(view.root / name) for name in classes) or any(
+        path.name.endswith(".npu") for path in rockchip
+    )
+
+
+def _read_cpu_quota(directory: Path) -> int | None:
+    """Whole cores that a control group's quota allows (v2's file, else v1's), at least one; None without a quota."""
+    quota, _, period = _read_small_file(directory / "cpu.max").partition(" ")
+    if not period:
+        quota = _read_small_file(directory / "cpu.cfs_quota_us")
+        period = _read_small_file(directory / "cpu.cfs_period_us")
+    microseconds, each = _parse_count(quota), _parse_count(period)
+    return max(1, microseconds // each) if microseconds and each else None
+
+
+def _probe_linux_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    quotas = [quota for quota in map(_read_cpu_quota, _list_cgroups(view.root, "cpu")) if quota is not None]
+    cores = min([view.count_cores(), *quotas])
+    return probe_total_memory(view.root, view.platform), cores, _probe_linux_gpu(view), _probe_linux_npu(view)
+
+
+def _probe_macos_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    """sysctl says `hw.optional.arm64: 1` on Apple silicon also to a program translated by Rosetta."""
+    text = view.run(["sysctl", "hw.memsize", "hw.ncpu"])
+    cores = _find_count(text, "hw.ncpu") or view.count_cores()
+    if _find_count(view.run(["sysctl", "hw.optional.arm64"]), "hw.optional.arm64") == 1:
+        return _find_count(text, "hw.memsize"), cores, GpuClass.APPLE_SILICON, True
+    names = re.findall(r"Chipset Model: (.+)", view.run(["system_profiler", "SPDisplaysDataType"]))
+    return _find_count(text, "hw.memsize"), cores, _choose_gpu(map(classify_gpu_name, names)), False
+
+
+def _probe_windows_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    gpu = _choose_gpu(map(classify_gpu_name, view.read_registry(_DISPLAY_ADAPTERS, "DriverDesc")))
+    has_npu = bool(view.read_registry(_COMPUTE_ACCELERATORS, "DriverDesc"))
+    return probe_total_memory(view.root, view.platform), view.count_cores(), gpu, has_npu
+
+
+def probe_hardware_hints(view: HardwareView | None = None) -> HardwareHints:
+    """What kind of machine, or container, this is. Blocks for files and perhaps a tool: not for an event loop."""
+    view = view or HardwareView()
+    probe = {"win32": _probe_windows_hints, "darwin": _probe_macos_hints}.get(view.platform, _probe_linux_hints)
+    ram_bytes, cores, gpu_class, has_npu = probe(view)
+    ram_gb = UNKNOWN_RAM_GB if ram_bytes is None else ram_bytes / 1024**3
+    return HardwareHints(
+        has_npu=has_npu,
+        ram_gb=round(ram_gb, 1) if ram_gb < 1 else int(ram_gb + 0.5),
+        gpu_class=gpu_class,
+        cpu_class=CpuClass.HIGH if cores >= 12 else CpuClass.MID if cores >= 6 else CpuClass.LOW,
+    )
+
+
+_GPU_TOK_PER_S = {
+    GpuClass.NONE: 3.0,
+    GpuClass.INTEGRATED: 8.0,
+    GpuClass.DISCRETE: 35.0,
+    GpuClass.APPLE_SILICON: 40.0,
+}
+_CPU_FACTOR = {CpuClass.LOW: 0.6, CpuClass.MID: 1.0, CpuClass.HIGH: 1.3}
+
+
+def compute_heuristic_tok_per_s(hints: HardwareHints) -> float:
+    """What such hardware writes in tokens/s, whatever the model; the number that all DVAI software computes. Pure."""
+    ram_factor = 0.3 if hints.ram_gb < 4 else 0.7 if hints.ram_gb < 8 else 1.0
+    npu_factor = 1.4 if hints.has_npu else 1.0
+    tok_per_s = _GPU_TOK_PER_S[hints.gpu_class] * _CPU_FACTOR[hints.cpu_class] * ram_factor * npu_factor
+    return math.floor(tok_per_s * 10 + 0.5) / 10  # halves go up, as in JavaScript
+
+
+class HardwareMode(enum.Enum):
+    """What a device is good for: running models, only asking peers, or not even that by its maker's measure."""
+
+    OK = "ok"
+    OFFLOAD_ONLY = "offload-only"
+    TOO_WEAK = "too-weak"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareAssessment:
+    """The judgement before any model is chosen, its reason for people, and what it is made from."""
+
+    mode: HardwareMode
+    tok_per_s: float
+    reason: str
+    hints: HardwareHints
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` returns it on every platform."""
+        return {
+            "mode": self.mode.value,
+            "tokPerSec": self.tok_per_s,
+            "reason": self.reason,
+            "hints": self.hints.build_json(),
+        }
+
+
+def assess_hardware(
+    hardware_minimum: float = DEFAULT_HARDWARE_MINIMUM,
+    min_local_capability: float = DEFAULT_MIN_LOCAL_CAPABILITY,
+    *,
+    hints: HardwareHints | None = None,
+) -> HardwareAssessment:
+    """Judge this device by two thresholds in tokens/s. `hints` None: looks at the machine, which blocks."""
+    hints = hints or probe_hardware_hints()
+    tok_per_s = compute_heuristic_tok_per_s(hints)
+    if tok_per_s < hardware_minimum:
+        mode = HardwareMode.TOO_WEAK
+        judgement = f"below the {hardware_minimum:g} tok/s hardware floor — too slow to run models locally."
+    elif tok_per_s < min_local_capability:
+        mode = HardwareMode.OFFLOAD_ONLY
+        judgement = (
+            f"below the {min_local_capability:g} tok/s comfort threshold — model will not be loaded locally; "
+            "every request will be forwarded to a paired peer."
+        )
+    else:
+        mode = HardwareMode.OK
+        judgement = f"at or above the {min_local_capability:g} tok/s comfort threshold — models run locally."
+    reason = f"estimated {tok_per_s:g} tok/s, {judgement}"
+    return HardwareAssessment(mode=mode, tok_per_s=tok_per_s, reason=reason, hints=hints)
+
+
+# Estimates. Decoding reads every weight once a token: llama.cpp is as fast as the memory, Python as its multiplication.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MachineSpeed:
+    """Measured rates. `memory_bytes_per_s`: read and written while copying, by several cores together.
+
+    `multiply_adds_per_s`: of one core, in the big-integer form that the built-in engine computes in.
+    """
+
+    memory_bytes_per_s: float
+    multiply_adds_per_s: float
+    cores: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelCost:
+    """What one token costs: parameters that take part in it, and bytes of weights that are read for it."""
+
+    n_params: int
+    bytes_per_token: int
+
+
+def compute_model_cost(gguf: GgufFile | GgufHeader) -> ModelCost:
+    """By the header alone. Of an embedding table one row is read; of a mixture only the experts that are used. Pure."""
+    architecture = gguf.metadata.get("general.architecture")
+    experts = gguf.metadata.get(f"{architecture}.expert_count")
+    used = gguf.metadata.get(f"{architecture}.expert_used_count")
+    share, n_params, size_bytes = 1.0, 0.0, 0.0
+    if isinstance(experts, int) and isinstance(used, int) and 0 < used <= experts:
+        share = used / experts
+    for name, tensor in gguf.tensors.items():
+        if name == "token_embd.weight" and "output.weight" in gguf.tensors:
+            continue
+        part = share if "_exps." in name else 1.0
+        n_params += part * math.prod(tensor.shape)
+        size_bytes += part * tensor.size_bytes
+    return ModelCost(n_params=int(n_params), bytes_per_token=int(size_bytes))
+
+
+def _measure_memory(free_bytes: int | None, cores: int) -> float:
+    """Bytes per second that copying reads and writes; ctypes lets the threads run beside each other."""
+    import ctypes
+
+    threads = min(cores, BANDWIDTH_THREADS)
+    budget = BANDWIDTH_BUFFER_BYTES if free_bytes is None else free_bytes // BANDWIDTH_FREE_SHARE
+    size = max(MIB, min(BANDWIDTH_BUFFER_BYTES, budget) // threads)
+    pairs = [(ctypes.create_string_buffer(size), ctypes.create_string_buffer(size)) for _ in range(threads)]
+    for source, _ in pairs:
+        ctypes.memset(source, 1, size)  # pages never written are all one page of zeros, which stays in the cache
+    best_s = math.inf
+    for _ in range(1 + SPEED_ROUNDS):  # the first one gets the memory from the system
+        workers = [threading.Thread(target=ctypes.memmove, args=(to, source, size)) for source, to in pairs]
+        began_s = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return 2 * size * threads / best_s
+
+
+def _measure_multiply_adds() -> float:
+    """Multiply-adds per second of one core, a column of weights in one integer (see the built-in engine)."""
+    seed = random.Random(1)
+    columns = [seed.getrandbits(32 * MULTIPLY_ADD_LANES) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    values = [seed.getrandbits(12) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    best_s = math.inf
+    for _ in range(10 * SPEED_ROUNDS):
+        began_s = time.perf_counter()
+        sum(map(operator.mul, columns, values))
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return MULTIPLY_ADD_LANES * MULTIPLY_ADD_COLUMNS / best_s
+
+
+def probe_machine_speed() -> MachineSpeed:
+    """Measure memory and arithmetic, in about a tenth of a second. Blocks, and keeps several cores busy."""
+    cores = count_logical_cores()
+    return MachineSpeed(
+        memory_bytes_per_s=_measure_memory(probe_free_memory().free_bytes, cores),
+        multiply_adds_per_s=_measure_multiply_adds(),
+        cores=cores,
+    )
+
+
+def estimate_builtin_tok_per_s(
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+) -> float:
+    """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
+    gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
+    return BUILTIN_EFFICIENCY * gain * multiply_adds_per_s / max(n_params, 1)
+
+
+def estimate_tok_per_s(
+    engine: str, cost: ModelCost, speed: MachineSpeed, *, gpu_class: GpuClass = GpuClass.NONE
+) -> float | None:
+    """Decode speed to expect of a model, in tokens/s; None for an engine that we do not run ourselves. Pure.
+
+    `gpu_class`: of the GPU that holds the whole model; NONE if that does not fit, or the engine cannot use it. A GPU
+    that shares the processor's memory is as fast as that memory.
+    """
+    if engine == "builtin":
+        return estimate_builtin_tok_per_s(cost.n_params, speed.multiply_adds_per_s, speed.cores)
+    if engine == "llama":
+        bandwidth = DISCRETE_GPU_BYTES_PER_S if gpu_class is GpuClass.DISCRETE else speed.memory_bytes_per_s
+        return LLAMA_EFFICIENCY * bandwidth / max(cost.bytes_per_token, 1)
+    return None
+
+
+# Scores: what is known of one model on one device, here or told by a peer.
+
+
+class ScoreSource(enum.Enum):
+    """Where a score comes from. The wire knows two words: the first is `probe` there, the others `heuristic`."""
+
+    MEASURED = "measured"
+    ESTIMATE = "estimate"
+    HEURISTIC = "heuristic"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Score:
+    """Decode speed of a model on a device, in tokens/s. `measured_at_ms`: unix time. Prefill None: not known."""
+
+    model_id: str
+    device_id: str
+    library_version: str
+    tok_per_s: float
+    source: ScoreSource
+    measured_at_ms: int
+    prefill_tok_per_s: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ScoreKey:
+    """What a measurement holds for; with any of these different the model has to be measured again."""
+
+    model_id: str
+    engine: str
+    quantization: str
+    n_gpu_layers: int = 0
+    library_version: str = __version__
+
+
+def build_score_json(score: Score) -> dict[str, Any]:
+    """One score as `GET /v1/dvai/capability` and `POST /v1/dvai/probe` show it."""
+    shown = {
+        "modelId": score.model_id,
+        "deviceId": score.device_id,
+        "libraryVersion": score.library_version,
+        "tokPerSec": round(score.tok_per_s, 2),
+        "source": "probe" if score.source is ScoreSource.MEASURED else "heuristic",
+        "measuredAt": score.measured_at_ms,
+    }
+    if score.prefill_tok_per_s is not None:
+        shown["prefillTokPerSec"] = round(score.prefill_tok_per_s, 2)
+    return shown
+
+
+def build_scores_json(scores: Iterable[Score]) -> dict[str, Any]:
+    """The answer of `GET /v1/dvai/capability`."""
+    return {"scores": [build_score_json(score) for score in scores]}
+
+
+def _parse_rate(value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= cast(float, value) <= SCORE_LIMIT_TOK_PER_S:
+        raise ValueError("a rate must be a number of tokens per second")
+    return float(cast(float, value))
+
+
+def _parse_score_text(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_CHARS or not value.isprintable():
+        raise ValueError("a score's texts must be printable, and not long")
+    return value
+
+
+def parse_score_json(value: Any) -> Score:
+    """A score as another device words it; ValueError if it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("a score must be an object")
+    measured_at_ms = value.get("measuredAt", 0)
+    if type(measured_at_ms) not in (int, float) or not 0 <= measured_at_ms < 1 << 53:
+        raise ValueError("measuredAt must be unix milliseconds")
+    prefill = value.get("prefillTokPerSec")
+    return Score(
+        model_id=_parse_score_text(value.get("modelId")),
+        device_id=_parse_score_text(value.get("deviceId")),
+        library_version=_parse_score_text(value.get("libraryVersion", "unknown")),
+        tok_per_s=_parse_rate(value.get("tokPerSec")),
+        source=ScoreSource.MEASURED if value.get("source") == "probe" else ScoreSource.HEURISTIC,
+        measured_at_ms=int(measured_at_ms),
+        prefill_tok_per_s=None if prefill is None else _parse_rate(prefill),
+    )
+
+
+def parse_scores_json(value: Any) -> tuple[Score, ...]:
+    """The scores of another device's `GET /v1/dvai/capability`; wrong ones are left out. ValueError without a list."""
+    scores = value.get("scores") if isinstance(value, dict) else None
+    if not isinstance(scores, list):
+        raise ValueError("there is no list of scores")
+    found = []
+    for score in scores[:SCORES_LIMIT]:
+        with contextlib.suppress(ValueError):
+            found.append(parse_score_json(score))
+    return tuple(found)
+
+
+def choose_score(
+    key: ScoreKey,
+    device_id: str,
+    *,
+    measured: Score | None,
+    estimated_tok_per_s: float | None,
+    hints: HardwareHints,
+    now_ms: int,
+) -> Score:
+    """What counts for a model here: its measurement, else the estimate, else the heuristic. Pure."""
+    if measured is not None:
+        return replace(measured, device_id=device_id)
+    source, tok_per_s = ScoreSource.HEURISTIC, compute_heuristic_tok_per_s(hints)
+    if estimated_tok_per_s is not None:
+        source, tok_per_s = ScoreSource.ESTIMATE, estimated_tok_per_s
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=tok_per_s,
+        source=source,
+        measured_at_ms=now_ms,
+    )
+
+
+def compute_decode_rate(usage: Usage) -> float | None:
+    """Tokens/s of one generation; None if it was too short to say. The first token belongs to the prompt's time."""
+    if usage.completion_tokens < SCORE_SAMPLE_TOKENS or usage.predicted_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, (usage.completion_tokens - 1) / usage.predicted_ms * 1000)
+
+
+def compute_prefill_rate(usage: Usage) -> float | None:
+    """Prompt tokens/s of one generation, those that the cache gave left out; None if too few were left to say."""
+    tokens = usage.prompt_tokens - usage.cached_tokens
+    if tokens < SCORE_SAMPLE_TOKENS or usage.prompt_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, tokens / usage.prompt_ms * 1000)
+
+
+def average_score(old: Score | None, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> Score | None:
+    """The score with one more request in its exponential average; None if that one says nothing. Pure."""
+    decode, prefill = compute_decode_rate(usage), compute_prefill_rate(usage)
+    if decode is None:
+        return None
+    if old is not None:
+        decode = old.tok_per_s + SCORE_WEIGHT * (decode - old.tok_per_s)
+        if prefill is None:
+            prefill = old.prefill_tok_per_s
+        elif old.prefill_tok_per_s is not None:
+            prefill = old.prefill_tok_per_s + SCORE_WEIGHT * (prefill - old.prefill_tok_per_s)
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=decode,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=prefill,
+    )
+
+
+ScoreTable = dict[ScoreKey, Score]
+
+
+def encode_score_table(table: Mapping[ScoreKey, Score]) -> bytes:
+    """`capability.json`: the newest SCORES_LIMIT measurements, each with what it holds for."""
+    newest = sorted(table.items(), key=lambda item: item[1].measured_at_ms)[-SCORES_LIMIT:]
+    entries = [
+        build_score_json(score)
+        | {"engine": key.engine, "quantization": key.quantization, "gpuLayers": key.n_gpu_layers}
+        for key, score in newest
+    ]
+    return encode_json({"version": 1, "scores": entries})
+
+
+def parse_score_table(data: bytes) -> ScoreTable:
+    """The inverse of encode_score_table; ValueError, TypeError or KeyError for anything else."""
+    document = parse_json(data)
+    table: ScoreTable = {}
+    for entry in document["scores"]:
+        score = parse_score_json(entry)
+        key = ScoreKey(
+            model_id=score.model_id,
+            engine=_parse_score_text(entry["engine"]),
+            quantization=_parse_score_text(entry["quantization"]),
+            n_gpu_layers=int(entry["gpuLayers"]),
+            library_version=score.library_version,
+        )
+        table[key] = score
+    return table
+
+
+def parse_score_cache(data: bytes) -> ScoreTable:
+    """As parse_score_table, but a damaged cache is an empty one: its measurements can be made again."""
+    try:
+        return parse_score_table(data)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        capability_log.info("the measurements of earlier runs are damaged and made again")
+        return {}
+
+
+def merge_score_tables(one: Mapping[ScoreKey, Score], other: Mapping[ScoreKey, Score]) -> ScoreTable:
+    """All measurements of both, of the same thing the newer one. Pure."""
+    merged = dict(one)
+    for key, score in other.items():
+        if key not in merged or merged[key].measured_at_ms <= score.measured_at_ms:
+            merged[key] = score
+    return merged
+
+
+class ScoreCache:
+    """The measurements of this device, kept in `capability.json` of the cache directory. For any thread.
+
+    Its owner calls `load` once, `flush` every SCORE_FLUSH_S and at the end; both block for the disk, everything else
+    is memory only. A cache that cannot be read or saved costs measurements, never a request.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._table: ScoreTable = {}
+        self._saved: ScoreTable = {}
+        self._has_warned = False
+
+    def load(self) -> None:
+        """Take in what earlier runs measured."""
+        try:
+            found = load_file(self._path, parse_score_cache) or {}
+        except StorageError as exc:
+            capability_log.warning("models are measured anew: %s", exc)
+            return
+        with self._lock:
+            self._table, self._saved = merge_score_tables(found, self._table), found
+
+    def get(self, key: ScoreKey) -> Score | None:
+        """The measurement for exactly this."""
+        with self._lock:
+            return self._table.get(key)
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """The measurements of this version, for peers."""
+        with self._lock:
+            return tuple(score for key, score in self._table.items() if key.library_version == __version__)
+
+    def put(self, key: ScoreKey, score: Score) -> None:
+        """Take over what a probe measured."""
+        with self._lock:
+            self._table[key] = score
+
+    def observe(self, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> None:
+        """Take one served request into the average.
+
+        Only of requests that had the engine for themselves: beside others each is slower, by an amount that depends
+        on their prompts, the batch and the cores, so that there is nothing to divide out (see RequestWatch).
+        """
+        with self._lock:
+            score = average_score(self._table.get(key), key, device_id, usage, now_ms)
+            if score is not None:
+                self._table[key] = score
+
+    def flush(self) -> None:
+        """Save, if a score is new or moved by more than SCORE_CHANGE_SAVED. Never raises for the disk."""
+        with self._lock:
+            table = dict(self._table)
+            if not any(self._is_worth_saving(key, score) for key, score in table.items()):
+                return
+        try:
+            update_file(
+                self._path,
+                parse_score_cache,
+                lambda found: encode_score_table(merge_score_tables(found or {}, table)),
+            )
+        except StorageError as exc:
+            if not self._has_warned:
+                capability_log.warning("measurements are not kept: %s", exc)
+            self._has_warned = True
+            return
+        with self._lock:
+            self._saved, self._has_warned = table, False
+
+    def _is_worth_saving(self, key: ScoreKey, score: Score) -> bool:
+        saved = self._saved.get(key)
+        if saved is None:
+            return True
+        return abs(score.tok_per_s - saved.tok_per_s) > SCORE_CHANGE_SAVED * saved.tok_per_s
+
+
+# ---- Audit ----------------------------------------------------------------------------
+# Who had what computed here: one JSON line per request, in a file per day. Never a prompt, never a key.
+
+AUDIT_DAYS = 30  # kept
+AUDIT_BATCH_S = 3.0  # lines are written together, after so long at most: SD cards wear
+AUDIT_CLOSE_S = 5.0  # a disk that hangs when the bridge closes
+AUDIT_LINES_LIMIT = 10_000  # not yet written, on a disk that hangs or is full
+AUDIT_DAY_LIMIT_BYTES = 64 * MIB  # of one day, which somebody who is refused a thousand times a second would fill
+AUDIT_LINE_LIMIT_BYTES = 4 * KIB  # a longer one is not ours: it is skipped in reading
+AUDIT_PATH_LIMIT_CHARS = 128
+
+_AUDIT_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl")
+
+audit_log = logging.getLogger("dvai_bridge.audit")
+
+
+class AuditCaller(enum.Enum):
+    """As whom a request counts: this machine, the holder of an API key, a paired peer (by signature), a stranger."""
+
+    LOCAL = "local"
+    KEY = "key"
+    PEER = "peer"
+    ANONYMOUS = "anonymous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AuditEntry:
+    """One request that has ended. `time_ms`: when it ended, unix time.
+
+    `outcome`: "ok", "cancelled", or the error's code. `route`: local, lan, relay or upstream; None: it got nowhere.
+    `device_id`, `app_id`: of a peer. `served_by`: the device that computed, None for this one. Names may be foreign.
+    """
+
+    time_ms: int
+    request_id: str
+    caller: AuditCaller
+    path: str
+    status: int
+    outcome: str
+    duration_ms: float
+    route: str | None = None
+    device_id: str | None = None
+    app_id: str | None = None
+    engine: str | None = None
+    model_asked: str | None = None
+    model_served: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    served_by: str | None = None
+
+
+def format_utc(time_ms: int) -> str:
+    """Unix milliseconds as `2026-11-21T12:20:01.123Z` (RFC 3339)."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms // 1000)) + f".{time_ms % 1000:03d}Z"
+
+
+def build_audit_json(entry: AuditEntry) -> dict[str, Any]:
+    """One line's object. Who is not a peer stands as `local`, `key` or `anonymous` in place of the device's id.
+
+    A peer may call itself so: `caller` tells them apart.
+    """
+
+    def shown(name: str | None) -> str | None:
+        return None if name is None else display_name(name)
+
+    is_peer = entry.caller is AuditCaller.PEER
+    return {
+        "time": format_utc(entry.time_ms),
+        "requestId": display_name(entry.request_id),
+        "caller": entry.caller.value,
+        "deviceId": shown(entry.device_id) if is_peer else entry.caller.value,
+        "appId": shown(entry.app_id or entry.device_id) if is_peer else None,
+        "route": entry.route,
+        "path": display_name(entry.path[:AUDIT_PATH_LIMIT_CHARS]),
+        "engine": shown(entry.engine),
+        "modelAsked": shown(entry.model_asked),
+        "modelServed": shown(entry.model_served),
+        "outcome": display_name(entry.outcome),
+        "status": entry.status,
+        "promptTokens": entry.prompt_tokens,
+        "completionTokens": entry.completion_tokens,
+        "durationMs": round(entry.duration_ms, 1),
+        "servedBy": shown(entry.served_by),
+    }
+
+
+def encode_audit_line(entry: AuditEntry) -> bytes:
+    """One line of an audit file, with its end."""
+    return encode_json(build_audit_json(entry)) + b"\n"
+
+
+def choose_expired_days(days: Collection[str], today: str) -> list[str]:
+    """Which of `days` (YYYY-MM-DD) are older than AUDIT_DAYS. Pure.
+
+    Counted back from the last day before `today` that has a file: a start with a clock that is far ahead would
+    otherwise delete everything.
+    """
+    import datetime
+
+    earlier = max((day for day in days if day < today), default=None)
+    if earlier is None:
+        return []
+    try:
+        oldest = datetime.date.fromisoformat(earlier) - datetime.timedelta(days=AUDIT_DAYS)
+    except (ValueError, OverflowError):  # a name like 2026-99-99 is not ours: nothing is deleted on doubt
+        return []
+    return sorted(day for day in days if day < oldest.isoformat())
+
+
+def _list_audit_days(directory: Path) -> list[str]:
+    """The days that have a file, oldest first."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(name.removesuffix(".jsonl") for name in names if _AUDIT_NAME.fullmatch(name))
+
+
+def _append_to_day(path: Path, lines: Sequence[bytes]) -> bool:
+    """Append whole lines or, on an error, nothing; False if the day has no room for them.
+
+    A line that a power cut left unfinished is ended first.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        data = b"".join(lines)
+        if size + len(data) > AUDIT_DAY_LIMIT_BYTES:
+            return False
+        if size:
+            os.lseek(fd, -1, os.SEEK_END)
+            if os.read(fd, 1) != b"\n":
+                data = b"\n" + data
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        except OSError:
+            if os.fstat(fd).st_size == size + len(data) - len(rest):  # else another bridge has written too
+                os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
+    return True
+
+
+class AuditLog:
+    """Writes the audit from a thread of its own: `record` neither waits nor fails, whatever the disk does.
+
+    Lines reach the file within AUDIT_BATCH_S, and at `close`. While the disk refuses them they are kept, the newest
+    AUDIT_LINES_LIMIT; one warning says so, and another line when it works again. The thread sleeps while there is
+    nothing to write.
+    """
+
+    def __init__(self, directory: Path, *, batch_s: float = AUDIT_BATCH_S) -> None:
+        self._directory = directory
+        self._batch_s = batch_s
+        self._changed = threading.Condition()
+        self._lines: deque[tuple[str, bytes]] = deque(maxlen=AUDIT_LINES_LIMIT)  # (day, line)
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._has_warned = False
+        self._pruned_day: str | None = None
+        self._full_day: str | None = None
+
+    def start(self) -> None:
+        """Begin to write in the background."""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def record(self, entry: AuditEntry) -> None:
+        """Take down a request that has ended."""
+        line = encode_audit_line(entry)
+        with self._changed:
+            self._lines.append((format_utc(entry.time_ms)[:10], line))
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Write what there is, now. Blocks for the disk; never raises for it."""
+        with self._writing:
+            with self._changed:
+                lines = list(self._lines)
+                self._lines.clear()
+            written = 0
+            try:
+                for day, group in itertools.groupby(lines, key=operator.itemgetter(0)):
+                    batch = [line for _, line in group]
+                    self._write_day(day, batch)
+                    written += len(batch)
+            except OSError as exc:
+                self._put_back(lines[written:])
+                if not self._has_warned:
+                    audit_log.warning("the audit cannot be written to %s: %s", self._directory, exc.strerror or exc)
+                self._has_warned = True
+            else:
+                if self._has_warned and lines:
+                    audit_log.info("the audit is written again")
+                    self._has_warned = False
+
+    def close(self) -> None:
+        """Write the rest and end the thread. A second call does nothing."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(AUDIT_CLOSE_S)
+            if thread.is_alive():
+                audit_log.warning("the audit's disk does not answer: its last lines are lost")
+                return
+        self.flush()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._is_closing)
+                self._changed.wait_for(lambda: self._is_closing, self._batch_s)
+                if self._is_closing:
+                    return
+            self.flush()
+
+    def _write_day(self, day: str, lines: Sequence[bytes]) -> None:
+        if day != self._pruned_day:
+            create_private_directory(self._directory)
+            self._prune(day)
+        if not _append_to_day(self._directory / f"{day}.jsonl", lines) and day != self._full_day:
+            self._full_day = day
+            audit_log.warning("the audit of %s has %d MiB: its rest is left out", day, AUDIT_DAY_LIMIT_BYTES // MIB)
+
+    def _prune(self, today: str) -> None:
+        for day in choose_expired_days(_list_audit_days(self._directory), today):
+            (self._directory / f"{day}.jsonl").unlink(missing_ok=True)
+        self._pruned_day = today
+
+    def _put_back(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        with self._changed:
+            both = [*lines, *self._lines]
+            self._lines.clear()
+            self._lines.extend(both)  # the oldest fall out, if they are too many
+
+
+def _parse_audit_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for one that is damaged, or not ours."""
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("time"), str) else None
+
+
+def _read_audit_lines(path: Path) -> Iterator[bytes]:
+    """The lines of one file, those that are too long left out."""
+    try:
+        fd = os.open(path, os.O_RDONLY | NOFOLLOW | BINARY_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:  # too old just now
+        return
+    with open(fd, "rb") as file:
+        is_whole = True
+        while line := file.readline(AUDIT_LINE_LIMIT_BYTES):
+            is_end = line.endswith(b"\n")
+            if is_whole and is_end:
+                yield line
+            is_whole = is_end
+
+
+def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+    """The entries since `since_ms`, at most the last `limit`, oldest first; a bridge may be writing meanwhile.
+
+    Damaged lines are left out. StorageError if the files cannot be read; no entries if there are none.
+    """
+    since = format_utc(since_ms)
+    newest_first: deque[list[dict[str, Any]]] = deque()
+    left = math.inf if limit is None else limit
+    with _translate_os_errors("read", directory):
+        for day in reversed(_list_audit_days(directory)):
+            if left <= 0 or day < since[:10]:
+                break
+            parsed = map(_parse_audit_line, _read_audit_lines(directory / f"{day}.jsonl"))
+            wanted = (entry for entry in parsed if entry is not None and entry["time"] >= since)
+            found = list(deque(wanted, maxlen=None if left == math.inf else int(left)))
+            newest_first.appendleft(found)
+            left -= len(found)
+    return [entry for found in newest_first for entry in found]
+
+
+# ---- Routing --------------------------------------------------------------------------
+# Where a request runs: peers, candidates and the decision. Pure.
+
+PEER_MODEL_ID_LIMIT_CHARS = 256  # model ids that flood the table of peers
+PEER_MODELS_LIMIT = 128  # models that one peer may claim to have
+PEER_URL_LIMIT_CHARS = 1024  # addresses
+PEER_SCORE_LIMIT_TOK_S = 1_000_000.0  # a peer that would win every comparison by claiming the absurd
+COOL_DOWN_S = 5.0  # a peer that fails each request given to it
+COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
+CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
+NO_DEVICE_RETRY_AFTER_S = 30
+
+
+class PeerVia(enum.Enum):
+    """How a peer was found, best first: of two equal candidates the one nearer to the user's network wins."""
+
+    MDNS = "mdns"
+    STATIC = "static"
+    CUSTOM = "custom"
+    RENDEZVOUS = "rendezvous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another bridge, as found; says nothing of whether it may be used.
+
+    `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    base_url: str
+    via: PeerVia
+    last_seen_ms: int
+    app_id: str | None = None
+    loaded_models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+
+
+def parse_base_url(text: str) -> str:
+    """The base URL of a peer in its one form: `http://host:port/v1`, given with or without `/v1`.
+
+    ValueError unless it is http or https, with a host and without credentials, query or fragment: what stands in
+    a URL is shown in logs and lists, so no secret may hide there.
+    """
+    if not 0 < len(text) <= PEER_URL_LIMIT_CHARS or not text.isprintable() or " " in text or "\\" in text:
+        raise ValueError("not a URL")
+    split = urllib.parse.urlsplit(text)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("not an http:// or https:// URL with a host")
+    if "@" in split.netloc or "?" in text or "#" in text:
+        raise ValueError("credentials, query and fragment have no place in a base URL")
+    host = f"[{split.hostname}]" if ":" in split.hostname else split.hostname
+    port = "" if split.port is None else f":{split.port}"  # ValueError beyond 65535
+    path = split.path.rstrip("/")
+    return f"{split.scheme}://{host}{port}{path if path.endswith('/v1') else path + '/v1'}"
+
+
+def build_peer_json(peer: Peer) -> dict[str, Any]:
+    """The peer as `GET /v1/dvai/peers` shows it and existing software writes it (unix ms, camelCase)."""
+    return {
+        "deviceId": peer.device_id,
+        "deviceName": peer.device_name,
+        "dvaiVersion": peer.dvai_version,
+        "baseUrl": peer.base_url,
+        **({} if peer.app_id is None else {"appId": peer.app_id}),
+        "loadedModels": list(peer.loaded_models),
+        "capability": dict(peer.capability),
+        "via": peer.via.value,
+        "secure": peer.secure,
+        "lastSeenAt": peer.last_seen_ms,
+    }
+
+
+def parse_peer_json(value: object, via: PeerVia | None = None) -> Peer:
+    """The peer that a decoded JSON object describes; ValueError says which member is wrong.
+
+    `via`, when given, decides instead of the object: who learnt of the peer knows how. Only deviceId and baseUrl are
+    needed; unknown members are ignored, models and scores beyond the bounds are left out.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("a peer must be an object")
+    device_id = parse_device_id(value.get("deviceId"))
+    base_url = value.get("baseUrl")
+    if not isinstance(base_url, str):
+        raise ValueError("baseUrl must be a text")
+    app_id = value.get("appId")
+    last_seen = value.get("lastSeenAt")
+    try:
+        found_via = via or PeerVia(value.get("via"))
+    except ValueError:
+        raise ValueError(f"via must be one of {', '.join(each.value for each in PeerVia)}") from None
+    return Peer(
+        device_id=device_id,
+        device_name=_parse_peer_text(value.get("deviceName")) or device_id,
+        dvai_version=_parse_peer_text(value.get("dvaiVersion")),
+        base_url=parse_base_url(base_url),
+        via=found_via,
+        last_seen_ms=last_seen if is_count(last_seen) else 0,
+        app_id=None if app_id is None else parse_device_id(app_id, "appId"),
+        loaded_models=parse_model_ids(value.get("loadedModels")),
+        capability=parse_scores(value.get("capability")),
+        secure=value.get("secure") is True,
+    )
+
+
+def parse_device_id(value: object, member: str = "deviceId") -> str:
+    """A device or app id: 1 to 128 printable characters; ValueError names the JSON member otherwise."""
+    if not is_peer_id(value):
+        raise ValueError(f"{member} must be 1 to {PEER_ID_LIMIT_CHARS} printable characters")
+    return value
+
+
+def parse_model_ids(value: object) -> tuple[str, ...]:
+    """The model ids in a JSON list from a peer; what is no such id is left out."""
+    ids = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in ids[:PEER_MODELS_LIMIT] if is_model_id(each))
+
+
+def parse_scores(value: object) -> dict[str, float]:
+    """Model id → tokens per second in a JSON object from a peer; what is no such pair is left out."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    sound = ((model, score) for model, score in pairs if is_model_id(model) and is_score(score))
+    return {model: float(score) for model, score in itertools.islice(sound, PEER_MODELS_LIMIT)}
+
+
+def is_model_id(value: object) -> bool:
+    """Whether a peer may call a model so."""
+    return isinstance(value, str) and 0 < len(value) <= PEER_MODEL_ID_LIMIT_CHARS and value.isprintable()
+
+
+def is_score(value: object) -> bool:
+    """Whether this is a number of tokens per second that a device can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= PEER_SCORE_LIMIT_TOK_S
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number that fits JSON's safe integers and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _parse_peer_text(value: object) -> str:
+    return value[:PEER_NAME_LIMIT_CHARS] if isinstance(value, str) else ""
+
+
+# What a request asks for
+
+
+class OffloadPreference(enum.Enum):
+    """The values of `X-DVAI-Offload`."""
+
+    PREFER = "prefer"
+    NEVER = "never"
+    REQUIRE = "require"
+
+
+def parse_preference(value: str | None) -> OffloadPreference:
+    """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
+    word = (value or "").strip().lower()
+    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+
+
+def parse_forwarded(value: str | None) -> bool:
+    """Whether `X-DVAI-Forwarded` says that the request came through a bridge already, and must not go on.
+
+    Any value but nothing and 0 counts: a loop costs more than a request served here.
+    """
+    return (value or "").strip() not in ("", "0")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class OffloadPolicy:
+    """What the user decided once for all requests. Scores in tokens per second."""
+
+    enabled: bool = False
+    min_local_capability: float = 10.0
+    substitute_quant: bool = False
+    has_rendezvous: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteRequest:
+    """What one request says of where it may run. `model` None: it named none."""
+
+    model: str | None = None
+    preference: OffloadPreference = OffloadPreference.PREFER
+    is_forwarded: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalModel:
+    """A model that this device serves. `score` None: nobody knows how fast."""
+
+    model_id: str
+    score: float | None = None
+    is_demonstration: bool = False
+
+
+# What is known of a peer
+#
+#            answered            paired             learned
+#     SEEN ────────────▶ REACHABLE ───────▶ PAIRED ─────────▶ READY
+#      ▲                  │   ▲               │ │               │
+#      │                  │   └── unpaired ───┘ │               │
+#      │                  │   └── unpaired ─────┼───────────────┤
+#      └──── lost ────────┴──────── lost ───────┴──── lost ─────┘
+#
+# Invariants: a prompt is sent in PAIRED and READY only. A peer that was lost passes through every state again, so that
+# what it has and who it is are asked anew when it returns; its pairing and what it taught us are kept meanwhile.
+
+
+class PeerState(enum.Enum):
+    """How far we got with a peer; the value is what `peers` prints."""
+
+    SEEN = "seen"
+    REACHABLE = "reachable"
+    PAIRED = "paired"
+    READY = "ready"
+
+
+class PeerEvent(enum.Enum):
+    """What moves a peer from state to state."""
+
+    ANSWERED = "answered"  # health came back
+    PAIRED = "paired"  # there is a pairing that lets us use it
+    LEARNED = "learned"  # it said which models it has
+    UNPAIRED = "unpaired"  # the pairing was revoked, ran out, or was not recognised (401)
+    LOST = "lost"  # no answer
+
+
+PEER_TRANSITIONS = {
+    (PeerState.SEEN, PeerEvent.ANSWERED): PeerState.REACHABLE,
+    (PeerState.REACHABLE, PeerEvent.PAIRED): PeerState.PAIRED,
+    (PeerState.REACHABLE, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.PAIRED, PeerEvent.LEARNED): PeerState.READY,
+    (PeerState.PAIRED, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.PAIRED, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.READY, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.READY, PeerEvent.LOST): PeerState.SEEN,
+}
+
+
+def advance_peer(state: PeerState, event: PeerEvent) -> PeerState:
+    """The state after the event; events that mean nothing in a state leave it as it is."""
+    return PEER_TRANSITIONS.get((state, event), state)
+
+
+class PeerHealth(enum.Enum):
+    """What a peer's health route says of its engine."""
+
+    OK = "ok"
+    LOADING = "loading"
+    DEGRADED = "degraded"
+
+
+class Handshake(enum.Enum):
+    """Where the pairing with an unpaired peer stands."""
+
+    NONE = "not paired"
+    ASKING = "waits for approval there"
+    REFUSED = "not paired: the handshake was refused"
+
+
+class PeerRoute(enum.Enum):
+    """By which way a peer is reached; the words of `X-DVAI-Route`."""
+
+    LAN = "lan"
+    RELAY = "relay"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class CoolDown:
+    """How long a peer that failed is left alone: 5 s, doubled with each further failure, at most 5 minutes.
+
+    Times on one clock of the caller's. Any sign of life ends it: the caller begins again with `CoolDown()`.
+    """
+
+    failures: int = 0
+    until_s: float = 0.0
+
+    def fail(self, now_s: float, retry_after_s: float = 0.0) -> CoolDown:
+        """After one more failure; a peer that said when to come back is left alone so long at least."""
+        doubled_s = COOL_DOWN_S * 2.0 ** min(self.failures, 16)
+        wait_s = min(max(doubled_s, retry_after_s), COOL_DOWN_LIMIT_S)
+        return CoolDown(failures=self.failures + 1, until_s=now_s + wait_s)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A peer with all that the decision looks at.
+
+    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
+    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
+    "" while nobody knows yet.
+    """
+
+    peer: Peer
+    state: PeerState
+    has_pairing: bool = False
+    handshake: Handshake = Handshake.NONE
+    health: PeerHealth = PeerHealth.OK
+    models: tuple[str, ...] | None = None
+    running: int = 0
+    waiting: int = 0
+    slots: int = 1
+    cool_down: CoolDown = field(default_factory=CoolDown)
+    route: PeerRoute = PeerRoute.LAN
+    error: str = ""
+
+
+# The decision
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One line of a refusal's `checked`: who was considered, its score, and why it does not serve.
+
+    `score` is the effective one: divided by the queue; 0 when it does not matter.
+    """
+
+    device_id: str
+    device_name: str | None
+    score: float
+    reason: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteTarget:
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    """
+
+    peer: Peer | None = None
+    route: PeerRoute | None = None
+    model_id: str | None = None
+    substituted_for: str | None = None
+    score: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteDecision:
+    """Where a request runs: `targets` in the order to try them; none of them is a refusal (build_refusal).
+
+    `reason`: ASCII, for a header and the log. `checked`: this device, then every peer that was considered.
+    `pair_with`: an unpaired peer that would be chosen, with which the handshake is to begin now. `awaited`: the peer
+    whose approval a request without targets may wait for. `may_retry`: somebody cools down or connects, so that
+    asking again can help. `advice`: what the user can do when nobody serves.
+    """
+
+    targets: tuple[RouteTarget, ...]
+    reason: str
+    model: str | None
+    checked: tuple[Checked, ...] = ()
+    pair_with: Peer | None = None
+    awaited: Peer | None = None
+    may_retry: bool = False
+    advice: str = ""
+    is_local_only: bool = False
+    local_score: float | None = None
+    required_score: float = 0.0
+    has_rendezvous: bool = False
+    paired_remote_peers: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """What the request demands of a peer: `floor` tok/s. `fallback` serves when no peer does.
+
+    `reason`: why the one that serves was chosen; `here`: why this device was not.
+    """
+
+    reason: str
+    here: str = ""
+    floor: float = 0.0
+    fallback: LocalModel | None = None
+    is_local_enough: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """What one candidate can do for one request. `score`: effective; of an unknown one, what it counts as.
+
+    `obstacle`: why it cannot serve, "" if it can. `is_coming`: that passes by itself. `is_unpaired`: it passes when
+    that device's user approves.
+    """
+
+    candidate: Candidate
+    model_id: str | None = None
+    score: float = 0.0
+    is_known: bool = False
+    is_loaded: bool = False
+    is_substitute: bool = False
+    obstacle: str = ""
+    is_coming: bool = False
+    is_unpaired: bool = False
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts the best first: loaded, score, the way it was found; the id last, so that the order is stable.
+
+        An unknown score stands behind every known one that is as good, and so its model counts as not loaded there.
+        """
+        peer = self.candidate.peer
+        via = list(PeerVia).index(peer.via)
+        is_first = self.is_loaded and self.is_known
+        return not is_first, -self.score, not self.is_known, not self.is_loaded, via, peer.device_id
+
+
+def choose_route(
+    policy: OffloadPolicy,
+    request: RouteRequest,
+    local: Sequence[LocalModel],
+    candidates: Sequence[Candidate],
+    now_s: float,
+) -> RouteDecision:
+    """Where a request runs, by section 3 of the protocol; a pure function of its arguments.
+
+    | request | this device | served by |
+    |---|---|---|
+    | offload off, `never`, or forwarded | any | this device, else `no_local_backend` |
+    | names a paired peer: `studio/llama` | any | that peer, whatever its score |
+    | `require` | any | peers that score at least min_local_capability |
+    | `prefer` | scores at least min_local_capability | this device |
+    | `prefer` | scores less, or has no such model | peers that score more, then this device |
+
+    Several peers are tried in the order of _Offer.rank. Nobody left: `no_capable_device`. `local`: what this device
+    serves, the default first; empty in offload-only mode. `now_s`: of the clock that the cool-downs were made with.
+    """
+    if not policy.enabled or request.preference is OffloadPreference.NEVER or request.is_forwarded:
+        return _decide_local(policy, request, local)
+    model, owners = _resolve_address(request.model, local, candidates)
+    here = _find_local(local, request.model)
+    local_score = _score_local(here, request.model)
+    terms = _choose_terms(policy, request, here, local_score, is_addressed=owners is not None)
+    if terms.is_local_enough:
+        return RouteDecision(targets=_target_local(here), reason=terms.reason, model=model, local_score=local_score)
+    considered = [each for each in candidates if owners is None or each.peer.device_id in owners]
+    offers = sorted((_build_offer(policy, model, each, now_s) for each in considered), key=lambda offer: offer.rank)
+    absence = "does not have the model" if local else "serves nothing itself"
+    itself = Checked(device_id="self", device_name=None, score=local_score, reason=terms.here if here else absence)
+    decision = RouteDecision(
+        targets=_target_local(terms.fallback),
+        reason="no peer is better",
+        model=model,
+        checked=(itself, *(_check(each, terms.floor) for each in offers)),
+        local_score=local_score if here else None,
+        required_score=policy.min_local_capability,
+        has_rendezvous=policy.has_rendezvous,
+        paired_remote_peers=sum(each.has_pairing and each.peer.via is PeerVia.RENDEZVOUS for each in candidates),
+    )
+    return _decide_peers(decision, terms, offers)
+
+
+def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
+    """Those of the offers that meet the terms go before this device; `offers`: the best first."""
+    wanted = [each for each in offers if each.score >= terms.floor and (not each.obstacle or each.is_unpaired)]
+    able = [each for each in wanted if not each.obstacle]
+    unpaired = next((each.candidate for each in wanted if each.is_unpaired), None)
+    is_first = unpaired is not None and wanted[0].candidate is unpaired
+    return replace(
+        decision,
+        targets=(*(_target_peer(each, decision.model) for each in able), *decision.targets),
+        reason=terms.reason if able else decision.reason,
+        pair_with=unpaired.peer if unpaired and is_first and unpaired.handshake is Handshake.NONE else None,
+        awaited=unpaired.peer if unpaired else None,
+        may_retry=any(each.is_coming for each in offers),
+        advice=_advise(offers, terms.floor),
+    )
+
+
+def _decide_local(policy: OffloadPolicy, request: RouteRequest, local: Sequence[LocalModel]) -> RouteDecision:
+    """This device, whatever the model: if it has no such model, it says so itself."""
+    if not policy.enabled:
+        reason = "offload is off"
+    elif request.is_forwarded:
+        reason = "a peer forwarded it"
+    else:
+        reason = "X-DVAI-Offload: never"
+    targets = (RouteTarget(model_id=request.model),) if local else ()
+    return RouteDecision(targets=targets, reason=reason, model=request.model, is_local_only=True)
+
+
+def _choose_terms(
+    policy: OffloadPolicy, request: RouteRequest, here: LocalModel | None, local_score: float, *, is_addressed: bool
+) -> _Terms:
+    minimum = policy.min_local_capability
+    if is_addressed:
+        return _Terms(floor=0.0, reason="the model names this peer", here="another device was named")
+    if request.preference is OffloadPreference.REQUIRE:
+        return _Terms(floor=minimum, reason="X-DVAI-Offload: require", here="a peer is required")
+    if here is not None and local_score >= minimum:
+        return _Terms(reason=f"this device has {local_score:.3g} tok/s, enough for {minimum:g}", is_local_enough=True)
+    faster = math.nextafter(local_score, math.inf)
+    reason = f"faster than the {local_score:.3g} tok/s of this device" if here else "this device does not have it"
+    return _Terms(floor=faster, fallback=here, reason=reason, here="below threshold")
+
+
+def _find_local(local: Sequence[LocalModel], model: str | None) -> LocalModel | None:
+    if model is None:
+        return local[0] if local else None
+    return next((each for each in local if is_same_model(each.model_id, model)), None)
+
+
+def _score_local(here: LocalModel | None, model: str | None) -> float:
+    """What this device scores, 0 when nobody knows; the demonstration model counts only for who names it."""
+    if here is None or here.score is None or (here.is_demonstration and model is None):
+        return 0.0
+    return here.score
+
+
+def _resolve_address(
+    model: str | None, local: Sequence[LocalModel], candidates: Sequence[Candidate]
+) -> tuple[str | None, frozenset[str] | None]:
+    """The model, and the ids of the paired peers that its name begins with; None for those if it names none.
+
+    A model whose whole name somebody serves is no address: ids have slashes of their own.
+    """
+    paired = [each for each in candidates if each.has_pairing]
+    served = [each.model_id for each in local] + [each for peer in paired for each in _list_models(peer)]
+    if model is None or "/" not in model or any(is_same_model(each, model) for each in served):
+        return model, None
+    names = [name for each in paired for name in (each.peer.device_id, each.peer.device_name)]
+    owner, rest = split_address(model, names)
+    if owner is None:
+        return model, None
+    peers = [each.peer for each in paired]
+    owned = (
+        each.device_id for each in peers if owner.casefold() in (each.device_id.casefold(), each.device_name.casefold())
+    )
+    return rest, frozenset(owned)
+
+
+def _list_models(candidate: Candidate) -> tuple[str, ...]:
+    """Every model that the peer is known to have."""
+    if candidate.models is not None:
+        return candidate.models
+    return (*candidate.peer.loaded_models, *candidate.peer.capability)
+
+
+def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate, now_s: float) -> _Offer:
+    passing = _find_passing_obstacle(candidate, now_s)
+    if passing:
+        return _Offer(candidate=candidate, obstacle=passing, is_coming=True)
+    if candidate.state is PeerState.SEEN:
+        via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
+        return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
+    found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
+    if found is None and candidate.models is not None:
+        return _Offer(candidate=candidate, obstacle="does not have the model")
+    known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
+    score = policy.min_local_capability if known is None else known
+    offer = _Offer(
+        candidate=candidate,
+        model_id=found or model,
+        score=score / (1 + candidate.waiting / max(1, candidate.slots)),
+        is_known=known is not None,
+        is_loaded=any(is_same_model(each, found or "") for each in candidate.peer.loaded_models),
+        is_substitute=found is not None and model is not None and not is_same_model(found, model),
+    )
+    if known == 0:
+        return replace(offer, obstacle="scores 0")
+    if candidate.health is PeerHealth.DEGRADED:
+        return replace(offer, obstacle="its engine does not work")
+    if candidate.state is PeerState.REACHABLE:
+        is_open = candidate.handshake is not Handshake.REFUSED
+        return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
+    return offer
+
+
+def _find_passing_obstacle(candidate: Candidate, now_s: float) -> str:
+    """What stands against a candidate and goes by itself, "" for nothing."""
+    if now_s < candidate.cool_down.until_s:
+        return f"cooling down for {math.ceil(candidate.cool_down.until_s - now_s)} s after a failure"
+    if candidate.state is PeerState.SEEN and not candidate.error:
+        return "still connecting"
+    if candidate.state is not PeerState.SEEN and candidate.health is PeerHealth.LOADING:
+        return "still loading its model"
+    return ""
+
+
+def _find_peer_model(candidate: Candidate, model: str | None, *, can_differ: bool) -> str | None:
+    """What the peer calls the model; the best of its models when none was named; None if it has none that will do."""
+    names = [each for each in _list_models(candidate) if model is not None or not is_same_model(each, BUILTIN_MODEL_ID)]
+    fitting = [each for each in names if model is None or is_same_model(each, model)]
+    if not fitting and can_differ and model is not None:
+        fitting = [each for each in names if can_substitute(each, model)]
+    loaded, scores = candidate.peer.loaded_models, candidate.peer.capability
+    return max(fitting, key=lambda each: (each in loaded, scores.get(each, 0.0)), default=None)
+
+
+def _target_local(here: LocalModel | None) -> tuple[RouteTarget, ...]:
+    return () if here is None else (RouteTarget(model_id=here.model_id, score=here.score),)
+
+
+def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
+    return RouteTarget(
+        peer=offer.candidate.peer,
+        route=offer.candidate.route,
+        model_id=offer.model_id,
+        substituted_for=model if offer.is_substitute else None,
+        score=offer.score,
+    )
+
+
+def _check(offer: _Offer, floor: float) -> Checked:
+    peer = offer.candidate.peer
+    reason = offer.obstacle or ("below threshold" if offer.score < floor else "can serve")
+    return Checked(device_id=peer.device_id, device_name=peer.device_name, score=offer.score, reason=reason)
+
+
+def _advise(offers: Sequence[_Offer], floor: float) -> str:
+    """What the user can do when nobody serves; the nearest remedy first."""
+    fast = [each for each in offers if each.score >= floor]
+    asked = next((each for each in fast if each.is_unpaired), None)
+    refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
+    if asked:
+        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+    if any(each.is_coming for each in offers):
+        return "One is connecting or failed a moment ago: ask again soon."
+    if refused:
+        name = display_name(refused.candidate.peer.device_name)
+        return f"{name} refused to pair: `pair request` asks it again."
+    if not offers:
+        return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
+    return "`peers` says what each of them lacks."
+
+
+# The refusal
+
+
+def build_refusal(
+    decision: RouteDecision, request_id: str, failures: Mapping[str, str] | None = None
+) -> NoCapableDeviceError | NoLocalBackendError:
+    """The answer when a decision has no targets, or all of them failed: `failures` is their reason by device id."""
+    if decision.is_local_only:
+        return NoLocalBackendError("This bridge runs in offload-only mode, and the request must not leave the device.")
+    checked = [_build_checked_json(each, (failures or {}).get(each.device_id)) for each in decision.checked]
+    model = "any model" if decision.model is None else f"model {display_name(decision.model)}"
+    return NoCapableDeviceError(
+        f"No device with capability ≥ {decision.required_score:g} tok/s for {model} was reachable. {decision.advice}",
+        retry_after_s=NO_DEVICE_RETRY_AFTER_S,
+        should_retry=None if decision.may_retry or failures else False,
+        extra={
+            "checked": checked[:CHECKED_LIMIT],
+            "localCapability": decision.local_score,
+            "requiredAtLeast": decision.required_score,
+            "rendezvousConfigured": decision.has_rendezvous,
+            "pairedRemotePeers": decision.paired_remote_peers,
+            "requestId": request_id,
+        },
+    )
+
+
+def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]:
+    name = {} if checked.device_name is None else {"deviceName": display_name(checked.device_name)}
+    score, reason = round(checked.score, 1), failure or checked.reason
+    return {"deviceId": display_name(checked.device_id), **name, "capabilityScore": score, "reason": reason}
 
 
 # ---- Streams --------------------------------------------------------------------------
@@ -3864,6 +7536,436 @@ def load_tls_context(cert_file: str, key_file: str) -> ssl.SSLContext:
 
 def _refuse_passphrase() -> str:
     raise UsageError("the TLS key is encrypted; give one without a passphrase (mode 0600)")
+
+
+# ---- HTTP client ----------------------------------------------------------------------
+# Requests to other servers: a pool of connections, a deadline on every wait, back-pressure, cancellation.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HttpBudgets:
+    """How long a request may take, in seconds. `first_byte_s`: from sending it to the head of the answer.
+
+    `idle_s`: silence between two pieces of the body, while somebody waits for them. `total_s`: everything, the
+    connect included; None: as long as it takes.
+    """
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_byte_s: float = 30.0
+    idle_s: float = 60.0
+    total_s: float | None = None
+
+
+@record(frozen=True, slots=True)
+class HttpUrl:
+    """Where a request goes. `host` as the resolver takes it (scope and all), `authority` as the Host field does."""
+
+    is_tls: bool
+    host: str
+    port: int
+    authority: str
+    target: str
+
+
+def parse_http_url(url: str) -> HttpUrl:
+    """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
+
+    The scope of a link-local address may follow a bare `%` or RFC 6874's `%25`; it never leaves this machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname, parts.port
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None or parts.fragment:
+        raise ValueError("not an http(s) URL of host, port, path and query")
+    is_tls = parts.scheme == "https"
+    address, percent, scope = host.partition("%")
+    if percent:
+        host = f"{address}%{scope.removeprefix('25') or scope}"
+    authority = f"[{address}]" if ":" in address else address
+    if port is not None:
+        authority += f":{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not _ORIGIN_FORM.fullmatch(target) or not _HOST.fullmatch(authority):
+        raise ValueError("characters in the URL that belong percent-encoded")
+    return HttpUrl(is_tls, host, port or (443 if is_tls else 80), authority, target)
+
+
+class ClientPhase(enum.Enum):
+    """What a connection to a server is doing.
+
+    IDLE → ACTIVE → IDLE …;   ACTIVE → LINGERING → IDLE;   any of them → CLOSED.
+    Invariants: only IDLE connections are in the pool; an answer that was not read to its end is never followed by
+    another request.
+    """
+
+    IDLE = "waits in the pool for a request"
+    ACTIVE = "a request was sent, its answer is being read"
+    LINGERING = "nobody wants the rest of the answer, which is expected to be short"
+    CLOSED = "of no use any more"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection: sends a request, holds what has come of the answer until somebody takes it."""
+
+    def __init__(self, client: HttpClient, url: HttpUrl) -> None:
+        self._client = client
+        self.origin = (url.is_tls, url.host, url.port)
+        self._authority = url.authority
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._parser = ResponseParser("GET")
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._is_reading = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._error: UpstreamError | None = None
+        self.phase = ClientPhase.IDLE
+        self.is_reused = False
+        self.has_received = False
+
+    # -- what asyncio calls --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the server."""
+        if self.phase is ClientPhase.ACTIVE:
+            self.has_received = True
+            piece = self._parser.receive(data)
+            if piece:
+                self._pieces.append(piece)
+                self._held_bytes += len(piece)
+                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+                    self._is_reading = False
+                    self._transport.pause_reading()
+            if self._parser.error is not None:
+                self._transport.abort()
+            self._wake()
+        elif self.phase is ClientPhase.LINGERING:
+            self._held_bytes += len(data)
+            self._parser.receive(data)
+            self._try_to_reuse()
+        else:
+            self.close()  # a server that speaks without being asked
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        self._parser.receive_eof()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed, by whomever."""
+        if self._error is None and not self._parser.is_complete:
+            self._error = self._parser.error or UpstreamLostError(f"{self._authority} closed the connection")
+        self.phase = ClientPhase.CLOSED
+        self._deadline.close()
+        self._client.forget(self)
+        self._wake()
+
+    # -- what an exchange calls --
+
+    def send(self, method: str, data: bytes, ends_at: float | None) -> None:
+        """Starts a request; `ends_at` (loop time): when the whole answer must have come."""
+        self._parser = ResponseParser(method)
+        self._ends_at = ends_at
+        self.has_received = False
+        self.phase = ClientPhase.ACTIVE
+        self._deadline.clear()
+        self._transport.write(data)
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_head(self, limit_s: float) -> ResponseHead:
+        """The head of the answer."""
+        while self._parser.head is None:
+            await self._wait(limit_s)
+        return self._parser.head
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._parser.is_complete:
+                return b""
+            await self._wait(limit_s)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def release(self, *, may_linger: bool) -> None:
+        """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
+
+        `may_linger`: what is missing is no more than the end of the body; it is waited for in the background.
+        """
+        if self.phase is not ClientPhase.ACTIVE:
+            return
+        self._pieces.clear()
+        self._held_bytes = 0
+        self.phase = ClientPhase.LINGERING
+        if not may_linger and not self._parser.is_complete:
+            self.close()
+        elif self._is_reading:
+            self._deadline.set_after(CLIENT_LINGER_S)
+            self._try_to_reuse()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection now."""
+        self.phase = ClientPhase.CLOSED
+        self._client.withdraw(self)
+        self._transport.abort()
+
+    # -- inside --
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
+        error = self._error or self._parser.error
+        if error is not None:
+            raise error
+        if self._ends_at is not None:
+            limit_s = min(limit_s, self._ends_at - self._loop.time())
+        self._waited_s = limit_s
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(limit_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _deadline_passed(self) -> None:
+        if self.phase is ClientPhase.ACTIVE:
+            self._error = UpstreamTimeoutError(f"nothing came from {self._authority} within {self._waited_s:.3g} s")
+            self._wake()
+        self.close()
+
+    def _try_to_reuse(self) -> None:
+        """From LINGERING to the pool, once the answer is complete."""
+        if self._parser.can_reuse and not self._transport.is_closing():
+            self.phase = ClientPhase.IDLE
+            self.is_reused = True
+            self._deadline.set_after(POOL_IDLE_S)
+            self._client.keep(self)
+        elif self._parser.is_complete or self._parser.error or self._held_bytes > CLIENT_LINGER_LIMIT_BYTES:
+            self.close()
+
+
+class ClientResponse:
+    """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
+
+    Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+    """
+
+    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+        self.status = head.status
+        self.headers = head.headers
+        self._connection = connection
+        self._idle_s = budgets.idle_s
+        self.may_linger = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._connection.read_piece(self._idle_s)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body; UpstreamError once it is larger than `limit_bytes`."""
+        pieces, size = [], 0
+        async for data in self:
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamError(f"the answer is larger than {limit_bytes // KIB} KiB")
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def end_within(self, total_s: float | None) -> None:
+        """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
+        self._connection.end_within(total_s)
+
+    def leave_rest(self) -> None:
+        """The rest of the body is not wanted but short: leaving the block need not close the connection."""
+        self.may_linger = True
+
+
+class ClientExchange:
+    """One request and its answer: `async with` gives the ClientResponse, leaving the block gives up the connection."""
+
+    def __init__(self, client: HttpClient, method: str, url: HttpUrl, data: bytes, budgets: HttpBudgets) -> None:
+        self._client = client
+        self._method = method
+        self._url = url
+        self._data = data
+        self._budgets = budgets
+        self._connection: ClientConnection | None = None
+        self._response: ClientResponse | None = None
+
+    async def __aenter__(self) -> ClientResponse:
+        total_s = self._budgets.total_s
+        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        connection = self._client.take_idle(self._url)
+        if connection is not None:
+            try:
+                return await self._ask(connection, ends_at)
+            except UpstreamLostError:
+                if connection.has_received:
+                    raise  # else the server had closed it before our request came: that is no failure
+        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+
+    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+        try:
+            connection.send(self._method, self._data, ends_at)
+            head = await connection.read_head(self._budgets.first_byte_s)
+            if head.headers.get("content-encoding", "identity").lower() != "identity":
+                raise UpstreamError("the server sent an encoding that was not asked for")
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+        return self._response
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
+        if self._connection is not None and self._response is not None:
+            self._connection.release(may_linger=self._response.may_linger)
+            self._connection = None
+
+
+class HttpClient:
+    """Asks servers. Belongs to one event loop; `close` ends what is still open.
+
+    Connections are kept for the next request to the same origin. A request on a kept one that the server closed
+    without a byte of an answer is sent once more, on a new connection. Nothing is redirected, no proxy is used.
+    """
+
+    def __init__(self, *, tls_context: ssl.SSLContext | None = None) -> None:
+        self._tls_context = tls_context
+        self._idle: dict[ClientConnection, None] = {}  # oldest first
+        self._connections: set[ClientConnection] = set()
+        self._all_closed = asyncio.Event()
+        self._is_closed = False
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange:
+        """A request, sent when the block is entered. ValueError for a URL or a header that cannot be sent.
+
+        Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+        """
+        parsed = parse_http_url(url)
+        fields = [("Host", parsed.authority), ("Accept-Encoding", "identity"), *headers]
+        if body or method == "POST":
+            fields.append(("Content-Length", str(len(body))))
+        data = encode_request_head(method, parsed.target, fields) + body
+        return ClientExchange(self, method, parsed, data, budgets or HttpBudgets())
+
+    async def close(self) -> None:
+        """Ends every connection; whoever waits for an answer gets UpstreamLostError."""
+        self._is_closed = True
+        for connection in list(self._connections):
+            connection.close()
+        if self._connections:
+            self._all_closed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_closed.wait(), CLIENT_LINGER_S)
+
+    # -- what exchanges and connections call --
+
+    def take_idle(self, url: HttpUrl) -> ClientConnection | None:
+        """The connection to this origin that was used last."""
+        origin = (url.is_tls, url.host, url.port)
+        for connection in reversed(self._idle):
+            if connection.origin == origin:
+                del self._idle[connection]
+                return connection
+        return None
+
+    def keep(self, connection: ClientConnection) -> None:
+        """Takes an idle connection into the pool, the oldest making room."""
+        self._idle[connection] = None
+        if len(self._idle) > POOL_LIMIT:
+            next(iter(self._idle)).close()
+
+    def adopt(self, connection: ClientConnection) -> None:
+        """A connection is open."""
+        self._connections.add(connection)
+
+    def withdraw(self, connection: ClientConnection) -> None:
+        """A connection is no longer to be used."""
+        self._idle.pop(connection, None)
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection is closed."""
+        self.withdraw(connection)
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_closed.set()
+
+    async def connect(self, url: HttpUrl, budgets: HttpBudgets) -> ClientConnection:
+        """A new connection; UpstreamConnectError says why there is none."""
+        if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
+            raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
+        context = await self._get_tls_context() if url.is_tls else None
+        try:
+            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ClientConnection(self, url),
+                    url.host,
+                    url.port,
+                    ssl=context,
+                    server_hostname=url.host.partition("%")[0] if context is not None else None,
+                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+                )
+        except TimeoutError as exc:
+            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
+        except ssl.SSLError as exc:
+            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+        except (OSError, UnicodeError) as exc:
+            reason = getattr(exc, "strerror", None) or display_name(str(exc))
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+        return connection
+
+    async def _get_tls_context(self) -> ssl.SSLContext:
+        """Made at first use, in a thread: it reads the system's certificates."""
+        if self._tls_context is None:
+            self._tls_context = await asyncio.to_thread(ssl.create_default_context)
+        return self._tls_context
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- Engine ---------------------------------------------------------------------------
@@ -7050,7 +11152,6 @@ def estimate_memory_bytes(gguf: GgufFile | GgufHeader, n_ctx: int | None, slots:
 
 # The engine as a Backend: slots with their caches, and the jobs that run on them
 
-BUILTIN_MODEL_ID = "dvai-demo"
 SLICE_S = 0.1  # aim of one step: so long may a cancel or another job have to wait
 SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves must free its slot within a second
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
@@ -7554,7 +11655,6 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
 # ---- Registry -------------------------------------------------------------------------
 # Which models and engines this machine has, which fit, and which is best.
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core, in whole-model terms
 TOLERABLE_TOK_PER_S = 2.0  # slower than people read aloud: not to be chosen unasked
 
 OLLAMA_MANIFEST_LIMIT_BYTES = MIB  # a manifest is a few hundred bytes
@@ -7758,11 +11858,6 @@ def _find_ollama_candidates(scan: _Scan, place: ModelPlace) -> Iterator[_Candida
         ]
         if files:
             yield _Candidate(build_ollama_name(parts), tuple(files), len(names))
-
-
-def estimate_builtin_tok_per_s(n_params: int) -> float:
-    """Decode speed to expect of the built-in engine on one core: each parameter is used once a token."""
-    return BUILTIN_MULTIPLY_ADDS_PER_S / max(n_params, 1)
 
 
 def explain_obstacle(gguf: GgufFile | GgufHeader, memory: MemoryInfo | None) -> str | None:
@@ -9056,6 +13151,180 @@ def pull_url(url: str, *, cache: Path, access: HubAccess, watch: PullWatch | Non
     if all(path.is_file() for path in here):
         return _build_pulled(here, was_present=True)
     return _pull_files(files, directory, access, watch or PullWatch())
+
+
+# ---- Probe ----------------------------------------------------------------------------
+# Measures a model by letting it write, when nobody else wants the engine.
+
+PROBE_TOKENS = 50
+PROBE_WARM_UP_TOKENS = 16  # written first: weights come from the disk; on a slow device they are the measurement
+PROBE_BUDGET_S = 15.0  # of one attempt; a device that needs longer writes fewer tokens
+PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
+PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
+PROBE_WORDS = 16  # of the prompt
+
+
+class RequestWatch:
+    """Who has an engine for itself: every generation enters and leaves, on the event loop.
+
+    Only what ran alone from beginning to end tells how fast the engine is.
+    """
+
+    def __init__(self) -> None:
+        self._is_crowded: dict[int, bool] = {}  # of each ticket that runs: whether another ran beside it
+        self._tickets = itertools.count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> int:
+        """A generation begins; the ticket names it."""
+        ticket, is_crowded = next(self._tickets), bool(self._is_crowded)
+        if is_crowded:
+            self._is_crowded = dict.fromkeys(self._is_crowded, True)
+        self._is_crowded[ticket] = is_crowded
+        self._idle.clear()
+        return ticket
+
+    def is_alone(self, ticket: int) -> bool:
+        """Whether no other ran beside this one so far."""
+        return not self._is_crowded[ticket]
+
+    def leave(self, ticket: int) -> bool:
+        """A generation has ended; whether it ran alone all the time."""
+        is_crowded = self._is_crowded.pop(ticket)
+        if not self._is_crowded:
+            self._idle.set()
+        return not is_crowded
+
+    async def wait_idle(self) -> None:
+        """Return at a moment when none runs."""
+        await self._idle.wait()
+
+
+class ProbeQueue(Protocol):
+    """What a probe needs of the queue of requests: a place in it, and how many wait for one."""
+
+    waiting: int
+
+    def place(self) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What an engine did in a probe. Rates in tokens/s, prefill None: not known; tokens written, warm-up included."""
+
+    decode_tok_per_s: float
+    prefill_tok_per_s: float | None
+    completion_tokens: int
+
+
+class _GiveWay(Exception):
+    """Somebody else wants the engine."""
+
+
+async def measure_generation(
+    engine: Engine, token_count: int, prompt: str, verify: Callable[[], None] = lambda: None
+) -> Usage:
+    """What one generation took. `verify` is called at each of its events, and ends it by raising.
+
+    An engine that gives no times is timed by the arrival of its events.
+    """
+    request = GenerationRequest(
+        prompt=prompt, max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=token_count)
+    )
+    began_s, first_s = time.perf_counter(), None
+    async with contextlib.aclosing(engine.generate(request)) as events:
+        async for event in events:
+            verify()
+            if isinstance(event, TextDelta) and first_s is None:
+                first_s = time.perf_counter()
+            if isinstance(event, Finished):
+                usage = event.usage
+                if usage.predicted_ms > 0 or first_s is None:
+                    return usage
+                ended_s = time.perf_counter()
+                return replace(usage, prompt_ms=(first_s - began_s) * 1000, predicted_ms=(ended_s - first_s) * 1000)
+    raise EngineError("the engine ended without an answer")
+
+
+def choose_probe_tokens(usages: Sequence[Usage], elapsed_s: float) -> int:
+    """How many tokens the probe asks for next, as its budget allows; 0: it has seen enough. Pure."""
+    left = PROBE_TOKENS - sum(usage.completion_tokens for usage in usages)
+    if not usages:
+        return PROBE_WARM_UP_TOKENS
+    tokens, taken_ms = usages[-1].completion_tokens, usages[-1].predicted_ms
+    affordable = int(tokens / taken_ms * 1000 * (PROBE_BUDGET_S - elapsed_s)) if taken_ms > 0 else left
+    count = min(left, affordable)
+    return count if count >= SCORE_SAMPLE_TOKENS and len(usages) < PROBE_RUNS_LIMIT else 0
+
+
+def summarize_probe(usages: Sequence[Usage]) -> ProbeResult:
+    """Decode speed without the warm-up, if anything was written after it; prefill speed by the first run, since the
+    others find its prompt in the cache. EngineError if the model wrote too little to tell. Pure."""
+    counted = [usage for usage in usages[1:] if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    counted = counted or [usage for usage in usages if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    taken_ms = sum(usage.predicted_ms for usage in counted)
+    if not counted:
+        raise EngineError("the model ends its answers at once: its speed cannot be measured")
+    return ProbeResult(
+        decode_tok_per_s=sum(usage.completion_tokens - 1 for usage in counted) / taken_ms * 1000,
+        prefill_tok_per_s=compute_prefill_rate(usages[0]),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+    )
+
+
+async def _probe_once(engine: Engine, watch: RequestWatch, queue: ProbeQueue) -> ProbeResult:
+    """One attempt; raises _GiveWay as soon as somebody else waits for the engine, or is served beside it."""
+    ticket = watch.enter()
+
+    def verify() -> None:
+        if queue.waiting or not watch.is_alone(ticket):
+            raise _GiveWay
+
+    # The first words differ from probe to probe, so that no cache shortens the prompt.
+    prompt = f"{random.getrandbits(32):x} " + " ".join(["bridge", "model", "device", "token"] * (PROBE_WORDS // 4))
+    began_s, usages = time.monotonic(), list[Usage]()
+    try:
+        while count := choose_probe_tokens(usages, time.monotonic() - began_s):
+            usages.append(await measure_generation(engine, count, prompt, verify))
+    finally:
+        watch.leave(ticket)
+    return summarize_probe(usages)
+
+
+async def probe_engine_speed(
+    engine: Engine, watch: RequestWatch, queue: ProbeQueue, *, timeout_s: float = PROBE_TIMEOUT_S
+) -> ProbeResult:
+    """Measure a model at the first idle moment; PROBE_TOKENS tokens, fewer on a slow device.
+
+    Gives way to every request and then begins again. Raises GatewayTimeoutError when that did not work out in
+    time, or what the engine raises. Cancelling it stops the engine.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.ready()
+            while True:
+                await watch.wait_idle()
+                async with queue.place():
+                    with contextlib.suppress(_GiveWay):
+                        return await _probe_once(engine, watch, queue)
+    except TimeoutError as exc:
+        raise GatewayTimeoutError(
+            f"the model was not measured within {timeout_s:.0f} s: the engine is busy or very slow; try again later"
+        ) from exc
+
+
+def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now_ms: int) -> Score:
+    """The score that a probe gives."""
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=result.decode_tok_per_s,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=result.prefill_tok_per_s,
+    )
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -10679,8 +14948,10 @@ PLANNED_OPTIONS = (
     *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
     *("--models-dir", "--metrics"),
 )
-PLANNED_COMMANDS = ("peers", "probe", "assess", "pair", "identity", "provider", "audit")
+PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
 STATUS_TIMEOUT_S = 5.0
+BRIDGE_ANSWER_LIMIT_BYTES = MIB
+AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -10692,14 +14963,17 @@ class NotRunningError(BridgeError):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What a command runs with. `program`: how the user starts it, for commands to copy; `target`: what `pull` gets."""
+    """What a command runs with. `program`: how the user starts it, for commands to copy.
+
+    `arguments`: the command's own, which are not options of a bridge.
+    """
 
     config: Config
     directories: Directories
     environ: Mapping[str, str]
     json: bool
     program: str
-    target: str | None = None
+    arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 def build_program_name(argv0: str) -> str:
@@ -10751,6 +15025,9 @@ def build_parser() -> CommandParser:
     for name, help, groups in (
         ("models", "list the models and engines on this machine, each with the command that serves it", ("files",)),
         ("status", "say how a running bridge is", ("server", "files")),
+        ("assess", "say how well this machine can run models, before any is chosen", ("files",)),
+        ("probe", "let a running bridge measure its model", ("server", "files")),
+        ("audit", "show who had what computed here: the last requests of this state's bridge", ("files",)),
         ("doctor", "say what works here, what does not, and the command that mends it", ("files",)),
         (
             "bench",
@@ -10758,11 +15035,22 @@ def build_parser() -> CommandParser:
             ("model", "files"),
         ),
     ):
-        add(name, help, groups).add_argument("--json", action="store_true", help="print JSON")
+        command = add(name, help, groups)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "probe":
+            command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
+        if name == "audit":
+            add_audit_options(command)
     pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
     pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
     pull.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_audit_options(command: argparse.ArgumentParser) -> None:
+    """What of the audit to show."""
+    command.add_argument("--since", metavar="TIME", help="only from then on: 90m, 24h, 7d, or 2026-11-21 (UTC)")
+    command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
@@ -10961,7 +15249,7 @@ def bring_hub_model(command: Command) -> Command:
 
 def run_pull(command: Command) -> int:
     """`pull`: bring a model to this machine."""
-    pulled = fetch_model(command, command.target or "")
+    pulled = fetch_model(command, command.arguments.target or "")
     if command.json:
         show_json(
             {
@@ -11088,11 +15376,9 @@ def build_survey_json(
 
 def run_status(command: Command) -> int:
     """`status`: how the bridge of this state, or of --port, is."""
-    port = command.config.port
-    running = RunningRecord(command.directories.data).find() if port is None else None
-    if port is None and running is None:
+    url = find_bridge_url(command)
+    if url is None:
         raise NotRunningError(f"no bridge runs with this state; `{command.program} serve` starts one, --port names one")
-    url = running.url if running else f"http://127.0.0.1:{port}/v1"
     health = {"baseUrl": url} | fetch_health(url, load_api_keys(command.config))
     if command.json:
         show_json(health)
@@ -11107,27 +15393,50 @@ def run_status(command: Command) -> int:
 
 
 def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
-    """The health of the bridge at a base URL on this machine. A key travels over plain loopback only."""
+    """The health of the bridge at a base URL on this machine."""
+    _, health = ask_bridge(url, "/dvai/health", keys)
+    if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
+        raise NotRunningError(f"what answers at {url} is no bridge")
+    return health
+
+
+def ask_bridge(
+    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+) -> tuple[int, Any]:
+    """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
+
+    A key travels over plain loopback only. Raises NotRunningError if no bridge answers.
+    """
     import http.client
     import ssl
 
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or DEFAULT_PORT
-    connection = http.client.HTTPConnection(host, port, timeout=STATUS_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     if parts.scheme == "https":  # the certificate may name another host: what is asked for is no secret
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(host, port, timeout=STATUS_TIMEOUT_S, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        connection.request("GET", "/v1/dvai/health", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {})
-        health = parse_json(connection.getresponse().read(MIB))
-        if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
-            raise NotRunningError(f"what answers at {url} is no bridge")
-        return health
+        if body is None:
+            connection.request("GET", f"/v1{path}", headers=headers)
+        else:
+            connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, parse_json(answer.read(BRIDGE_ANSWER_LIMIT_BYTES))
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise NotRunningError(f"no bridge answers at {url}: {exc}") from exc
     finally:
         connection.close()
+
+
+def find_bridge_url(command: Command) -> str | None:
+    """The base URL of the bridge of --port, or of the one that runs with this state; None if none does."""
+    if command.config.port is not None:
+        return f"http://127.0.0.1:{command.config.port}/v1"
+    running = RunningRecord(command.directories.data).find()
+    return running.url if running else None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -11255,22 +15564,17 @@ async def measure_engine(
         load_s = time.perf_counter() - started
         usages: list[Usage] = []
         while sum(usage.completion_tokens for usage in usages) < token_count and len(usages) < BENCH_RUNS_LIMIT:
-            usages.append(await measure_generation(engine, len(usages), token_count))
+            prompt = build_bench_prompt(len(usages), token_count)
+            usages.append(await measure_generation(engine, token_count, prompt))
         return summarize_usages(info, load_s, usages, read_peak_memory(engine.pid))
     finally:
         await engine.close()
 
 
-async def measure_generation(engine: EngineProcess, run: int, token_count: int) -> Usage:
-    """One generation; its prompt differs from the others' in its first word, so that no cache shortens it."""
+def build_bench_prompt(run: int, token_count: int) -> str:
+    """Differs from the other runs' in its first word, so that no cache shortens it."""
     words = " ".join(("bridge", "model", "device", "token")[(run + i) % 4] for i in range(max(16, token_count)))
-    request = GenerationRequest(
-        prompt=f"{run} {words}", max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=run)
-    )
-    async for event in engine.generate(request):
-        if isinstance(event, Finished):
-            return event.usage
-    raise EngineError("the engine ended without an answer")
+    return f"{run} {words}"
 
 
 def summarize_usages(
@@ -11342,6 +15646,128 @@ def run_bench(command: Command) -> int:
     return 0
 
 
+def run_assess(command: Command) -> int:
+    """`assess`: what this machine is good for, and how fast the models on it may be expected to run."""
+    assessment = assess_hardware()
+    if command.json:
+        show_json(assessment.build_json())
+        return 0
+    hints, speed = assessment.hints, probe_machine_speed()
+    print(f"{assessment.mode.value}: {assessment.reason}")
+    print(
+        f"    {hints.cpu_class.value} processor ({speed.cores} cores), {hints.ram_gb:g} GB of memory, "
+        f"GPU: {hints.gpu_class.value}, NPU: {'yes' if hints.has_npu else 'no'}"
+    )
+    print("That is a rule of thumb for models of 1 to 3 billion parameters, whatever the engine. For a certain model:")
+    print(f"    memory copies {format_size(int(speed.memory_bytes_per_s))}/s (measured), which bounds llama.cpp")
+    print(f"    a core multiplies {speed.multiply_adds_per_s / 1e6:.0f} M weights/s in Python, which bounds `builtin`")
+    for model in search_models(command.environ, command.directories):
+        print(f"    {display_name(model.model_id)}: {describe_estimates(model, speed)}")
+    return 0
+
+
+def describe_estimates(model: FoundModel, speed: MachineSpeed) -> str:
+    """How fast either engine would decode a model that was found, for people."""
+    if model.n_params is None:
+        return "its size is not known"
+    cost = ModelCost(n_params=model.n_params, bytes_per_token=model.size_bytes)
+    rates = {engine: estimate_tok_per_s(engine, cost, speed) for engine in ("llama", "builtin")}
+    if model.obstacle is not None:
+        del rates["builtin"]
+    return "about " + ", ".join(f"{format_rate(rate)} with {engine}" for engine, rate in rates.items() if rate)
+
+
+def format_rate(tok_per_s: float) -> str:
+    """Tokens a second for people: two digits that count."""
+    return f"{tok_per_s:.{0 if tok_per_s >= 10 else 1 if tok_per_s >= 1 else 2}f} tokens/s"
+
+
+def run_probe(command: Command) -> int:
+    """`probe`: the score of a model, measured by the bridge that serves it."""
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(
+            f"no bridge runs with this state, and a probe measures a served model: `{command.program} serve` starts "
+            f"one; `{command.program} bench --model FILE` measures a model now"
+        )
+    model_id = command.arguments.probed_model
+    body = {} if model_id is None else {"modelId": model_id}
+    status, answer = ask_bridge(url, "/dvai/probe", load_api_keys(command.config), body, PROBE_TIMEOUT_S + 10)
+    if status != 200:
+        error = answer.get("error") if isinstance(answer, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        raise BridgeError(f"the bridge at {url} did not probe ({status}): {message or 'it gave no reason'}")
+    try:
+        score = parse_score_json(answer["score"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise BridgeError(f"what answers at {url} is no bridge of this version") from exc
+    if command.json:
+        show_json(build_score_json(score))
+        return 0
+    prefill = f", prompts {format_rate(score.prefill_tok_per_s)}" if score.prefill_tok_per_s else ""
+    how = "measured" if score.source is ScoreSource.MEASURED else "estimated"
+    print(f"{display_name(score.model_id)}: {format_rate(score.tok_per_s)}{prefill} ({how})")
+    return 0
+
+
+def parse_since(text: str, now_ms: int) -> int:
+    """Unix milliseconds of `90m`, `24h` or `7d` ago, or of a date and time in ISO 8601 (UTC unless it says)."""
+    import datetime
+
+    ago = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if ago:
+        return now_ms - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[ago[2]] * 1000
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since {text!r}: it must be like 90m, 24h, 7d, or 2026-11-21T10:00") from None
+
+
+def parse_audit_count(text: str | None) -> int | None:
+    """How many entries `-n` asks for; None: all."""
+    try:
+        count = AUDIT_SHOWN if text is None else parse_decimal(text, maximum=10**9)
+    except ValueError as exc:
+        raise UsageError(f"-n {text!r}: {exc}") from None
+    return count or None
+
+
+def run_audit(command: Command) -> int:
+    """`audit`: the requests that the bridge of this state answered. Reads files, whether or not it runs."""
+    directory, since = command.directories.data / "audit", command.arguments.since
+    since_ms = max(0, parse_since(since, int(time.time() * 1000))) if since else 0
+    entries = load_audit(directory, since_ms=since_ms, limit=parse_audit_count(command.arguments.last))
+    if command.json:
+        show_json(entries)
+        return 0
+    for entry in entries:
+        print(describe_audit_entry(entry))
+    if not entries:
+        print(f"no requests{' since then' if since else ''} in {directory}", file=sys.stderr)
+    return 0
+
+
+def describe_audit_entry(entry: Mapping[str, Any]) -> str:
+    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+
+    def text(name: str, default: str = "-") -> str:
+        value = entry.get(name)
+        return default if value is None else display_name(str(value))
+
+    who = text("deviceId")
+    if entry.get("caller") == "peer":
+        who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
+    asked, served = text("modelAsked"), text("modelServed")
+    model = asked if asked == served else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    end = f"{text('outcome')} {text('status')}"
+    return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
+
+
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
     "pull": run_pull,
@@ -11349,6 +15775,9 @@ COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "status": run_status,
     "doctor": run_doctor,
     "bench": run_bench,
+    "assess": run_assess,
+    "probe": run_probe,
+    "audit": run_audit,
 }
 
 
@@ -11384,7 +15813,7 @@ def run_command(arguments: argparse.Namespace, environ: Mapping[str, str]) -> in
         environ=environ,
         json=getattr(arguments, "json", False),
         program=build_program_name(sys.argv[0]),
-        target=getattr(arguments, "target", None),
+        arguments=arguments,
     )
     return COMMANDS[arguments.command](command)
 
