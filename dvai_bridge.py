@@ -12340,10 +12340,7 @@ def _find_origin(url: str) -> tuple[str, str, int]:
 
 
 def _is_loopback_host(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or is_loopback_address(host)
 
 
 def is_token_allowed(url: str, endpoint: str) -> bool:
