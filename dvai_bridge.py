@@ -15,6 +15,7 @@ The file reads from top to bottom, each section using only what stands above it 
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
+    peers         peers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -5643,10 +5644,10 @@ SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows
 MULTIPLY_ADD_LANES = 576
 MULTIPLY_ADD_COLUMNS = 64
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
-BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_MULTIPLY_ADDS_PER_S = 625e6  # of one core of the machine in the README's table, in big integers
+BUILTIN_EFFICIENCY = 0.8  # of that rate, what a whole forward pass reaches: 0.86 (15M) and 0.96 (135M) side by side
 BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
-LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.8 on two server cores, less on small boards
 DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
 
 SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
@@ -6027,7 +6028,7 @@ def probe_machine_speed() -> MachineSpeed:
 
 
 def estimate_builtin_tok_per_s(
-    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S, threads: int = 1
 ) -> float:
     """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
     gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
@@ -6885,7 +6886,8 @@ class Handshake(enum.Enum):
 
     NONE = "not paired"
     ASKING = "waits for approval there"
-    REFUSED = "not paired: the handshake was refused"
+    REFUSED = "not paired: it refused"  # never asked again, but by the user
+    FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
 
 class PeerRoute(enum.Enum):
@@ -6916,9 +6918,9 @@ class CoolDown:
 class Candidate:
     """A peer with all that the decision looks at.
 
-    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
-    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
-    "" while nobody knows yet.
+    `peer.capability`: what it scores; `prefill`: how fast it reads prompts, by model id; `models`: every model that it
+    serves, None while unknown; `slots`, `running`, `waiting`: its queue; `has_pairing`: we may use it, as soon as it
+    is reachable; `error`: why it does not answer, "" while nobody knows yet.
     """
 
     peer: Peer
@@ -6927,6 +6929,7 @@ class Candidate:
     handshake: Handshake = Handshake.NONE
     health: PeerHealth = PeerHealth.OK
     models: tuple[str, ...] | None = None
+    prefill: Mapping[str, float] = field(default_factory=dict)
     running: int = 0
     waiting: int = 0
     slots: int = 1
@@ -6955,7 +6958,8 @@ class Checked:
 class RouteTarget:
     """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
 
-    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it. `score`: the
+    effective one. `prefill_tok_per_s`: how fast the peer reads prompts, None while unknown.
     """
 
     peer: Peer | None = None
@@ -6963,6 +6967,7 @@ class RouteTarget:
     model_id: str | None = None
     substituted_for: str | None = None
     score: float | None = None
+    prefill_tok_per_s: float | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -7190,7 +7195,7 @@ def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate,
     if candidate.health is PeerHealth.DEGRADED:
         return replace(offer, obstacle="its engine does not work")
     if candidate.state is PeerState.REACHABLE:
-        is_open = candidate.handshake is not Handshake.REFUSED
+        is_open = candidate.handshake in (Handshake.NONE, Handshake.ASKING)
         return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
     return offer
 
@@ -7227,6 +7232,7 @@ def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
         model_id=offer.model_id,
         substituted_for=model if offer.is_substitute else None,
         score=offer.score,
+        prefill_tok_per_s=offer.candidate.prefill.get(offer.model_id or ""),
     )
 
 
@@ -13160,6 +13166,8 @@ PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
 PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
 PROBE_WORDS = 16  # of the prompt
 
+probe_log = logging.getLogger("dvai_bridge.probe")
+
 
 class RequestWatch:
     """Who has an engine for itself: every generation enters and leaves, on the event loop.
@@ -13322,6 +13330,925 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
         measured_at_ms=now_ms,
         prefill_tok_per_s=result.prefill_tok_per_s,
     )
+
+
+class CapabilityMeter:
+    """What a bridge knows of its own speed: the machine looked at once, each model measured once, traffic learnt from.
+
+    Belongs to one event loop. Between `start` and `close` it owns the probes that run and the saving of their results.
+    """
+
+    def __init__(self, cache: ScoreCache, device_id: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._cache = cache
+        self._device_id = device_id
+        self._clock = clock  # unix time in seconds
+        self._hints: HardwareHints | None = None
+        self._speed: MachineSpeed | None = None
+        self._probes: dict[ScoreKey, asyncio.Task[Score]] = {}
+        self._saving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at the machine and load earlier measurements; takes a tenth of a second, or a slow tool's deadline."""
+        await asyncio.to_thread(self._cache.load)
+        self._hints = await asyncio.to_thread(probe_hardware_hints)
+        self._speed = await asyncio.to_thread(probe_machine_speed)
+        self._saving = asyncio.create_task(self._save_now_and_then(), name="scores")
+
+    def get_score(self, key: ScoreKey, cost: ModelCost | None = None, gpu_class: GpuClass = GpuClass.NONE) -> Score:
+        """The best that is known of a model now, without waiting. `cost`, `gpu_class`: as in estimate_tok_per_s."""
+        assert self._hints is not None and self._speed is not None, "start it first"
+        estimate = None if cost is None else estimate_tok_per_s(key.engine, cost, self._speed, gpu_class=gpu_class)
+        return choose_score(
+            key,
+            self._device_id,
+            measured=self._cache.get(key),
+            estimated_tok_per_s=estimate,
+            hints=self._hints,
+            now_ms=self._read_ms(),
+        )
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """All measurements, for `GET /v1/dvai/capability`."""
+        return tuple(replace(score, device_id=self._device_id) for score in self._cache.list_scores())
+
+    def observe(self, key: ScoreKey, usage: Usage) -> None:
+        """Learn from a request that ran alone (RequestWatch.leave says so)."""
+        self._cache.observe(key, self._device_id, usage, self._read_ms())
+
+    async def probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        """Measure a model; who asks while it is being measured gets the same result. Raises as probe_engine_speed.
+
+        Giving up waiting does not end the measurement.
+        """
+        return await asyncio.shield(self._start_probe(engine, key, watch, queue))
+
+    def probe_on_first_use(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> None:
+        """Measure a model in the background, unless that was done; a failure is one line in the log."""
+        if self._cache.get(key) is None:
+            self._start_probe(engine, key, watch, queue)
+
+    async def close(self) -> None:
+        """End what runs, and save."""
+        tasks = [*self._probes.values(), *([self._saving] if self._saving else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._cache.flush)
+
+    def _start_probe(
+        self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue
+    ) -> asyncio.Task[Score]:
+        task = self._probes.get(key)
+        if task is None:
+            task = asyncio.create_task(self._run_probe(engine, key, watch, queue), name=f"probe of {key.model_id}")
+            self._probes[key] = task
+            task.add_done_callback(functools.partial(self._end_probe, key))
+        return task
+
+    async def _run_probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        result = await probe_engine_speed(engine, watch, queue)
+        score = build_measured_score(key, self._device_id, result, self._read_ms())
+        self._cache.put(key, score)
+        probe_log.info("%s writes %.1f tokens/s (measured)", display_name(key.model_id), score.tok_per_s)
+        return score
+
+    def _end_probe(self, key: ScoreKey, task: asyncio.Task[Score]) -> None:
+        del self._probes[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            is_ours = not isinstance(error, BridgeError)
+            level = logging.ERROR if is_ours else logging.WARNING
+            exc_info = error if is_ours else None
+            probe_log.log(level, "%s was not measured: %s", display_name(key.model_id), error, exc_info=exc_info)
+
+    async def _save_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(SCORE_FLUSH_S)
+            await asyncio.to_thread(self._cache.flush)
+
+    def _read_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+# ---- Peers ----------------------------------------------------------------------------
+# Which other bridges there are, what each can do now, and how this one stands with them.
+#
+# A peer is one device, however many ways lead to it (`PeerWay`). Whoever learns of a way calls `see`. Each peer has a
+# task that asks its health: often while it may be used, rarely while nobody has approved it, with back-off while it is
+# silent. So one that returns is used again, and the queue lengths of the decision are fresh. The states of a peer,
+# and what moves it between them, stand in section Routing.
+
+PEERS_LIMIT = 128  # devices that a hostile network makes up
+PEER_WAYS_LIMIT = 4  # addresses that it makes up for one device
+PEER_ANSWER_LIMIT_BYTES = 256 * KIB  # answers to our questions that never end
+PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that polls take at the same time
+PEER_BACK_OFF_S = 1.0
+PEER_BACK_OFF_FACTOR = 1.5
+PEER_BACK_OFF_LIMIT_S = 60.0
+PEER_SLOTS_LIMIT = 4096  # queues that a peer may claim
+CUSTOM_DISCOVERY_TIMEOUT_S = 10.0
+MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer was seen to do
+
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
+
+peers_log = logging.getLogger("dvai_bridge.peers")
+
+PeerGet = Callable[[str, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
+"""(url, headers, timeout_s) → (status, body) of a GET; OSError or BridgeError if there is no whole answer in time, or
+if it is longer than PEER_ANSWER_LIMIT_BYTES."""
+
+PeerSource = Callable[[], "Iterable[Peer | Mapping[str, Any]] | Awaitable[Iterable[Peer | Mapping[str, Any]]]"]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerIntervals:
+    """How often peers are asked, in seconds."""
+
+    usable_s: float = 10.0  # may be used: so old may the length of its queue be
+    loading_s: float = 2.0
+    unpaired_s: float = 60.0
+    learn_s: float = 300.0  # which models it has, and what it scores
+    custom_s: float = 60.0  # the user's own discovery
+    answer_s: float = 3.0  # the longest that an answer may take
+    back_off_s: float = PEER_BACK_OFF_S
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWord:
+    """What a health answer says; members that are missing or absurd are None."""
+
+    health: PeerHealth
+    device_id: str | None
+    device_name: str | None
+    version: str | None
+    current_model_id: str | None
+    queue: tuple[int, int, int] | None  # running, waiting, slots
+
+
+def parse_health(body: bytes) -> PeerWord:
+    """The health of a peer; ValueError if the body is no JSON object."""
+    health = parse_json(body)
+    if not isinstance(health, dict):
+        raise ValueError("not a JSON object")
+    device_id, name, version = health.get("deviceId"), health.get("deviceName"), health.get("version")
+    model, word = health.get("currentModelId"), health.get("status")
+    return PeerWord(
+        health=next((each for each in PeerHealth if each.value == word), PeerHealth.OK),
+        device_id=device_id if is_peer_id(device_id) else None,
+        device_name=_parse_peer_text(name) or None,
+        version=_parse_peer_text(version) or None,
+        current_model_id=model if is_model_id(model) else None,
+        queue=_parse_queue(health.get("queue")),
+    )
+
+
+def _parse_queue(value: object) -> tuple[int, int, int] | None:
+    if not isinstance(value, dict):
+        return None
+    running, waiting, slots = value.get("running"), value.get("waiting"), value.get("slots")
+    if not (is_count(running) and is_count(waiting) and is_count(slots)):
+        return None
+    return min(running, PEER_SLOTS_LIMIT), min(waiting, PEER_SLOTS_LIMIT), min(max(slots, 1), PEER_SLOTS_LIMIT)
+
+
+def parse_model_list(body: bytes) -> tuple[str, ...]:
+    """The ids in the answer of a peer's `GET /v1/models`; ValueError if it is no such list."""
+    answer = parse_json(body)
+    items = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(items, list):
+        raise ValueError("not a list of models")
+    return parse_model_ids([each.get("id") for each in items[:PEER_MODELS_LIMIT] if isinstance(each, dict)])
+
+
+def build_static_peer(url: str) -> Peer:
+    """A peer of which only the address is known, as `--peer URL` names it; UsageError if that is none.
+
+    Its id is the base URL until the peer tells its own.
+    """
+    try:
+        base_url = parse_base_url(url)
+    except ValueError as exc:
+        raise UsageError(f"--peer {display_name(url)}: {exc}") from None
+    return Peer(
+        device_id=base_url,
+        device_name=urllib.parse.urlsplit(base_url).netloc,
+        dvai_version="",
+        base_url=base_url,
+        via=PeerVia.STATIC,
+        last_seen_ms=0,
+    )
+
+
+def average_measurement(known: float | None, measured: float) -> float:
+    """The running average after one more measurement."""
+    return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWay:
+    """One way to a peer. `is_lasting`: the user or a pairing named it, so that it is tried forever."""
+
+    base_url: str
+    via: PeerVia
+    is_lasting: bool
+
+
+class KnownPeer:
+    """One device and what is known of it. No I/O; belongs to the table, whose lock is the event loop.
+
+    `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.device_id = peer.device_id
+        self.answered_by: str | None = None  # base URL of the way that led to it last
+        self.ways: dict[str, PeerWay] = {}
+        self.state = PeerState.SEEN
+        self.has_pairing = False
+        self.handshake = Handshake.NONE
+        self.health = PeerHealth.OK
+        self.models: tuple[str, ...] | None = None
+        self.scores: dict[str, float] = {}
+        self.prefill: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
+        self.current_model_id: str | None = None
+        self.queue = (0, 0, 1)
+        self.cool_down = CoolDown()
+        self.has_failed_requests = False
+        self.failures = 0
+        self.error = ""
+        self.learned_at_s = -math.inf
+
+    @property
+    def told_id(self) -> str | None:
+        """The id, None while it is the base URL that stands in for it."""
+        return None if "://" in self.device_id else self.device_id
+
+    @property
+    def shown_name(self) -> str:
+        """What to call it in a message."""
+        return display_name(self.peer.device_name)
+
+    def advance(self, event: PeerEvent) -> None:
+        """Move to the next state."""
+        state = advance_peer(self.state, event)
+        if state is not self.state:
+            peers_log.debug("peer %s: %s, now %s", self.shown_name, event.value, state.value)
+        self.state = state
+
+    def list_ways(self) -> list[PeerWay]:
+        """The ways in the order to try them: LAN before relay, those that last, the one that answered last.
+
+        A way that only the network speaks of comes later than those: anybody may claim to be this device.
+        """
+        vias = list(PeerVia)
+        return sorted(
+            self.ways.values(),
+            key=lambda way: (
+                way.via is PeerVia.RENDEZVOUS,
+                not way.is_lasting,
+                way.base_url != self.answered_by,
+                vias.index(way.via),
+            ),
+        )
+
+    def note_word(self, way: PeerWay, word: PeerWord, now_ms: int) -> None:
+        """Health came back by `way`."""
+        self.peer = replace(
+            self.peer,
+            base_url=way.base_url,
+            via=way.via,
+            last_seen_ms=now_ms,
+            device_name=word.device_name or self.peer.device_name,
+            dvai_version=word.version or self.peer.dvai_version,
+        )
+        self.answered_by, self.health, self.failures, self.error = way.base_url, word.health, 0, ""
+        if word.current_model_id != self.current_model_id:
+            self.current_model_id, self.learned_at_s = word.current_model_id, -math.inf
+        if word.queue:
+            self.queue = word.queue
+        if not self.has_failed_requests:
+            self.cool_down = CoolDown()
+        self.advance(PeerEvent.ANSWERED)
+
+    def note_silence(self, error: str) -> None:
+        """No way led to an answer."""
+        self.failures += 1
+        self.error = error
+        if self.handshake is Handshake.FAILED:  # it may go better when it is back
+            self.handshake = Handshake.NONE
+        self.advance(PeerEvent.LOST)
+
+    def note_success(self) -> None:
+        """It served a request."""
+        self.cool_down, self.has_failed_requests = CoolDown(), False
+
+    def note_failure(self, reason: str, now_s: float, *, has_answered: bool, retry_after_s: float) -> None:
+        """It failed a request; one that could not even be reached is lost until it answers again."""
+        self.cool_down = self.cool_down.fail(now_s, retry_after_s)
+        self.has_failed_requests = self.has_failed_requests or has_answered
+        if not has_answered:
+            self.note_silence(reason)
+
+    def note_scores(self, scores: Iterable[Score]) -> None:
+        """What it advertises by its capability route, instead of what it did before."""
+        sound = [each for each in scores if is_model_id(each.model_id) and is_score(each.tok_per_s)][:PEER_MODELS_LIMIT]
+        self.scores = {each.model_id: each.tok_per_s for each in sound}
+        self.prefill.update({each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s})
+
+    def record_measurement(self, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None) -> None:
+        """What a request saw of its speed; bounded like what it advertises."""
+        for averages, measured in ((self.measured, tok_per_s), (self.prefill, prefill_tok_per_s)):
+            has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
+            if measured is not None and is_score(measured) and has_room:
+                averages[model_id] = average_measurement(averages.get(model_id), measured)
+
+    def build_peer(self) -> Peer:
+        """The record of this peer as it is now. What it advertises itself goes before what was measured."""
+        loaded = (self.current_model_id, *self.peer.loaded_models)
+        return replace(
+            self.peer,
+            device_id=self.device_id,
+            loaded_models=tuple(dict.fromkeys(model for model in loaded if model is not None)),
+            capability={**self.measured, **self.peer.capability, **self.scores},
+        )
+
+    def build_candidate(self) -> Candidate:
+        """What the decision looks at."""
+        running, waiting, slots = self.queue
+        return Candidate(
+            peer=self.build_peer(),
+            state=self.state,
+            has_pairing=self.has_pairing,
+            handshake=self.handshake,
+            health=self.health,
+            models=self.models,
+            prefill=dict(self.prefill),
+            running=running,
+            waiting=waiting,
+            slots=slots,
+            cool_down=self.cool_down,
+            route=PeerRoute.RELAY if self.peer.via is PeerVia.RENDEZVOUS else PeerRoute.LAN,
+            error=self.error,
+        )
+
+    def compute_poll_delay_s(self, intervals: PeerIntervals, jitter: float) -> float:
+        """Seconds until health is asked again; `jitter` in [0, 1) spreads those who wait for the same by ± 50 %."""
+        if self.state is PeerState.SEEN:
+            doubled_s = intervals.back_off_s * PEER_BACK_OFF_FACTOR ** min(max(self.failures - 1, 0), 32)
+            base_s = min(doubled_s, PEER_BACK_OFF_LIMIT_S)
+        elif self.state is PeerState.REACHABLE:
+            base_s = intervals.unpaired_s
+        else:
+            base_s = intervals.loading_s if self.health is PeerHealth.LOADING else intervals.usable_s
+        return base_s * (0.5 + jitter)
+
+
+class PeerTable:
+    """The peers that are known, each once. No I/O and no clock.
+
+    Two sightings are one peer if they have the same id, or the same base URL and one of them tells no id.
+    """
+
+    def __init__(self, device_id: str, own_urls: Callable[[], Collection[str]] = tuple) -> None:
+        self._own_id = device_id
+        self._own_urls = own_urls
+        self._peers: dict[str, KnownPeer] = {}
+
+    def __iter__(self) -> Iterator[KnownPeer]:
+        return iter(tuple(self._peers.values()))
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def has(self, known: KnownPeer) -> bool:
+        """Whether this very object is still in the table."""
+        return self._peers.get(known.device_id) is known
+
+    def find(self, device_id: str) -> KnownPeer | None:
+        """The peer with this id, or with this base URL as long as it told none."""
+        return self._peers.get(device_id) or self._find_by_url(device_id)
+
+    def see(self, peer: Peer, *, is_lasting: bool = False) -> KnownPeer | None:
+        """Take in a sighting; the peer it belongs to, None if it is ourselves or there is no room."""
+        if _UNSTABLE_ID.fullmatch(peer.device_id):
+            peer = replace(peer, device_id=peer.base_url)
+        if self.is_self(peer):
+            return None
+        known = self._match(peer)
+        if known is None:
+            if len(self._peers) >= PEERS_LIMIT and not self._make_room(is_lasting=is_lasting):
+                return None
+            known = self._peers[peer.device_id] = KnownPeer(peer)
+        else:
+            self._merge(known, peer, is_lasting=is_lasting)
+        self._add_way(known, PeerWay(base_url=peer.base_url, via=peer.via, is_lasting=is_lasting))
+        return known
+
+    def lose(self, device_id: str, via: PeerVia) -> KnownPeer | None:
+        """Forget the ways that this source told of; the peer if nothing leads to it any more."""
+        known = self.find(device_id)
+        if known is None:
+            return None
+        known.ways = {url: way for url, way in known.ways.items() if way.via is not via or way.is_lasting}
+        return None if known.ways else self.remove(known)
+
+    def remove(self, known: KnownPeer) -> KnownPeer:
+        """Forget a peer."""
+        self._peers = {key: each for key, each in self._peers.items() if each is not known}
+        return known
+
+    def identify(self, known: KnownPeer, device_id: str) -> KnownPeer | None:
+        """A peer told its id. Returns the peer that stays when two turn out to be one, None when it is ourselves."""
+        if device_id == self._own_id:
+            self.remove(known)
+            return None
+        if device_id == known.device_id:
+            return known
+        other = self._peers.get(device_id)
+        self.remove(known)
+        if other is not None:
+            for way in known.ways.values():
+                self._add_way(other, way)
+            return other
+        known.device_id = device_id
+        self._peers[device_id] = known
+        return known
+
+    def is_self(self, peer: Peer) -> bool:
+        """Whether a sighting is of this very bridge."""
+        return peer.device_id == self._own_id or peer.base_url in self._own_urls()
+
+    def _match(self, peer: Peer) -> KnownPeer | None:
+        known = self._peers.get(peer.device_id)
+        if known is not None:
+            return known
+        same_url = self._find_by_url(peer.base_url)
+        if same_url is not None and peer.base_url in (peer.device_id, same_url.device_id):
+            return same_url
+        return None
+
+    def _find_by_url(self, base_url: str) -> KnownPeer | None:
+        return next((each for each in self._peers.values() if base_url in each.ways), None)
+
+    def _merge(self, known: KnownPeer, peer: Peer, *, is_lasting: bool) -> None:
+        """Take in what is said of a known peer.
+
+        The network's word neither gives an id to an address that the user named, nor a name to a paired device.
+        """
+        has_lasting = any(way.is_lasting for way in known.ways.values())
+        tells_id = peer.device_id != peer.base_url
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+            del self._peers[known.device_id]
+            known.device_id = peer.device_id
+            self._peers[peer.device_id] = known
+        takes_name = tells_id and (is_lasting or not known.has_pairing)
+        known.peer = replace(
+            known.peer,
+            device_id=known.device_id,
+            device_name=peer.device_name if takes_name else known.peer.device_name,
+            dvai_version=peer.dvai_version or known.peer.dvai_version,
+            app_id=peer.app_id or known.peer.app_id,
+            loaded_models=peer.loaded_models or known.peer.loaded_models,
+            capability=peer.capability or known.peer.capability,
+            secure=peer.secure or known.peer.secure,
+        )
+
+    @staticmethod
+    def _add_way(known: KnownPeer, way: PeerWay) -> None:
+        earlier = known.ways.get(way.base_url)
+        if earlier is not None and earlier.is_lasting and not way.is_lasting:
+            return
+        others = [each for each in known.ways.values() if not each.is_lasting and each.base_url != known.answered_by]
+        if earlier is None and len(known.ways) >= PEER_WAYS_LIMIT and not way.is_lasting:
+            if not others:
+                return
+            del known.ways[others[0].base_url]
+        known.ways[way.base_url] = way
+
+    def _make_room(self, *, is_lasting: bool) -> bool:
+        """Forget the silent stranger that failed most; False if there is none. The user's own peers always fit."""
+        strangers = [
+            each
+            for each in self._peers.values()
+            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
+            if not any(way.is_lasting for way in each.ways.values())
+        ]
+        if strangers:
+            self.remove(max(strangers, key=lambda each: each.failures))
+        return bool(strangers) or is_lasting
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWatch:
+    """The task that asks one peer, and what makes it ask at once."""
+
+    task: asyncio.Task[None]
+    wake: asyncio.Event
+
+
+class PeerMonitor:
+    """Keeps a PeerTable true: asks, pairs, learns. Belongs to one event loop; `close` ends all its tasks.
+
+    `known_peers`: the user's, tried forever. `custom_discovery`: called every minute, sync or async, gives Peers or
+    their JSON form. `own_urls`: base URLs under which this bridge answers. `store` and `initiator` None: pairing is
+    off, and no peer is ever used.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        get: PeerGet,
+        app_id: str | None = None,
+        store: PairingStore | None = None,
+        initiator: PairingInitiator | None = None,
+        known_peers: Iterable[Peer] = (),
+        custom_discovery: PeerSource | None = None,
+        own_urls: Callable[[], Collection[str]] = tuple,
+        intervals: PeerIntervals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.table = PeerTable(identity.device_id, own_urls)
+        self._identity = identity
+        self._app_id = app_id
+        self._get = get
+        self._store = store
+        self._initiator = initiator
+        self._known_peers = tuple(known_peers)
+        self._custom_discovery = custom_discovery
+        self._intervals = intervals or PeerIntervals()
+        self._clock = clock
+        self._clock_ms = clock_ms
+        self._jitter = jitter
+        self._asking = asyncio.Semaphore(PEER_ASKED_AT_ONCE_LIMIT)
+        self._watches: dict[KnownPeer, PeerWatch] = {}
+        self._handshakes: dict[KnownPeer, asyncio.Task[Pairing]] = {}
+        self._custom_task: asyncio.Task[None] | None = None
+        self._unsubscribe: Callable[[], None] | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Begin to watch the user's peers and those of the pairings."""
+        for peer in self._known_peers:
+            self.see(peer, is_lasting=True)
+        if self._store is not None:
+            self._unsubscribe = self._store.subscribe(self._note_pairing)
+            for pairing in self._store.pairings:
+                self._remember(pairing)
+        if self._custom_discovery is not None:
+            self._custom_task = asyncio.create_task(self._discover(self._custom_discovery), name="custom discovery")
+
+    async def close(self) -> None:
+        """End everything that was begun."""
+        self._is_closed = True
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        tasks: list[asyncio.Task[Any]] = [*(watch.task for watch in self._watches.values()), *self._handshakes.values()]
+        tasks += [self._custom_task] if self._custom_task else []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # What is known
+
+    def now_s(self) -> float:
+        """The clock of the cool-downs, which choose_route wants."""
+        return self._clock()
+
+    def candidates(self) -> list[Candidate]:
+        """Every peer, as the decision looks at it."""
+        return [known.build_candidate() for known in self.table]
+
+    def peers(self) -> list[Peer]:
+        """Every peer, reachable or not."""
+        return [known.build_peer() for known in self.table]
+
+    def list_models(self) -> list[tuple[str, Peer]]:
+        """The models that paired peers have, each with its peer; without their demonstration models."""
+        usable = [each for each in self.candidates() if each.state in (PeerState.PAIRED, PeerState.READY)]
+        pairs = [(model, each.peer) for each in usable for model in each.models or each.peer.loaded_models]
+        return [(model, peer) for model, peer in pairs if not is_same_model(model, BUILTIN_MODEL_ID)]
+
+    # Who learns of peers says so
+
+    def see(self, peer: Peer, *, is_lasting: bool = False) -> None:
+        """A peer was found, or says something new of itself."""
+        known = self.table.see(peer, is_lasting=is_lasting)
+        self._settle()
+        if known is not None and not self._is_closed:
+            self._watch(known)
+
+    def lose(self, peer: Peer) -> None:
+        """Whoever found a peer finds it no more."""
+        self.table.lose(peer.device_id, peer.via)
+        self._settle()
+
+    async def _discover(self, source: PeerSource) -> None:
+        listed: dict[str, Peer] = {}
+        while True:
+            found = await self._ask_source(source)
+            if found is not None:
+                for peer in found.values():
+                    self.see(peer)
+                for device_id in listed.keys() - found.keys():
+                    self.lose(listed[device_id])
+                listed = found
+            await asyncio.sleep(self._intervals.custom_s)
+
+    async def _ask_source(self, source: PeerSource) -> dict[str, Peer] | None:
+        """The peers that the user's own discovery lists; None if it failed, which is logged and changes nothing."""
+        try:
+            async with asyncio.timeout(CUSTOM_DISCOVERY_TIMEOUT_S):
+                answer = source()
+                items = await answer if isinstance(answer, Awaitable) else answer
+            peers = [
+                parse_peer_json(build_peer_json(each) if isinstance(each, Peer) else each, PeerVia.CUSTOM)
+                for each in itertools.islice(items, PEERS_LIMIT)
+            ]
+        except Exception:
+            peers_log.warning("custom discovery failed", exc_info=True)
+            return None
+        return {peer.device_id: peer for peer in peers}
+
+    # What requests teach
+
+    def note_success(self, device_id: str) -> None:
+        """A request was served by this peer: the pairing is in use, and any cool-down is over."""
+        known = self.table.find(device_id)
+        if known is not None:
+            known.note_success()
+            pairing = self._find_pairing(known)
+            if pairing is not None and self._store is not None:
+                self._store.note_use(pairing, self._clock_ms())
+
+    def note_failure(self, device_id: str, reason: str, *, has_answered: bool, retry_after_s: float = 0.0) -> None:
+        """A request failed before its first content.
+
+        `has_answered` False: there was no connection, so the next sign of life ends the cool-down. True: it answered
+        with an error, or took the request and stayed silent; that its health route answers proves nothing then.
+        """
+        known = self.table.find(device_id)
+        if known is not None:
+            known.note_failure(reason, self._clock(), has_answered=has_answered, retry_after_s=retry_after_s)
+            if not has_answered:
+                self._watch(known)
+
+    def note_unauthorized(self, device_id: str) -> None:
+        """The peer answered 401 to a signed request: it does not know the pairing any more."""
+        known = self.table.find(device_id)
+        if known is not None:
+            self._mark_unauthorized(known)
+
+    def record_measurement(
+        self, device_id: str, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None = None
+    ) -> None:
+        """What a request saw of the peer's speed; counts where the peer advertises none."""
+        known = self.table.find(device_id)
+        if known is not None:
+            known.record_measurement(model_id, tok_per_s, prefill_tok_per_s)
+
+    # Pairing
+
+    def begin_pairing(self, peer: Peer) -> None:
+        """Ask the peer's user in the background, unless that was done: once refused, only the user asks again."""
+        known = self.table.find(peer.device_id)
+        if known is not None and known.handshake is Handshake.NONE and not known.has_pairing and not self._is_closed:
+            self._start_handshake(known, is_explicit=False)
+
+    async def wait_for_approval(self, peer: Peer, timeout_s: float) -> bool:
+        """Whether the peer may be used, after waiting for the handshake with it where one is under way."""
+        self.begin_pairing(peer)
+        known = self.table.find(peer.device_id)
+        task = self._handshakes.get(known) if known else None
+        if task is not None:
+            await asyncio.wait({task}, timeout=timeout_s)
+        known = self.table.find(peer.device_id) or self.table.find(peer.base_url)
+        return known is not None and known.state in (PeerState.PAIRED, PeerState.READY)
+
+    async def pair(self, peer: Peer) -> Pairing:
+        """The user asks for this pairing. Raises what PairingInitiator.pair raises."""
+        known = self.table.find(peer.device_id) or self.table.find(peer.base_url)
+        if known is None:
+            self.see(peer)
+            known = self.table.find(peer.device_id)
+        if known is None:
+            raise PairingFailedError(
+                f"{display_name(peer.base_url)} is this bridge itself, or too many peers are known"
+            )
+        return await asyncio.shield(self._handshakes.get(known) or self._start_handshake(known, is_explicit=True))
+
+    def _start_handshake(self, known: KnownPeer, *, is_explicit: bool) -> asyncio.Task[Pairing]:
+        known.handshake = Handshake.ASKING
+        task = asyncio.create_task(self._pair(known, is_explicit=is_explicit), name="pairing")
+        self._handshakes[known] = task
+        task.add_done_callback(functools.partial(self._end_handshake, known))
+        return task
+
+    def _end_handshake(self, known: KnownPeer, task: asyncio.Task[Pairing]) -> None:
+        del self._handshakes[known]
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            known.handshake = Handshake.NONE
+            return
+        is_final = isinstance(error, PairingDeniedError | PairingDisabledError)
+        known.handshake = Handshake.REFUSED if is_final else Handshake.FAILED
+        if isinstance(error, BridgeError):
+            peers_log.warning("not paired with %s: %s", known.shown_name, error.message)
+        else:
+            peers_log.error("pairing with %s failed", known.shown_name, exc_info=error)
+
+    async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
+        if self._initiator is None:
+            raise PairingDisabledError("pairing is off on this device")
+        target = PairingTarget(
+            base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
+        )
+        pairing = await self._initiator.pair(target, is_explicit=is_explicit)
+        found = self.table.find(pairing.device_id) or known
+        await self._poll(found)  # so that whoever waits for the approval finds a peer that is ready
+        return pairing
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """The store changed: a pairing began, ended, or was marked."""
+        if after is not None:
+            self._remember(after)
+        for known in self.table:
+            has_pairing = self._find_pairing(known) is not None
+            if known.has_pairing and not has_pairing:
+                known.has_pairing = False
+                known.advance(PeerEvent.UNPAIRED)
+            if known.has_pairing != has_pairing:
+                self._watch(known)
+
+    def _remember(self, pairing: Pairing) -> None:
+        """The address at which a paired peer was last reached is tried for as long as the pairing lives."""
+        if pairing.outbound_key is None or pairing.base_url is None:
+            return
+        try:
+            base_url = parse_base_url(pairing.base_url)
+        except ValueError:
+            return
+        peer = replace(build_static_peer(base_url), device_id=pairing.device_id, device_name=pairing.device_name)
+        self.see(peer, is_lasting=True)
+
+    def _find_pairing(self, known: KnownPeer) -> Pairing | None:
+        """The pairing by which this peer may be used. By its address only while it tells no id: whoever stands at
+        the address of a paired peer and says that it is another, is another."""
+        if self._store is None:
+            return None
+        base_url = known.peer.base_url if known.told_id is None else None
+        pairing = self._store.find_outbound(known.told_id, base_url, self._clock_ms())
+        return None if pairing is None or pairing.is_marked_unauthorized else pairing
+
+    def _mark_unauthorized(self, known: KnownPeer) -> None:
+        pairing = self._find_pairing(known)
+        if pairing is not None and self._store is not None:
+            self._store.note(pairing, is_marked_unauthorized=True)
+            peers_log.warning("%s does not know this device any more: `pair request` asks it again", known.shown_name)
+        known.has_pairing, known.handshake = False, Handshake.REFUSED
+        known.advance(PeerEvent.UNPAIRED)
+
+    # Asking
+
+    def _watch(self, known: KnownPeer) -> None:
+        """Ask this peer now, and from now on."""
+        watch = self._watches.get(known)
+        if watch is None:
+            wake = asyncio.Event()
+            task = asyncio.create_task(self._run(known, wake), name="peer")
+            watch = self._watches[known] = PeerWatch(task=task, wake=wake)
+            task.add_done_callback(lambda _: self._watches.pop(known, None))
+        watch.wake.set()
+
+    def _settle(self) -> None:
+        """End the tasks of peers that are gone from the table."""
+        for known, watch in list(self._watches.items()):
+            if not self.table.has(known):
+                watch.task.cancel()
+
+    async def _run(self, known: KnownPeer, wake: asyncio.Event) -> None:
+        while self.table.has(known):
+            wake.clear()
+            try:
+                async with self._asking:
+                    await self._poll(known)
+            except Exception:
+                peers_log.exception("asking %s failed", known.shown_name)
+                known.note_silence("internal error")
+            delay_s = known.compute_poll_delay_s(self._intervals, self._jitter())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await wake.wait()
+
+    async def _poll(self, known: KnownPeer) -> None:
+        """Ask health by each way until one answers, then what else there is to know."""
+        pairing, error, is_refused = self._find_pairing(known), "no address", False
+        for way in known.list_ways():
+            try:
+                word = await self._ask_health(known, way, pairing)
+            except AuthenticationError as exc:
+                error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
+            except (OSError, BridgeError, ValueError) as exc:
+                error = explain_silence(exc)
+            else:
+                await self._take_in(known, way, word, pairing)
+                return
+        known.note_silence(error)
+        if is_refused:
+            self._mark_unauthorized(known)
+
+    async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
+        known.note_word(way, word, self._clock_ms())
+        told_id = word.device_id or (pairing.device_id if pairing else None)
+        if known.told_id is None and told_id is not None and "://" not in told_id:
+            remaining = self.table.identify(known, told_id)
+            if remaining is not known:
+                if remaining is not None:
+                    self._watch(remaining)
+                return
+        known.has_pairing = pairing is not None
+        known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
+        is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
+        if pairing is not None and (is_due or known.state is PeerState.PAIRED):
+            await self._learn(known, way, pairing)
+
+    async def _ask_health(self, known: KnownPeer, way: PeerWay, pairing: Pairing | None) -> PeerWord:
+        status, body = await self._ask(f"{way.base_url}/dvai/health", pairing)
+        if status == 401 and pairing is not None:
+            raise _build_refused_error(body)
+        if status != 200:
+            raise ValueError(f"its health route answered {status}")
+        word = parse_health(body)
+        if None not in (known.told_id, word.device_id) and word.device_id != known.told_id:
+            raise ValueError("another device answers there")
+        return word
+
+    async def _learn(self, known: KnownPeer, way: PeerWay, pairing: Pairing) -> None:
+        """Which models it has, and what it scores; hubs may have neither route."""
+        with contextlib.suppress(OSError, BridgeError, ValueError):
+            status, body = await self._ask(f"{way.base_url}/dvai/capability", pairing)
+            if status == 200:
+                known.note_scores(parse_scores_json(parse_json(body)))
+        with contextlib.suppress(OSError, BridgeError, ValueError):
+            status, body = await self._ask(f"{way.base_url}/models", pairing)
+            if status == 200:
+                known.models = parse_model_list(body)
+                known.learned_at_s = self._clock()
+                known.advance(PeerEvent.LEARNED)
+
+    async def _ask(self, url: str, pairing: Pairing | None) -> tuple[int, bytes]:
+        """GET with our signature where there is a pairing; marked as forwarded, so that a peer speaks for itself."""
+        headers = [("X-DVAI-Forwarded", "1"), ("Accept", "application/json")]
+        if pairing is not None:
+            headers += sign_request(
+                pairing,
+                self._identity,
+                app_id=self._app_id,
+                method="GET",
+                path=urllib.parse.urlsplit(url).path,
+                body=b"",
+                now_ms=self._clock_ms(),
+            )
+        async with asyncio.timeout(self._intervals.answer_s):
+            return await self._get(url, headers, self._intervals.answer_s)
+
+
+def explain_silence(error: Exception) -> str:
+    """Why a peer did not answer, in a few words and without what it may have written itself."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, JsonError):
+        return "its answer is not JSON"
+    if isinstance(error, BridgeError):
+        return error.message
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error)
+
+
+def _build_refused_error(body: bytes) -> AuthenticationError:
+    """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
+    with contextlib.suppress(ValueError, AttributeError):
+        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
+            return AuthenticationError("the clocks of the two devices differ too much")
+    return SignatureError("it does not know this device any more")
+
+
+def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
+    """A peer as `peers` lists it: the compatible members, and how this bridge stands with it."""
+    return {
+        **build_peer_json(candidate.peer),
+        "state": candidate.state.value,
+        "paired": candidate.has_pairing,
+        "route": candidate.route.value,
+        **({} if candidate.has_pairing else {"pairing": candidate.handshake.value}),
+        "models": None if candidate.models is None else list(candidate.models),
+        "queue": {"running": candidate.running, "waiting": candidate.waiting, "slots": candidate.slots},
+        **({"error": display_name(candidate.error)} if candidate.error else {}),
+    }
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -15454,6 +16381,7 @@ def run_doctor(command: Command) -> int:
         probe_port(),
         *probe_packages(),
         probe_memory(),
+        probe_hardware(),
         asyncio.run(probe_builtin_engine()),
         *probe_survey(command),
     ]
@@ -15510,6 +16438,13 @@ def probe_memory() -> Finding:
     return Finding(
         subject="memory", verdict="ok", detail=f"{format_size(memory.free_bytes)} free ({memory.limit_source})"
     )
+
+
+def probe_hardware() -> Finding:
+    """What the machine is good for, whatever the model."""
+    assessment = assess_hardware()
+    verdict = "ok" if assessment.mode is HardwareMode.OK else "note"
+    return Finding(subject="hardware", verdict=verdict, detail=f"{assessment.mode.value}: {assessment.reason}")
 
 
 async def probe_builtin_engine() -> Finding:
@@ -15748,11 +16683,11 @@ def run_audit(command: Command) -> int:
 
 
 def describe_audit_entry(entry: Mapping[str, Any]) -> str:
-    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+    """One request on one line. Names were escaped when they were written; a file that was edited is escaped again."""
 
-    def text(name: str, default: str = "-") -> str:
-        value = entry.get(name)
-        return default if value is None else display_name(str(value))
+    def text(name: str) -> str:
+        shown = "-" if entry.get(name) is None else str(entry[name])
+        return shown if shown.isprintable() else display_name(shown)
 
     who = text("deviceId")
     if entry.get("caller") == "peer":
