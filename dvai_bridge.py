@@ -12570,10 +12570,7 @@ def _find_origin(url: str) -> tuple[str, str, int]:
 
 
 def _is_loopback_host(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or is_loopback_address(host)
 
 
 def is_token_allowed(url: str, endpoint: str) -> bool:
@@ -12657,7 +12654,8 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
     A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
     another quantisation than `Q4_K_M`, but is taken for it where there is no other.
     """
-    wanted = re.escape(tag.removesuffix(".gguf"))
+    name = tag[:-5] if _is_gguf_name(tag) else tag
+    wanted = re.escape((parse_split_name(name) or [name])[0])
     for pattern in (
         rf"(?:.*/)?{wanted}",
         rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
@@ -12671,9 +12669,9 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
 
 
 def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
-    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: none of them.
 
-    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several.
     """
     for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
         matches = find_tag(list(sizes), tag)
@@ -12682,9 +12680,7 @@ def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str
             raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
         if matches:
             return matches[0]
-    if reference.tag and sizes:
-        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
-    return next(iter(sizes), None)
+    return None if reference.tag else next(iter(sizes), None)
 
 
 def list_choices(sizes: Mapping[str, int | None]) -> str:
@@ -12709,9 +12705,12 @@ def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) ->
             stem, index, count = split or (file.path[:-5], 1, 1)
             groups.setdefault(stem, {})[index] = file
             counts[stem] = count
-    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    sizes = {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()}
+    chosen = choose_stem(reference, sizes)
+    if chosen is None and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag or '')}; it has: {list_choices(sizes)}")
     if chosen is None:
-        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+        raise UsageError(f"{reference.repo} has no GGUF model; look for a repository whose name ends in -GGUF")
     parts, count = groups[chosen], counts[chosen]
     if sorted(parts) != list(range(1, count + 1)):
         raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
@@ -12850,7 +12849,6 @@ def find_present(
 
 # The transport: the standard library's, its redirects followed here, where the token is watched.
 
-
 _Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
 
 
@@ -12864,9 +12862,12 @@ class _Retry(Exception):
 
 @contextlib.contextmanager
 def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
-    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+    """End what the block reads from `sock` when it takes longer, with TimeoutError: the socket's own timeout begins
+    anew with every byte, and to http.client a head that is cut off is whole."""
+    is_late = threading.Event()
 
     def cut() -> None:
+        is_late.set()
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
 
@@ -12877,6 +12878,8 @@ def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer in {timeout_s:.0f} s")
 
 
 def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
@@ -12922,7 +12925,7 @@ def _explain_network_error(error: object, host: str, *, is_connected: bool) -> E
     strerror = error.strerror if isinstance(error, OSError) else None
     why = display_name(strerror or str(error) or type(error).__name__)
     unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
-    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError | UnicodeError)  # the last: no host name
     is_silent = isinstance(error, TimeoutError) and not is_connected
     if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
         return UnreachableError(
@@ -12945,7 +12948,7 @@ def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http
         answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
     except urllib.error.URLError as exc:
         raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, http.client.HTTPException, UnicodeError) as exc:
         raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
     return answer
 
@@ -13101,8 +13104,9 @@ class _Part:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
+        is_empty = os.fstat(fd).st_size == 0
         os.close(fd)
-        if not self.size:
+        if is_empty:
             self._remove()
 
     def _remove(self) -> None:
@@ -13111,15 +13115,14 @@ class _Part:
 
     def resume(self) -> None:
         """Go on from what an earlier run left, if that is of the same content; else from nothing."""
-        about = self._load_about()
-        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
-        self.etag = str(about.get("etag") or "") if same else ""
-        if not same or not (self.remote.sha256 or self.etag):
-            self.restart()
-            return
-        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
-            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
-        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+        about, arrived, remote = self._load_about(), os.fstat(self._fd).st_size, self.remote
+        same = about.get("sha256") == remote.sha256 if remote.sha256 else about.get("url") == remote.url
+        etag = str(about.get("etag"))
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        if remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(remote, size_bytes=about["sizeBytes"])
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if not 0 < arrived <= limit or not same or not (remote.sha256 or self.etag):
             self.restart()
             return
         while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
@@ -13170,6 +13173,7 @@ class _Part:
         if self.size < len(GGUF_MAGIC):
             start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
             if data[: end - start] != GGUF_MAGIC[start:end]:
+                self.restart()
                 raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
         rest = memoryview(data)
         while rest:
@@ -17483,7 +17487,7 @@ class PullProgress:
     def _describe(self, received: int, total: int, rate: float) -> str:
         done = PROGRESS_BAR_CHARS * received // total
         bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
-        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+        return f"{bar} ({format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s)"
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -17552,7 +17556,7 @@ def fetch_model(command: Command, target: str) -> PulledModel:
         found = find_downloaded(reference, places) if reference else None
         if found is None:
             raise
-        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        progress.say(f"{exc.message.partition(':')[0]}; taking what is here: {found.path}")
         return found
     finally:
         progress.end()
@@ -17584,7 +17588,8 @@ def run_pull(command: Command) -> int:
         )
         return 0
     parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
-    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    state = "was here already" if pulled.was_present else "is here now"
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {state}")
     print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
     return 0
 
