@@ -3875,6 +3875,11 @@ DAY_MS = 86_400_000
 pairing_log = logging.getLogger("dvai_bridge.pairing")
 
 
+def read_clock_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
@@ -4083,13 +4088,19 @@ class PairingStore:
     """
 
     def __init__(
-        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+        self,
+        directory: Path,
+        *,
+        device_id: str,
+        expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS,
+        clock_ms: Callable[[], int] = read_clock_ms,
     ) -> None:
         self.device_id = device_id
         self.replay = ReplayMemory()
         self._path = directory / "pairings.json"
         self._nonces_path = directory / "nonces.json"
         self._expires_after_ms = expire_after_days * DAY_MS
+        self._clock_ms = clock_ms
         self._records: PairingRecords = {}
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
@@ -4285,7 +4296,7 @@ class PairingStore:
 
     async def _save_nonces(self) -> None:
         self.replay.has_new_untimed = False
-        data = self.replay.encode(time.time_ns() // 1_000_000)
+        data = self.replay.encode(self._clock_ms())
         try:
             await asyncio.to_thread(save_file, self._nonces_path, data)
         except StorageError:
@@ -4619,7 +4630,7 @@ class PairingDesk:
         identity: Identity,
         store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
@@ -4855,7 +4866,7 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         random: RandomBytes = os.urandom,
     ) -> None:
@@ -4962,6 +4973,8 @@ class PairingInitiator:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+        except BridgeError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
     async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:

@@ -13,6 +13,7 @@ from dvai_bridge import (
     HANDSHAKES_PER_ADDRESS_LIMIT,
     HANDSHAKES_WINDOW_MS,
     BridgeError,
+    GatewayTimeoutError,
     HandshakeLimiter,
     Headers,
     Identity,
@@ -725,6 +726,7 @@ def test_a_target_that_speaks_noise_is_not_asked_readably(tmp_path):
             "cannot be reached: Connection refused",
         ),
         (TimeoutError(), PairingFailedError, "nobody answered"),
+        (GatewayTimeoutError("no answer in time"), PairingFailedError, "cannot be reached: no answer in time"),
     ],
 )
 def test_what_goes_wrong_is_said(tmp_path, outcome, error, says):
