@@ -13,14 +13,15 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
-    decisions     models, memory
+    decisions     models, memory, capability, audit, routing
     transport     streams: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
 page or network it comes from; a model file, its template included; the engine's process, which may crash or lie about
-its frames; other programs' answers on this machine's ports. Prompts and keys are never logged.
+its frames; other programs' answers on this machine's ports; a model hub and whoever it redirects to. Prompts and keys
+are never logged.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ REQUEST_ID_LIMIT_CHARS = 128  # a client's X-Request-Id that floods the log
 
 if TYPE_CHECKING:
     import datetime
+    import http.client
+    import urllib.request
     from dataclasses import dataclass as record
 else:
 
@@ -180,14 +183,15 @@ class BridgeError(Exception):
     """Base of every error the bridge raises on purpose.
 
     `status`, `type`, `code`: as in the OpenAI error body. `retry_after_s`: seconds, or None.
-    `should_retry`: False tells SDKs that repeating cannot help. `exit_code`: of the command line.
+    `should_retry`: False tells SDKs that repeating cannot help; on the class, or of one error. `exit_code`: of the
+    command line.
     `extra`: further members of the error body (e.g. `n_ctx`).
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | int | None] = None
-    should_retry: ClassVar[bool | None] = None
+    should_retry: bool | None = None
     exit_code: ClassVar[int] = 1
 
     def __init__(
@@ -196,12 +200,15 @@ class BridgeError(Exception):
         *,
         param: str | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        if should_retry is not None:
+            self.should_retry = should_retry
         self.extra = dict(extra or {})
 
 
@@ -255,10 +262,33 @@ class EngineUnavailableError(BridgeError):
     status, type, code = 503, "unavailable_error", "engine_unavailable"
 
 
+class NoCapableDeviceError(BridgeError):
+    """Nobody can serve the request as it demands; `extra` says who was considered and why not."""
+
+    status, type, code = 503, "no_capable_device", 503
+
+
+class NoLocalBackendError(BridgeError):
+    """The request must not leave this device, which serves nothing itself (offload-only mode)."""
+
+    status, type, code = 503, "no_local_backend", 503
+    should_retry = False
+
+
 class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
     status, type, code, exit_code = 500, "server_error", "model_file", 2
+
+
+class DownloadError(BridgeError):
+    """A model could not be downloaded; the message says whether a part of it was kept."""
+
+    status, type, code = 502, "server_error", "download_failed"
+
+
+class UnreachableError(DownloadError):
+    """There is no way to the host: no network, no such name, nobody listens."""
 
 
 class StorageError(BridgeError):
@@ -597,6 +627,17 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_REPO = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}(?::[^:\x00-\x1f\x7f]{{1,255}})?")
+
+
+def parse_hub_repo(text: str) -> str:
+    """The name of a model of a hub: a repository, and the quantisation or file where it is not the usual one."""
+    if not _HUB_REPO.fullmatch(text):
+        raise ValueError("it must be USER/REPO or USER/REPO:QUANT, as in bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0")
+    return text
+
+
 def option(flags: str, default: Any, help: str, group: str, **details: Any) -> Any:
     """A dataclass field that is also an option; `flags` separated by `/`, the long one last."""
     details.setdefault("parse", parse_text)
@@ -616,6 +657,16 @@ class Config:
         "model",
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+    )
+    hf_repo: str | None = option(
+        "-hf/--hf-repo",
+        None,
+        "model to download from Hugging Face, unless it is here already, and to serve; without QUANT it is Q4_K_M, "
+        "else Q8_0, else the first file",
+        "model",
+        parse=parse_hub_repo,
+        metavar="USER/REPO[:QUANT]",
+        fallbacks=("LLAMA_ARG_HF_REPO",),
     )
     alias: str | None = option(
         "-a/--alias",
@@ -760,6 +811,15 @@ class Config:
         "one directory for all state and caches, instead of the platform's",
         "files",
         metavar="DIR",
+    )
+    offline: bool = option(
+        "--offline",
+        False,
+        "download nothing: `--hf-repo` is what is on this machine",
+        "files",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_OFFLINE", "HF_HUB_OFFLINE"),
     )
     config: str | None = option(
         "--config",
@@ -5001,7 +5061,9 @@ class PairingInitiator:
 
 
 # ---- Models ---------------------------------------------------------------------------
-# Names of models: ids, quantisations, equality. Pure.
+# Names of models: ids, quantisations, equality, substitution. Pure.
+
+BUILTIN_MODEL_ID = "dvai-demo"  # the demonstration model: it answers to this name and stands in for no other
 
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})", re.DOTALL)
 _QUANTIZATION = re.compile(
@@ -5009,6 +5071,21 @@ _QUANTIZATION = re.compile(
     r"I?Q[1-9]_K(?:_(?:XXS|XS|S|M|L|XL))?|IQ[1-9]_(?:XXS|XS|S|M|NL|XL)|Q[1-9]_[01](?:_[48]_[48])?"
     r"|TQ[12]_0|(?:MX|NV)FP4|BF16|FP?(?:16|32))(?![A-Z0-9])",
     re.IGNORECASE,
+)
+_FAMILIES = (
+    "baichuan bge bloom codegemma codellama codeqwen codestral cogito command deepseek devstral dolphin ernie exaone "
+    "falcon gemma glm gpt granite hermes hunyuan internlm jamba kimi lfm llama llava magistral mamba medgemma "
+    "minicpm ministral mistral mixtral mpt nemotron nomic olmo olmoe openchat openhermes orca pythia phi qwen qwq rwkv "
+    "seed shieldgemma smollm smolvlm solar stablelm starcoder stories tinyllama vicuna wizardlm yi zephyr"
+)
+_AFTER_LETTERS = re.compile(r"[\W\d_].*", re.DOTALL)
+_NAME_WORD = re.compile(r"[^\W\d_]*\d+(?:\.\d+)+[^\W\d_]*|[^\W_]+\+*")
+_VERSION_WORD = re.compile(r"v?(\d+(?:\.\d+)*n?)")
+_SIZE_WORD = re.compile(r"(?:\d+x|[ae])?\d+(?:\.\d+)?[mbt]|260k")
+_SAME_TYPE = {"it": "instruct", "inst": "instruct", "pt": "base"}
+_NO_TYPES = (  # publishers, packagings and quantisations
+    "ai allenai bartowski community google hf huggingfacetb ibm latest lmstudio meta microsoft mistralai unsloth "
+    "4bit 8bit awq gguf gptq i1 imat imatrix int4 int8 mlx q4 q5 q6 q8 ud"
 )
 
 
@@ -5048,6 +5125,61 @@ def parse_quantization(name: str) -> str | None:
         return None
     quantization: str = found[-1].upper()
     return quantization.replace("FP16", "F16").replace("FP32", "F32")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelName:
+    """What a model's name says of it besides the quantisation. Two equal ones name the same weights, rounded apart.
+
+    `family`: "llama"; `version`: "3.2", or "" when the name has none; `size`: "3b", "30b-a3b", or "";
+    `type`: every other word, so that a fine-tune is never taken for what it was made from.
+    """
+
+    family: str
+    version: str
+    size: str
+    type: frozenset[str]
+
+
+def parse_model_name(name: str) -> ModelName | None:
+    """The parts of a model's name, as downloads and Ollama's tags spell them; None if no known family occurs in it."""
+    plain = _QUANTIZATION.sub(" ", name.rpartition("/")[2]).casefold()
+    words = _NAME_WORD.findall(re.sub(r"(?<=\d)_(?=\d)", ".", plain))
+    families, ignored = _FAMILIES.split(), _NO_TYPES.split()
+    family, versions, sizes, types = "", [], [], set()
+    for word in words:
+        letters = _AFTER_LETTERS.sub("", word)
+        if letters in families and family in ("", letters):
+            family, word = letters, word.removeprefix(letters)
+        version = _VERSION_WORD.fullmatch(word)
+        if version:
+            versions.append(version[1])
+        elif _SIZE_WORD.fullmatch(word):
+            sizes.append(word)
+        elif word and word not in ignored:
+            types.add(_SAME_TYPE.get(word, word))
+    if not family:
+        return None
+    return ModelName(family=family, version="-".join(versions), size="-".join(sizes), type=frozenset(types))
+
+
+def can_substitute(model_id: str, requested: str) -> bool:
+    """Whether one model may serve for another: the same in all but quantisation. Unknown families never do."""
+    name = parse_model_name(requested)
+    return name is not None and name == parse_model_name(model_id)
+
+
+def split_address(name: str, owners: Collection[str]) -> tuple[str | None, str]:
+    """`studio/llama` → ("studio", "llama") when `owners` has "studio", ignoring case; else (None, name).
+
+    The longest owner that fits wins: both names and models may contain slashes.
+    """
+    known = {each.casefold(): each for each in owners}
+    for slash in reversed([match.start() for match in re.finditer("/", name[:-1])]):
+        owner = known.get(name[:slash].casefold())
+        if owner:
+            return owner, name[slash + 1 :]
+    return None, name
 
 
 def format_size(size_bytes: int) -> str:
@@ -5102,36 +5234,46 @@ def _find_count(text: str, key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _probe_cgroup_directory(directory: Path) -> int | None:
-    """Bytes that the memory limits of one control group leave (v2's files, else v1's); None without a limit."""
-    limit_names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-    limits = [_parse_count(_read_small_file(directory / name)) for name in limit_names]
+def _read_memory_limit(directory: Path) -> int | None:
+    """Bytes that one control group may take (v2's files, else v1's); None without a limit."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [_parse_count(_read_small_file(directory / name)) for name in names]
     smallest = min((limit for limit in limits if limit is not None), default=1 << 60)
-    if smallest >= 1 << 60:  # v1 writes "no limit" as the largest multiple of a page
+    return smallest if smallest < 1 << 60 else None  # v1 writes "no limit" as the largest multiple of a page
+
+
+def _read_memory_left(directory: Path) -> int | None:
+    """Bytes that the memory limit of one control group leaves; None without a limit."""
+    limit = _read_memory_limit(directory)
+    if limit is None:
         return None
     used = _parse_count(
         _read_small_file(directory / "memory.current") or _read_small_file(directory / "memory.usage_in_bytes")
     )
     statistics = _read_small_file(directory / "memory.stat")
     reclaimable = _find_count(statistics, "total_inactive_file") or _find_count(statistics, "inactive_file") or 0
-    return max(0, smallest - max(0, (used or 0) - reclaimable))
+    return max(0, limit - max(0, (used or 0) - reclaimable))
 
 
-def _probe_cgroups(root: Path) -> int | None:
-    """The least that this process's control groups leave, each level up to the root of what is mounted here."""
-    free: list[int] = []
+def _list_cgroups(root: Path, controller: str) -> list[Path]:
+    """The control groups by which `controller` rules this process, each level up to the root of what is mounted."""
+    found: list[Path] = []
     for line in _read_small_file(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        bases = ("sys/fs/cgroup/memory",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+        bases = (f"sys/fs/cgroup/{controller}",) if controllers else ("sys/fs/cgroup", "sys/fs/cgroup/unified")
         parts = [part for part in path.split("/") if part]
         if ".." in parts:  # the group lies outside of this container's view
             parts = []
-        for base in bases:
-            levels = [root.joinpath(base, *parts[:length]) for length in range(len(parts) + 1)]
-            free += [left for left in map(_probe_cgroup_directory, levels) if left is not None]
-    return min(free, default=None)
+        found += [root.joinpath(base, *parts[:length]) for base in bases for length in range(len(parts) + 1)]
+    return found
+
+
+def _probe_cgroups(root: Path, read: Callable[[Path], int | None]) -> int | None:
+    """The least of what `read` finds in the control groups that bound this process's memory."""
+    found = [value for value in map(read, _list_cgroups(root, "memory")) if value is not None]
+    return min(found, default=None)
 
 
 def _probe_address_space(root: Path) -> int | None:
@@ -5164,8 +5306,8 @@ def _probe_macos_memory() -> int | None:
         return None
 
 
-def _probe_windows_memory() -> int | None:
-    """The smaller of free physical memory and what may still be committed (GlobalMemoryStatusEx)."""
+def _probe_windows_memory() -> tuple[int, int] | None:
+    """Physical memory in all, and the smaller of what of it is free and what may still be committed."""
     import ctypes
 
     names = ("total_phys", "avail_phys", "total_page", "avail_page", "total_virtual", "avail_virtual", "extended")
@@ -5179,20 +5321,21 @@ def _probe_windows_memory() -> int | None:
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
-    return int(min(status.avail_phys, status.avail_page))
+    return int(status.total_phys), int(min(status.avail_phys, status.avail_page))
 
 
 def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> MemoryInfo:
     """How much memory a model may take: the smallest of what the system, its containers and limits leave."""
     if platform == "win32":
-        bounds = [(_probe_windows_memory(), "free memory")]
+        windows = _probe_windows_memory()
+        bounds = [(windows[1] if windows else None, "free memory")]
     elif platform == "darwin":
         bounds = [(_probe_macos_memory(), "free memory")]
     else:
         kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemAvailable")
         bounds = [
             (None if kilobytes is None else kilobytes * KIB, "free memory"),
-            (_probe_cgroups(root), "the container's or service's memory limit"),
+            (_probe_cgroups(root, _read_memory_left), "the container's or service's memory limit"),
         ]
     bounds.append((_probe_address_space(root), "the limit of `ulimit -v`"))
     known = [(free, source) for free, source in bounds if free is not None]
@@ -5200,6 +5343,16 @@ def probe_free_memory(root: Path = Path("/"), platform: str = sys.platform) -> M
         return MemoryInfo(free_bytes=None, limit_source="this system does not say how much memory is free")
     free, source = min(known)
     return MemoryInfo(free_bytes=free, limit_source=source)
+
+
+def probe_total_memory(root: Path = Path("/"), platform: str = sys.platform) -> int | None:
+    """Bytes that all of this process's machine has, or its container may take; None: not known (macOS: ask sysctl)."""
+    if platform == "win32":
+        windows = _probe_windows_memory()
+        return windows[0] if windows else None
+    kilobytes = _find_count(_read_small_file(root / "proc/meminfo"), "MemTotal")
+    bounds = (None if kilobytes is None else kilobytes * KIB, _probe_cgroups(root, _read_memory_limit))
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def explain_misfit(needed_bytes: int, memory: MemoryInfo | None) -> str | None:
@@ -5217,6 +5370,1666 @@ def verify_fits(needed_bytes: int, memory: MemoryInfo) -> None:
         raise ModelFileError(
             f"the model {misfit}: take a smaller model or quantisation, lower --ctx-size, or use another device"
         )
+
+
+# ---- Capability -----------------------------------------------------------------------
+# How fast this device writes tokens: by its hardware's class, by model size and memory bandwidth, by measurement.
+#
+# In this order of trust (ScoreSource): a measurement, an estimate for the model at hand, the heuristic. The heuristic
+# and the JSON shapes are those of all DVAI software, so that a device is judged alike whoever asks.
+
+DEFAULT_HARDWARE_MINIMUM = 3.0  # tokens/s below which a device is too weak
+DEFAULT_MIN_LOCAL_CAPABILITY = 10.0  # tokens/s below which requests go to a peer, if there is one
+TOOL_TIMEOUT_S = 5.0  # nvidia-smi takes a second to wake a sleeping card
+UNKNOWN_RAM_GB = 4.0
+
+BANDWIDTH_BUFFER_BYTES = 64 * MIB  # copied to measure memory: more than processor caches hold
+BANDWIDTH_FREE_SHARE = 8  # of the free memory, at most one part in so many is taken for it
+BANDWIDTH_THREADS = 4  # one core alone does not saturate the memory of larger machines
+SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows it
+MULTIPLY_ADD_LANES = 576
+MULTIPLY_ADD_COLUMNS = 64
+
+BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
+BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
+
+SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
+SCORE_LIMIT_TOK_PER_S = 1e6  # a peer that boasts
+SCORE_SAMPLE_TOKENS = 16  # fewer say little about speed
+SCORE_WEIGHT = 0.2  # of the newest request in the average
+SCORE_CHANGE_SAVED = 0.05  # smaller changes are not worth a write to an SD card
+SCORE_FLUSH_S = 60.0  # between two saves of the scores while requests run
+
+capability_log = logging.getLogger("dvai_bridge.capability")
+
+
+class GpuClass(enum.Enum):
+    """What computes beside the processor. Only what engines can use counts: a Raspberry Pi has none."""
+
+    NONE = "none"
+    INTEGRATED = "integrated"
+    DISCRETE = "discrete"
+    APPLE_SILICON = "apple-silicon"
+
+
+class CpuClass(enum.Enum):
+    """The processor by its logical cores: high from 12, mid from 6."""
+
+    LOW = "low"
+    MID = "mid"
+    HIGH = "high"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareHints:
+    """What the heuristic knows of a device. `ram_gb`: GiB, whole ones from 1 on."""
+
+    has_npu: bool
+    ram_gb: float
+    gpu_class: GpuClass
+    cpu_class: CpuClass
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` words it on every platform."""
+        return {
+            "hasNpu": self.has_npu,
+            "ramGb": self.ram_gb,
+            "gpuClass": self.gpu_class.value,
+            "cpuClass": self.cpu_class.value,
+        }
+
+
+def run_tool(command: Sequence[str]) -> str:
+    """What a tool of the system prints; empty if it is not there, fails, or takes longer than TOOL_TIMEOUT_S."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TOOL_TIMEOUT_S, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def read_registry(key: str, name: str) -> list[str]:
+    """The value `name` of every subkey of HKEY_LOCAL_MACHINE\\`key` that has one as text; empty but on Windows."""
+    try:
+        winreg: Any = importlib.import_module("winreg")
+        parent = winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key)
+    except (ImportError, OSError):
+        return []
+    values = []
+    with parent:
+        for index in range(winreg.QueryInfoKey(parent)[0]):
+            with contextlib.suppress(OSError), winreg.OpenKey(parent, winreg.EnumKey(parent, index)) as subkey:
+                values.append(winreg.QueryValueEx(subkey, name)[0])
+    return [value for value in values if isinstance(value, str)]
+
+
+def count_logical_cores() -> int:
+    """The logical cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareView:
+    """Through what the machine is looked at; a test stands a recorded one there. Files are read below `root`."""
+
+    platform: str = sys.platform
+    root: Path = Path("/")
+    run: Callable[[Sequence[str]], str] = run_tool
+    read_registry: Callable[[str, str], Sequence[str]] = read_registry
+    count_cores: Callable[[], int] = count_logical_cores
+
+
+# PCI ids of the makers of GPUs; servers' and virtual machines' display adapters are of others.
+_NVIDIA, _AMD, _INTEL = "10DE", "1002", "8086"
+_PCI_GPU = re.compile(r"^PCI_CLASS=(?:3[0-9A-F]{4}|1200[0-9A-F]{2})$", re.MULTILINE)  # display, or accelerator
+_SYSTEMS_WITH_GPU = ("nvidia,tegra", "apple,t", "qcom,x1")  # by the device tree: Jetson, Macs with Linux, Snapdragon X
+_DISPLAY_ADAPTERS = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
+_COMPUTE_ACCELERATORS = r"SYSTEM\CurrentControlSet\Control\Class\{f01a9d53-3ff6-48d2-9f97-c8a7004be10c}"
+_GPU_ORDER = (GpuClass.NONE, GpuClass.INTEGRATED, GpuClass.DISCRETE, GpuClass.APPLE_SILICON)
+
+
+def _list_files(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def classify_pci_gpu(uevent: str, vram_vendor: str) -> GpuClass:
+    """The class of a PCI device by its `uevent` in /sys and, of AMD's, `mem_info_vram_vendor`. Pure.
+
+    A device without a driver, or given to a virtual machine, cannot be used. Intel's own graphics always sit in slot
+    00:02.0; AMD's driver knows a maker of memory chips only where they are the card's own.
+    """
+    driver, pci_id, slot = (
+        found[1] if (found := re.search(rf"^{name}=(\S+)$", uevent, re.MULTILINE)) else ""
+        for name in ("DRIVER", "PCI_ID", "PCI_SLOT_NAME")
+    )
+    vendor = pci_id.partition(":")[0].upper()
+    if not _PCI_GPU.search(uevent) or driver in ("", "vfio-pci"):
+        return GpuClass.NONE
+    if vendor == _NVIDIA:
+        return GpuClass.DISCRETE
+    if vendor == _INTEL:
+        return GpuClass.INTEGRATED if slot.endswith(":00:02.0") else GpuClass.DISCRETE
+    if vendor == _AMD:
+        return GpuClass.DISCRETE if vram_vendor.strip() not in ("", "unknown") else GpuClass.INTEGRATED
+    return GpuClass.NONE
+
+
+def classify_gpu_name(name: str) -> GpuClass:
+    """The class of a GPU by the name its driver gives it (Windows, Macs with Intel processors). Pure.
+
+    AMD calls what is part of a processor "… Graphics"; Intel's cards are Arc with a letter and a number.
+    """
+    name = name.strip()
+    if re.search(r"\bNVIDIA\b", name):
+        return GpuClass.DISCRETE
+    if re.search(r"\bRadeon\b|\bAMD\b", name):
+        return GpuClass.INTEGRATED if name.endswith("Graphics") else GpuClass.DISCRETE
+    if re.search(r"\bIntel\b", name):
+        return GpuClass.DISCRETE if re.search(r"\bArc\b.*\b[AB][0-9]{2,3}", name) else GpuClass.INTEGRATED
+    return GpuClass.INTEGRATED if "Adreno" in name else GpuClass.NONE
+
+
+def _choose_gpu(classes: Iterable[GpuClass]) -> GpuClass:
+    return max(classes, key=_GPU_ORDER.index, default=GpuClass.NONE)
+
+
+def _probe_linux_gpu(view: HardwareView) -> GpuClass:
+    tree = _read_small_file(view.root / "proc/device-tree/compatible").split("\0")
+    if any(system.startswith(_SYSTEMS_WITH_GPU) for system in tree):
+        return GpuClass.INTEGRATED
+    found = GpuClass.NONE
+    # A container sees all of /sys, but only the device files that it was given.
+    device = view.root / "dev"
+    usable = [*(device / name for name in ("nvidiactl", "dxg", "kfd")), *device.glob("dri/renderD*")]
+    if any(path.exists() for path in usable):
+        found = _choose_gpu(
+            classify_pci_gpu(
+                _read_small_file(directory / "uevent"), _read_small_file(directory / "mem_info_vram_vendor")
+            )
+            for directory in _list_files(view.root / "sys/bus/pci/devices")
+        )
+    if found is not GpuClass.DISCRETE and "GPU 0:" in view.run(["nvidia-smi", "-L"]):  # WSL shows no such PCI device
+        found = GpuClass.DISCRETE
+    return found
+
+
+def _probe_linux_npu(view: HardwareView) -> bool:
+    """Whether a driver of an accelerator for neural networks has found its device: NPUs, Hailo, Coral, Rockchip."""
+    classes = ("sys/class/accel", "sys/class/hailo_chardev", "sys/class/apex")
+    rockchip = _list_files(view.root / "sys/bus/platform/drivers/RKNPU")
+    return any(_list_files(view.root / name) for name in classes) or any(
+        path.name.endswith(".npu") for path in rockchip
+    )
+
+
+def _read_cpu_quota(directory: Path) -> int | None:
+    """Whole cores that a control group's quota allows (v2's file, else v1's), at least one; None without a quota."""
+    quota, _, period = _read_small_file(directory / "cpu.max").partition(" ")
+    if not period:
+        quota = _read_small_file(directory / "cpu.cfs_quota_us")
+        period = _read_small_file(directory / "cpu.cfs_period_us")
+    microseconds, each = _parse_count(quota), _parse_count(period)
+    return max(1, microseconds // each) if microseconds and each else None
+
+
+def _probe_linux_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    quotas = [quota for quota in map(_read_cpu_quota, _list_cgroups(view.root, "cpu")) if quota is not None]
+    cores = min([view.count_cores(), *quotas])
+    return probe_total_memory(view.root, view.platform), cores, _probe_linux_gpu(view), _probe_linux_npu(view)
+
+
+def _probe_macos_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    """sysctl says `hw.optional.arm64: 1` on Apple silicon also to a program translated by Rosetta."""
+    text = view.run(["sysctl", "hw.memsize", "hw.ncpu"])
+    cores = _find_count(text, "hw.ncpu") or view.count_cores()
+    if _find_count(view.run(["sysctl", "hw.optional.arm64"]), "hw.optional.arm64") == 1:
+        return _find_count(text, "hw.memsize"), cores, GpuClass.APPLE_SILICON, True
+    names = re.findall(r"Chipset Model: (.+)", view.run(["system_profiler", "SPDisplaysDataType"]))
+    return _find_count(text, "hw.memsize"), cores, _choose_gpu(map(classify_gpu_name, names)), False
+
+
+def _probe_windows_hints(view: HardwareView) -> tuple[int | None, int, GpuClass, bool]:
+    gpu = _choose_gpu(map(classify_gpu_name, view.read_registry(_DISPLAY_ADAPTERS, "DriverDesc")))
+    has_npu = bool(view.read_registry(_COMPUTE_ACCELERATORS, "DriverDesc"))
+    return probe_total_memory(view.root, view.platform), view.count_cores(), gpu, has_npu
+
+
+def probe_hardware_hints(view: HardwareView | None = None) -> HardwareHints:
+    """What kind of machine, or container, this is. Blocks for files and perhaps a tool: not for an event loop."""
+    view = view or HardwareView()
+    probe = {"win32": _probe_windows_hints, "darwin": _probe_macos_hints}.get(view.platform, _probe_linux_hints)
+    ram_bytes, cores, gpu_class, has_npu = probe(view)
+    ram_gb = UNKNOWN_RAM_GB if ram_bytes is None else ram_bytes / 1024**3
+    return HardwareHints(
+        has_npu=has_npu,
+        ram_gb=round(ram_gb, 1) if ram_gb < 1 else int(ram_gb + 0.5),
+        gpu_class=gpu_class,
+        cpu_class=CpuClass.HIGH if cores >= 12 else CpuClass.MID if cores >= 6 else CpuClass.LOW,
+    )
+
+
+_GPU_TOK_PER_S = {
+    GpuClass.NONE: 3.0,
+    GpuClass.INTEGRATED: 8.0,
+    GpuClass.DISCRETE: 35.0,
+    GpuClass.APPLE_SILICON: 40.0,
+}
+_CPU_FACTOR = {CpuClass.LOW: 0.6, CpuClass.MID: 1.0, CpuClass.HIGH: 1.3}
+
+
+def compute_heuristic_tok_per_s(hints: HardwareHints) -> float:
+    """What such hardware writes in tokens/s, whatever the model; the number that all DVAI software computes. Pure."""
+    ram_factor = 0.3 if hints.ram_gb < 4 else 0.7 if hints.ram_gb < 8 else 1.0
+    npu_factor = 1.4 if hints.has_npu else 1.0
+    tok_per_s = _GPU_TOK_PER_S[hints.gpu_class] * _CPU_FACTOR[hints.cpu_class] * ram_factor * npu_factor
+    return math.floor(tok_per_s * 10 + 0.5) / 10  # halves go up, as in JavaScript
+
+
+class HardwareMode(enum.Enum):
+    """What a device is good for: running models, only asking peers, or not even that by its maker's measure."""
+
+    OK = "ok"
+    OFFLOAD_ONLY = "offload-only"
+    TOO_WEAK = "too-weak"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HardwareAssessment:
+    """The judgement before any model is chosen, its reason for people, and what it is made from."""
+
+    mode: HardwareMode
+    tok_per_s: float
+    reason: str
+    hints: HardwareHints
+
+    def build_json(self) -> dict[str, Any]:
+        """As `assessHardware` returns it on every platform."""
+        return {
+            "mode": self.mode.value,
+            "tokPerSec": self.tok_per_s,
+            "reason": self.reason,
+            "hints": self.hints.build_json(),
+        }
+
+
+def assess_hardware(
+    hardware_minimum: float = DEFAULT_HARDWARE_MINIMUM,
+    min_local_capability: float = DEFAULT_MIN_LOCAL_CAPABILITY,
+    *,
+    hints: HardwareHints | None = None,
+) -> HardwareAssessment:
+    """Judge this device by two thresholds in tokens/s. `hints` None: looks at the machine, which blocks."""
+    hints = hints or probe_hardware_hints()
+    tok_per_s = compute_heuristic_tok_per_s(hints)
+    if tok_per_s < hardware_minimum:
+        mode = HardwareMode.TOO_WEAK
+        judgement = f"below the {hardware_minimum:g} tok/s hardware floor — too slow to run models locally."
+    elif tok_per_s < min_local_capability:
+        mode = HardwareMode.OFFLOAD_ONLY
+        judgement = (
+            f"below the {min_local_capability:g} tok/s comfort threshold — model will not be loaded locally; "
+            "every request will be forwarded to a paired peer."
+        )
+    else:
+        mode = HardwareMode.OK
+        judgement = f"at or above the {min_local_capability:g} tok/s comfort threshold — models run locally."
+    reason = f"estimated {tok_per_s:g} tok/s, {judgement}"
+    return HardwareAssessment(mode=mode, tok_per_s=tok_per_s, reason=reason, hints=hints)
+
+
+# Estimates. Decoding reads every weight once a token: llama.cpp is as fast as the memory, Python as its multiplication.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MachineSpeed:
+    """Measured rates. `memory_bytes_per_s`: read and written while copying, by several cores together.
+
+    `multiply_adds_per_s`: of one core, in the big-integer form that the built-in engine computes in.
+    """
+
+    memory_bytes_per_s: float
+    multiply_adds_per_s: float
+    cores: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ModelCost:
+    """What one token costs: parameters that take part in it, and bytes of weights that are read for it."""
+
+    n_params: int
+    bytes_per_token: int
+
+
+def compute_model_cost(gguf: GgufFile | GgufHeader) -> ModelCost:
+    """By the header alone. Of an embedding table one row is read; of a mixture only the experts that are used. Pure."""
+    architecture = gguf.metadata.get("general.architecture")
+    experts = gguf.metadata.get(f"{architecture}.expert_count")
+    used = gguf.metadata.get(f"{architecture}.expert_used_count")
+    share, n_params, size_bytes = 1.0, 0.0, 0.0
+    if isinstance(experts, int) and isinstance(used, int) and 0 < used <= experts:
+        share = used / experts
+    for name, tensor in gguf.tensors.items():
+        if name == "token_embd.weight" and "output.weight" in gguf.tensors:
+            continue
+        part = share if "_exps." in name else 1.0
+        n_params += part * math.prod(tensor.shape)
+        size_bytes += part * tensor.size_bytes
+    return ModelCost(n_params=int(n_params), bytes_per_token=int(size_bytes))
+
+
+def _measure_memory(free_bytes: int | None, cores: int) -> float:
+    """Bytes per second that copying reads and writes; ctypes lets the threads run beside each other."""
+    import ctypes
+
+    threads = min(cores, BANDWIDTH_THREADS)
+    budget = BANDWIDTH_BUFFER_BYTES if free_bytes is None else free_bytes // BANDWIDTH_FREE_SHARE
+    size = max(MIB, min(BANDWIDTH_BUFFER_BYTES, budget) // threads)
+    pairs = [(ctypes.create_string_buffer(size), ctypes.create_string_buffer(size)) for _ in range(threads)]
+    for source, _ in pairs:
+        ctypes.memset(source, 1, size)  # pages never written are all one page of zeros, which stays in the cache
+    best_s = math.inf
+    for _ in range(1 + SPEED_ROUNDS):  # the first one gets the memory from the system
+        workers = [threading.Thread(target=ctypes.memmove, args=(to, source, size)) for source, to in pairs]
+        began_s = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return 2 * size * threads / best_s
+
+
+def _measure_multiply_adds() -> float:
+    """Multiply-adds per second of one core, a column of weights in one integer (see the built-in engine)."""
+    seed = random.Random(1)
+    columns = [seed.getrandbits(32 * MULTIPLY_ADD_LANES) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    values = [seed.getrandbits(12) for _ in range(MULTIPLY_ADD_COLUMNS)]
+    best_s = math.inf
+    for _ in range(10 * SPEED_ROUNDS):
+        began_s = time.perf_counter()
+        sum(map(operator.mul, columns, values))
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return MULTIPLY_ADD_LANES * MULTIPLY_ADD_COLUMNS / best_s
+
+
+def probe_machine_speed() -> MachineSpeed:
+    """Measure memory and arithmetic, in about a tenth of a second. Blocks, and keeps several cores busy."""
+    cores = count_logical_cores()
+    return MachineSpeed(
+        memory_bytes_per_s=_measure_memory(probe_free_memory().free_bytes, cores),
+        multiply_adds_per_s=_measure_multiply_adds(),
+        cores=cores,
+    )
+
+
+def estimate_builtin_tok_per_s(
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+) -> float:
+    """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
+    gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
+    return BUILTIN_EFFICIENCY * gain * multiply_adds_per_s / max(n_params, 1)
+
+
+def estimate_tok_per_s(
+    engine: str, cost: ModelCost, speed: MachineSpeed, *, gpu_class: GpuClass = GpuClass.NONE
+) -> float | None:
+    """Decode speed to expect of a model, in tokens/s; None for an engine that we do not run ourselves. Pure.
+
+    `gpu_class`: of the GPU that holds the whole model; NONE if that does not fit, or the engine cannot use it. A GPU
+    that shares the processor's memory is as fast as that memory.
+    """
+    if engine == "builtin":
+        return estimate_builtin_tok_per_s(cost.n_params, speed.multiply_adds_per_s, speed.cores)
+    if engine == "llama":
+        bandwidth = DISCRETE_GPU_BYTES_PER_S if gpu_class is GpuClass.DISCRETE else speed.memory_bytes_per_s
+        return LLAMA_EFFICIENCY * bandwidth / max(cost.bytes_per_token, 1)
+    return None
+
+
+# Scores: what is known of one model on one device, here or told by a peer.
+
+
+class ScoreSource(enum.Enum):
+    """Where a score comes from. The wire knows two words: the first is `probe` there, the others `heuristic`."""
+
+    MEASURED = "measured"
+    ESTIMATE = "estimate"
+    HEURISTIC = "heuristic"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Score:
+    """Decode speed of a model on a device, in tokens/s. `measured_at_ms`: unix time. Prefill None: not known."""
+
+    model_id: str
+    device_id: str
+    library_version: str
+    tok_per_s: float
+    source: ScoreSource
+    measured_at_ms: int
+    prefill_tok_per_s: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ScoreKey:
+    """What a measurement holds for; with any of these different the model has to be measured again."""
+
+    model_id: str
+    engine: str
+    quantization: str
+    n_gpu_layers: int = 0
+    library_version: str = __version__
+
+
+def build_score_json(score: Score) -> dict[str, Any]:
+    """One score as `GET /v1/dvai/capability` and `POST /v1/dvai/probe` show it."""
+    shown = {
+        "modelId": score.model_id,
+        "deviceId": score.device_id,
+        "libraryVersion": score.library_version,
+        "tokPerSec": round(score.tok_per_s, 2),
+        "source": "probe" if score.source is ScoreSource.MEASURED else "heuristic",
+        "measuredAt": score.measured_at_ms,
+    }
+    if score.prefill_tok_per_s is not None:
+        shown["prefillTokPerSec"] = round(score.prefill_tok_per_s, 2)
+    return shown
+
+
+def build_scores_json(scores: Iterable[Score]) -> dict[str, Any]:
+    """The answer of `GET /v1/dvai/capability`."""
+    return {"scores": [build_score_json(score) for score in scores]}
+
+
+def _parse_rate(value: object) -> float:
+    if type(value) not in (int, float) or not 0 <= cast(float, value) <= SCORE_LIMIT_TOK_PER_S:
+        raise ValueError("a rate must be a number of tokens per second")
+    return float(cast(float, value))
+
+
+def _parse_score_text(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_CHARS or not value.isprintable():
+        raise ValueError("a score's texts must be printable, and not long")
+    return value
+
+
+def parse_score_json(value: Any) -> Score:
+    """A score as another device words it; ValueError if it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("a score must be an object")
+    measured_at_ms = value.get("measuredAt", 0)
+    if type(measured_at_ms) not in (int, float) or not 0 <= measured_at_ms < 1 << 53:
+        raise ValueError("measuredAt must be unix milliseconds")
+    prefill = value.get("prefillTokPerSec")
+    return Score(
+        model_id=_parse_score_text(value.get("modelId")),
+        device_id=_parse_score_text(value.get("deviceId")),
+        library_version=_parse_score_text(value.get("libraryVersion", "unknown")),
+        tok_per_s=_parse_rate(value.get("tokPerSec")),
+        source=ScoreSource.MEASURED if value.get("source") == "probe" else ScoreSource.HEURISTIC,
+        measured_at_ms=int(measured_at_ms),
+        prefill_tok_per_s=None if prefill is None else _parse_rate(prefill),
+    )
+
+
+def parse_scores_json(value: Any) -> tuple[Score, ...]:
+    """The scores of another device's `GET /v1/dvai/capability`; wrong ones are left out. ValueError without a list."""
+    scores = value.get("scores") if isinstance(value, dict) else None
+    if not isinstance(scores, list):
+        raise ValueError("there is no list of scores")
+    found = []
+    for score in scores[:SCORES_LIMIT]:
+        with contextlib.suppress(ValueError):
+            found.append(parse_score_json(score))
+    return tuple(found)
+
+
+def choose_score(
+    key: ScoreKey,
+    device_id: str,
+    *,
+    measured: Score | None,
+    estimated_tok_per_s: float | None,
+    hints: HardwareHints,
+    now_ms: int,
+) -> Score:
+    """What counts for a model here: its measurement, else the estimate, else the heuristic. Pure."""
+    if measured is not None:
+        return replace(measured, device_id=device_id)
+    source, tok_per_s = ScoreSource.HEURISTIC, compute_heuristic_tok_per_s(hints)
+    if estimated_tok_per_s is not None:
+        source, tok_per_s = ScoreSource.ESTIMATE, estimated_tok_per_s
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=tok_per_s,
+        source=source,
+        measured_at_ms=now_ms,
+    )
+
+
+def compute_decode_rate(usage: Usage) -> float | None:
+    """Tokens/s of one generation; None if it was too short to say. The first token belongs to the prompt's time."""
+    if usage.completion_tokens < SCORE_SAMPLE_TOKENS or usage.predicted_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, (usage.completion_tokens - 1) / usage.predicted_ms * 1000)
+
+
+def compute_prefill_rate(usage: Usage) -> float | None:
+    """Prompt tokens/s of one generation, those that the cache gave left out; None if too few were left to say."""
+    tokens = usage.prompt_tokens - usage.cached_tokens
+    if tokens < SCORE_SAMPLE_TOKENS or usage.prompt_ms <= 0:
+        return None
+    return min(SCORE_LIMIT_TOK_PER_S, tokens / usage.prompt_ms * 1000)
+
+
+def average_score(old: Score | None, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> Score | None:
+    """The score with one more request in its exponential average; None if that one says nothing. Pure."""
+    decode, prefill = compute_decode_rate(usage), compute_prefill_rate(usage)
+    if decode is None:
+        return None
+    if old is not None:
+        decode = old.tok_per_s + SCORE_WEIGHT * (decode - old.tok_per_s)
+        if prefill is None:
+            prefill = old.prefill_tok_per_s
+        elif old.prefill_tok_per_s is not None:
+            prefill = old.prefill_tok_per_s + SCORE_WEIGHT * (prefill - old.prefill_tok_per_s)
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=decode,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=prefill,
+    )
+
+
+ScoreTable = dict[ScoreKey, Score]
+
+
+def encode_score_table(table: Mapping[ScoreKey, Score]) -> bytes:
+    """`capability.json`: the newest SCORES_LIMIT measurements, each with what it holds for."""
+    newest = sorted(table.items(), key=lambda item: item[1].measured_at_ms)[-SCORES_LIMIT:]
+    entries = [
+        build_score_json(score)
+        | {"engine": key.engine, "quantization": key.quantization, "gpuLayers": key.n_gpu_layers}
+        for key, score in newest
+    ]
+    return encode_json({"version": 1, "scores": entries})
+
+
+def parse_score_table(data: bytes) -> ScoreTable:
+    """The inverse of encode_score_table; ValueError, TypeError or KeyError for anything else."""
+    document = parse_json(data)
+    table: ScoreTable = {}
+    for entry in document["scores"]:
+        score = parse_score_json(entry)
+        key = ScoreKey(
+            model_id=score.model_id,
+            engine=_parse_score_text(entry["engine"]),
+            quantization=_parse_score_text(entry["quantization"]),
+            n_gpu_layers=int(entry["gpuLayers"]),
+            library_version=score.library_version,
+        )
+        table[key] = score
+    return table
+
+
+def parse_score_cache(data: bytes) -> ScoreTable:
+    """As parse_score_table, but a damaged cache is an empty one: its measurements can be made again."""
+    try:
+        return parse_score_table(data)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        capability_log.info("the measurements of earlier runs are damaged and made again")
+        return {}
+
+
+def merge_score_tables(one: Mapping[ScoreKey, Score], other: Mapping[ScoreKey, Score]) -> ScoreTable:
+    """All measurements of both, of the same thing the newer one. Pure."""
+    merged = dict(one)
+    for key, score in other.items():
+        if key not in merged or merged[key].measured_at_ms <= score.measured_at_ms:
+            merged[key] = score
+    return merged
+
+
+class ScoreCache:
+    """The measurements of this device, kept in `capability.json` of the cache directory. For any thread.
+
+    Its owner calls `load` once, `flush` every SCORE_FLUSH_S and at the end; both block for the disk, everything else
+    is memory only. A cache that cannot be read or saved costs measurements, never a request.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._table: ScoreTable = {}
+        self._saved: ScoreTable = {}
+        self._has_warned = False
+
+    def load(self) -> None:
+        """Take in what earlier runs measured."""
+        try:
+            found = load_file(self._path, parse_score_cache) or {}
+        except StorageError as exc:
+            capability_log.warning("models are measured anew: %s", exc)
+            return
+        with self._lock:
+            self._table, self._saved = merge_score_tables(found, self._table), found
+
+    def get(self, key: ScoreKey) -> Score | None:
+        """The measurement for exactly this."""
+        with self._lock:
+            return self._table.get(key)
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """The measurements of this version, for peers."""
+        with self._lock:
+            return tuple(score for key, score in self._table.items() if key.library_version == __version__)
+
+    def put(self, key: ScoreKey, score: Score) -> None:
+        """Take over what a probe measured."""
+        with self._lock:
+            self._table[key] = score
+
+    def observe(self, key: ScoreKey, device_id: str, usage: Usage, now_ms: int) -> None:
+        """Take one served request into the average.
+
+        Only of requests that had the engine for themselves: beside others each is slower, by an amount that depends
+        on their prompts, the batch and the cores, so that there is nothing to divide out (see RequestWatch).
+        """
+        with self._lock:
+            score = average_score(self._table.get(key), key, device_id, usage, now_ms)
+            if score is not None:
+                self._table[key] = score
+
+    def flush(self) -> None:
+        """Save, if a score is new or moved by more than SCORE_CHANGE_SAVED. Never raises for the disk."""
+        with self._lock:
+            table = dict(self._table)
+            if not any(self._is_worth_saving(key, score) for key, score in table.items()):
+                return
+        try:
+            update_file(
+                self._path,
+                parse_score_cache,
+                lambda found: encode_score_table(merge_score_tables(found or {}, table)),
+            )
+        except StorageError as exc:
+            if not self._has_warned:
+                capability_log.warning("measurements are not kept: %s", exc)
+            self._has_warned = True
+            return
+        with self._lock:
+            self._saved, self._has_warned = table, False
+
+    def _is_worth_saving(self, key: ScoreKey, score: Score) -> bool:
+        saved = self._saved.get(key)
+        if saved is None:
+            return True
+        return abs(score.tok_per_s - saved.tok_per_s) > SCORE_CHANGE_SAVED * saved.tok_per_s
+
+
+# ---- Audit ----------------------------------------------------------------------------
+# Who had what computed here: one JSON line per request, in a file per day. Never a prompt, never a key.
+
+AUDIT_DAYS = 30  # kept
+AUDIT_BATCH_S = 3.0  # lines are written together, after so long at most: SD cards wear
+AUDIT_CLOSE_S = 5.0  # a disk that hangs when the bridge closes
+AUDIT_LINES_LIMIT = 10_000  # not yet written, on a disk that hangs or is full
+AUDIT_DAY_LIMIT_BYTES = 64 * MIB  # of one day, which somebody who is refused a thousand times a second would fill
+AUDIT_LINE_LIMIT_BYTES = 4 * KIB  # a longer one is not ours: it is skipped in reading
+AUDIT_PATH_LIMIT_CHARS = 128
+
+_AUDIT_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl")
+
+audit_log = logging.getLogger("dvai_bridge.audit")
+
+
+class AuditCaller(enum.Enum):
+    """As whom a request counts: this machine, the holder of an API key, a paired peer (by signature), a stranger."""
+
+    LOCAL = "local"
+    KEY = "key"
+    PEER = "peer"
+    ANONYMOUS = "anonymous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AuditEntry:
+    """One request that has ended. `time_ms`: when it ended, unix time.
+
+    `outcome`: "ok", "cancelled", or the error's code. `route`: local, lan, relay or upstream; None: it got nowhere.
+    `device_id`, `app_id`: of a peer. `served_by`: the device that computed, None for this one. Names may be foreign.
+    """
+
+    time_ms: int
+    request_id: str
+    caller: AuditCaller
+    path: str
+    status: int
+    outcome: str
+    duration_ms: float
+    route: str | None = None
+    device_id: str | None = None
+    app_id: str | None = None
+    engine: str | None = None
+    model_asked: str | None = None
+    model_served: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    served_by: str | None = None
+
+
+def format_utc(time_ms: int) -> str:
+    """Unix milliseconds as `2026-11-21T12:20:01.123Z` (RFC 3339)."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms // 1000)) + f".{time_ms % 1000:03d}Z"
+
+
+def build_audit_json(entry: AuditEntry) -> dict[str, Any]:
+    """One line's object. Who is not a peer stands as `local`, `key` or `anonymous` in place of the device's id.
+
+    A peer may call itself so: `caller` tells them apart.
+    """
+
+    def shown(name: str | None) -> str | None:
+        return None if name is None else display_name(name)
+
+    is_peer = entry.caller is AuditCaller.PEER
+    return {
+        "time": format_utc(entry.time_ms),
+        "requestId": display_name(entry.request_id),
+        "caller": entry.caller.value,
+        "deviceId": shown(entry.device_id) if is_peer else entry.caller.value,
+        "appId": shown(entry.app_id or entry.device_id) if is_peer else None,
+        "route": entry.route,
+        "path": display_name(entry.path[:AUDIT_PATH_LIMIT_CHARS]),
+        "engine": shown(entry.engine),
+        "modelAsked": shown(entry.model_asked),
+        "modelServed": shown(entry.model_served),
+        "outcome": display_name(entry.outcome),
+        "status": entry.status,
+        "promptTokens": entry.prompt_tokens,
+        "completionTokens": entry.completion_tokens,
+        "durationMs": round(entry.duration_ms, 1),
+        "servedBy": shown(entry.served_by),
+    }
+
+
+def encode_audit_line(entry: AuditEntry) -> bytes:
+    """One line of an audit file, with its end."""
+    return encode_json(build_audit_json(entry)) + b"\n"
+
+
+def choose_expired_days(days: Collection[str], today: str) -> list[str]:
+    """Which of `days` (YYYY-MM-DD) are older than AUDIT_DAYS. Pure.
+
+    Counted back from the last day before `today` that has a file: a start with a clock that is far ahead would
+    otherwise delete everything.
+    """
+    import datetime
+
+    earlier = max((day for day in days if day < today), default=None)
+    if earlier is None:
+        return []
+    try:
+        oldest = datetime.date.fromisoformat(earlier) - datetime.timedelta(days=AUDIT_DAYS)
+    except (ValueError, OverflowError):  # a name like 2026-99-99 is not ours: nothing is deleted on doubt
+        return []
+    return sorted(day for day in days if day < oldest.isoformat())
+
+
+def _list_audit_days(directory: Path) -> list[str]:
+    """The days that have a file, oldest first."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(name.removesuffix(".jsonl") for name in names if _AUDIT_NAME.fullmatch(name))
+
+
+def _append_to_day(path: Path, lines: Sequence[bytes]) -> bool:
+    """Append whole lines or, on an error, nothing; False if the day has no room for them.
+
+    A line that a power cut left unfinished is ended first.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        data = b"".join(lines)
+        if size + len(data) > AUDIT_DAY_LIMIT_BYTES:
+            return False
+        if size:
+            os.lseek(fd, -1, os.SEEK_END)
+            if os.read(fd, 1) != b"\n":
+                data = b"\n" + data
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        except OSError:
+            if os.fstat(fd).st_size == size + len(data) - len(rest):  # else another bridge has written too
+                os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
+    return True
+
+
+class AuditLog:
+    """Writes the audit from a thread of its own: `record` neither waits nor fails, whatever the disk does.
+
+    Lines reach the file within AUDIT_BATCH_S, and at `close`. While the disk refuses them they are kept, the newest
+    AUDIT_LINES_LIMIT; one warning says so, and another line when it works again. The thread sleeps while there is
+    nothing to write.
+    """
+
+    def __init__(self, directory: Path, *, batch_s: float = AUDIT_BATCH_S) -> None:
+        self._directory = directory
+        self._batch_s = batch_s
+        self._changed = threading.Condition()
+        self._lines: deque[tuple[str, bytes]] = deque(maxlen=AUDIT_LINES_LIMIT)  # (day, line)
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._has_warned = False
+        self._pruned_day: str | None = None
+        self._full_day: str | None = None
+
+    def start(self) -> None:
+        """Begin to write in the background."""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def record(self, entry: AuditEntry) -> None:
+        """Take down a request that has ended."""
+        line = encode_audit_line(entry)
+        with self._changed:
+            self._lines.append((format_utc(entry.time_ms)[:10], line))
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Write what there is, now. Blocks for the disk; never raises for it."""
+        with self._writing:
+            with self._changed:
+                lines = list(self._lines)
+                self._lines.clear()
+            written = 0
+            try:
+                for day, group in itertools.groupby(lines, key=operator.itemgetter(0)):
+                    batch = [line for _, line in group]
+                    self._write_day(day, batch)
+                    written += len(batch)
+            except OSError as exc:
+                self._put_back(lines[written:])
+                if not self._has_warned:
+                    audit_log.warning("the audit cannot be written to %s: %s", self._directory, exc.strerror or exc)
+                self._has_warned = True
+            else:
+                if self._has_warned and lines:
+                    audit_log.info("the audit is written again")
+                    self._has_warned = False
+
+    def close(self) -> None:
+        """Write the rest and end the thread. A second call does nothing."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(AUDIT_CLOSE_S)
+            if thread.is_alive():
+                audit_log.warning("the audit's disk does not answer: its last lines are lost")
+                return
+        self.flush()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._is_closing)
+                self._changed.wait_for(lambda: self._is_closing, self._batch_s)
+                if self._is_closing:
+                    return
+            self.flush()
+
+    def _write_day(self, day: str, lines: Sequence[bytes]) -> None:
+        if day != self._pruned_day:
+            create_private_directory(self._directory)
+            self._prune(day)
+        if not _append_to_day(self._directory / f"{day}.jsonl", lines) and day != self._full_day:
+            self._full_day = day
+            audit_log.warning("the audit of %s has %d MiB: its rest is left out", day, AUDIT_DAY_LIMIT_BYTES // MIB)
+
+    def _prune(self, today: str) -> None:
+        for day in choose_expired_days(_list_audit_days(self._directory), today):
+            (self._directory / f"{day}.jsonl").unlink(missing_ok=True)
+        self._pruned_day = today
+
+    def _put_back(self, lines: Sequence[tuple[str, bytes]]) -> None:
+        with self._changed:
+            both = [*lines, *self._lines]
+            self._lines.clear()
+            self._lines.extend(both)  # the oldest fall out, if they are too many
+
+
+def _parse_audit_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for one that is damaged, or not ours."""
+    try:
+        entry = parse_json(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("time"), str) else None
+
+
+def _read_audit_lines(path: Path) -> Iterator[bytes]:
+    """The lines of one file, those that are too long left out."""
+    try:
+        fd = os.open(path, os.O_RDONLY | NOFOLLOW | BINARY_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:  # too old just now
+        return
+    with open(fd, "rb") as file:
+        is_whole = True
+        while line := file.readline(AUDIT_LINE_LIMIT_BYTES):
+            is_end = line.endswith(b"\n")
+            if is_whole and is_end:
+                yield line
+            is_whole = is_end
+
+
+def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+    """The entries since `since_ms`, at most the last `limit`, oldest first; a bridge may be writing meanwhile.
+
+    Damaged lines are left out. StorageError if the files cannot be read; no entries if there are none.
+    """
+    since = format_utc(since_ms)
+    newest_first: deque[list[dict[str, Any]]] = deque()
+    left = math.inf if limit is None else limit
+    with _translate_os_errors("read", directory):
+        for day in reversed(_list_audit_days(directory)):
+            if left <= 0 or day < since[:10]:
+                break
+            parsed = map(_parse_audit_line, _read_audit_lines(directory / f"{day}.jsonl"))
+            wanted = (entry for entry in parsed if entry is not None and entry["time"] >= since)
+            found = list(deque(wanted, maxlen=None if left == math.inf else int(left)))
+            newest_first.appendleft(found)
+            left -= len(found)
+    return [entry for found in newest_first for entry in found]
+
+
+# ---- Routing --------------------------------------------------------------------------
+# Where a request runs: peers, candidates and the decision. Pure.
+
+PEER_MODEL_ID_LIMIT_CHARS = 256  # model ids that flood the table of peers
+PEER_MODELS_LIMIT = 128  # models that one peer may claim to have
+PEER_URL_LIMIT_CHARS = 1024  # addresses
+PEER_SCORE_LIMIT_TOK_S = 1_000_000.0  # a peer that would win every comparison by claiming the absurd
+COOL_DOWN_S = 5.0  # a peer that fails each request given to it
+COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
+CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
+NO_DEVICE_RETRY_AFTER_S = 30
+
+
+class PeerVia(enum.Enum):
+    """How a peer was found, best first: of two equal candidates the one nearer to the user's network wins."""
+
+    MDNS = "mdns"
+    STATIC = "static"
+    CUSTOM = "custom"
+    RENDEZVOUS = "rendezvous"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another bridge, as found; says nothing of whether it may be used.
+
+    `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    base_url: str
+    via: PeerVia
+    last_seen_ms: int
+    app_id: str | None = None
+    loaded_models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+
+
+def parse_base_url(text: str) -> str:
+    """The base URL of a peer in its one form: `http://host:port/v1`, given with or without `/v1`.
+
+    ValueError unless it is http or https, with a host and without credentials, query or fragment: what stands in
+    a URL is shown in logs and lists, so no secret may hide there.
+    """
+    if not 0 < len(text) <= PEER_URL_LIMIT_CHARS or not text.isprintable() or " " in text or "\\" in text:
+        raise ValueError("not a URL")
+    split = urllib.parse.urlsplit(text)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("not an http:// or https:// URL with a host")
+    if "@" in split.netloc or "?" in text or "#" in text:
+        raise ValueError("credentials, query and fragment have no place in a base URL")
+    host = f"[{split.hostname}]" if ":" in split.hostname else split.hostname
+    port = "" if split.port is None else f":{split.port}"  # ValueError beyond 65535
+    path = split.path.rstrip("/")
+    return f"{split.scheme}://{host}{port}{path if path.endswith('/v1') else path + '/v1'}"
+
+
+def build_peer_json(peer: Peer) -> dict[str, Any]:
+    """The peer as `GET /v1/dvai/peers` shows it and existing software writes it (unix ms, camelCase)."""
+    return {
+        "deviceId": peer.device_id,
+        "deviceName": peer.device_name,
+        "dvaiVersion": peer.dvai_version,
+        "baseUrl": peer.base_url,
+        **({} if peer.app_id is None else {"appId": peer.app_id}),
+        "loadedModels": list(peer.loaded_models),
+        "capability": dict(peer.capability),
+        "via": peer.via.value,
+        "secure": peer.secure,
+        "lastSeenAt": peer.last_seen_ms,
+    }
+
+
+def parse_peer_json(value: object, via: PeerVia | None = None) -> Peer:
+    """The peer that a decoded JSON object describes; ValueError says which member is wrong.
+
+    `via`, when given, decides instead of the object: who learnt of the peer knows how. Only deviceId and baseUrl are
+    needed; unknown members are ignored, models and scores beyond the bounds are left out.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError("a peer must be an object")
+    device_id = parse_device_id(value.get("deviceId"))
+    base_url = value.get("baseUrl")
+    if not isinstance(base_url, str):
+        raise ValueError("baseUrl must be a text")
+    app_id = value.get("appId")
+    last_seen = value.get("lastSeenAt")
+    try:
+        found_via = via or PeerVia(value.get("via"))
+    except ValueError:
+        raise ValueError(f"via must be one of {', '.join(each.value for each in PeerVia)}") from None
+    return Peer(
+        device_id=device_id,
+        device_name=_parse_peer_text(value.get("deviceName")) or device_id,
+        dvai_version=_parse_peer_text(value.get("dvaiVersion")),
+        base_url=parse_base_url(base_url),
+        via=found_via,
+        last_seen_ms=last_seen if is_count(last_seen) else 0,
+        app_id=None if app_id is None else parse_device_id(app_id, "appId"),
+        loaded_models=parse_model_ids(value.get("loadedModels")),
+        capability=parse_scores(value.get("capability")),
+        secure=value.get("secure") is True,
+    )
+
+
+def parse_device_id(value: object, member: str = "deviceId") -> str:
+    """A device or app id: 1 to 128 printable characters; ValueError names the JSON member otherwise."""
+    if not is_peer_id(value):
+        raise ValueError(f"{member} must be 1 to {PEER_ID_LIMIT_CHARS} printable characters")
+    return value
+
+
+def parse_model_ids(value: object) -> tuple[str, ...]:
+    """The model ids in a JSON list from a peer; what is no such id is left out."""
+    ids = value if isinstance(value, list | tuple) else ()
+    return tuple(each for each in ids[:PEER_MODELS_LIMIT] if is_model_id(each))
+
+
+def parse_scores(value: object) -> dict[str, float]:
+    """Model id → tokens per second in a JSON object from a peer; what is no such pair is left out."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    sound = ((model, score) for model, score in pairs if is_model_id(model) and is_score(score))
+    return {model: float(score) for model, score in itertools.islice(sound, PEER_MODELS_LIMIT)}
+
+
+def is_model_id(value: object) -> bool:
+    """Whether a peer may call a model so."""
+    return isinstance(value, str) and 0 < len(value) <= PEER_MODEL_ID_LIMIT_CHARS and value.isprintable()
+
+
+def is_score(value: object) -> bool:
+    """Whether this is a number of tokens per second that a device can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= PEER_SCORE_LIMIT_TOK_S
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number that fits JSON's safe integers and is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _parse_peer_text(value: object) -> str:
+    return value[:PEER_NAME_LIMIT_CHARS] if isinstance(value, str) else ""
+
+
+# What a request asks for
+
+
+class OffloadPreference(enum.Enum):
+    """The values of `X-DVAI-Offload`."""
+
+    PREFER = "prefer"
+    NEVER = "never"
+    REQUIRE = "require"
+
+
+def parse_preference(value: str | None) -> OffloadPreference:
+    """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
+    word = (value or "").strip().lower()
+    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+
+
+def parse_forwarded(value: str | None) -> bool:
+    """Whether `X-DVAI-Forwarded` says that the request came through a bridge already, and must not go on.
+
+    Any value but nothing and 0 counts: a loop costs more than a request served here.
+    """
+    return (value or "").strip() not in ("", "0")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class OffloadPolicy:
+    """What the user decided once for all requests. Scores in tokens per second."""
+
+    enabled: bool = False
+    min_local_capability: float = 10.0
+    substitute_quant: bool = False
+    has_rendezvous: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteRequest:
+    """What one request says of where it may run. `model` None: it named none."""
+
+    model: str | None = None
+    preference: OffloadPreference = OffloadPreference.PREFER
+    is_forwarded: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalModel:
+    """A model that this device serves. `score` None: nobody knows how fast."""
+
+    model_id: str
+    score: float | None = None
+    is_demonstration: bool = False
+
+
+# What is known of a peer
+#
+#            answered            paired             learned
+#     SEEN ────────────▶ REACHABLE ───────▶ PAIRED ─────────▶ READY
+#      ▲                  │   ▲               │ │               │
+#      │                  │   └── unpaired ───┘ │               │
+#      │                  │   └── unpaired ─────┼───────────────┤
+#      └──── lost ────────┴──────── lost ───────┴──── lost ─────┘
+#
+# Invariants: a prompt is sent in PAIRED and READY only. A peer that was lost passes through every state again, so that
+# what it has and who it is are asked anew when it returns; its pairing and what it taught us are kept meanwhile.
+
+
+class PeerState(enum.Enum):
+    """How far we got with a peer; the value is what `peers` prints."""
+
+    SEEN = "seen"
+    REACHABLE = "reachable"
+    PAIRED = "paired"
+    READY = "ready"
+
+
+class PeerEvent(enum.Enum):
+    """What moves a peer from state to state."""
+
+    ANSWERED = "answered"  # health came back
+    PAIRED = "paired"  # there is a pairing that lets us use it
+    LEARNED = "learned"  # it said which models it has
+    UNPAIRED = "unpaired"  # the pairing was revoked, ran out, or was not recognised (401)
+    LOST = "lost"  # no answer
+
+
+PEER_TRANSITIONS = {
+    (PeerState.SEEN, PeerEvent.ANSWERED): PeerState.REACHABLE,
+    (PeerState.REACHABLE, PeerEvent.PAIRED): PeerState.PAIRED,
+    (PeerState.REACHABLE, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.PAIRED, PeerEvent.LEARNED): PeerState.READY,
+    (PeerState.PAIRED, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.PAIRED, PeerEvent.LOST): PeerState.SEEN,
+    (PeerState.READY, PeerEvent.UNPAIRED): PeerState.REACHABLE,
+    (PeerState.READY, PeerEvent.LOST): PeerState.SEEN,
+}
+
+
+def advance_peer(state: PeerState, event: PeerEvent) -> PeerState:
+    """The state after the event; events that mean nothing in a state leave it as it is."""
+    return PEER_TRANSITIONS.get((state, event), state)
+
+
+class PeerHealth(enum.Enum):
+    """What a peer's health route says of its engine."""
+
+    OK = "ok"
+    LOADING = "loading"
+    DEGRADED = "degraded"
+
+
+class Handshake(enum.Enum):
+    """Where the pairing with an unpaired peer stands."""
+
+    NONE = "not paired"
+    ASKING = "waits for approval there"
+    REFUSED = "not paired: the handshake was refused"
+
+
+class PeerRoute(enum.Enum):
+    """By which way a peer is reached; the words of `X-DVAI-Route`."""
+
+    LAN = "lan"
+    RELAY = "relay"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class CoolDown:
+    """How long a peer that failed is left alone: 5 s, doubled with each further failure, at most 5 minutes.
+
+    Times on one clock of the caller's. Any sign of life ends it: the caller begins again with `CoolDown()`.
+    """
+
+    failures: int = 0
+    until_s: float = 0.0
+
+    def fail(self, now_s: float, retry_after_s: float = 0.0) -> CoolDown:
+        """After one more failure; a peer that said when to come back is left alone so long at least."""
+        doubled_s = COOL_DOWN_S * 2.0 ** min(self.failures, 16)
+        wait_s = min(max(doubled_s, retry_after_s), COOL_DOWN_LIMIT_S)
+        return CoolDown(failures=self.failures + 1, until_s=now_s + wait_s)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A peer with all that the decision looks at.
+
+    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
+    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
+    "" while nobody knows yet.
+    """
+
+    peer: Peer
+    state: PeerState
+    has_pairing: bool = False
+    handshake: Handshake = Handshake.NONE
+    health: PeerHealth = PeerHealth.OK
+    models: tuple[str, ...] | None = None
+    running: int = 0
+    waiting: int = 0
+    slots: int = 1
+    cool_down: CoolDown = field(default_factory=CoolDown)
+    route: PeerRoute = PeerRoute.LAN
+    error: str = ""
+
+
+# The decision
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """One line of a refusal's `checked`: who was considered, its score, and why it does not serve.
+
+    `score` is the effective one: divided by the queue; 0 when it does not matter.
+    """
+
+    device_id: str
+    device_name: str | None
+    score: float
+    reason: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteTarget:
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    """
+
+    peer: Peer | None = None
+    route: PeerRoute | None = None
+    model_id: str | None = None
+    substituted_for: str | None = None
+    score: float | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RouteDecision:
+    """Where a request runs: `targets` in the order to try them; none of them is a refusal (build_refusal).
+
+    `reason`: ASCII, for a header and the log. `checked`: this device, then every peer that was considered.
+    `pair_with`: an unpaired peer that would be chosen, with which the handshake is to begin now. `awaited`: the peer
+    whose approval a request without targets may wait for. `may_retry`: somebody cools down or connects, so that
+    asking again can help. `advice`: what the user can do when nobody serves.
+    """
+
+    targets: tuple[RouteTarget, ...]
+    reason: str
+    model: str | None
+    checked: tuple[Checked, ...] = ()
+    pair_with: Peer | None = None
+    awaited: Peer | None = None
+    may_retry: bool = False
+    advice: str = ""
+    is_local_only: bool = False
+    local_score: float | None = None
+    required_score: float = 0.0
+    has_rendezvous: bool = False
+    paired_remote_peers: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """What the request demands of a peer: `floor` tok/s. `fallback` serves when no peer does.
+
+    `reason`: why the one that serves was chosen; `here`: why this device was not.
+    """
+
+    reason: str
+    here: str = ""
+    floor: float = 0.0
+    fallback: LocalModel | None = None
+    is_local_enough: bool = False
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """What one candidate can do for one request. `score`: effective; of an unknown one, what it counts as.
+
+    `obstacle`: why it cannot serve, "" if it can. `is_coming`: that passes by itself. `is_unpaired`: it passes when
+    that device's user approves.
+    """
+
+    candidate: Candidate
+    model_id: str | None = None
+    score: float = 0.0
+    is_known: bool = False
+    is_loaded: bool = False
+    is_substitute: bool = False
+    obstacle: str = ""
+    is_coming: bool = False
+    is_unpaired: bool = False
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts the best first: loaded, score, the way it was found; the id last, so that the order is stable.
+
+        An unknown score stands behind every known one that is as good, and so its model counts as not loaded there.
+        """
+        peer = self.candidate.peer
+        via = list(PeerVia).index(peer.via)
+        is_first = self.is_loaded and self.is_known
+        return not is_first, -self.score, not self.is_known, not self.is_loaded, via, peer.device_id
+
+
+def choose_route(
+    policy: OffloadPolicy,
+    request: RouteRequest,
+    local: Sequence[LocalModel],
+    candidates: Sequence[Candidate],
+    now_s: float,
+) -> RouteDecision:
+    """Where a request runs, by section 3 of the protocol; a pure function of its arguments.
+
+    | request | this device | served by |
+    |---|---|---|
+    | offload off, `never`, or forwarded | any | this device, else `no_local_backend` |
+    | names a paired peer: `studio/llama` | any | that peer, whatever its score |
+    | `require` | any | peers that score at least min_local_capability |
+    | `prefer` | scores at least min_local_capability | this device |
+    | `prefer` | scores less, or has no such model | peers that score more, then this device |
+
+    Several peers are tried in the order of _Offer.rank. Nobody left: `no_capable_device`. `local`: what this device
+    serves, the default first; empty in offload-only mode. `now_s`: of the clock that the cool-downs were made with.
+    """
+    if not policy.enabled or request.preference is OffloadPreference.NEVER or request.is_forwarded:
+        return _decide_local(policy, request, local)
+    model, owners = _resolve_address(request.model, local, candidates)
+    here = _find_local(local, request.model)
+    local_score = _score_local(here, request.model)
+    terms = _choose_terms(policy, request, here, local_score, is_addressed=owners is not None)
+    if terms.is_local_enough:
+        return RouteDecision(targets=_target_local(here), reason=terms.reason, model=model, local_score=local_score)
+    considered = [each for each in candidates if owners is None or each.peer.device_id in owners]
+    offers = sorted((_build_offer(policy, model, each, now_s) for each in considered), key=lambda offer: offer.rank)
+    absence = "does not have the model" if local else "serves nothing itself"
+    itself = Checked(device_id="self", device_name=None, score=local_score, reason=terms.here if here else absence)
+    decision = RouteDecision(
+        targets=_target_local(terms.fallback),
+        reason="no peer is better",
+        model=model,
+        checked=(itself, *(_check(each, terms.floor) for each in offers)),
+        local_score=local_score if here else None,
+        required_score=policy.min_local_capability,
+        has_rendezvous=policy.has_rendezvous,
+        paired_remote_peers=sum(each.has_pairing and each.peer.via is PeerVia.RENDEZVOUS for each in candidates),
+    )
+    return _decide_peers(decision, terms, offers)
+
+
+def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
+    """Those of the offers that meet the terms go before this device; `offers`: the best first."""
+    wanted = [each for each in offers if each.score >= terms.floor and (not each.obstacle or each.is_unpaired)]
+    able = [each for each in wanted if not each.obstacle]
+    unpaired = next((each.candidate for each in wanted if each.is_unpaired), None)
+    is_first = unpaired is not None and wanted[0].candidate is unpaired
+    return replace(
+        decision,
+        targets=(*(_target_peer(each, decision.model) for each in able), *decision.targets),
+        reason=terms.reason if able else decision.reason,
+        pair_with=unpaired.peer if unpaired and is_first and unpaired.handshake is Handshake.NONE else None,
+        awaited=unpaired.peer if unpaired else None,
+        may_retry=any(each.is_coming for each in offers),
+        advice=_advise(offers, terms.floor),
+    )
+
+
+def _decide_local(policy: OffloadPolicy, request: RouteRequest, local: Sequence[LocalModel]) -> RouteDecision:
+    """This device, whatever the model: if it has no such model, it says so itself."""
+    if not policy.enabled:
+        reason = "offload is off"
+    elif request.is_forwarded:
+        reason = "a peer forwarded it"
+    else:
+        reason = "X-DVAI-Offload: never"
+    targets = (RouteTarget(model_id=request.model),) if local else ()
+    return RouteDecision(targets=targets, reason=reason, model=request.model, is_local_only=True)
+
+
+def _choose_terms(
+    policy: OffloadPolicy, request: RouteRequest, here: LocalModel | None, local_score: float, *, is_addressed: bool
+) -> _Terms:
+    minimum = policy.min_local_capability
+    if is_addressed:
+        return _Terms(floor=0.0, reason="the model names this peer", here="another device was named")
+    if request.preference is OffloadPreference.REQUIRE:
+        return _Terms(floor=minimum, reason="X-DVAI-Offload: require", here="a peer is required")
+    if here is not None and local_score >= minimum:
+        return _Terms(reason=f"this device has {local_score:.3g} tok/s, enough for {minimum:g}", is_local_enough=True)
+    faster = math.nextafter(local_score, math.inf)
+    reason = f"faster than the {local_score:.3g} tok/s of this device" if here else "this device does not have it"
+    return _Terms(floor=faster, fallback=here, reason=reason, here="below threshold")
+
+
+def _find_local(local: Sequence[LocalModel], model: str | None) -> LocalModel | None:
+    if model is None:
+        return local[0] if local else None
+    return next((each for each in local if is_same_model(each.model_id, model)), None)
+
+
+def _score_local(here: LocalModel | None, model: str | None) -> float:
+    """What this device scores, 0 when nobody knows; the demonstration model counts only for who names it."""
+    if here is None or here.score is None or (here.is_demonstration and model is None):
+        return 0.0
+    return here.score
+
+
+def _resolve_address(
+    model: str | None, local: Sequence[LocalModel], candidates: Sequence[Candidate]
+) -> tuple[str | None, frozenset[str] | None]:
+    """The model, and the ids of the paired peers that its name begins with; None for those if it names none.
+
+    A model whose whole name somebody serves is no address: ids have slashes of their own.
+    """
+    paired = [each for each in candidates if each.has_pairing]
+    served = [each.model_id for each in local] + [each for peer in paired for each in _list_models(peer)]
+    if model is None or "/" not in model or any(is_same_model(each, model) for each in served):
+        return model, None
+    names = [name for each in paired for name in (each.peer.device_id, each.peer.device_name)]
+    owner, rest = split_address(model, names)
+    if owner is None:
+        return model, None
+    peers = [each.peer for each in paired]
+    owned = (
+        each.device_id for each in peers if owner.casefold() in (each.device_id.casefold(), each.device_name.casefold())
+    )
+    return rest, frozenset(owned)
+
+
+def _list_models(candidate: Candidate) -> tuple[str, ...]:
+    """Every model that the peer is known to have."""
+    if candidate.models is not None:
+        return candidate.models
+    return (*candidate.peer.loaded_models, *candidate.peer.capability)
+
+
+def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate, now_s: float) -> _Offer:
+    passing = _find_passing_obstacle(candidate, now_s)
+    if passing:
+        return _Offer(candidate=candidate, obstacle=passing, is_coming=True)
+    if candidate.state is PeerState.SEEN:
+        via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
+        return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
+    found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
+    if found is None and candidate.models is not None:
+        return _Offer(candidate=candidate, obstacle="does not have the model")
+    known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
+    score = policy.min_local_capability if known is None else known
+    offer = _Offer(
+        candidate=candidate,
+        model_id=found or model,
+        score=score / (1 + candidate.waiting / max(1, candidate.slots)),
+        is_known=known is not None,
+        is_loaded=any(is_same_model(each, found or "") for each in candidate.peer.loaded_models),
+        is_substitute=found is not None and model is not None and not is_same_model(found, model),
+    )
+    if known == 0:
+        return replace(offer, obstacle="scores 0")
+    if candidate.health is PeerHealth.DEGRADED:
+        return replace(offer, obstacle="its engine does not work")
+    if candidate.state is PeerState.REACHABLE:
+        is_open = candidate.handshake is not Handshake.REFUSED
+        return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
+    return offer
+
+
+def _find_passing_obstacle(candidate: Candidate, now_s: float) -> str:
+    """What stands against a candidate and goes by itself, "" for nothing."""
+    if now_s < candidate.cool_down.until_s:
+        return f"cooling down for {math.ceil(candidate.cool_down.until_s - now_s)} s after a failure"
+    if candidate.state is PeerState.SEEN and not candidate.error:
+        return "still connecting"
+    if candidate.state is not PeerState.SEEN and candidate.health is PeerHealth.LOADING:
+        return "still loading its model"
+    return ""
+
+
+def _find_peer_model(candidate: Candidate, model: str | None, *, can_differ: bool) -> str | None:
+    """What the peer calls the model; the best of its models when none was named; None if it has none that will do."""
+    names = [each for each in _list_models(candidate) if model is not None or not is_same_model(each, BUILTIN_MODEL_ID)]
+    fitting = [each for each in names if model is None or is_same_model(each, model)]
+    if not fitting and can_differ and model is not None:
+        fitting = [each for each in names if can_substitute(each, model)]
+    loaded, scores = candidate.peer.loaded_models, candidate.peer.capability
+    return max(fitting, key=lambda each: (each in loaded, scores.get(each, 0.0)), default=None)
+
+
+def _target_local(here: LocalModel | None) -> tuple[RouteTarget, ...]:
+    return () if here is None else (RouteTarget(model_id=here.model_id, score=here.score),)
+
+
+def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
+    return RouteTarget(
+        peer=offer.candidate.peer,
+        route=offer.candidate.route,
+        model_id=offer.model_id,
+        substituted_for=model if offer.is_substitute else None,
+        score=offer.score,
+    )
+
+
+def _check(offer: _Offer, floor: float) -> Checked:
+    peer = offer.candidate.peer
+    reason = offer.obstacle or ("below threshold" if offer.score < floor else "can serve")
+    return Checked(device_id=peer.device_id, device_name=peer.device_name, score=offer.score, reason=reason)
+
+
+def _advise(offers: Sequence[_Offer], floor: float) -> str:
+    """What the user can do when nobody serves; the nearest remedy first."""
+    fast = [each for each in offers if each.score >= floor]
+    asked = next((each for each in fast if each.is_unpaired), None)
+    refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
+    if asked:
+        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+    if any(each.is_coming for each in offers):
+        return "One is connecting or failed a moment ago: ask again soon."
+    if refused:
+        name = display_name(refused.candidate.peer.device_name)
+        return f"{name} refused to pair: `pair request` asks it again."
+    if not offers:
+        return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
+    return "`peers` says what each of them lacks."
+
+
+# The refusal
+
+
+def build_refusal(
+    decision: RouteDecision, request_id: str, failures: Mapping[str, str] | None = None
+) -> NoCapableDeviceError | NoLocalBackendError:
+    """The answer when a decision has no targets, or all of them failed: `failures` is their reason by device id."""
+    if decision.is_local_only:
+        return NoLocalBackendError("This bridge runs in offload-only mode, and the request must not leave the device.")
+    checked = [_build_checked_json(each, (failures or {}).get(each.device_id)) for each in decision.checked]
+    model = "any model" if decision.model is None else f"model {display_name(decision.model)}"
+    return NoCapableDeviceError(
+        f"No device with capability ≥ {decision.required_score:g} tok/s for {model} was reachable. {decision.advice}",
+        retry_after_s=NO_DEVICE_RETRY_AFTER_S,
+        should_retry=None if decision.may_retry or failures else False,
+        extra={
+            "checked": checked[:CHECKED_LIMIT],
+            "localCapability": decision.local_score,
+            "requiredAtLeast": decision.required_score,
+            "rendezvousConfigured": decision.has_rendezvous,
+            "pairedRemotePeers": decision.paired_remote_peers,
+            "requestId": request_id,
+        },
+    )
+
+
+def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]:
+    name = {} if checked.device_name is None else {"deviceName": display_name(checked.device_name)}
+    score, reason = round(checked.score, 1), failure or checked.reason
+    return {"deviceId": display_name(checked.device_id), **name, "capabilityScore": score, "reason": reason}
 
 
 # ---- Streams --------------------------------------------------------------------------
@@ -8656,7 +10469,6 @@ def estimate_memory_bytes(gguf: GgufFile | GgufHeader, n_ctx: int | None, slots:
 
 # The engine as a Backend: slots with their caches, and the jobs that run on them
 
-BUILTIN_MODEL_ID = "dvai-demo"
 SLICE_S = 0.1  # aim of one step: so long may a cancel or another job have to wait
 SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves must free its slot within a second
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
@@ -9160,7 +10972,6 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
 # ---- Registry -------------------------------------------------------------------------
 # Which models and engines this machine has, which fit, and which is best.
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core, in whole-model terms
 TOLERABLE_TOK_PER_S = 2.0  # slower than people read aloud: not to be chosen unasked
 
 OLLAMA_MANIFEST_LIMIT_BYTES = MIB  # a manifest is a few hundred bytes
@@ -9364,11 +11175,6 @@ def _find_ollama_candidates(scan: _Scan, place: ModelPlace) -> Iterator[_Candida
         ]
         if files:
             yield _Candidate(build_ollama_name(parts), tuple(files), len(names))
-
-
-def estimate_builtin_tok_per_s(n_params: int) -> float:
-    """Decode speed to expect of the built-in engine on one core: each parameter is used once a token."""
-    return BUILTIN_MULTIPLY_ADDS_PER_S / max(n_params, 1)
 
 
 def explain_obstacle(gguf: GgufFile | GgufHeader, memory: MemoryInfo | None) -> str | None:
@@ -9705,6 +11511,1130 @@ def describe_engine(engine: FoundEngine) -> str:
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
     return f"{engine.product} serves {models} at {engine.base_url}"
+
+
+# ---- Downloads ------------------------------------------------------------------------
+# Models from a Hugging Face hub or a URL: resumed, checked, and only then given their name.
+#
+# What lies in <cache>/models/<user>/<repo>/ for a file NAME, in the order in which it comes and goes:
+#
+#     .NAME.lock         held by the process that downloads it
+#     NAME.part          what has arrived
+#     NAME.part.json     what that part is of: address, size, checksum, ETag
+#     NAME               the part, renamed when its length, checksum and header were right
+#     NAME.sha256        that checksum, as sha256sum writes and reads it
+#
+# Invariant: a file called NAME is whole. No search looks at a name that does not end in .gguf.
+
+HUB_ENDPOINT = "https://huggingface.co"
+HUB_LISTING_LIMIT_BYTES = 16 * MIB  # a listing that never ends
+HUB_FILE_LIMIT_BYTES = 1 << 42  # sizes that are no sizes
+DOWNLOAD_IDLE_S = 30.0  # servers that stop: to connect, and between two pieces of an answer
+DOWNLOAD_HEADERS_S = 60.0  # servers that send headers byte by byte
+DOWNLOAD_STALL_S = 60.0  # servers that send a body byte by byte: in this time
+DOWNLOAD_STALL_BYTES = 32 * KIB  # at least so much must come
+DOWNLOAD_REDIRECTS_LIMIT = 8  # servers that send in circles
+DOWNLOAD_BLOCK_BYTES = 256 * KIB
+DOWNLOAD_ATTEMPTS = 6  # connections in a row that bring less than this
+DOWNLOAD_PROGRESS_BYTES = MIB
+RETRY_PAUSE_LIMIT_S = 60.0
+RETRY_AFTER_LIMIT_S = 300  # a server that asks to wait longer is reported, not waited for
+FREE_SPACE_RESERVE_BYTES = 256 * MIB  # a download leaves so much of the disk to others
+FILE_NAME_LIMIT_BYTES = 200  # names that leave no room for the names beside them
+SPLIT_PARTS_LIMIT = 1000  # names that announce more parts than any model has
+LISTED_CHOICES_LIMIT = 30  # names in one error text
+
+_DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
+_COMPANION_MARKS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-")  # what belongs to a model without being one
+_HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STRONG_ETAG = re.compile(r'"[!#-~]{1,200}"')
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_FILE_NAME_PART = re.compile(r'[^\x00-\x1f\x7f/\\:*?"<>|]+')
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubReference:
+    """A model of a hub. `repo`: `user/repo`; `tag`: a quantisation or the name of a file; None: the usual one."""
+
+    repo: str
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f":{self.tag}" if self.tag else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubAccess:
+    """Which hub is asked, as whom. `endpoint`: a URL without a slash at its end; the token goes nowhere else."""
+
+    endpoint: str = HUB_ENDPOINT
+    token: str | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file to download. `path`: below the repository, its parts fit to be names here. None: not known yet."""
+
+    path: str
+    url: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PulledModel:
+    """A model that is on this machine, whole. `path`: its first file; `was_present`: nothing was downloaded."""
+
+    model_id: str
+    path: Path
+    files: tuple[Path, ...]
+    size_bytes: int
+    was_present: bool
+
+
+def _show_nothing(*_: object) -> None:
+    return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PullWatch:
+    """Who hears of a download. `on_progress`: bytes that are here, bytes of all files (None: not known);
+    `on_notice`: a sentence for the user. `sleep` pauses between attempts."""
+
+    on_progress: Callable[[int, int | None], None] = _show_nothing
+    on_notice: Callable[[str], None] = _show_nothing
+    sleep: Callable[[float], None] = time.sleep
+
+
+# Names and choices: pure.
+
+
+def parse_hub_reference(text: str) -> HubReference:
+    """`user/repo`, `user/repo:Q8_0` or `user/repo:file.gguf`; UsageError for anything else."""
+    try:
+        repo, _, tag = parse_hub_repo(text).partition(":")
+    except ValueError as exc:
+        raise UsageError(f"{display_name(text)!r} names no model: {exc}") from None
+    return HubReference(repo=repo, tag=tag or None)
+
+
+def parse_hub_url(url: str, endpoint: str) -> HubReference | None:
+    """The model whose page, or whose file on the main branch, this URL of the hub shows; None for any other."""
+    path = url.removeprefix(endpoint + "/")
+    match = re.fullmatch(r"([^/?#]+/[^/?#]+)(?:/(?:resolve|blob)/main/([^?#]+))?(?:[?#].*)?", path)
+    if path == url or not match:
+        return None
+    with contextlib.suppress(ValueError):
+        text = match[1] + (f":{urllib.parse.unquote(match[2])}" if match[2] else "")
+        return parse_hub_reference(parse_hub_repo(text))
+    return None
+
+
+def parse_download_url(url: str) -> urllib.parse.SplitResult:
+    """An http or https URL with a host and without a password; ValueError for any other."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL is printable ASCII without blanks")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must begin with https:// and the name of a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a name and password in a URL are not used")
+    if parts.port == 0:
+        raise ValueError("there is no port 0")
+    return parts
+
+
+def _find_origin(url: str) -> tuple[str, str, int]:
+    parts = parse_download_url(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _is_loopback_host(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_token_allowed(url: str, endpoint: str) -> bool:
+    """Whether a request for `url` may carry the hub's token: to the endpoint's own origin, never readable on a wire."""
+    scheme, host, _ = _find_origin(url)
+    return _find_origin(url) == _find_origin(endpoint) and (scheme == "https" or _is_loopback_host(host))
+
+
+def build_download_headers(url: str, access: HubAccess, extra: Mapping[str, str]) -> dict[str, str]:
+    """What a request for `url` carries; bodies are asked for as they are, uncompressed."""
+    headers = {"User-Agent": f"dvai-bridge/{__version__}", "Accept-Encoding": "identity", **extra}
+    if access.token and is_token_allowed(url, access.endpoint):
+        headers["Authorization"] = f"Bearer {access.token}"
+    return headers
+
+
+def choose_redirect(url: str, location: str | None, *, may_be_plain: bool) -> str:
+    """Where a redirect of `url` leads; DownloadError if nowhere, or from https to http (unless that `may_be_plain`)."""
+    host = display_name(parse_download_url(url).hostname or "")
+    try:
+        target = urllib.parse.urljoin(url, location or "")
+        scheme = parse_download_url(target).scheme
+    except ValueError:
+        raise DownloadError(f"{host} redirects to an address that is none") from None
+    if not location or (scheme == "http" and url.startswith("https:") and not may_be_plain):
+        raise DownloadError(f"{host} redirects to " + ("an unencrypted address" if location else "nowhere"))
+    return target
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a file name is that of a model, not of a projector, draft head or matrix that belongs to one."""
+    return _is_gguf_name(name) and not any(mark in name.lower() for mark in _COMPANION_MARKS)
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a foreign path can be one below a directory of ours, on every system, and be found there again."""
+    parts = path.split("/")
+    return len(parts) <= ScanLimits().depth - 2 and all(
+        _FILE_NAME_PART.fullmatch(part)
+        and part.isprintable()
+        and part == part.strip(". ")
+        and len(part.encode()) <= FILE_NAME_LIMIT_BYTES
+        for part in parts
+    )
+
+
+def parse_hub_listing(data: bytes, url: str) -> list[RemoteFile]:
+    """The GGUF files that a hub's answer to `/api/models/…?blobs=true` lists; ValueError if it is no such answer.
+
+    `url`: the repository's. Every file is addressed by the listing's commit, so that all parts are of one version.
+    """
+    answer = parse_json(data)
+    entries = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("no list of files")
+    commit = answer.get("sha")
+    revision = commit if isinstance(commit, str) and _HUB_COMMIT.fullmatch(commit) else "main"
+    files = []
+    for entry in entries:
+        path = entry.get("rfilename") if isinstance(entry, dict) else None
+        if isinstance(path, str) and _is_gguf_name(path) and is_safe_path(path):
+            files.append(_build_remote_file(entry, path, f"{url}/resolve/{revision}/{urllib.parse.quote(path)}"))
+    return files
+
+
+def _build_remote_file(entry: Mapping[str, Any], path: str, url: str) -> RemoteFile:
+    stored = entry.get("lfs")
+    stored = stored if isinstance(stored, dict) else {}
+    size, digest = stored.get("size", entry.get("size")), stored.get("sha256")
+    return RemoteFile(
+        path=path,
+        url=url,
+        size_bytes=size if type(size) is int and 0 <= size <= HUB_FILE_LIMIT_BYTES else None,
+        sha256=digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None,
+    )
+
+
+def find_tag(stems: Sequence[str], tag: str) -> list[str]:
+    """Those of the names (without `.gguf`) that `tag` names best: one, none, or several equally well.
+
+    A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
+    another quantisation than `Q4_K_M`, but is taken for it where there is no other.
+    """
+    wanted = re.escape(tag.removesuffix(".gguf"))
+    for pattern in (
+        rf"(?:.*/)?{wanted}",
+        rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}[.-].*",
+    ):
+        matches = [stem for stem in stems if re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL)]
+        if matches:
+            return matches
+    return []
+
+
+def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    """
+    for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
+        matches = find_tag(list(sizes), tag)
+        if len(matches) > 1:
+            choices = list_choices({stem: sizes[stem] for stem in matches})
+            raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
+        if matches:
+            return matches[0]
+    if reference.tag and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
+    return next(iter(sizes), None)
+
+
+def list_choices(sizes: Mapping[str, int | None]) -> str:
+    """Models for an error text: by quantisation where that tells them apart, else by name."""
+    tags = [parse_quantization(stem) or "" for stem in sizes]
+    are_distinct = all(tags) and len(set(tags)) == len(tags)
+    shown = [
+        (tag if are_distinct else display_name(stem + ".gguf")) + (f" ({format_size(size)})" if size else "")
+        for tag, (stem, size) in zip(tags, sizes.items(), strict=True)
+    ]
+    more = len(shown) - LISTED_CHOICES_LIMIT
+    return ", ".join(shown[:LISTED_CHOICES_LIMIT]) + (f" and {more} more" if more > 0 else "")
+
+
+def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) -> list[RemoteFile]:
+    """The file that a reference means, or all parts of a split one in order. UsageError if that is not one model."""
+    groups: dict[str, dict[int, RemoteFile]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        if is_model_name(file.name):
+            split = parse_split_name(file.path[:-5])
+            stem, index, count = split or (file.path[:-5], 1, 1)
+            groups.setdefault(stem, {})[index] = file
+            counts[stem] = count
+    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    if chosen is None:
+        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+    parts, count = groups[chosen], counts[chosen]
+    if sorted(parts) != list(range(1, count + 1)):
+        raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
+    return [parts[index] for index in sorted(parts)]
+
+
+def _sum_sizes(files: Iterable[RemoteFile]) -> int | None:
+    """The bytes of all files together; None if one is not known."""
+    total = 0
+    for file in files:
+        if file.size_bytes is None:
+            return None
+        total += file.size_bytes
+    return total
+
+
+def choose_repo_places(places: Sequence[ModelPlace], repo: str) -> list[ModelPlace]:
+    """Where in these places the files of a repository lie: as here and in LM Studio, or as in a hub's cache."""
+    folders = (repo, "models--" + repo.replace("/", "--"))
+    return [
+        ModelPlace(source=place.source, path=place.path / folder)
+        for place in places
+        if place.source != "Ollama"
+        for folder in folders
+    ]
+
+
+# What is on this machine.
+
+
+def load_hub_access(environ: Mapping[str, str], platform: str) -> HubAccess:
+    """HF_ENDPOINT, and the token of HF_TOKEN or of the file that `hf auth login` writes. Raises UsageError."""
+    endpoint = (environ.get("HF_ENDPOINT") or HUB_ENDPOINT).rstrip("/")
+    try:
+        parse_download_url(endpoint)
+    except ValueError as exc:
+        raise UsageError(f"HF_ENDPOINT: {exc}") from None
+    token = (environ.get("HF_TOKEN") or _load_token_file(environ, platform)).strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token for the hub (HF_TOKEN, or the file that HF_TOKEN_PATH names) is no token")
+    return HubAccess(endpoint=endpoint, token=token or None)
+
+
+def _load_token_file(environ: Mapping[str, str], platform: str) -> str:
+    if environ.get("HF_TOKEN_PATH"):
+        path = Path(environ["HF_TOKEN_PATH"])
+    elif environ.get("HF_HOME"):
+        path = Path(environ["HF_HOME"]) / "token"
+    else:
+        cache = environ.get("XDG_CACHE_HOME") or choose_user_home(environ, platform) / ".cache"
+        path = Path(cache) / "huggingface" / "token"
+    try:
+        return path.read_bytes()[: 4 * KIB].decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as exc:
+        raise UsageError(f"the hub's token cannot be read from {path}: {exc.strerror}") from exc
+
+
+def _compute_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_content(path: Path, remote: RemoteFile) -> bool:
+    """Whether a file here is the remote one: by size, then by the checksum that its cache noted, else by reading it."""
+    if remote.size_bytes not in (None, path.stat().st_size):
+        return False
+    if remote.sha256 is None:
+        return True
+    blob = path.resolve().name  # a hub's cache names the file itself by its checksum
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        return blob == remote.sha256
+    with contextlib.suppress(OSError):
+        return _note_of(path).read_bytes()[:64] == remote.sha256.encode()
+    return _compute_sha256(path) == remote.sha256
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _list_parts(first: Path) -> list[Path]:
+    """All files of a model by its first; FileNotFoundError if one is missing."""
+    split = parse_split_name(first.name[:-5])
+    if split is None:
+        return [first]
+    parts = [first.with_name(f"{split[0]}-{index:05}-of-{split[2]:05}.gguf") for index in range(1, split[2] + 1)]
+    for part in parts:
+        part.stat()
+    return parts
+
+
+def _build_pulled(files: Sequence[Path], *, was_present: bool) -> PulledModel:
+    return PulledModel(
+        model_id=build_model_id(files[0].name),
+        path=files[0],
+        files=tuple(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        was_present=was_present,
+    )
+
+
+def find_downloaded(reference: HubReference, places: Sequence[ModelPlace]) -> PulledModel | None:
+    """The model that a reference means among those that are on this machine, whole; of several versions the newest.
+
+    Asks no network. UsageError as `choose_stem`.
+    """
+    if reference.tag:
+        reference = replace(reference, tag=reference.tag.rpartition("/")[2])
+    models: dict[str, list[Path]] = {}
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        with contextlib.suppress(OSError):
+            if is_model_name(model.path.name):
+                parts, stem = _list_parts(model.path), build_model_id(model.path.name)
+                known = models.get(stem)
+                if known is None or parts[0].stat().st_mtime > known[0].stat().st_mtime:
+                    models[stem] = parts
+    sizes = {stem: sum(part.stat().st_size for part in parts) for stem, parts in models.items()}
+    chosen = choose_stem(reference, sizes)
+    return _build_pulled(models[chosen], was_present=True) if chosen else None
+
+
+def find_present(
+    files: Sequence[RemoteFile], reference: HubReference, places: Sequence[ModelPlace]
+) -> PulledModel | None:
+    """The model on this machine whose content is that of these remote files, wherever it came from; None: none is."""
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        if model.path.name == files[0].name:
+            here = [model.path.with_name(file.name) for file in files]
+            with contextlib.suppress(OSError):
+                if all(_has_content(path, file) for path, file in zip(here, files, strict=True)):
+                    return _build_pulled(here, was_present=True)
+    return None
+
+
+# The transport: the standard library's, its redirects followed here, where the token is watched.
+
+
+_Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that the next may not; the text says how."""
+
+    def __init__(self, reason: str, retry_after_s: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
+    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(timeout_s, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
+    """Opens http and https through the proxies of the environment; every status, redirects too, is just an answer."""
+    import http.client
+    import urllib.request
+
+    class Answers(urllib.request.HTTPErrorProcessor):
+        def http_response(self, request: Any, response: Any) -> Any:
+            return response
+
+        https_response = http_response
+
+    class PlainConnection(http.client.HTTPConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class SecureConnection(http.client.HTTPSConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(PlainConnection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(SecureConnection, request)
+
+    proxies = [urllib.request.ProxyHandler({})] if is_direct else []
+    return urllib.request.build_opener(Answers, PlainHandler, SecureHandler, *proxies)
+
+
+def _explain_network_error(error: object, host: str, *, is_connected: bool) -> Exception:
+    """What an exception, or a text, from below HTTP means: DownloadError, UnreachableError or _Retry."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return DownloadError(
+            f"the certificate of {host} is not trusted ({display_name(error.verify_message)}): SSL_CERT_FILE names "
+            "the authorities to trust"
+        )
+    strerror = error.strerror if isinstance(error, OSError) else None
+    why = display_name(strerror or str(error) or type(error).__name__)
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_silent = isinstance(error, TimeoutError) and not is_connected
+    if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
+        return UnreachableError(
+            f"{host} cannot be reached ({why}): check the network; --offline uses what is on this machine, "
+            "HF_ENDPOINT names another hub"
+        )
+    return _Retry(f"the connection to {host} failed ({why})")
+
+
+def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http.client.HTTPResponse:
+    """One request, one answer whatever its status; the caller closes it. Loopback is never asked through a proxy."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    host = parse_download_url(url).hostname or ""
+    request = urllib.request.Request(url, headers=build_download_headers(url, access, extra))
+    opener = _build_opener(is_direct=_is_loopback_host(host))
+    try:
+        answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
+    except urllib.error.URLError as exc:
+        raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
+    except (OSError, http.client.HTTPException) as exc:
+        raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
+    return answer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """An answer at the end of its redirects. `sha256`: the checksum that the hub gave on the way, if it did."""
+
+    body: http.client.HTTPResponse
+    host: str
+    is_hub: bool
+    sha256: str | None
+
+    def find_header(self, name: str) -> str:
+        return str(self.body.headers.get(name) or "").strip()
+
+
+@contextlib.contextmanager
+def _open_url(url: str, access: HubAccess, what: str, extra: Mapping[str, str]) -> Iterator[_Answer]:
+    """GET through redirects; a status other than 200 and 206 becomes the error that it is."""
+    may_be_plain, digest, hub = access.endpoint.startswith("http:"), None, _find_origin(access.endpoint)
+    for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        host = display_name(parse_download_url(url).hostname or "")
+        with _send_request(url, access, extra) as body:
+            is_hub, linked = _find_origin(url) == hub, str(body.headers.get("X-Linked-Etag")).strip('"')
+            digest = linked if is_hub and _SHA256.fullmatch(linked) else digest
+            answer = _Answer(body=body, host=host, is_hub=is_hub, sha256=digest)
+            if body.status not in _REDIRECTS:
+                _verify_status(answer, what, access)
+                yield answer
+                return
+            url = choose_redirect(url, answer.find_header("Location"), may_be_plain=may_be_plain)
+    raise DownloadError(f"{what}: more than {DOWNLOAD_REDIRECTS_LIMIT} redirects")
+
+
+def _verify_status(answer: _Answer, what: str, access: HubAccess) -> None:
+    """Raises what a status says; `what` is being asked for."""
+    status, code = answer.body.status, answer.find_header("X-Error-Code")
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        pause_s = None
+        with contextlib.suppress(ValueError):
+            pause_s = parse_decimal(answer.find_header("Retry-After"), maximum=10**9)
+        why = "asks to slow down" if status == 429 else "cannot answer now"
+        raise _Retry(f"{answer.host} {why} ({status})", pause_s)
+    if answer.is_hub and status in (401, 403):
+        raise DownloadError(_explain_refusal(status, code, what, access))
+    if status in (404, 410):
+        raise DownloadError(f"{what} does not exist on {answer.host} ({status}): check its name")
+    raise DownloadError(f"{answer.host} answers {status} for {what}")
+
+
+def _explain_refusal(status: int, code: str, what: str, access: HubAccess) -> str:
+    """A hub also answers 401 for what does not exist, so that nobody learns the names of private repositories."""
+    token = "see that the token (HF_TOKEN) may read it" if access.token else "set HF_TOKEN to a token that may read it"
+    if code == "GatedRepo" or status == 403:
+        return f"{what} is gated ({status}): accept its licence on {access.endpoint}, and {token}"
+    return f"{what} does not exist, or is private or gated ({status}): check its name; if it is not public, {token}"
+
+
+class _Patience:
+    """How long a download goes on trying: failures in a row, and a longer pause after each."""
+
+    def __init__(self, watch: PullWatch) -> None:
+        self._watch = watch
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def wait(self, failure: _Retry, kept: str = "") -> None:
+        """Pause before the next attempt, or raise DownloadError."""
+        self._failures += 1
+        if self._failures >= DOWNLOAD_ATTEMPTS:
+            raise DownloadError(f"{failure}, {self._failures} times in a row{kept}") from failure
+        pause_s = min(RETRY_PAUSE_LIMIT_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        if failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        if pause_s > RETRY_AFTER_LIMIT_S:
+            raise DownloadError(
+                f"{failure}: try again in {pause_s:.0f} s{kept}", retry_after_s=failure.retry_after_s
+            ) from failure
+        self._watch.on_notice(f"{failure}; trying again in {pause_s:.0f} s")
+        self._watch.sleep(pause_s)
+
+
+def fetch_hub_files(reference: HubReference, access: HubAccess, watch: PullWatch) -> list[RemoteFile]:
+    """The GGUF files of a repository, as its hub lists them. Raises DownloadError."""
+    patience, url = _Patience(watch), f"{access.endpoint}/api/models/{reference.repo}?blobs=true"
+    while True:
+        try:
+            with _open_url(url, access, reference.repo, {"Accept": "application/json"}) as answer:
+                data = bytearray()
+                for piece in _read_body(answer):
+                    data += piece
+                    if len(data) > HUB_LISTING_LIMIT_BYTES:
+                        raise DownloadError(f"{reference.repo} has too many files to list")
+            return parse_hub_listing(bytes(data), f"{access.endpoint}/{reference.repo}")
+        except ValueError as exc:
+            raise DownloadError(f"what answers at {access.endpoint} is no Hugging Face hub ({exc})") from exc
+        except _Retry as failure:
+            patience.wait(failure)
+
+
+def _read_body(answer: _Answer) -> Iterator[bytes]:
+    """The pieces of a body as they arrive; _Retry if it ends before its length, stops or only trickles."""
+    import http.client
+
+    if answer.find_header("Content-Encoding").lower() not in ("", "identity"):
+        raise DownloadError(f"{answer.host} compresses what it was asked to send as it is")
+    left = _parse_count(answer.find_header("Content-Length")) if not answer.body.chunked else None
+    since, arrived = time.monotonic(), 0
+    while left is None or left > 0:
+        try:
+            piece = answer.body.read1(min(DOWNLOAD_BLOCK_BYTES, left or DOWNLOAD_BLOCK_BYTES))
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise _Retry(
+                f"the connection to {answer.host} broke ({display_name(str(exc) or type(exc).__name__)})"
+            ) from exc
+        if not piece:
+            break
+        left = left - len(piece) if left is not None else None
+        arrived += len(piece)
+        if time.monotonic() - since > DOWNLOAD_STALL_S:
+            if arrived < DOWNLOAD_STALL_BYTES:
+                raise _Retry(f"{answer.host} sends almost nothing")
+            since, arrived = time.monotonic(), 0
+        yield piece
+    if left:
+        raise _Retry(f"{answer.host} closed the connection {format_size(left)} before the end")
+
+
+# Files: received in part, then whole.
+
+
+class _Part:
+    """A file being received: `size` bytes are in NAME.part and in the checksum. Belongs to the holder of the lock."""
+
+    def __init__(self, target: Path, remote: RemoteFile) -> None:
+        self.target = target
+        self.announced = self.remote = remote  # `remote`: with what the answers said besides
+        self.path = target.with_name(target.name + ".part")
+        self._about = target.with_name(target.name + ".part.json")
+        self.etag = ""
+        self.size = 0
+        self.is_complete = False
+        self._digest = hashlib.sha256()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Nothing is left behind where nothing has arrived."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        os.close(fd)
+        if not self.size:
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.path, self._about):
+            path.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go on from what an earlier run left, if that is of the same content; else from nothing."""
+        about = self._load_about()
+        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
+        self.etag = str(about.get("etag") or "") if same else ""
+        if not same or not (self.remote.sha256 or self.etag):
+            self.restart()
+            return
+        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
+        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+            self.restart()
+            return
+        while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
+            self._digest.update(piece)
+            self.size += len(piece)
+        self.is_complete = self.size == self.remote.size_bytes
+
+    def _load_about(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            about = parse_json(_read_state(self._about))
+            if isinstance(about, dict):
+                return about
+        return {}
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self.size, self.etag, self.is_complete = 0, "", False
+        self.remote, self._digest = self.announced, hashlib.sha256()
+
+    def build_headers(self) -> dict[str, str]:
+        """Asks for the rest, or for all of it if the file is another by now (RFC 9110, section 13.1.5)."""
+        if not self.size:
+            return {}
+        return {"Range": f"bytes={self.size}-"} | ({"If-Range": self.etag} if self.etag else {})
+
+    def describe(self, *, size_bytes: int | None, sha256: str | None, etag: str) -> None:
+        """Note what the answer says of the file, for this run and the next. DownloadError if it is another file."""
+        known = self.remote
+        if None not in (known.size_bytes, size_bytes) and known.size_bytes != size_bytes:
+            raise DownloadError(
+                f"{display_name(known.name)}: {known.size_bytes} bytes were announced and {size_bytes} are offered"
+            )
+        size_bytes = known.size_bytes if size_bytes is None else size_bytes
+        self.remote = replace(known, size_bytes=size_bytes, sha256=known.sha256 or sha256)
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        verify_free_space(self.target.parent, (size_bytes or 0) - self.size)
+        about = {"url": known.url, "sizeBytes": size_bytes, "sha256": self.remote.sha256, "etag": self.etag}
+        _save_beside(self._about, encode_json(about))
+
+    def append(self, data: bytes) -> None:
+        """Add bytes; DownloadError at the first that is too many or shows that this is no model."""
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if self.size + len(data) > limit:
+            self.restart()
+            raise DownloadError(f"{display_name(self.remote.name)}: the server sends more than {limit} bytes")
+        if self.size < len(GGUF_MAGIC):
+            start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
+            if data[: end - start] != GGUF_MAGIC[start:end]:
+                raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
+        rest = memoryview(data)
+        while rest:
+            written = os.write(self._fd, rest)
+            self._digest.update(rest[:written])
+            self.size += written
+            rest = rest[written:]
+
+    def finish(self) -> None:
+        """Check the whole and give it its name. DownloadError: it was damaged and is removed."""
+        os.fsync(self._fd)
+        self.close()  # Windows does not rename an open file
+        name, digest = display_name(self.remote.name), self._digest.hexdigest()
+        try:
+            if self.remote.sha256 not in (None, digest):
+                raise DownloadError(
+                    f"{name}: its checksum is not the one that was announced, so it was removed; try again"
+                )
+            try:
+                open_gguf(self.path).close()
+            except ModelFileError as exc:
+                raise DownloadError(f"{name} was removed: {exc.message}") from exc
+        except DownloadError:
+            self._remove()
+            raise
+        _note_of(self.target).unlink(missing_ok=True)  # before the rename: it may be of an older file of this name
+        os.replace(self.path, self.target)
+        _save_beside(_note_of(self.target), f"{digest}  {self.target.name}\n".encode())
+        self._about.unlink(missing_ok=True)
+        _sync_directory(self.target.parent)
+
+
+def _save_beside(path: Path, data: bytes) -> None:
+    """Replace a small file of which no copy is needed."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    _write_new_file(new, data)
+    os.replace(new, path)
+
+
+def verify_free_space(directory: Path, needed_bytes: int) -> None:
+    """Raises DownloadError when `needed_bytes` more would leave less than FREE_SPACE_RESERVE_BYTES of the disk."""
+    import shutil  # here: only downloads need it
+
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > max(0, free_bytes - FREE_SPACE_RESERVE_BYTES):
+        raise DownloadError(
+            f"{format_size(needed_bytes)} are still to come and {format_size(free_bytes)} are free in {directory}: "
+            "make room, or name another directory with --home"
+        )
+
+
+def _parse_extent(answer: _Answer) -> tuple[int, int | None] | None:
+    """Where in its file a body begins, and how long the file is (None: not said); None: neither 200 nor a sound 206."""
+    if answer.body.status == 200:
+        return 0, None if answer.body.chunked else _parse_count(answer.find_header("Content-Length"))
+    match = _CONTENT_RANGE.fullmatch(answer.find_header("Content-Range"))
+    return (int(match[1]), _parse_count(match[3])) if answer.body.status == 206 and match else None
+
+
+def _receive(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """One attempt: what is missing of a file, or as much of it as comes. Raises _Retry."""
+    with _open_url(part.remote.url, access, display_name(part.remote.name), part.build_headers()) as answer:
+        extent, etag = _parse_extent(answer), answer.find_header("ETag")
+        start, size_bytes = extent or (None, None)
+        if part.size and (start != part.size or (part.etag and etag and etag != part.etag)):
+            watch.on_notice(f"{answer.host} does not go on where it stopped: {part.target.name} starts anew")
+            part.restart()
+        if start != part.size:
+            raise _Retry(f"{answer.host} sends something else than was asked for ({answer.body.status})")
+        with _translate_os_errors("save", part.path):
+            part.describe(size_bytes=size_bytes, sha256=answer.sha256, etag=etag)
+        for piece in _read_body(answer):
+            with _translate_os_errors("save", part.path):
+                part.append(piece)
+            show(part.size, part.remote.size_bytes)
+        part.is_complete = part.remote.size_bytes in (None, part.size)
+        if not part.is_complete:
+            raise _Retry(f"{answer.host} ended after {part.size} of {part.remote.size_bytes} bytes")
+
+
+def _receive_all(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Attempts until the file is whole."""
+    patience, had, has_answered = _Patience(watch), part.size, False
+    while not part.is_complete:
+        try:
+            _receive(part, access, watch, show)
+        except UnreachableError as exc:
+            if not has_answered:
+                raise
+            patience.wait(_Retry(exc.message), _say_kept(part))
+        except _Retry as failure:
+            has_answered = True
+            if part.size - had >= DOWNLOAD_PROGRESS_BYTES:
+                patience.reset()
+                had = part.size
+            patience.wait(failure, _say_kept(part))
+
+
+def _say_kept(part: _Part) -> str:
+    return f"; {format_size(part.size)} are kept, and the same command goes on from there" if part.size else ""
+
+
+def _pull_file(remote: RemoteFile, target: Path, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Download one file to `target`, unless it is there."""
+    lock = PathLock(target.with_name(f".{target.name}.lock"))
+    with _translate_os_errors("save", target):
+        create_private_directory(target.parent)
+        if not lock.try_acquire():
+            raise DownloadError(f"another process is downloading {target}: wait until it is done")
+        try:
+            if target.is_file() and _has_content(target, remote):
+                return
+            part = _Part(target, remote)
+            try:
+                part.resume()
+                _receive_all(part, access, watch, show)
+                part.finish()
+            except KeyboardInterrupt as exc:
+                raise DownloadError(f"stopped{_say_kept(part)}") from exc
+            except StorageError as exc:
+                raise StorageError(exc.message + _say_kept(part)) from exc
+            finally:
+                part.close()
+        finally:
+            lock.release()
+
+
+def _pull_files(files: Sequence[RemoteFile], directory: Path, access: HubAccess, watch: PullWatch) -> PulledModel:
+    """Download all files below `directory`, one after the other."""
+    total, done = _sum_sizes(files), 0
+    with _translate_os_errors("save", directory):
+        create_private_directory(directory)
+        verify_free_space(directory, (total or 0) - _count_present_bytes(files, directory))
+    targets = [directory.joinpath(*file.path.split("/")) for file in files]
+    for file, target in zip(files, targets, strict=True):
+
+        def show(size: int, size_bytes: int | None, before: int = done) -> None:
+            watch.on_progress(before + size, size_bytes if len(files) == 1 else total)
+
+        _pull_file(file, target, access, watch, show)
+        done += target.stat().st_size
+    return _build_pulled(targets, was_present=False)
+
+
+def _count_present_bytes(files: Sequence[RemoteFile], directory: Path) -> int:
+    """How much of the files is below `directory` already, whole or in part."""
+    total = 0
+    for file in files:
+        target = directory.joinpath(*file.path.split("/"))
+        for path in (target, target.with_name(target.name + ".part")):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                break
+    return total
+
+
+def pull_model(
+    reference: HubReference,
+    *,
+    cache: Path,
+    places: Sequence[ModelPlace],
+    access: HubAccess,
+    watch: PullWatch | None = None,
+) -> PulledModel:
+    """Bring a model of a hub to this machine: found in `places`, or downloaded into `cache`/models/USER/REPO.
+
+    Blocks: not for an event loop. Raises UsageError (no such quantisation, or several), UnreachableError,
+    DownloadError (what has arrived is kept, unless it was wrong) and StorageError.
+    """
+    watch = watch or PullWatch()
+    files = choose_remote_files(fetch_hub_files(reference, access, watch), reference)
+    present = find_present(files, reference, places)
+    return present or _pull_files(files, cache / "models" / reference.repo, access, watch)
+
+
+def pull_url(url: str, *, cache: Path, access: HubAccess, watch: PullWatch | None = None) -> PulledModel:
+    """Bring a GGUF file from anywhere into `cache`/models/HOST, with all its parts if it is split.
+
+    A file that is there is taken as it is. Blocks. Raises as `pull_model`.
+    """
+    try:
+        parts = parse_download_url(url)
+    except ValueError as exc:
+        raise UsageError(f"{display_name(url)}: {exc}") from None
+    name = urllib.parse.unquote(parts.path.rpartition("/")[2])
+    if not _is_gguf_name(name) or not is_safe_path(name):
+        raise UsageError(f"{display_name(url)}: the name of a model file ends in .gguf")
+    split = parse_split_name(name[:-5])
+    names = [name]
+    if split:
+        if split[2] > SPLIT_PARTS_LIMIT:
+            raise UsageError(f"{display_name(url)}: a model has no {split[2]} parts")
+        names = [f"{split[0]}-{index:05}-of-{split[2]:05}.gguf" for index in range(1, split[2] + 1)]
+    folder = parts.path.rpartition("/")[0]
+    files = [
+        RemoteFile(path=each, url=parts._replace(path=f"{folder}/{urllib.parse.quote(each)}", fragment="").geturl())
+        for each in names
+    ]
+    directory = cache / "models" / (parts.hostname or "").replace(":", "_")
+    here = [directory / each for each in names]
+    if all(path.is_file() for path in here):
+        return _build_pulled(here, was_present=True)
+    return _pull_files(files, directory, access, watch or PullWatch())
+
+
+# ---- Probe ----------------------------------------------------------------------------
+# Measures a model by letting it write, when nobody else wants the engine.
+
+PROBE_TOKENS = 50
+PROBE_WARM_UP_TOKENS = 16  # written first: weights come from the disk; on a slow device they are the measurement
+PROBE_BUDGET_S = 15.0  # of one attempt; a device that needs longer writes fewer tokens
+PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
+PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
+PROBE_WORDS = 16  # of the prompt
+
+
+class RequestWatch:
+    """Who has an engine for itself: every generation enters and leaves, on the event loop.
+
+    Only what ran alone from beginning to end tells how fast the engine is.
+    """
+
+    def __init__(self) -> None:
+        self._is_crowded: dict[int, bool] = {}  # of each ticket that runs: whether another ran beside it
+        self._tickets = itertools.count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> int:
+        """A generation begins; the ticket names it."""
+        ticket, is_crowded = next(self._tickets), bool(self._is_crowded)
+        if is_crowded:
+            self._is_crowded = dict.fromkeys(self._is_crowded, True)
+        self._is_crowded[ticket] = is_crowded
+        self._idle.clear()
+        return ticket
+
+    def is_alone(self, ticket: int) -> bool:
+        """Whether no other ran beside this one so far."""
+        return not self._is_crowded[ticket]
+
+    def leave(self, ticket: int) -> bool:
+        """A generation has ended; whether it ran alone all the time."""
+        is_crowded = self._is_crowded.pop(ticket)
+        if not self._is_crowded:
+            self._idle.set()
+        return not is_crowded
+
+    async def wait_idle(self) -> None:
+        """Return at a moment when none runs."""
+        await self._idle.wait()
+
+
+class ProbeQueue(Protocol):
+    """What a probe needs of the queue of requests: a place in it, and how many wait for one."""
+
+    waiting: int
+
+    def place(self) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What an engine did in a probe. Rates in tokens/s, prefill None: not known; tokens written, warm-up included."""
+
+    decode_tok_per_s: float
+    prefill_tok_per_s: float | None
+    completion_tokens: int
+
+
+class _GiveWay(Exception):
+    """Somebody else wants the engine."""
+
+
+async def measure_generation(
+    engine: Engine, token_count: int, prompt: str, verify: Callable[[], None] = lambda: None
+) -> Usage:
+    """What one generation took. `verify` is called at each of its events, and ends it by raising.
+
+    An engine that gives no times is timed by the arrival of its events.
+    """
+    request = GenerationRequest(
+        prompt=prompt, max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=token_count)
+    )
+    began_s, first_s = time.perf_counter(), None
+    async with contextlib.aclosing(engine.generate(request)) as events:
+        async for event in events:
+            verify()
+            if isinstance(event, TextDelta) and first_s is None:
+                first_s = time.perf_counter()
+            if isinstance(event, Finished):
+                usage = event.usage
+                if usage.predicted_ms > 0 or first_s is None:
+                    return usage
+                ended_s = time.perf_counter()
+                return replace(usage, prompt_ms=(first_s - began_s) * 1000, predicted_ms=(ended_s - first_s) * 1000)
+    raise EngineError("the engine ended without an answer")
+
+
+def choose_probe_tokens(usages: Sequence[Usage], elapsed_s: float) -> int:
+    """How many tokens the probe asks for next, as its budget allows; 0: it has seen enough. Pure."""
+    left = PROBE_TOKENS - sum(usage.completion_tokens for usage in usages)
+    if not usages:
+        return PROBE_WARM_UP_TOKENS
+    tokens, taken_ms = usages[-1].completion_tokens, usages[-1].predicted_ms
+    affordable = int(tokens / taken_ms * 1000 * (PROBE_BUDGET_S - elapsed_s)) if taken_ms > 0 else left
+    count = min(left, affordable)
+    return count if count >= SCORE_SAMPLE_TOKENS and len(usages) < PROBE_RUNS_LIMIT else 0
+
+
+def summarize_probe(usages: Sequence[Usage]) -> ProbeResult:
+    """Decode speed without the warm-up, if anything was written after it; prefill speed by the first run, since the
+    others find its prompt in the cache. EngineError if the model wrote too little to tell. Pure."""
+    counted = [usage for usage in usages[1:] if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    counted = counted or [usage for usage in usages if usage.completion_tokens > 1 and usage.predicted_ms > 0]
+    taken_ms = sum(usage.predicted_ms for usage in counted)
+    if not counted:
+        raise EngineError("the model ends its answers at once: its speed cannot be measured")
+    return ProbeResult(
+        decode_tok_per_s=sum(usage.completion_tokens - 1 for usage in counted) / taken_ms * 1000,
+        prefill_tok_per_s=compute_prefill_rate(usages[0]),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+    )
+
+
+async def _probe_once(engine: Engine, watch: RequestWatch, queue: ProbeQueue) -> ProbeResult:
+    """One attempt; raises _GiveWay as soon as somebody else waits for the engine, or is served beside it."""
+    ticket = watch.enter()
+
+    def verify() -> None:
+        if queue.waiting or not watch.is_alone(ticket):
+            raise _GiveWay
+
+    # The first words differ from probe to probe, so that no cache shortens the prompt.
+    prompt = f"{random.getrandbits(32):x} " + " ".join(["bridge", "model", "device", "token"] * (PROBE_WORDS // 4))
+    began_s, usages = time.monotonic(), list[Usage]()
+    try:
+        while count := choose_probe_tokens(usages, time.monotonic() - began_s):
+            usages.append(await measure_generation(engine, count, prompt, verify))
+    finally:
+        watch.leave(ticket)
+    return summarize_probe(usages)
+
+
+async def probe_engine_speed(
+    engine: Engine, watch: RequestWatch, queue: ProbeQueue, *, timeout_s: float = PROBE_TIMEOUT_S
+) -> ProbeResult:
+    """Measure a model at the first idle moment; PROBE_TOKENS tokens, fewer on a slow device.
+
+    Gives way to every request and then begins again. Raises GatewayTimeoutError when that did not work out in
+    time, or what the engine raises. Cancelling it stops the engine.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.ready()
+            while True:
+                await watch.wait_idle()
+                async with queue.place():
+                    with contextlib.suppress(_GiveWay):
+                        return await _probe_once(engine, watch, queue)
+    except TimeoutError as exc:
+        raise GatewayTimeoutError(
+            f"the model was not measured within {timeout_s:.0f} s: the engine is busy or very slow; try again later"
+        ) from exc
+
+
+def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now_ms: int) -> Score:
+    """The score that a probe gives."""
+    return Score(
+        model_id=key.model_id,
+        device_id=device_id,
+        library_version=key.library_version,
+        tok_per_s=result.decode_tok_per_s,
+        source=ScoreSource.MEASURED,
+        measured_at_ms=now_ms,
+        prefill_tok_per_s=result.prefill_tok_per_s,
+    )
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -11100,11 +14030,15 @@ class Serving:
     reason: str
 
 
+def list_model_places(environ: Mapping[str, str], directories: Directories) -> list[ModelPlace]:
+    """Where this user's models may lie."""
+    home = choose_user_home(environ, sys.platform)
+    return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
+
+
 def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
     """The models on this machine, each judged by the memory that is free now."""
-    home = choose_user_home(environ, sys.platform)
-    places = choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
-    return find_models(places, memory=probe_free_memory())
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -11126,6 +14060,18 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
         if is_same_model(model.model_id, named):
             return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
+
+
+def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
+    """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
+    if config.hf_repo is None:
+        return config
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    found = find_downloaded(parse_hub_reference(config.hf_repo), places)
+    if found is None:
+        raise UsageError(f"{config.hf_repo} is not on this machine: `pull {config.hf_repo}` brings it")
+    return replace(config, model=str(found.path), hf_repo=None)
 
 
 def _serve_demonstration(config: Config, reason: str) -> Serving:
@@ -11191,8 +14137,11 @@ class DVAI:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
-        self.config = config = config or build_config(environ=environ)
+        config = config or build_config(environ=environ)
         self.directories = choose_directories(environ, sys.platform, config.home)
+        if config.hf_repo is not None:
+            config = use_hub_model(config, list_model_places(environ, self.directories))
+        self.config = config
         self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
         self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
         service = Service(
@@ -11301,15 +14250,18 @@ examples:
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
   python3 dvai_bridge.py models                       see what is there
+  python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (
     *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--hf-repo", "-hf", "--n-gpu-layers", "-ngl"),
+    *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
     *("--models-dir", "--metrics"),
 )
-PLANNED_COMMANDS = ("pull", "peers", "probe", "assess", "pair", "identity", "provider", "audit")
+PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
 STATUS_TIMEOUT_S = 5.0
+BRIDGE_ANSWER_LIMIT_BYTES = MIB
+AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -11321,13 +14273,17 @@ class NotRunningError(BridgeError):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What a command runs with. `program`: how the user starts it, for commands to copy."""
+    """What a command runs with. `program`: how the user starts it, for commands to copy.
+
+    `arguments`: the command's own, which are not options of a bridge.
+    """
 
     config: Config
     directories: Directories
     environ: Mapping[str, str]
     json: bool
     program: str
+    arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 def build_program_name(argv0: str) -> str:
@@ -11379,6 +14335,9 @@ def build_parser() -> CommandParser:
     for name, help, groups in (
         ("models", "list the models and engines on this machine, each with the command that serves it", ("files",)),
         ("status", "say how a running bridge is", ("server", "files")),
+        ("assess", "say how well this machine can run models, before any is chosen", ("files",)),
+        ("probe", "let a running bridge measure its model", ("server", "files")),
+        ("audit", "show who had what computed here: the last requests of this state's bridge", ("files",)),
         ("doctor", "say what works here, what does not, and the command that mends it", ("files",)),
         (
             "bench",
@@ -11386,8 +14345,22 @@ def build_parser() -> CommandParser:
             ("model", "files"),
         ),
     ):
-        add(name, help, groups).add_argument("--json", action="store_true", help="print JSON")
+        command = add(name, help, groups)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "probe":
+            command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
+        if name == "audit":
+            add_audit_options(command)
+    pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
+    pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
+    pull.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_audit_options(command: argparse.ArgumentParser) -> None:
+    """What of the audit to show."""
+    command.add_argument("--since", metavar="TIME", help="only from then on: 90m, 24h, 7d, or 2026-11-21 (UTC)")
+    command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
@@ -11446,18 +14419,68 @@ class ProgressLine:
         self._shown = -1
         self._started = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._shown_at = 0.0
+        self._open_width = 0  # of a line on the terminal that has not ended
 
-    def show(self, fraction: float) -> None:
-        """`fraction` from 0 to 1."""
-        if time.monotonic() - self._started < PROGRESS_AFTER_S:
+    def show(self, fraction: float, detail: str = "") -> None:
+        """`fraction` from 0 to 1; `detail` stands after it."""
+        now = time.monotonic()
+        if now - self._started < PROGRESS_AFTER_S:
             return
         percent = int(100 * fraction)
         step = percent if self._terminal else percent // 10 * 10
-        if step == self._shown:
+        is_old = self._terminal and detail and now - self._shown_at >= PROGRESS_AFTER_S
+        if step == self._shown and not is_old:
             return
-        self._shown = step
-        start, end = ("\r", "" if percent < 100 else "\n") if self._terminal else ("", "\n")
-        print(f"{start}{self._what}: {percent} %", end=end, file=sys.stderr, flush=True)
+        self._shown, self._shown_at = step, now
+        line = f"{self._what}: {percent} %{detail}"
+        if not self._terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        print(f"\r{line.ljust(self._open_width)}", end="", file=sys.stderr, flush=True)
+        self._open_width = len(line)
+        if percent >= 100:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the line as it is: what is printed next stands below it."""
+        if self._open_width:
+            self._open_width = 0
+            print(file=sys.stderr, flush=True)
+
+
+PROGRESS_BAR_CHARS = 24
+
+
+class PullProgress:
+    """A download on stderr: how much of it is here, how fast it comes, and what else there is to say."""
+
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(f"pulling {what}")
+        self._terminal = sys.stderr.isatty()
+        self._started: tuple[float, int] | None = None
+        self.watch = PullWatch(on_progress=self._show, on_notice=self.say)
+
+    def _show(self, received: int, total: int | None) -> None:
+        now = time.monotonic()
+        started, before = self._started = self._started or (now, received)
+        if total:
+            rate = (received - before) / (now - started) if now > started else 0.0
+            self._line.show(received / total, self._describe(received, total, rate))
+
+    def _describe(self, received: int, total: int, rate: float) -> str:
+        done = PROGRESS_BAR_CHARS * received // total
+        bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
+        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.end()
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._line.end()
 
 
 def show_json(value: Any) -> None:
@@ -11496,8 +14519,67 @@ async def wait_first(*tasks: asyncio.Task[Any]) -> None:
         task.result()
 
 
+def fetch_model(command: Command, target: str) -> PulledModel:
+    """The model that `pull` or `--hf-repo` names: here already or downloaded now, or with --offline only the former."""
+    access, places = (
+        load_hub_access(command.environ, sys.platform),
+        list_model_places(command.environ, command.directories),
+    )
+    reference = parse_hub_url(target, access.endpoint) if "://" in target else parse_hub_reference(target)
+    if command.config.offline:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise DownloadError(f"{display_name(target)} is not on this machine, and --offline forbids to download it")
+        return found
+    progress, cache = PullProgress(display_name(target)), command.directories.cache
+    try:
+        if reference is None:
+            return pull_url(target, cache=cache, access=access, watch=progress.watch)
+        return pull_model(reference, cache=cache, places=places, access=access, watch=progress.watch)
+    except UnreachableError as exc:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise
+        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        return found
+    finally:
+        progress.end()
+
+
+def bring_hub_model(command: Command) -> Command:
+    """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
+    config = command.config
+    if config.hf_repo is None:
+        return command
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    pulled = fetch_model(command, config.hf_repo)
+    return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
+
+
+def run_pull(command: Command) -> int:
+    """`pull`: bring a model to this machine."""
+    pulled = fetch_model(command, command.arguments.target or "")
+    if command.json:
+        show_json(
+            {
+                "id": pulled.model_id,
+                "path": str(pulled.path),
+                "files": [str(path) for path in pulled.files],
+                "sizeBytes": pulled.size_bytes,
+                "wasPresent": pulled.was_present,
+            }
+        )
+        return 0
+    parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
+    return 0
+
+
 def run_serve(command: Command) -> int:
     """`serve`: answer until a signal asks to stop."""
+    command = bring_hub_model(command)
     try:
         return asyncio.run(serve_until_stopped(command))
     finally:
@@ -11603,11 +14685,9 @@ def build_survey_json(
 
 def run_status(command: Command) -> int:
     """`status`: how the bridge of this state, or of --port, is."""
-    port = command.config.port
-    running = RunningRecord(command.directories.data).find() if port is None else None
-    if port is None and running is None:
+    url = find_bridge_url(command)
+    if url is None:
         raise NotRunningError(f"no bridge runs with this state; `{command.program} serve` starts one, --port names one")
-    url = running.url if running else f"http://127.0.0.1:{port}/v1"
     health = {"baseUrl": url} | fetch_health(url, load_api_keys(command.config))
     if command.json:
         show_json(health)
@@ -11622,27 +14702,50 @@ def run_status(command: Command) -> int:
 
 
 def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
-    """The health of the bridge at a base URL on this machine. A key travels over plain loopback only."""
+    """The health of the bridge at a base URL on this machine."""
+    _, health = ask_bridge(url, "/dvai/health", keys)
+    if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
+        raise NotRunningError(f"what answers at {url} is no bridge")
+    return health
+
+
+def ask_bridge(
+    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+) -> tuple[int, Any]:
+    """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
+
+    A key travels over plain loopback only. Raises NotRunningError if no bridge answers.
+    """
     import http.client
     import ssl
 
     parts = urllib.parse.urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or DEFAULT_PORT
-    connection = http.client.HTTPConnection(host, port, timeout=STATUS_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     if parts.scheme == "https":  # the certificate may name another host: what is asked for is no secret
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(host, port, timeout=STATUS_TIMEOUT_S, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        connection.request("GET", "/v1/dvai/health", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {})
-        health = parse_json(connection.getresponse().read(MIB))
-        if not isinstance(health, dict) or not {"status", "currentModelId", "uptimeSec"} <= health.keys():
-            raise NotRunningError(f"what answers at {url} is no bridge")
-        return health
+        if body is None:
+            connection.request("GET", f"/v1{path}", headers=headers)
+        else:
+            connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, parse_json(answer.read(BRIDGE_ANSWER_LIMIT_BYTES))
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise NotRunningError(f"no bridge answers at {url}: {exc}") from exc
     finally:
         connection.close()
+
+
+def find_bridge_url(command: Command) -> str | None:
+    """The base URL of the bridge of --port, or of the one that runs with this state; None if none does."""
+    if command.config.port is not None:
+        return f"http://127.0.0.1:{command.config.port}/v1"
+    running = RunningRecord(command.directories.data).find()
+    return running.url if running else None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -11770,22 +14873,17 @@ async def measure_engine(
         load_s = time.perf_counter() - started
         usages: list[Usage] = []
         while sum(usage.completion_tokens for usage in usages) < token_count and len(usages) < BENCH_RUNS_LIMIT:
-            usages.append(await measure_generation(engine, len(usages), token_count))
+            prompt = build_bench_prompt(len(usages), token_count)
+            usages.append(await measure_generation(engine, token_count, prompt))
         return summarize_usages(info, load_s, usages, read_peak_memory(engine.pid))
     finally:
         await engine.close()
 
 
-async def measure_generation(engine: EngineProcess, run: int, token_count: int) -> Usage:
-    """One generation; its prompt differs from the others' in its first word, so that no cache shortens it."""
+def build_bench_prompt(run: int, token_count: int) -> str:
+    """Differs from the other runs' in its first word, so that no cache shortens it."""
     words = " ".join(("bridge", "model", "device", "token")[(run + i) % 4] for i in range(max(16, token_count)))
-    request = GenerationRequest(
-        prompt=f"{run} {words}", max_tokens=token_count, sampling=SamplingParams(temperature=1.0, top_k=0, seed=run)
-    )
-    async for event in engine.generate(request):
-        if isinstance(event, Finished):
-            return event.usage
-    raise EngineError("the engine ended without an answer")
+    return f"{run} {words}"
 
 
 def summarize_usages(
@@ -11819,6 +14917,7 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
     load = LoadRequest(
@@ -11856,12 +14955,138 @@ def run_bench(command: Command) -> int:
     return 0
 
 
+def run_assess(command: Command) -> int:
+    """`assess`: what this machine is good for, and how fast the models on it may be expected to run."""
+    assessment = assess_hardware()
+    if command.json:
+        show_json(assessment.build_json())
+        return 0
+    hints, speed = assessment.hints, probe_machine_speed()
+    print(f"{assessment.mode.value}: {assessment.reason}")
+    print(
+        f"    {hints.cpu_class.value} processor ({speed.cores} cores), {hints.ram_gb:g} GB of memory, "
+        f"GPU: {hints.gpu_class.value}, NPU: {'yes' if hints.has_npu else 'no'}"
+    )
+    print("That is a rule of thumb for models of 1 to 3 billion parameters, whatever the engine. For a certain model:")
+    print(f"    memory copies {format_size(int(speed.memory_bytes_per_s))}/s (measured), which bounds llama.cpp")
+    print(f"    a core multiplies {speed.multiply_adds_per_s / 1e6:.0f} M weights/s in Python, which bounds `builtin`")
+    for model in search_models(command.environ, command.directories):
+        print(f"    {display_name(model.model_id)}: {describe_estimates(model, speed)}")
+    return 0
+
+
+def describe_estimates(model: FoundModel, speed: MachineSpeed) -> str:
+    """How fast either engine would decode a model that was found, for people."""
+    if model.n_params is None:
+        return "its size is not known"
+    cost = ModelCost(n_params=model.n_params, bytes_per_token=model.size_bytes)
+    rates = {engine: estimate_tok_per_s(engine, cost, speed) for engine in ("llama", "builtin")}
+    if model.obstacle is not None:
+        del rates["builtin"]
+    return "about " + ", ".join(f"{format_rate(rate)} with {engine}" for engine, rate in rates.items() if rate)
+
+
+def format_rate(tok_per_s: float) -> str:
+    """Tokens a second for people: two digits that count."""
+    return f"{tok_per_s:.{0 if tok_per_s >= 10 else 1 if tok_per_s >= 1 else 2}f} tokens/s"
+
+
+def run_probe(command: Command) -> int:
+    """`probe`: the score of a model, measured by the bridge that serves it."""
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(
+            f"no bridge runs with this state, and a probe measures a served model: `{command.program} serve` starts "
+            f"one; `{command.program} bench --model FILE` measures a model now"
+        )
+    model_id = command.arguments.probed_model
+    body = {} if model_id is None else {"modelId": model_id}
+    status, answer = ask_bridge(url, "/dvai/probe", load_api_keys(command.config), body, PROBE_TIMEOUT_S + 10)
+    if status != 200:
+        error = answer.get("error") if isinstance(answer, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        raise BridgeError(f"the bridge at {url} did not probe ({status}): {message or 'it gave no reason'}")
+    try:
+        score = parse_score_json(answer["score"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise BridgeError(f"what answers at {url} is no bridge of this version") from exc
+    if command.json:
+        show_json(build_score_json(score))
+        return 0
+    prefill = f", prompts {format_rate(score.prefill_tok_per_s)}" if score.prefill_tok_per_s else ""
+    how = "measured" if score.source is ScoreSource.MEASURED else "estimated"
+    print(f"{display_name(score.model_id)}: {format_rate(score.tok_per_s)}{prefill} ({how})")
+    return 0
+
+
+def parse_since(text: str, now_ms: int) -> int:
+    """Unix milliseconds of `90m`, `24h` or `7d` ago, or of a date and time in ISO 8601 (UTC unless it says)."""
+    import datetime
+
+    ago = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if ago:
+        return now_ms - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[ago[2]] * 1000
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return int(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since {text!r}: it must be like 90m, 24h, 7d, or 2026-11-21T10:00") from None
+
+
+def parse_audit_count(text: str | None) -> int | None:
+    """How many entries `-n` asks for; None: all."""
+    try:
+        count = AUDIT_SHOWN if text is None else parse_decimal(text, maximum=10**9)
+    except ValueError as exc:
+        raise UsageError(f"-n {text!r}: {exc}") from None
+    return count or None
+
+
+def run_audit(command: Command) -> int:
+    """`audit`: the requests that the bridge of this state answered. Reads files, whether or not it runs."""
+    directory, since = command.directories.data / "audit", command.arguments.since
+    since_ms = max(0, parse_since(since, int(time.time() * 1000))) if since else 0
+    entries = load_audit(directory, since_ms=since_ms, limit=parse_audit_count(command.arguments.last))
+    if command.json:
+        show_json(entries)
+        return 0
+    for entry in entries:
+        print(describe_audit_entry(entry))
+    if not entries:
+        print(f"no requests{' since then' if since else ''} in {directory}", file=sys.stderr)
+    return 0
+
+
+def describe_audit_entry(entry: Mapping[str, Any]) -> str:
+    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+
+    def text(name: str, default: str = "-") -> str:
+        value = entry.get(name)
+        return default if value is None else display_name(str(value))
+
+    who = text("deviceId")
+    if entry.get("caller") == "peer":
+        who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
+    asked, served = text("modelAsked"), text("modelServed")
+    model = asked if asked == served else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    end = f"{text('outcome')} {text('status')}"
+    return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
+
+
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
+    "pull": run_pull,
     "models": run_models,
     "status": run_status,
     "doctor": run_doctor,
     "bench": run_bench,
+    "assess": run_assess,
+    "probe": run_probe,
+    "audit": run_audit,
 }
 
 
@@ -11897,6 +15122,7 @@ def run_command(arguments: argparse.Namespace, environ: Mapping[str, str]) -> in
         environ=environ,
         json=getattr(arguments, "json", False),
         program=build_program_name(sys.argv[0]),
+        arguments=arguments,
     )
     return COMMANDS[arguments.command](command)
 
