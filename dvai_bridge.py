@@ -4330,7 +4330,6 @@ class PairingStore:
             records = await asyncio.to_thread(self._save_changes, new, notes, removals)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
-            self._stamp = None
             self._adopt(records)
             self.replay.retain({pairing.pairing_id for pairing in records.values()})
 

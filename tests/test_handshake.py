@@ -352,8 +352,15 @@ def test_a_requester_that_hangs_up_ends_the_prompt(tmp_path):
             await first
         assert ended == [True] and request.is_over and desk.desk.pending == ()
         request.respond(True)
+        unread = asyncio.create_task(desk.ask(peerDeviceId="watch"))
+        await until(lambda: desk.desk._shown)
+        unread.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unread
+        reading = asyncio.create_task(anext(reader))
+        await asyncio.sleep(0)
         second = asyncio.create_task(desk.ask(peerDeviceId="tablet"))
-        assert (await asyncio.wait_for(anext(reader), PATIENCE_S)).peer_device_id == "tablet"
+        assert (await asyncio.wait_for(reading, PATIENCE_S)).peer_device_id == "tablet"
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second

@@ -366,6 +366,23 @@ def test_a_note_does_not_outlive_its_pairing(tmp_path):
     store.note(pair("unknown"), is_marked_unauthorized=True)
 
 
+def test_what_is_noted_during_a_save_is_in_the_next_one(tmp_path, monkeypatch):
+    store, real = open_store(tmp_path, pair(), pair("revoked")), dvai_bridge.update_file
+
+    def note_meanwhile(*args):
+        real(*args)
+        store.note(pair(), base_url="http://10.0.0.2:1/v1")
+        monkeypatch.setattr(dvai_bridge, "update_file", real)
+
+    store.note(pair(), base_url="http://10.0.0.1:1/v1")
+    monkeypatch.setattr(dvai_bridge, "update_file", note_meanwhile)
+    asyncio.run(store.flush())
+    assert read_file(tmp_path)["phone", "phone"].base_url == "http://10.0.0.1:1/v1"
+    assert store.find_record("phone", "phone").base_url == "http://10.0.0.2:1/v1"
+    asyncio.run(store.flush())
+    assert read_file(tmp_path)["phone", "phone"].base_url == "http://10.0.0.2:1/v1"
+
+
 # ---- listeners ------------------------------------------------------------------------
 
 
@@ -690,7 +707,7 @@ def test_other_nonces_only_until_the_first_t1(caller):
     assert caller.send(nonce="another").key == pair().key
     assert caller.send().key == pair().key
     with pytest.raises(SignatureError):
-        caller.send(nonce="a third")
+        caller.send(nonce="third")
     asyncio.run(caller.store.flush())
     assert open_store(caller.store._path.parent).pairings[0].uses_t1
 
