@@ -4420,6 +4420,11 @@ DAY_MS = 86_400_000
 pairing_log = logging.getLogger("dvai_bridge.pairing")
 
 
+def read_clock_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
@@ -4628,13 +4633,19 @@ class PairingStore:
     """
 
     def __init__(
-        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+        self,
+        directory: Path,
+        *,
+        device_id: str,
+        expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS,
+        clock_ms: Callable[[], int] = read_clock_ms,
     ) -> None:
         self.device_id = device_id
         self.replay = ReplayMemory()
         self._path = directory / "pairings.json"
         self._nonces_path = directory / "nonces.json"
         self._expires_after_ms = expire_after_days * DAY_MS
+        self._clock_ms = clock_ms
         self._records: PairingRecords = {}
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
@@ -4804,7 +4815,6 @@ class PairingStore:
             records = await asyncio.to_thread(self._save_changes, new, notes, removals)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
-            self._stamp = None
             self._adopt(records)
             self.replay.retain({pairing.pairing_id for pairing in records.values()})
 
@@ -4830,7 +4840,7 @@ class PairingStore:
 
     async def _save_nonces(self) -> None:
         self.replay.has_new_untimed = False
-        data = self.replay.encode(time.time_ns() // 1_000_000)
+        data = self.replay.encode(self._clock_ms())
         try:
             await asyncio.to_thread(save_file, self._nonces_path, data)
         except StorageError:
@@ -5164,7 +5174,7 @@ class PairingDesk:
         identity: Identity,
         store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
@@ -5400,7 +5410,7 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         random: RandomBytes = os.urandom,
     ) -> None:
@@ -5507,6 +5517,8 @@ class PairingInitiator:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+        except BridgeError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
     async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:
@@ -16079,9 +16091,9 @@ class Service:
         headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
-            if placement.answer is not None:
-                answer = placement.answer
-                return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
+            forwarded = placement.answer
+            if forwarded is not None:
+                return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
         if self._local is None:
             raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
@@ -16570,11 +16582,6 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise UsageError("an API key must be printable ASCII without blanks")
     return tuple(keys)
-
-
-def read_clock_ms() -> int:
-    """Unix milliseconds."""
-    return int(time.time() * 1000)
 
 
 def parse_control_token(data: bytes) -> str:
