@@ -15386,7 +15386,9 @@ class HttpServer:
     def base_url(self) -> str:
         """What a client on this machine is given, as in `http://127.0.0.1:38883/v1`."""
         host, port = self.addresses[0]
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        if host in ("0.0.0.0", "::"):  # the latter takes both families where it can
+            host = "127.0.0.1" if host == "0.0.0.0" or socket.has_dualstack_ipv6() else "::1"
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls_context else 'http'}://{host}:{port}/v1"
 
     @property
@@ -16478,8 +16480,6 @@ class DeviceService:
 
 CONTROL_TOKEN_BYTES = 32
 DEVICE_ANSWER_LIMIT_BYTES = MIB  # what a peer says of itself
-PAIRINGS_REFRESH_S = 5.0  # after which a command that wrote the file without asking is noticed
-PAIRINGS_FLUSH_TICKS = 12  # refreshes between two saves of what is only noted
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -16797,7 +16797,7 @@ class Devices:
         self._server = server
         if self.store is not None:
             self.store.subscribe(self._end_revoked)
-            self._tasks.append(asyncio.create_task(self._keep_pairings(self.store), name="pairings"))
+            self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
         if self.monitor is not None:
             self.monitor.start()
 
@@ -16821,21 +16821,10 @@ class Devices:
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
-        if before is None or self._server is None or (after is not None and after.inbound_key == before.inbound_key):
+        if before is None or self._server is None or not has_lost_access(before, after):
             return
         ended = before.pairing_id
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
-
-    async def _keep_pairings(self, store: PairingStore) -> None:
-        """Take over what commands wrote, and save what was noted."""
-        for tick in itertools.count(1):
-            await asyncio.sleep(PAIRINGS_REFRESH_S)
-            await store.refresh()
-            if tick % PAIRINGS_FLUSH_TICKS == 0:
-                try:
-                    await store.flush()
-                except StorageError as exc:
-                    bridge_log.warning("the last uses of pairings are not saved: %s", exc)
 
 
 class DVAI:
@@ -16931,9 +16920,7 @@ class DVAI:
     async def start(self) -> None:
         """Listen, begin to load the model, and look for other devices."""
         offload = self.config.offload
-        foreign = None
-        if self.config.home is None:
-            foreign = choose_user_home(self._environ, sys.platform) / ".cache" / "dvai-bridge" / "pairings.json"
+        foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
         self._local = local = self._build_local()
@@ -17261,7 +17248,7 @@ examples:
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
-PLANNED_COMMANDS = ("identity", "provider")
+PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
@@ -17387,9 +17374,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
-    for word in (words[0], *(word.partition("=")[0] for word in words[1:])):
-        if word in PLANNED_OPTIONS or (word is words[0] and word in PLANNED_COMMANDS):
-            raise UsageError(f"{word} is not in this version yet, which only serves models on this machine")
+    for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
+        if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
+            raise UsageError(f"{word} is not in this version yet")
     arguments, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")
