@@ -12305,7 +12305,7 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
 PEERS_LIMIT = 128  # devices that a hostile network makes up
 PEER_WAYS_LIMIT = 4  # addresses that it makes up for one device
 PEER_ANSWER_LIMIT_BYTES = 256 * KIB  # answers to our questions that never end
-PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that polls take at the same time
+PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that strangers take at the same time
 PEER_BACK_OFF_S = 1.0
 PEER_BACK_OFF_FACTOR = 1.5
 PEER_BACK_OFF_LIMIT_S = 60.0
@@ -12316,10 +12316,6 @@ MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer 
 _UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 
 peers_log = logging.getLogger("dvai_bridge.peers")
-
-PeerGet = Callable[[str, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
-"""(url, headers, timeout_s) → (status, body) of a GET; OSError or BridgeError if there is no whole answer in time, or
-if it is longer than PEER_ANSWER_LIMIT_BYTES."""
 
 PeerSource = Callable[[], "Iterable[Peer | Mapping[str, Any]] | Awaitable[Iterable[Peer | Mapping[str, Any]]]"]
 
@@ -12724,7 +12720,7 @@ class PeerMonitor:
         self,
         *,
         identity: Identity,
-        get: PeerGet,
+        client: HttpClient,
         app_id: str | None = None,
         store: PairingStore | None = None,
         initiator: PairingInitiator | None = None,
@@ -12739,7 +12735,7 @@ class PeerMonitor:
         self.table = PeerTable(identity.device_id, own_urls)
         self._identity = identity
         self._app_id = app_id
-        self._get = get
+        self._client = client
         self._store = store
         self._initiator = initiator
         self._known_peers = tuple(known_peers)
@@ -12771,6 +12767,7 @@ class PeerMonitor:
         self._is_closed = True
         if self._unsubscribe is not None:
             self._unsubscribe()
+            self._unsubscribe = None
         tasks: list[asyncio.Task[Any]] = [*(watch.task for watch in self._watches.values()), *self._handshakes.values()]
         tasks += [self._custom_task] if self._custom_task else []
         for task in tasks:
@@ -12803,7 +12800,7 @@ class PeerMonitor:
         """A peer was found, or says something new of itself."""
         known = self.table.see(peer, is_lasting=is_lasting)
         self._settle()
-        if known is not None and not self._is_closed:
+        if known is not None:
             self._watch(known)
 
     def lose(self, peer: Peer) -> None:
@@ -12980,6 +12977,8 @@ class PeerMonitor:
 
     def _watch(self, known: KnownPeer) -> None:
         """Ask this peer now, and from now on."""
+        if self._is_closed:
+            return
         watch = self._watches.get(known)
         if watch is None:
             wake = asyncio.Event()
@@ -12998,7 +12997,7 @@ class PeerMonitor:
         while self.table.has(known):
             wake.clear()
             try:
-                async with self._asking:
+                async with contextlib.nullcontext() if known.has_pairing else self._asking:
                     await self._poll(known)
             except Exception:
                 peers_log.exception("asking %s failed", known.shown_name)
@@ -13016,7 +13015,7 @@ class PeerMonitor:
                 word = await self._ask_health(known, way, pairing)
             except AuthenticationError as exc:
                 error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
-            except (OSError, BridgeError, ValueError) as exc:
+            except (BridgeError, ValueError) as exc:
                 error = explain_silence(exc)
             else:
                 await self._take_in(known, way, word, pairing)
@@ -13030,6 +13029,7 @@ class PeerMonitor:
         told_id = word.device_id or (pairing.device_id if pairing else None)
         if known.told_id is None and told_id is not None and "://" not in told_id:
             remaining = self.table.identify(known, told_id)
+            self._settle()
             if remaining is not known:
                 if remaining is not None:
                     self._watch(remaining)
@@ -13053,11 +13053,11 @@ class PeerMonitor:
 
     async def _learn(self, known: KnownPeer, way: PeerWay, pairing: Pairing) -> None:
         """Which models it has, and what it scores; hubs may have neither route."""
-        with contextlib.suppress(OSError, BridgeError, ValueError):
+        with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/dvai/capability", pairing)
             if status == 200:
                 known.note_scores(parse_scores_json(parse_json(body)))
-        with contextlib.suppress(OSError, BridgeError, ValueError):
+        with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/models", pairing)
             if status == 200:
                 known.models = parse_model_list(body)
@@ -13077,21 +13077,28 @@ class PeerMonitor:
                 body=b"",
                 now_ms=self._clock_ms(),
             )
-        async with asyncio.timeout(self._intervals.answer_s):
-            return await self._get(url, headers, self._intervals.answer_s)
+        budgets = HttpBudgets(total_s=self._intervals.answer_s)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
 
 
 def explain_silence(error: Exception) -> str:
     """Why a peer did not answer, in a few words and without what it may have written itself."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
     if isinstance(error, JsonError):
         return "its answer is not JSON"
-    if isinstance(error, BridgeError):
-        return error.message
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    return str(error)
+    return error.message if isinstance(error, BridgeError) else str(error)
+
+
+def build_handshake_post(client: HttpClient) -> HandshakePost:
+    """How a PairingInitiator sends its request."""
+
+    async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float) -> tuple[int, bytes]:
+        fields = [("Content-Type", "application/json"), *headers]
+        budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
+        async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
+
+    return post
 
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
