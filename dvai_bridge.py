@@ -6804,7 +6804,7 @@ class Handshake(enum.Enum):
 
     NONE = "not paired"
     ASKING = "waits for approval there"
-    REFUSED = "not paired: it refused"  # never asked again, but by the user
+    REFUSED = "not paired: refused or revoked"  # asked again by the user only
     FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
 
@@ -12301,6 +12301,9 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
 # task that asks its health: often while it may be used, rarely while nobody has approved it, with back-off while it is
 # silent. So one that returns is used again, and the queue lengths of the decision are fresh. The states of a peer,
 # and what moves it between them, stand in section Routing.
+#
+# Anybody on the network may claim to be a device that we know, and signing proves us to it, not it to us. So the
+# addresses that the user or a pairing named go first, and what merely claims can neither rename nor unpair a device.
 
 PEERS_LIMIT = 128  # devices that a hostile network makes up
 PEER_WAYS_LIMIT = 4  # addresses that it makes up for one device
@@ -12399,6 +12402,11 @@ def build_static_peer(url: str) -> Peer:
     )
 
 
+def is_telling_id(device_id: str) -> bool:
+    """Whether an id tells one device from all others: it is no base URL, and none that every hub may have."""
+    return "://" not in device_id and not _UNSTABLE_ID.fullmatch(device_id)
+
+
 def average_measurement(known: float | None, measured: float) -> float:
     """The running average after one more measurement."""
     return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
@@ -12443,7 +12451,7 @@ class KnownPeer:
     @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
-        return None if "://" in self.device_id else self.device_id
+        return self.device_id if is_telling_id(self.device_id) else None
 
     @property
     def shown_name(self) -> str:
@@ -12592,7 +12600,7 @@ class PeerTable:
 
     def see(self, peer: Peer, *, is_lasting: bool = False) -> KnownPeer | None:
         """Take in a sighting; the peer it belongs to, None if it is ourselves or there is no room."""
-        if _UNSTABLE_ID.fullmatch(peer.device_id):
+        if not is_telling_id(peer.device_id):
             peer = replace(peer, device_id=peer.base_url)
         if self.is_self(peer):
             return None
@@ -12801,12 +12809,17 @@ class PeerMonitor:
         known = self.table.see(peer, is_lasting=is_lasting)
         self._settle()
         if known is not None:
-            self._watch(known)
+            known.has_pairing = self._find_pairing(known) is not None
+            if known not in self._watches or known.state is PeerState.SEEN:
+                self._watch(known)
 
     def lose(self, peer: Peer) -> None:
         """Whoever found a peer finds it no more."""
+        known = self.table.find(peer.device_id)
         self.table.lose(peer.device_id, peer.via)
         self._settle()
+        if known is not None and self.table.has(known):
+            self._watch(known)
 
     async def _discover(self, source: PeerSource) -> None:
         listed: dict[str, Peer] = {}
@@ -12938,11 +12951,13 @@ class PeerMonitor:
         if after is not None:
             self._remember(after)
         for known in self.table:
-            has_pairing = self._find_pairing(known) is not None
-            if known.has_pairing and not has_pairing:
-                known.has_pairing = False
+            had_pairing, known.has_pairing = known.has_pairing, self._find_pairing(known) is not None
+            if had_pairing and not known.has_pairing:
+                known.handshake = Handshake.REFUSED
                 known.advance(PeerEvent.UNPAIRED)
-            if known.has_pairing != has_pairing:
+            elif known.has_pairing and known.handshake is not Handshake.ASKING:
+                known.handshake = Handshake.NONE
+            if had_pairing != known.has_pairing or known.state is PeerState.REACHABLE:
                 self._watch(known)
 
     def _remember(self, pairing: Pairing) -> None:
@@ -13010,6 +13025,7 @@ class PeerMonitor:
     async def _poll(self, known: KnownPeer) -> None:
         """Ask health by each way until one answers, then what else there is to know."""
         pairing, error, is_refused = self._find_pairing(known), "no address", False
+        known.has_pairing = pairing is not None
         for way in known.list_ways():
             try:
                 word = await self._ask_health(known, way, pairing)
@@ -13027,14 +13043,13 @@ class PeerMonitor:
     async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
         known.note_word(way, word, self._clock_ms())
         told_id = word.device_id or (pairing.device_id if pairing else None)
-        if known.told_id is None and told_id is not None and "://" not in told_id:
+        if known.told_id is None and told_id is not None and is_telling_id(told_id):
             remaining = self.table.identify(known, told_id)
             self._settle()
             if remaining is not known:
                 if remaining is not None:
                     self._watch(remaining)
                 return
-        known.has_pairing = pairing is not None
         known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
         is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
         if pairing is not None and (is_due or known.state is PeerState.PAIRED):

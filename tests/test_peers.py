@@ -546,19 +546,17 @@ def test_a_peer_that_returns_is_used_again_without_help(tmp_path):
 def test_a_failed_request_makes_the_monitor_look_at_once(tmp_path):
     async def run():
         slow = replace(INTERVALS, usable_s=1000, back_off_s=1000)
-        pairing = None
-        async with LoopbackPeer() as peer:
-            pairing = build_pairing(peer.base_url)
-            async with monitoring(tmp_path, pairings=[pairing], intervals=slow) as monitor:
-                await until_state(monitor, PeerState.READY)
-                monitor.note_failure("id-studio", "connection reset", has_answered=False)
-                assert find_candidate(monitor).state is PeerState.SEEN
-                await until_state(monitor, PeerState.READY)
-                monitor.note_failure("id-studio", "500", has_answered=True, retry_after_s=60)
-                candidate = find_candidate(monitor)
-                assert candidate.state is PeerState.READY and candidate.cool_down.until_s > monitor.now_s()
-                monitor.note_success("id-studio")
-                assert find_candidate(monitor).cool_down.until_s == 0
+        async with LoopbackPeer() as peer, monitoring(tmp_path, intervals=slow) as monitor:
+            await monitor.store.add(build_pairing(peer.base_url))
+            await until_state(monitor, PeerState.READY)
+            monitor.note_failure("id-studio", "connection reset", has_answered=False)
+            assert find_candidate(monitor).state is PeerState.SEEN
+            await until_state(monitor, PeerState.READY)
+            monitor.note_failure("id-studio", "500", has_answered=True, retry_after_s=60)
+            candidate = find_candidate(monitor)
+            assert candidate.state is PeerState.READY and candidate.cool_down.until_s > monitor.now_s()
+            monitor.note_success("id-studio")
+            assert find_candidate(monitor).cool_down.until_s == 0
 
     asyncio.run(run())
 
@@ -599,7 +597,7 @@ def test_a_wrong_clock_ends_no_pairing(tmp_path):
         async with LoopbackPeer() as peer, monitoring(tmp_path, pairings=[build_pairing(peer.base_url)]) as monitor:
             peer.error = 401, {"error": {"code": "clock_skew", "skewSeconds": 900}}
             candidate = await until(lambda: (c := find_candidate(monitor)) and "clock" in c.error and c, "it is said")
-            assert candidate.has_pairing is False and not monitor.store.pairings[0].is_marked_unauthorized
+            assert candidate.has_pairing and not monitor.store.pairings[0].is_marked_unauthorized
             peer.error = None
             await until_state(monitor, PeerState.READY)
 
@@ -777,6 +775,36 @@ def test_a_revoked_pairing_is_used_no_more(tmp_path):
             seen = len(peer.requests)
             await until(lambda: len(peer.requests) > seen + 3, "it is asked again")
             assert not peer.requests[-1][3], "and not signed"
+            monitor.begin_pairing(candidate.peer)
+            assert find_candidate(monitor).handshake is Handshake.REFUSED, "nor asked, but by the user"
+
+    asyncio.run(run())
+
+
+def test_two_hubs_of_one_name_stay_two(tmp_path):
+    async def run():
+        async with LoopbackPeer() as one, LoopbackPeer() as other:
+            pairings = [build_pairing(each.base_url, device_id=each.base_url) for each in (one, other)]
+            one.health = other.health = HEALTH | {"deviceId": "hub-38883"}
+            async with monitoring(tmp_path, pairings=pairings) as monitor:
+                for peer in (one, other):
+                    await until_state(monitor, PeerState.READY, peer.base_url)
+
+    asyncio.run(run())
+
+
+def test_a_sighting_does_not_disturb_a_peer_that_is_in_use(tmp_path):
+    async def run():
+        slow = replace(INTERVALS, usable_s=1000)
+        async with LoopbackPeer() as peer, monitoring(tmp_path, intervals=slow) as monitor:
+            await monitor.store.add(build_pairing(peer.base_url))
+            await until_state(monitor, PeerState.READY)
+            asked = len(peer.requests)
+            for _ in range(20):
+                monitor.see(make_peer(base_url="http://127.0.0.1:9/v1"))
+            monitor.lose(make_peer(base_url="http://127.0.0.1:9/v1"))
+            await until(lambda: len(peer.requests) > asked, "a way that is gone is a reason to look")
+            assert len(peer.requests) == asked + 1
 
     asyncio.run(run())
 
