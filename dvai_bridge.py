@@ -12,15 +12,17 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
-    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, probe
+    engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     peers         peers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
 page or network it comes from; a model file, its template included; the engine's process, which may crash or lie about
-its frames; other programs' answers on this machine's ports. Prompts and keys are never logged.
+its frames; other programs' answers on this machine's ports; a model hub and whoever it redirects to. Prompts and keys
+are never logged.
 """
 
 from __future__ import annotations
@@ -155,6 +157,8 @@ REQUEST_ID_LIMIT_CHARS = 128  # a client's X-Request-Id that floods the log
 
 if TYPE_CHECKING:
     import datetime
+    import http.client
+    import urllib.request
     from dataclasses import dataclass as record
 else:
 
@@ -231,10 +235,30 @@ class InvalidRequestError(BridgeError):
     should_retry = False
 
 
+class MissingModelIdError(InvalidRequestError):
+    """A probe that does not say of what."""
+
+    code = "missing_model_id"
+
+
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the context; `extra` has `n_prompt_tokens` and `n_ctx`."""
 
     code = "context_length_exceeded"
+
+
+class PairingNotFoundError(BridgeError):
+    """There is no pairing, or no request to pair, with this id."""
+
+    status, type, code = 404, "invalid_request_error", "pairing_not_found"
+    should_retry = False
+
+
+class NoBackendError(BridgeError):
+    """There is no engine here to measure."""
+
+    status, type, code = 503, "unavailable_error", "no_backend"
+    should_retry = False
 
 
 class ModelNotFoundError(BridgeError):
@@ -285,6 +309,16 @@ class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
     status, type, code, exit_code = 500, "server_error", "model_file", 2
+
+
+class DownloadError(BridgeError):
+    """A model could not be downloaded; the message says whether a part of it was kept."""
+
+    status, type, code = 502, "server_error", "download_failed"
+
+
+class UnreachableError(DownloadError):
+    """There is no way to the host: no network, no such name, nobody listens."""
 
 
 class StorageError(BridgeError):
@@ -579,7 +613,8 @@ class Option:
     """What one field of a config says of itself; kept in the field's metadata under "option".
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
-    the last one long; `fallbacks` are environment variables of other programs that mean the same.
+    the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
     """
 
     flags: tuple[str, ...]
@@ -590,6 +625,7 @@ class Option:
     fallbacks: tuple[str, ...] = ()
     secret: bool = False
     is_switch: bool = False
+    is_repeated: bool = False
 
     @property
     def name(self) -> str:
@@ -636,6 +672,32 @@ def parse_integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_decimal_number(low: float, high: float) -> Callable[[str], float]:
+    """Build a parser of an ASCII number such as `10` or `2.5` in [low, high]."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"it must be a number from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
+    """Build a parser of comma-separated base URLs of those schemes, each with a host and nothing secret in it."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        for url in parse_list(text):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is not a URL such as {schemes[0]}://192.168.1.20:{DEFAULT_PORT}/v1")
+            if not 0 < (parts.port or DEFAULT_PORT) < 65536:
+                raise ValueError(f"{url!r} has no such port")
+        return parse_list(text)
+
+    return parse
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -647,11 +709,154 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_REPO = re.compile(rf"{_HUB_NAME}/{_HUB_NAME}(?::[^:\x00-\x1f\x7f]{{1,255}})?")
+
+
+def parse_hub_repo(text: str) -> str:
+    """The name of a model of a hub: a repository, and the quantisation or file where it is not the usual one."""
+    if not _HUB_REPO.fullmatch(text):
+        raise ValueError("it must be USER/REPO or USER/REPO:QUANT, as in bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0")
+    return text
+
+
 def option(flags: str, default: Any, help: str, group: str, **details: Any) -> Any:
     """A dataclass field that is also an option; `flags` separated by `/`, the long one last."""
     details.setdefault("parse", parse_text)
     described = Option(flags=tuple(flags.split("/")), help=help, group=group, **details)
     return field(default=default, metadata={"option": described}, repr=not described.secret)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Whether and how requests go to other devices, and whether other devices may come to this one.
+
+    `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
+    their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
+    served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
+    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then.
+    """
+
+    enabled: bool = option(
+        "--offload",
+        False,
+        "let a more capable paired device answer what this one cannot answer fast enough",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    only: bool = option(
+        "--offload-only",
+        False,
+        "load no model: paired devices answer everything",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    known_peers: tuple[str | Peer, ...] = option(
+        "--peer",
+        (),
+        "base URL of a device to offload to, wherever discovery does not reach; may be repeated",
+        "offload",
+        parse=parse_urls("http", "https"),
+        metavar="URL",
+        is_repeated=True,
+    )
+    discover_lan: bool = option(
+        "--discover-lan",
+        True,
+        "with --offload: look for devices on the local network by mDNS",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    min_local_capability: float = option(
+        "--min-local-capability",
+        10.0,
+        "tokens per second from which this device answers by itself",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    hardware_minimum: float = option(
+        "--hardware-minimum",
+        3.0,
+        "estimated tokens per second below which this device counts as too weak for any model",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    substitute_quant: bool = option(
+        "--substitute-quant",
+        False,
+        "a device that has the model in another quantisation may answer",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    advertise_lan: bool = option(
+        "--advertise-lan",
+        False,
+        "announce this device by mDNS and accept pairing; --lan does so, too",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    pairing: str = option(
+        "--pairing",
+        "ask",
+        "what a device that wants to use this one is told: `ask` asks on the terminal, and refuses where nobody can "
+        "be asked",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    legacy_pairing: str = option(
+        "--legacy-pairing",
+        "allow",
+        "whether to pair by exchanging a key that the network could read, the only way that this version has",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    allow_anonymous_lan: bool = option(
+        "--allow-anonymous-lan",
+        False,
+        "answer inference for everybody on the network, unpaired; for apps that cannot pair",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    expire_after_days: int = option(
+        "--expire-after-days",
+        30,
+        "days without use after which a pairing has to be approved anew",
+        "pairing",
+        parse=parse_integer(1, 3650),
+        metavar="DAYS",
+    )
+    device_name: str | None = option(
+        "--device-name",
+        None,
+        "name under which other devices see this one; default: the host name",
+        "pairing",
+        metavar="NAME",
+    )
+    app_id: str | None = option(
+        "--app-id",
+        None,
+        "application that pairs; each one of a device is approved by itself. Default: the device's own id",
+        "pairing",
+        metavar="ID",
+    )
+    on_pairing_request: Callable[[Any], Any] | None = None
+    on_offload: Callable[[Any], Any] | None = None
+    custom_discovery: Callable[[], Any] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether requests may leave this device."""
+        return self.enabled or self.only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -666,6 +871,16 @@ class Config:
         "model",
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+    )
+    hf_repo: str | None = option(
+        "-hf/--hf-repo",
+        None,
+        "model to download from Hugging Face, unless it is here already, and to serve; without QUANT it is Q4_K_M, "
+        "else Q8_0, else the first file",
+        "model",
+        parse=parse_hub_repo,
+        metavar="USER/REPO[:QUANT]",
+        fallbacks=("LLAMA_ARG_HF_REPO",),
     )
     alias: str | None = option(
         "-a/--alias",
@@ -719,10 +934,18 @@ class Config:
         metavar="NAME|FILE",
         fallbacks=("LLAMA_ARG_CHAT_TEMPLATE",),
     )
+    lan: bool = option(
+        "--lan",
+        False,
+        "let paired devices of the local network use this one: listen on all interfaces, announce, accept pairing",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+    )
     host: str = option(
         "--host",
         "127.0.0.1",
-        "address to listen on; any other than loopback needs an API key",
+        "address to listen on; on any other than loopback clients need a pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -811,6 +1034,15 @@ class Config:
         "files",
         metavar="DIR",
     )
+    offline: bool = option(
+        "--offline",
+        False,
+        "download nothing: `--hf-repo` is what is on this machine",
+        "files",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_OFFLINE", "HF_HUB_OFFLINE"),
+    )
     config: str | None = option(
         "--config",
         None,
@@ -824,14 +1056,41 @@ class Config:
     verbose: bool = option(
         "-v/--verbose", False, "log every request's steps", "files", parse=parse_switch, is_switch=True
     )
+    offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
 
-OPTION_GROUPS = {"model": "Model", "server": "Server", "access": "Who may use it", "files": "Files and logs"}
+OPTION_GROUPS = {
+    "model": "Model",
+    "server": "Server",
+    "access": "Who may use it",
+    "offload": "Offload",
+    "pairing": "Other devices",
+    "files": "Files and logs",
+}
 
 
 def get_options(config_class: type) -> dict[str, Option]:
-    """Field name → Option, in order of definition."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(config_class) if "option" in f.metadata}
+    """Field name → Option, in order of definition; those of a config within a config are named `offload.enabled`."""
+    options: dict[str, Option] = {}
+    for each in dataclasses.fields(config_class):
+        if "option" in each.metadata:
+            options[each.name] = each.metadata["option"]
+        elif "options" in each.metadata:
+            inner = get_options(each.metadata["options"])
+            options |= {f"{each.name}.{name}": opt for name, opt in inner.items()}
+    return options
+
+
+def get_default(config_class: type, name: str) -> Any:
+    """The default of an option, by its name in `get_options`."""
+    return operator.attrgetter(name)(config_class)
+
+
+def format_default(default: Any) -> str:
+    """What a help text says after its sentence."""
+    if default is None or default is False or default == ():
+        return ""
+    return f" (default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default})"
 
 
 def build_config(
@@ -853,7 +1112,8 @@ def build_config(
         found = _find_setting(name, opt, flags or {}, environ or {}, file or {})
         if found is not None:
             values[name] = _parse_setting(opt, *found)
-    return Config(**values)
+    offload = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("offload.")}
+    return Config(**values, offload=OffloadConfig(**offload))
 
 
 def _find_setting(
@@ -895,9 +1155,10 @@ def build_options_table(config_class: type, group: str) -> str:
     for name, opt in get_options(config_class).items():
         if opt.group != group:
             continue
-        default = getattr(config_class, name)
+        default = get_default(config_class, name)
         flags = ", ".join(f"`{flag}`" for flag in opt.flags) + (f" `{opt.metavar}`" if opt.metavar else "")
-        shown = "" if default in (None, (), False) else f" (default: {default})"
+        flags += f", `--no-{opt.name}`" if default is True else ""
+        shown = format_default(default)
         variables = ", ".join(f"`{variable}`" for variable in (opt.environment, *opt.fallbacks))
         rows.append(f"| {flags.replace('|', chr(92) + '|')} | {variables} | {opt.help}{shown} |")
     return "\n".join(rows) + "\n"
@@ -3839,7 +4100,11 @@ def _build_javascript_number(value: int | float) -> str:
     """
     if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
         return str(int(value))
-    if not math.isfinite(number := float(value)):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError("a number that JSON does not have")
     sign = "-" if number < 0 else ""
     mantissa, _, exponent = repr(abs(number)).partition("e")
@@ -3969,12 +4234,18 @@ def parse_replay_memory(data: bytes) -> ReplayMemory:
         raise ValueError("another version")
     memory = ReplayMemory()
     for pairing_id, text in document["timed"].items():
-        entries = struct.iter_unpack(">Q9s", parse_base64url(text))
-        memory._timed[pairing_id] = {digest: ms for ms, digest in entries}
+        memory._timed[pairing_id] = {digest: ms for ms, digest in _parse_entries(">Q9s", text)}
     for pairing_id, text in document["untimed"].items():
-        memory._untimed[pairing_id] = dict.fromkeys(each[0] for each in struct.iter_unpack("9s", parse_base64url(text)))
+        memory._untimed[pairing_id] = {digest: None for (digest,) in _parse_entries("9s", text)}
     memory.retain(document["timed"].keys() | document["untimed"].keys())
     return memory
+
+
+def _parse_entries(form: str, text: str) -> list[tuple[Any, ...]]:
+    try:
+        return list(struct.iter_unpack(form, parse_base64url(text)))
+    except struct.error as exc:
+        raise ValueError("a part of an entry") from exc
 
 
 def _hash_nonce(nonce: str) -> bytes:
@@ -4142,6 +4413,8 @@ def _read_registry_machine_id() -> str | None:
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
+PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
@@ -4321,6 +4594,13 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
+def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
+    """Whether a change of a pairing must end what the peer is doing here."""
+    if before is None or before.inbound_key is None:
+        return False
+    return after is None or after.inbound_key != before.inbound_key
+
+
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
     """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
     return {
@@ -4342,8 +4622,8 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
 class PairingStore:
     """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
 
-    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner awaits
-    `refresh` every few seconds (another process may have written), `flush` every minute, and `close` at the end.
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner runs
+    `maintain` in a task (another process may have written, and uses are to be) and awaits `close` at the end.
     Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
     """
 
@@ -4473,6 +4753,19 @@ class PairingStore:
                 self._adopt(file.records if file else {})
             self._stamp = stamp
 
+    async def maintain(self) -> NoReturn:
+        """Refresh and flush for as long as the bridge runs; cancel it, then `close`."""
+        rounds = round(PAIRINGS_FLUSH_INTERVAL_S / PAIRINGS_REFRESH_INTERVAL_S)
+        for number in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+            if number % rounds == 0:
+                try:
+                    await self.flush()
+                except StorageError as exc:
+                    pairing_log.warning("%s; it is tried again", exc)
+        raise AssertionError("counting does not end")
+
     async def close(self) -> None:
         """Write everything, the nonces of the last minutes too."""
         await self.flush()
@@ -4480,10 +4773,7 @@ class PairingStore:
             await self._save_nonces()
 
     def subscribe(self, listener: PairingListener) -> Callable[[], None]:
-        """Call `listener(before, after)` at every change but a mere use; returns what ends that.
-
-        `after` None, or with another `inbound_key`: whatever the peer still does here has lost its ground.
-        """
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -4680,8 +4970,10 @@ HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
 HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
-CALLBACK_END_S = 1.0  # a callback that does not let itself be cancelled
+TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+_SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
 
 handshake_log = logging.getLogger("dvai_bridge.handshake")
 
@@ -4847,6 +5139,12 @@ def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
 PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
 
 
+async def _end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
+    task.cancel()
+    await asyncio.wait([task], timeout=TASK_END_S)
+
+
 class PairingDesk:
     """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
 
@@ -4963,32 +5261,33 @@ class PairingDesk:
             asked_at_ms=self._clock_ms(),
         )
         self._pending[pending.request_id] = pending
+        prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
         try:
-            async with asyncio.timeout(HANDSHAKE_DEADLINE_S), self._turn:
-                return await self._prompt(pending)
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S):
+                return await pending.wait()
         except TimeoutError:
             return False
         finally:
             del self._pending[pending.request_id]
             pending.end()
+            await _end_task(prompt)
 
-    async def _prompt(self, request: PairingRequest) -> bool:
-        """Show the request to everybody who may decide, for as long as a prompt may stand."""
-        handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
-        callback = asyncio.create_task(self._call(request)) if self._callback else None
-        self._show(request)
-        try:
-            async with asyncio.timeout(self._prompt_deadline_s):
-                return await request.wait()
-        except TimeoutError:
-            handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
-            return False
-        finally:
-            self._show(None)
-            request.end()
-            if callback is not None:
-                callback.cancel()
-                await asyncio.wait([callback], timeout=CALLBACK_END_S)
+    async def _prompt(self, request: PairingRequest) -> None:
+        """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
+        async with self._turn:
+            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            self._show(request)
+            try:
+                async with asyncio.timeout(self._prompt_deadline_s):
+                    await request.wait()
+            except TimeoutError:
+                handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+                request.respond(False)
+            finally:
+                self._show(None)
+                if callback is not None:
+                    await _end_task(callback)
 
     def _show(self, request: PairingRequest | None) -> None:
         self._shown = request
@@ -5215,7 +5514,8 @@ class PairingInitiator:
                 raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
             self._store.note(known, base_url=target.base_url)
             return known
-        device_id = answer.device_id or target.device_id or target.base_url
+        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
+        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
         now_ms = self._clock_ms()
         pairing = await self._store.add(
             Pairing(
@@ -5562,10 +5862,10 @@ SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows
 MULTIPLY_ADD_LANES = 576
 MULTIPLY_ADD_COLUMNS = 64
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
-BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_MULTIPLY_ADDS_PER_S = 625e6  # of one core of the machine in the README's table, in big integers
+BUILTIN_EFFICIENCY = 0.8  # of that rate, what a whole forward pass reaches: 0.86 (15M) and 0.96 (135M) side by side
 BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
-LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.8 on two server cores, less on small boards
 DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
 
 SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
@@ -5946,7 +6246,7 @@ def probe_machine_speed() -> MachineSpeed:
 
 
 def estimate_builtin_tok_per_s(
-    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S, threads: int = 1
 ) -> float:
     """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
     gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
@@ -7372,6 +7672,12 @@ def parse_socket_address(sockaddr: Any) -> tuple[str, int]:
         mapped = ipaddress.IPv6Address(host).ipv4_mapped
         host = host if mapped is None else str(mapped)
     return host, int(sockaddr[1])
+
+
+async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's callback gives, which may be a coroutine function or an ordinary one."""
+    given = function(*arguments)
+    return await given if isinstance(given, Awaitable) else given
 
 
 async def bind_sockets(host: str, port: int | None) -> list[socket.socket]:
@@ -12120,6 +12426,960 @@ def describe_engine(engine: FoundEngine) -> str:
     return f"{engine.product} serves {models} at {engine.base_url}"
 
 
+# ---- Downloads ------------------------------------------------------------------------
+# Models from a Hugging Face hub or a URL: resumed, checked, and only then given their name.
+#
+# What lies in <cache>/models/<user>/<repo>/ for a file NAME, in the order in which it comes and goes:
+#
+#     .NAME.lock         held by the process that downloads it
+#     NAME.part          what has arrived
+#     NAME.part.json     what that part is of: address, size, checksum, ETag
+#     NAME               the part, renamed when its length, checksum and header were right
+#     NAME.sha256        that checksum, as sha256sum writes and reads it
+#
+# Invariant: a file called NAME is whole. No search looks at a name that does not end in .gguf.
+
+HUB_ENDPOINT = "https://huggingface.co"
+HUB_LISTING_LIMIT_BYTES = 16 * MIB  # a listing that never ends
+HUB_FILE_LIMIT_BYTES = 1 << 42  # sizes that are no sizes
+DOWNLOAD_IDLE_S = 30.0  # servers that stop: to connect, and between two pieces of an answer
+DOWNLOAD_HEADERS_S = 60.0  # servers that send headers byte by byte
+DOWNLOAD_STALL_S = 60.0  # servers that send a body byte by byte: in this time
+DOWNLOAD_STALL_BYTES = 32 * KIB  # at least so much must come
+DOWNLOAD_REDIRECTS_LIMIT = 8  # servers that send in circles
+DOWNLOAD_BLOCK_BYTES = 256 * KIB
+DOWNLOAD_ATTEMPTS = 6  # connections in a row that bring less than this
+DOWNLOAD_PROGRESS_BYTES = MIB
+RETRY_PAUSE_LIMIT_S = 60.0
+RETRY_AFTER_LIMIT_S = 300  # a server that asks to wait longer is reported, not waited for
+FREE_SPACE_RESERVE_BYTES = 256 * MIB  # a download leaves so much of the disk to others
+FILE_NAME_LIMIT_BYTES = 200  # names that leave no room for the names beside them
+SPLIT_PARTS_LIMIT = 1000  # names that announce more parts than any model has
+LISTED_CHOICES_LIMIT = 30  # names in one error text
+
+_DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
+_COMPANION_MARKS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-")  # what belongs to a model without being one
+_HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_STRONG_ETAG = re.compile(r'"[!#-~]{1,200}"')
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
+_FILE_NAME_PART = re.compile(r'[^\x00-\x1f\x7f/\\:*?"<>|]+')
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubReference:
+    """A model of a hub. `repo`: `user/repo`; `tag`: a quantisation or the name of a file; None: the usual one."""
+
+    repo: str
+    tag: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo + (f":{self.tag}" if self.tag else "")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HubAccess:
+    """Which hub is asked, as whom. `endpoint`: a URL without a slash at its end; the token goes nowhere else."""
+
+    endpoint: str = HUB_ENDPOINT
+    token: str | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file to download. `path`: below the repository, its parts fit to be names here. None: not known yet."""
+
+    path: str
+    url: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PulledModel:
+    """A model that is on this machine, whole. `path`: its first file; `was_present`: nothing was downloaded."""
+
+    model_id: str
+    path: Path
+    files: tuple[Path, ...]
+    size_bytes: int
+    was_present: bool
+
+
+def _show_nothing(*_: object) -> None:
+    return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PullWatch:
+    """Who hears of a download. `on_progress`: bytes that are here, bytes of all files (None: not known);
+    `on_notice`: a sentence for the user. `sleep` pauses between attempts."""
+
+    on_progress: Callable[[int, int | None], None] = _show_nothing
+    on_notice: Callable[[str], None] = _show_nothing
+    sleep: Callable[[float], None] = time.sleep
+
+
+# Names and choices: pure.
+
+
+def parse_hub_reference(text: str) -> HubReference:
+    """`user/repo`, `user/repo:Q8_0` or `user/repo:file.gguf`; UsageError for anything else."""
+    try:
+        repo, _, tag = parse_hub_repo(text).partition(":")
+    except ValueError as exc:
+        raise UsageError(f"{display_name(text)!r} names no model: {exc}") from None
+    return HubReference(repo=repo, tag=tag or None)
+
+
+def parse_hub_url(url: str, endpoint: str) -> HubReference | None:
+    """The model whose page, or whose file on the main branch, this URL of the hub shows; None for any other."""
+    path = url.removeprefix(endpoint + "/")
+    match = re.fullmatch(r"([^/?#]+/[^/?#]+)(?:/(?:resolve|blob)/main/([^?#]+))?(?:[?#].*)?", path)
+    if path == url or not match:
+        return None
+    with contextlib.suppress(ValueError):
+        text = match[1] + (f":{urllib.parse.unquote(match[2])}" if match[2] else "")
+        return parse_hub_reference(parse_hub_repo(text))
+    return None
+
+
+def parse_download_url(url: str) -> urllib.parse.SplitResult:
+    """An http or https URL with a host and without a password; ValueError for any other."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL is printable ASCII without blanks")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must begin with https:// and the name of a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a name and password in a URL are not used")
+    if parts.port == 0:
+        raise ValueError("there is no port 0")
+    return parts
+
+
+def _find_origin(url: str) -> tuple[str, str, int]:
+    parts = parse_download_url(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _is_loopback_host(host: str) -> bool:
+    return host == "localhost" or is_loopback_address(host)
+
+
+def is_token_allowed(url: str, endpoint: str) -> bool:
+    """Whether a request for `url` may carry the hub's token: to the endpoint's own origin, never readable on a wire."""
+    scheme, host, _ = _find_origin(url)
+    return _find_origin(url) == _find_origin(endpoint) and (scheme == "https" or _is_loopback_host(host))
+
+
+def build_download_headers(url: str, access: HubAccess, extra: Mapping[str, str]) -> dict[str, str]:
+    """What a request for `url` carries; bodies are asked for as they are, uncompressed."""
+    headers = {"User-Agent": f"dvai-bridge/{__version__}", "Accept-Encoding": "identity", **extra}
+    if access.token and is_token_allowed(url, access.endpoint):
+        headers["Authorization"] = f"Bearer {access.token}"
+    return headers
+
+
+def choose_redirect(url: str, location: str | None, *, may_be_plain: bool) -> str:
+    """Where a redirect of `url` leads; DownloadError if nowhere, or from https to http (unless that `may_be_plain`)."""
+    host = display_name(parse_download_url(url).hostname or "")
+    try:
+        target = urllib.parse.urljoin(url, location or "")
+        scheme = parse_download_url(target).scheme
+    except ValueError:
+        raise DownloadError(f"{host} redirects to an address that is none") from None
+    if not location or (scheme == "http" and url.startswith("https:") and not may_be_plain):
+        raise DownloadError(f"{host} redirects to " + ("an unencrypted address" if location else "nowhere"))
+    return target
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a file name is that of a model, not of a projector, draft head or matrix that belongs to one."""
+    return _is_gguf_name(name) and not any(mark in name.lower() for mark in _COMPANION_MARKS)
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a foreign path can be one below a directory of ours, on every system, and be found there again."""
+    parts = path.split("/")
+    return len(parts) <= ScanLimits().depth - 2 and all(
+        _FILE_NAME_PART.fullmatch(part)
+        and part.isprintable()
+        and part == part.strip(". ")
+        and len(part.encode()) <= FILE_NAME_LIMIT_BYTES
+        for part in parts
+    )
+
+
+def parse_hub_listing(data: bytes, url: str) -> list[RemoteFile]:
+    """The GGUF files that a hub's answer to `/api/models/…?blobs=true` lists; ValueError if it is no such answer.
+
+    `url`: the repository's. Every file is addressed by the listing's commit, so that all parts are of one version.
+    """
+    answer = parse_json(data)
+    entries = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("no list of files")
+    commit = answer.get("sha")
+    revision = commit if isinstance(commit, str) and _HUB_COMMIT.fullmatch(commit) else "main"
+    files = []
+    for entry in entries:
+        path = entry.get("rfilename") if isinstance(entry, dict) else None
+        if isinstance(path, str) and _is_gguf_name(path) and is_safe_path(path):
+            files.append(_build_remote_file(entry, path, f"{url}/resolve/{revision}/{urllib.parse.quote(path)}"))
+    return files
+
+
+def _build_remote_file(entry: Mapping[str, Any], path: str, url: str) -> RemoteFile:
+    stored = entry.get("lfs")
+    stored = stored if isinstance(stored, dict) else {}
+    size, digest = stored.get("size", entry.get("size")), stored.get("sha256")
+    return RemoteFile(
+        path=path,
+        url=url,
+        size_bytes=size if type(size) is int and 0 <= size <= HUB_FILE_LIMIT_BYTES else None,
+        sha256=digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None,
+    )
+
+
+def find_tag(stems: Sequence[str], tag: str) -> list[str]:
+    """Those of the names (without `.gguf`) that `tag` names best: one, none, or several equally well.
+
+    A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
+    another quantisation than `Q4_K_M`, but is taken for it where there is no other.
+    """
+    name = tag[:-5] if _is_gguf_name(tag) else tag
+    wanted = re.escape((parse_split_name(name) or [name])[0])
+    for pattern in (
+        rf"(?:.*/)?{wanted}",
+        rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}",
+        rf".*(?<![A-Z0-9]){wanted}[.-].*",
+    ):
+        matches = [stem for stem in stems if re.fullmatch(pattern, stem, re.IGNORECASE | re.DOTALL)]
+        if matches:
+            return matches
+    return []
+
+
+def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: none of them.
+
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several.
+    """
+    for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
+        matches = find_tag(list(sizes), tag)
+        if len(matches) > 1:
+            choices = list_choices({stem: sizes[stem] for stem in matches})
+            raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
+        if matches:
+            return matches[0]
+    return None if reference.tag else next(iter(sizes), None)
+
+
+def list_choices(sizes: Mapping[str, int | None]) -> str:
+    """Models for an error text: by quantisation where that tells them apart, else by name."""
+    tags = [parse_quantization(stem) or "" for stem in sizes]
+    are_distinct = all(tags) and len(set(tags)) == len(tags)
+    shown = [
+        (tag if are_distinct else display_name(stem + ".gguf")) + (f" ({format_size(size)})" if size else "")
+        for tag, (stem, size) in zip(tags, sizes.items(), strict=True)
+    ]
+    more = len(shown) - LISTED_CHOICES_LIMIT
+    return ", ".join(shown[:LISTED_CHOICES_LIMIT]) + (f" and {more} more" if more > 0 else "")
+
+
+def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) -> list[RemoteFile]:
+    """The file that a reference means, or all parts of a split one in order. UsageError if that is not one model."""
+    groups: dict[str, dict[int, RemoteFile]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        if is_model_name(file.name):
+            split = parse_split_name(file.path[:-5])
+            stem, index, count = split or (file.path[:-5], 1, 1)
+            groups.setdefault(stem, {})[index] = file
+            counts[stem] = count
+    sizes = {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()}
+    chosen = choose_stem(reference, sizes)
+    if chosen is None and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag or '')}; it has: {list_choices(sizes)}")
+    if chosen is None:
+        raise UsageError(f"{reference.repo} has no GGUF model; look for a repository whose name ends in -GGUF")
+    parts, count = groups[chosen], counts[chosen]
+    if sorted(parts) != list(range(1, count + 1)):
+        raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
+    return [parts[index] for index in sorted(parts)]
+
+
+def _sum_sizes(files: Iterable[RemoteFile]) -> int | None:
+    """The bytes of all files together; None if one is not known."""
+    total = 0
+    for file in files:
+        if file.size_bytes is None:
+            return None
+        total += file.size_bytes
+    return total
+
+
+def choose_repo_places(places: Sequence[ModelPlace], repo: str) -> list[ModelPlace]:
+    """Where in these places the files of a repository lie: as here and in LM Studio, or as in a hub's cache."""
+    folders = (repo, "models--" + repo.replace("/", "--"))
+    return [
+        ModelPlace(source=place.source, path=place.path / folder)
+        for place in places
+        if place.source != "Ollama"
+        for folder in folders
+    ]
+
+
+# What is on this machine.
+
+
+def load_hub_access(environ: Mapping[str, str], platform: str) -> HubAccess:
+    """HF_ENDPOINT, and the token of HF_TOKEN or of the file that `hf auth login` writes. Raises UsageError."""
+    endpoint = (environ.get("HF_ENDPOINT") or HUB_ENDPOINT).rstrip("/")
+    try:
+        parse_download_url(endpoint)
+    except ValueError as exc:
+        raise UsageError(f"HF_ENDPOINT: {exc}") from None
+    token = (environ.get("HF_TOKEN") or _load_token_file(environ, platform)).strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError("the token for the hub (HF_TOKEN, or the file that HF_TOKEN_PATH names) is no token")
+    return HubAccess(endpoint=endpoint, token=token or None)
+
+
+def _load_token_file(environ: Mapping[str, str], platform: str) -> str:
+    if environ.get("HF_TOKEN_PATH"):
+        path = Path(environ["HF_TOKEN_PATH"])
+    elif environ.get("HF_HOME"):
+        path = Path(environ["HF_HOME"]) / "token"
+    else:
+        cache = environ.get("XDG_CACHE_HOME") or choose_user_home(environ, platform) / ".cache"
+        path = Path(cache) / "huggingface" / "token"
+    try:
+        return path.read_bytes()[: 4 * KIB].decode("ascii", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as exc:
+        raise UsageError(f"the hub's token cannot be read from {path}: {exc.strerror}") from exc
+
+
+def _compute_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_content(path: Path, remote: RemoteFile) -> bool:
+    """Whether a file here is the remote one: by size, then by the checksum that its cache noted, else by reading it."""
+    if remote.size_bytes not in (None, path.stat().st_size):
+        return False
+    if remote.sha256 is None:
+        return True
+    blob = path.resolve().name  # a hub's cache names the file itself by its checksum
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        return blob == remote.sha256
+    with contextlib.suppress(OSError):
+        return _note_of(path).read_bytes()[:64] == remote.sha256.encode()
+    return _compute_sha256(path) == remote.sha256
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _list_parts(first: Path) -> list[Path]:
+    """All files of a model by its first; FileNotFoundError if one is missing."""
+    split = parse_split_name(first.name[:-5])
+    if split is None:
+        return [first]
+    parts = [first.with_name(f"{split[0]}-{index:05}-of-{split[2]:05}.gguf") for index in range(1, split[2] + 1)]
+    for part in parts:
+        part.stat()
+    return parts
+
+
+def _build_pulled(files: Sequence[Path], *, was_present: bool) -> PulledModel:
+    return PulledModel(
+        model_id=build_model_id(files[0].name),
+        path=files[0],
+        files=tuple(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+        was_present=was_present,
+    )
+
+
+def find_downloaded(reference: HubReference, places: Sequence[ModelPlace]) -> PulledModel | None:
+    """The model that a reference means among those that are on this machine, whole; of several versions the newest.
+
+    Asks no network. UsageError as `choose_stem`.
+    """
+    if reference.tag:
+        reference = replace(reference, tag=reference.tag.rpartition("/")[2])
+    models: dict[str, list[Path]] = {}
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        with contextlib.suppress(OSError):
+            if is_model_name(model.path.name):
+                parts, stem = _list_parts(model.path), build_model_id(model.path.name)
+                known = models.get(stem)
+                if known is None or parts[0].stat().st_mtime > known[0].stat().st_mtime:
+                    models[stem] = parts
+    sizes = {stem: sum(part.stat().st_size for part in parts) for stem, parts in models.items()}
+    chosen = choose_stem(reference, sizes)
+    return _build_pulled(models[chosen], was_present=True) if chosen else None
+
+
+def find_present(
+    files: Sequence[RemoteFile], reference: HubReference, places: Sequence[ModelPlace]
+) -> PulledModel | None:
+    """The model on this machine whose content is that of these remote files, wherever it came from; None: none is."""
+    for model in find_models(choose_repo_places(places, reference.repo)):
+        if model.path.name == files[0].name:
+            here = [model.path.with_name(file.name) for file in files]
+            with contextlib.suppress(OSError):
+                if all(_has_content(path, file) for path, file in zip(here, files, strict=True)):
+                    return _build_pulled(here, was_present=True)
+    return None
+
+
+# The transport: the standard library's, its redirects followed here, where the token is watched.
+
+_Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that the next may not; the text says how."""
+
+    def __init__(self, reason: str, retry_after_s: int | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
+    """End what the block reads from `sock` when it takes longer, with TimeoutError: the socket's own timeout begins
+    anew with every byte, and to http.client a head that is cut off is whole."""
+    is_late = threading.Event()
+
+    def cut() -> None:
+        is_late.set()
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(timeout_s, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer in {timeout_s:.0f} s")
+
+
+def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
+    """Opens http and https through the proxies of the environment; every status, redirects too, is just an answer."""
+    import http.client
+    import urllib.request
+
+    class Answers(urllib.request.HTTPErrorProcessor):
+        def http_response(self, request: Any, response: Any) -> Any:
+            return response
+
+        https_response = http_response
+
+    class PlainConnection(http.client.HTTPConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class SecureConnection(http.client.HTTPSConnection):
+        def getresponse(self) -> http.client.HTTPResponse:
+            with _cut_off(self.sock, DOWNLOAD_HEADERS_S):
+                return super().getresponse()
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(PlainConnection, request)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(SecureConnection, request)
+
+    proxies = [urllib.request.ProxyHandler({})] if is_direct else []
+    return urllib.request.build_opener(Answers, PlainHandler, SecureHandler, *proxies)
+
+
+def _explain_network_error(error: object, host: str, *, is_connected: bool) -> Exception:
+    """What an exception, or a text, from below HTTP means: DownloadError, UnreachableError or _Retry."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return DownloadError(
+            f"the certificate of {host} is not trusted ({display_name(error.verify_message)}): SSL_CERT_FILE names "
+            "the authorities to trust"
+        )
+    strerror = error.strerror if isinstance(error, OSError) else None
+    why = display_name(strerror or str(error) or type(error).__name__)
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError | UnicodeError)  # the last: no host name
+    is_silent = isinstance(error, TimeoutError) and not is_connected
+    if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
+        return UnreachableError(
+            f"{host} cannot be reached ({why}): check the network; --offline uses what is on this machine, "
+            "HF_ENDPOINT names another hub"
+        )
+    return _Retry(f"the connection to {host} failed ({why})")
+
+
+def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http.client.HTTPResponse:
+    """One request, one answer whatever its status; the caller closes it. Loopback is never asked through a proxy."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    host = parse_download_url(url).hostname or ""
+    request = urllib.request.Request(url, headers=build_download_headers(url, access, extra))
+    opener = _build_opener(is_direct=_is_loopback_host(host))
+    try:
+        answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
+    except urllib.error.URLError as exc:
+        raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
+    except (OSError, http.client.HTTPException, UnicodeError) as exc:
+        raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
+    return answer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """An answer at the end of its redirects. `sha256`: the checksum that the hub gave on the way, if it did."""
+
+    body: http.client.HTTPResponse
+    host: str
+    is_hub: bool
+    sha256: str | None
+
+    def find_header(self, name: str) -> str:
+        return str(self.body.headers.get(name) or "").strip()
+
+
+@contextlib.contextmanager
+def _open_url(url: str, access: HubAccess, what: str, extra: Mapping[str, str]) -> Iterator[_Answer]:
+    """GET through redirects; a status other than 200 and 206 becomes the error that it is."""
+    may_be_plain, digest, hub = access.endpoint.startswith("http:"), None, _find_origin(access.endpoint)
+    for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        host = display_name(parse_download_url(url).hostname or "")
+        with _send_request(url, access, extra) as body:
+            is_hub, linked = _find_origin(url) == hub, str(body.headers.get("X-Linked-Etag")).strip('"')
+            digest = linked if is_hub and _SHA256.fullmatch(linked) else digest
+            answer = _Answer(body=body, host=host, is_hub=is_hub, sha256=digest)
+            if body.status not in _REDIRECTS:
+                _verify_status(answer, what, access)
+                yield answer
+                return
+            url = choose_redirect(url, answer.find_header("Location"), may_be_plain=may_be_plain)
+    raise DownloadError(f"{what}: more than {DOWNLOAD_REDIRECTS_LIMIT} redirects")
+
+
+def _verify_status(answer: _Answer, what: str, access: HubAccess) -> None:
+    """Raises what a status says; `what` is being asked for."""
+    status, code = answer.body.status, answer.find_header("X-Error-Code")
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        pause_s = None
+        with contextlib.suppress(ValueError):
+            pause_s = parse_decimal(answer.find_header("Retry-After"), maximum=10**9)
+        why = "asks to slow down" if status == 429 else "cannot answer now"
+        raise _Retry(f"{answer.host} {why} ({status})", pause_s)
+    if answer.is_hub and status in (401, 403):
+        raise DownloadError(_explain_refusal(status, code, what, access))
+    if status in (404, 410):
+        raise DownloadError(f"{what} does not exist on {answer.host} ({status}): check its name")
+    raise DownloadError(f"{answer.host} answers {status} for {what}")
+
+
+def _explain_refusal(status: int, code: str, what: str, access: HubAccess) -> str:
+    """A hub also answers 401 for what does not exist, so that nobody learns the names of private repositories."""
+    token = "see that the token (HF_TOKEN) may read it" if access.token else "set HF_TOKEN to a token that may read it"
+    if code == "GatedRepo" or status == 403:
+        return f"{what} is gated ({status}): accept its licence on {access.endpoint}, and {token}"
+    return f"{what} does not exist, or is private or gated ({status}): check its name; if it is not public, {token}"
+
+
+class _Patience:
+    """How long a download goes on trying: failures in a row, and a longer pause after each."""
+
+    def __init__(self, watch: PullWatch) -> None:
+        self._watch = watch
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def wait(self, failure: _Retry, kept: str = "") -> None:
+        """Pause before the next attempt, or raise DownloadError."""
+        self._failures += 1
+        if self._failures >= DOWNLOAD_ATTEMPTS:
+            raise DownloadError(f"{failure}, {self._failures} times in a row{kept}") from failure
+        pause_s = min(RETRY_PAUSE_LIMIT_S, 2.0 ** (self._failures - 1)) * random.uniform(0.5, 1.5)
+        if failure.retry_after_s is not None:
+            pause_s = failure.retry_after_s
+        if pause_s > RETRY_AFTER_LIMIT_S:
+            raise DownloadError(
+                f"{failure}: try again in {pause_s:.0f} s{kept}", retry_after_s=failure.retry_after_s
+            ) from failure
+        self._watch.on_notice(f"{failure}; trying again in {pause_s:.0f} s")
+        self._watch.sleep(pause_s)
+
+
+def fetch_hub_files(reference: HubReference, access: HubAccess, watch: PullWatch) -> list[RemoteFile]:
+    """The GGUF files of a repository, as its hub lists them. Raises DownloadError."""
+    patience, url = _Patience(watch), f"{access.endpoint}/api/models/{reference.repo}?blobs=true"
+    while True:
+        try:
+            with _open_url(url, access, reference.repo, {"Accept": "application/json"}) as answer:
+                data = bytearray()
+                for piece in _read_body(answer):
+                    data += piece
+                    if len(data) > HUB_LISTING_LIMIT_BYTES:
+                        raise DownloadError(f"{reference.repo} has too many files to list")
+            return parse_hub_listing(bytes(data), f"{access.endpoint}/{reference.repo}")
+        except ValueError as exc:
+            raise DownloadError(f"what answers at {access.endpoint} is no Hugging Face hub ({exc})") from exc
+        except _Retry as failure:
+            patience.wait(failure)
+
+
+def _read_body(answer: _Answer) -> Iterator[bytes]:
+    """The pieces of a body as they arrive; _Retry if it ends before its length, stops or only trickles."""
+    import http.client
+
+    if answer.find_header("Content-Encoding").lower() not in ("", "identity"):
+        raise DownloadError(f"{answer.host} compresses what it was asked to send as it is")
+    left = _parse_count(answer.find_header("Content-Length")) if not answer.body.chunked else None
+    since, arrived = time.monotonic(), 0
+    while left is None or left > 0:
+        try:
+            piece = answer.body.read1(min(DOWNLOAD_BLOCK_BYTES, left or DOWNLOAD_BLOCK_BYTES))
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise _Retry(
+                f"the connection to {answer.host} broke ({display_name(str(exc) or type(exc).__name__)})"
+            ) from exc
+        if not piece:
+            break
+        left = left - len(piece) if left is not None else None
+        arrived += len(piece)
+        if time.monotonic() - since > DOWNLOAD_STALL_S:
+            if arrived < DOWNLOAD_STALL_BYTES:
+                raise _Retry(f"{answer.host} sends almost nothing")
+            since, arrived = time.monotonic(), 0
+        yield piece
+    if left:
+        raise _Retry(f"{answer.host} closed the connection {format_size(left)} before the end")
+
+
+# Files: received in part, then whole.
+
+
+class _Part:
+    """A file being received: `size` bytes are in NAME.part and in the checksum. Belongs to the holder of the lock."""
+
+    def __init__(self, target: Path, remote: RemoteFile) -> None:
+        self.target = target
+        self.announced = self.remote = remote  # `remote`: with what the answers said besides
+        self.path = target.with_name(target.name + ".part")
+        self._about = target.with_name(target.name + ".part.json")
+        self.etag = ""
+        self.size = 0
+        self.is_complete = False
+        self._digest = hashlib.sha256()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW | BINARY_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Nothing is left behind where nothing has arrived."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        is_empty = os.fstat(fd).st_size == 0
+        os.close(fd)
+        if is_empty:
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.path, self._about):
+            path.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go on from what an earlier run left, if that is of the same content; else from nothing."""
+        about, arrived, remote = self._load_about(), os.fstat(self._fd).st_size, self.remote
+        same = about.get("sha256") == remote.sha256 if remote.sha256 else about.get("url") == remote.url
+        etag = str(about.get("etag"))
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        if remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(remote, size_bytes=about["sizeBytes"])
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if not 0 < arrived <= limit or not same or not (remote.sha256 or self.etag):
+            self.restart()
+            return
+        while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
+            self._digest.update(piece)
+            self.size += len(piece)
+        self.is_complete = self.size == self.remote.size_bytes
+
+    def _load_about(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            about = parse_json(_read_state(self._about))
+            if isinstance(about, dict):
+                return about
+        return {}
+
+    def restart(self) -> None:
+        """Forget what has arrived."""
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self.size, self.etag, self.is_complete = 0, "", False
+        self.remote, self._digest = self.announced, hashlib.sha256()
+
+    def build_headers(self) -> dict[str, str]:
+        """Asks for the rest, or for all of it if the file is another by now (RFC 9110, section 13.1.5)."""
+        if not self.size:
+            return {}
+        return {"Range": f"bytes={self.size}-"} | ({"If-Range": self.etag} if self.etag else {})
+
+    def describe(self, *, size_bytes: int | None, sha256: str | None, etag: str) -> None:
+        """Note what the answer says of the file, for this run and the next. DownloadError if it is another file."""
+        known = self.remote
+        if None not in (known.size_bytes, size_bytes) and known.size_bytes != size_bytes:
+            raise DownloadError(
+                f"{display_name(known.name)}: {known.size_bytes} bytes were announced and {size_bytes} are offered"
+            )
+        size_bytes = known.size_bytes if size_bytes is None else size_bytes
+        self.remote = replace(known, size_bytes=size_bytes, sha256=known.sha256 or sha256)
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        verify_free_space(self.target.parent, (size_bytes or 0) - self.size)
+        about = {"url": known.url, "sizeBytes": size_bytes, "sha256": self.remote.sha256, "etag": self.etag}
+        _save_beside(self._about, encode_json(about))
+
+    def append(self, data: bytes) -> None:
+        """Add bytes; DownloadError at the first that is too many or shows that this is no model."""
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if self.size + len(data) > limit:
+            self.restart()
+            raise DownloadError(f"{display_name(self.remote.name)}: the server sends more than {limit} bytes")
+        if self.size < len(GGUF_MAGIC):
+            start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
+            if data[: end - start] != GGUF_MAGIC[start:end]:
+                self.restart()
+                raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
+        rest = memoryview(data)
+        while rest:
+            written = os.write(self._fd, rest)
+            self._digest.update(rest[:written])
+            self.size += written
+            rest = rest[written:]
+
+    def finish(self) -> None:
+        """Check the whole and give it its name. DownloadError: it was damaged and is removed."""
+        os.fsync(self._fd)
+        self.close()  # Windows does not rename an open file
+        name, digest = display_name(self.remote.name), self._digest.hexdigest()
+        try:
+            if self.remote.sha256 not in (None, digest):
+                raise DownloadError(
+                    f"{name}: its checksum is not the one that was announced, so it was removed; try again"
+                )
+            try:
+                open_gguf(self.path).close()
+            except ModelFileError as exc:
+                raise DownloadError(f"{name} was removed: {exc.message}") from exc
+        except DownloadError:
+            self._remove()
+            raise
+        _note_of(self.target).unlink(missing_ok=True)  # before the rename: it may be of an older file of this name
+        os.replace(self.path, self.target)
+        _save_beside(_note_of(self.target), f"{digest}  {self.target.name}\n".encode())
+        self._about.unlink(missing_ok=True)
+        _sync_directory(self.target.parent)
+
+
+def _save_beside(path: Path, data: bytes) -> None:
+    """Replace a small file of which no copy is needed."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    _write_new_file(new, data)
+    os.replace(new, path)
+
+
+def verify_free_space(directory: Path, needed_bytes: int) -> None:
+    """Raises DownloadError when `needed_bytes` more would leave less than FREE_SPACE_RESERVE_BYTES of the disk."""
+    import shutil  # here: only downloads need it
+
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > max(0, free_bytes - FREE_SPACE_RESERVE_BYTES):
+        raise DownloadError(
+            f"{format_size(needed_bytes)} are still to come and {format_size(free_bytes)} are free in {directory}: "
+            "make room, or name another directory with --home"
+        )
+
+
+def _parse_extent(answer: _Answer) -> tuple[int, int | None] | None:
+    """Where in its file a body begins, and how long the file is (None: not said); None: neither 200 nor a sound 206."""
+    if answer.body.status == 200:
+        return 0, None if answer.body.chunked else _parse_count(answer.find_header("Content-Length"))
+    match = _CONTENT_RANGE.fullmatch(answer.find_header("Content-Range"))
+    return (int(match[1]), _parse_count(match[3])) if answer.body.status == 206 and match else None
+
+
+def _receive(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """One attempt: what is missing of a file, or as much of it as comes. Raises _Retry."""
+    with _open_url(part.remote.url, access, display_name(part.remote.name), part.build_headers()) as answer:
+        extent, etag = _parse_extent(answer), answer.find_header("ETag")
+        start, size_bytes = extent or (None, None)
+        if part.size and (start != part.size or (part.etag and etag and etag != part.etag)):
+            watch.on_notice(f"{answer.host} does not go on where it stopped: {part.target.name} starts anew")
+            part.restart()
+        if start != part.size:
+            raise _Retry(f"{answer.host} sends something else than was asked for ({answer.body.status})")
+        with _translate_os_errors("save", part.path):
+            part.describe(size_bytes=size_bytes, sha256=answer.sha256, etag=etag)
+        for piece in _read_body(answer):
+            with _translate_os_errors("save", part.path):
+                part.append(piece)
+            show(part.size, part.remote.size_bytes)
+        part.is_complete = part.remote.size_bytes in (None, part.size)
+        if not part.is_complete:
+            raise _Retry(f"{answer.host} ended after {part.size} of {part.remote.size_bytes} bytes")
+
+
+def _receive_all(part: _Part, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Attempts until the file is whole."""
+    patience, had, has_answered = _Patience(watch), part.size, False
+    while not part.is_complete:
+        try:
+            _receive(part, access, watch, show)
+        except UnreachableError as exc:
+            if not has_answered:
+                raise
+            patience.wait(_Retry(exc.message), _say_kept(part))
+        except _Retry as failure:
+            has_answered = True
+            if part.size - had >= DOWNLOAD_PROGRESS_BYTES:
+                patience.reset()
+                had = part.size
+            patience.wait(failure, _say_kept(part))
+
+
+def _say_kept(part: _Part) -> str:
+    return f"; {format_size(part.size)} are kept, and the same command goes on from there" if part.size else ""
+
+
+def _pull_file(remote: RemoteFile, target: Path, access: HubAccess, watch: PullWatch, show: _Show) -> None:
+    """Download one file to `target`, unless it is there."""
+    lock = PathLock(target.with_name(f".{target.name}.lock"))
+    with _translate_os_errors("save", target):
+        create_private_directory(target.parent)
+        if not lock.try_acquire():
+            raise DownloadError(f"another process is downloading {target}: wait until it is done")
+        try:
+            if target.is_file() and _has_content(target, remote):
+                return
+            part = _Part(target, remote)
+            try:
+                part.resume()
+                _receive_all(part, access, watch, show)
+                part.finish()
+            except KeyboardInterrupt as exc:
+                raise DownloadError(f"stopped{_say_kept(part)}") from exc
+            except StorageError as exc:
+                raise StorageError(exc.message + _say_kept(part)) from exc
+            finally:
+                part.close()
+        finally:
+            lock.release()
+
+
+def _pull_files(files: Sequence[RemoteFile], directory: Path, access: HubAccess, watch: PullWatch) -> PulledModel:
+    """Download all files below `directory`, one after the other."""
+    total, done = _sum_sizes(files), 0
+    with _translate_os_errors("save", directory):
+        create_private_directory(directory)
+        verify_free_space(directory, (total or 0) - _count_present_bytes(files, directory))
+    targets = [directory.joinpath(*file.path.split("/")) for file in files]
+    for file, target in zip(files, targets, strict=True):
+
+        def show(size: int, size_bytes: int | None, before: int = done) -> None:
+            watch.on_progress(before + size, size_bytes if len(files) == 1 else total)
+
+        _pull_file(file, target, access, watch, show)
+        done += target.stat().st_size
+    return _build_pulled(targets, was_present=False)
+
+
+def _count_present_bytes(files: Sequence[RemoteFile], directory: Path) -> int:
+    """How much of the files is below `directory` already, whole or in part."""
+    total = 0
+    for file in files:
+        target = directory.joinpath(*file.path.split("/"))
+        for path in (target, target.with_name(target.name + ".part")):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+                break
+    return total
+
+
+def pull_model(
+    reference: HubReference,
+    *,
+    cache: Path,
+    places: Sequence[ModelPlace],
+    access: HubAccess,
+    watch: PullWatch | None = None,
+) -> PulledModel:
+    """Bring a model of a hub to this machine: found in `places`, or downloaded into `cache`/models/USER/REPO.
+
+    Blocks: not for an event loop. Raises UsageError (no such quantisation, or several), UnreachableError,
+    DownloadError (what has arrived is kept, unless it was wrong) and StorageError.
+    """
+    watch = watch or PullWatch()
+    files = choose_remote_files(fetch_hub_files(reference, access, watch), reference)
+    present = find_present(files, reference, places)
+    return present or _pull_files(files, cache / "models" / reference.repo, access, watch)
+
+
+def pull_url(url: str, *, cache: Path, access: HubAccess, watch: PullWatch | None = None) -> PulledModel:
+    """Bring a GGUF file from anywhere into `cache`/models/HOST, with all its parts if it is split.
+
+    A file that is there is taken as it is. Blocks. Raises as `pull_model`.
+    """
+    try:
+        parts = parse_download_url(url)
+    except ValueError as exc:
+        raise UsageError(f"{display_name(url)}: {exc}") from None
+    name = urllib.parse.unquote(parts.path.rpartition("/")[2])
+    if not _is_gguf_name(name) or not is_safe_path(name):
+        raise UsageError(f"{display_name(url)}: the name of a model file ends in .gguf")
+    split = parse_split_name(name[:-5])
+    names = [name]
+    if split:
+        if split[2] > SPLIT_PARTS_LIMIT:
+            raise UsageError(f"{display_name(url)}: a model has no {split[2]} parts")
+        names = [f"{split[0]}-{index:05}-of-{split[2]:05}.gguf" for index in range(1, split[2] + 1)]
+    folder = parts.path.rpartition("/")[0]
+    files = [
+        RemoteFile(path=each, url=parts._replace(path=f"{folder}/{urllib.parse.quote(each)}", fragment="").geturl())
+        for each in names
+    ]
+    directory = cache / "models" / (parts.hostname or "").replace(":", "_")
+    here = [directory / each for each in names]
+    if all(path.is_file() for path in here):
+        return _build_pulled(here, was_present=True)
+    return _pull_files(files, directory, access, watch or PullWatch())
+
+
 # ---- Probe ----------------------------------------------------------------------------
 # Measures a model by letting it write, when nobody else wants the engine.
 
@@ -12129,6 +13389,8 @@ PROBE_BUDGET_S = 15.0  # of one attempt; a device that needs longer writes fewer
 PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
 PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
 PROBE_WORDS = 16  # of the prompt
+
+probe_log = logging.getLogger("dvai_bridge.probe")
 
 
 class RequestWatch:
@@ -12292,6 +13554,121 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
         measured_at_ms=now_ms,
         prefill_tok_per_s=result.prefill_tok_per_s,
     )
+
+
+class CapabilityMeter:
+    """What a bridge knows of its own speed: the machine looked at once, each model measured once, traffic learnt from.
+
+    Belongs to one event loop. Between `start` and `close` it owns the probes that run and the saving of their results.
+    """
+
+    def __init__(self, cache: ScoreCache, device_id: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._cache = cache
+        self._device_id = device_id
+        self._clock = clock  # unix time in seconds
+        self._hints: HardwareHints | None = None
+        self._speed: MachineSpeed | None = None
+        self._probes: dict[ScoreKey, asyncio.Task[Score]] = {}
+        self._saving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at the machine and load earlier measurements; takes a tenth of a second, or a slow tool's deadline."""
+        await asyncio.to_thread(self._cache.load)
+        self._hints = await asyncio.to_thread(probe_hardware_hints)
+        self._speed = await asyncio.to_thread(probe_machine_speed)
+        self._saving = asyncio.create_task(self._save_now_and_then(), name="scores")
+
+    def get_score(self, key: ScoreKey, cost: ModelCost | None = None, gpu_class: GpuClass = GpuClass.NONE) -> Score:
+        """The best that is known of a model now, without waiting. `cost`, `gpu_class`: as in estimate_tok_per_s."""
+        assert self._hints is not None and self._speed is not None, "start it first"
+        estimate = None if cost is None else estimate_tok_per_s(key.engine, cost, self._speed, gpu_class=gpu_class)
+        return choose_score(
+            key,
+            self._device_id,
+            measured=self._cache.get(key),
+            estimated_tok_per_s=estimate,
+            hints=self._hints,
+            now_ms=self._read_ms(),
+        )
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """All measurements, for `GET /v1/dvai/capability`."""
+        return tuple(replace(score, device_id=self._device_id) for score in self._cache.list_scores())
+
+    def observe(self, key: ScoreKey, usage: Usage) -> None:
+        """Learn from a request that ran alone (RequestWatch.leave says so)."""
+        self._cache.observe(key, self._device_id, usage, self._read_ms())
+
+    async def probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        """Measure a model; who asks while it is being measured gets the same result. Raises as probe_engine_speed.
+
+        Giving up waiting does not end the measurement.
+        """
+        return await asyncio.shield(self._start_probe(engine, key, watch, queue))
+
+    def probe_on_first_use(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> None:
+        """Measure a model in the background, unless that was done; a failure is one line in the log."""
+        if self._cache.get(key) is None:
+            self._start_probe(engine, key, watch, queue)
+
+    async def close(self) -> None:
+        """End what runs, and save."""
+        tasks = [*self._probes.values(), *([self._saving] if self._saving else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._cache.flush)
+
+    def _start_probe(
+        self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue
+    ) -> asyncio.Task[Score]:
+        task = self._probes.get(key)
+        if task is None:
+            task = asyncio.create_task(self._run_probe(engine, key, watch, queue), name=f"probe of {key.model_id}")
+            self._probes[key] = task
+            task.add_done_callback(functools.partial(self._end_probe, key))
+        return task
+
+    async def _run_probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        result = await probe_engine_speed(engine, watch, queue)
+        score = build_measured_score(key, self._device_id, result, self._read_ms())
+        self._cache.put(key, score)
+        probe_log.info("%s writes %.1f tokens/s (measured)", display_name(key.model_id), score.tok_per_s)
+        return score
+
+    def _end_probe(self, key: ScoreKey, task: asyncio.Task[Score]) -> None:
+        del self._probes[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            is_ours = not isinstance(error, BridgeError)
+            level = logging.ERROR if is_ours else logging.WARNING
+            exc_info = error if is_ours else None
+            probe_log.log(level, "%s was not measured: %s", display_name(key.model_id), error, exc_info=exc_info)
+
+    async def _save_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(SCORE_FLUSH_S)
+            await asyncio.to_thread(self._cache.flush)
+
+    def _read_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalSpeed:
+    """How fast this device is with the model that it serves."""
+
+    meter: CapabilityMeter
+    key: ScoreKey
+    cost: ModelCost | None
+
+    @property
+    def score(self) -> Score:
+        """The best that is known now."""
+        return self.meter.get_score(self.key, self.cost)
+
+    def observe(self, usage: Usage) -> None:
+        """A request ran alone and took this."""
+        self.meter.observe(self.key, usage)
 
 
 # ---- Peers ----------------------------------------------------------------------------
@@ -13153,6 +14530,7 @@ class Caller(enum.Enum):
 
     LOOPBACK = "this machine, with the API key if one is set"
     KEY_HOLDER = "another machine, with an API key"
+    PAIRED = "a device whose signature proves that it is paired"
     STRANGER = "anybody else"
 
 
@@ -13183,6 +14561,14 @@ ACCESS_TABLE: Mapping[Caller, Mapping[RouteClass, Access]] = {
     },
     Caller.KEY_HOLDER: {
         **dict.fromkeys(RouteClass, Access.ALLOWED),
+        RouteClass.CONTROL: Access.REFUSED,
+    },
+    Caller.PAIRED: {
+        RouteClass.INFERENCE: Access.ALLOWED,
+        RouteClass.CAPABILITY: Access.ALLOWED,
+        RouteClass.PEERS: Access.REFUSED,
+        RouteClass.HEALTH: Access.ALLOWED,
+        RouteClass.HANDSHAKE: Access.ALLOWED,
         RouteClass.CONTROL: Access.REFUSED,
     },
     Caller.STRANGER: {
@@ -13238,7 +14624,10 @@ class AccessPolicy:
 
 @record(frozen=True, kw_only=True, slots=True)
 class AccessDecision:
-    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer."""
+    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer.
+
+    PAIRED is what the request claims: its signature covers the body, so that it is verified once that is here.
+    """
 
     caller: Caller
     refusal: BridgeError | None = None
@@ -13250,16 +14639,18 @@ def choose_access(policy: AccessPolicy, head: RequestHead, *, is_loopback: bool,
     """Whether a request may go on to its route; decided before its body is read.
 
     The order matters: a name that is not ours (DNS rebinding) and a foreign page (drive-by) are refused whatever
-    they ask for and whoever they are; then keys; then what the route needs.
+    they ask for and whoever they are; then keys; then what the route needs. A signature decides alone: an Origin or
+    an Authorization beside it was copied from the client's client.
     """
+    is_signed = any(name in head.headers for name in SIGNATURE_FIELDS)
     try:
         _verify_host(policy, head, local_address)
-        origin = _verify_origin(policy, head.headers)
+        origin = None if is_signed else _verify_origin(policy, head.headers)
     except BridgeError as refusal:
         return AccessDecision(caller=Caller.STRANGER, refusal=refusal)
     if origin is not None and head.method == "OPTIONS" and "access-control-request-method" in head.headers:
         return AccessDecision(caller=Caller.STRANGER, origin=origin, is_preflight=True)
-    caller = choose_caller(policy, head.headers, is_loopback=is_loopback)
+    caller = Caller.PAIRED if is_signed else choose_caller(policy, head.headers, is_loopback=is_loopback)
     try:
         _verify_route(policy, head, caller, is_page=origin is not None)
         _verify_media_type(head)
@@ -13340,7 +14731,10 @@ def _verify_media_type(head: RequestHead) -> None:
 
 @record(frozen=True, kw_only=True, slots=True)
 class HttpRequest:
-    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers."""
+    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers.
+
+    `pairing`: of a PAIRED caller, the one whose key signed the request.
+    """
 
     method: str
     path: str
@@ -13353,6 +14747,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    pairing: Pairing | None = None
 
     @property
     def is_known_caller(self) -> bool:
@@ -13384,6 +14779,7 @@ class HttpResponse:
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+Identify = Callable[[HttpRequest], Pairing]  # whose signature a request has; raises what is answered instead
 
 
 def build_json_response(value: Any, *, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
@@ -13544,7 +14940,7 @@ class HttpExchange:
     def __init__(
         self, request: HttpRequest, head: RequestHead, writer: TransportWriter, common_fields: Sequence[tuple[str, str]]
     ) -> None:
-        self._request = request
+        self.request = request
         self._head = head
         self._writer = writer
         self._common_fields = common_fields
@@ -13567,13 +14963,13 @@ class HttpExchange:
     async def _answer(self, handler: Handler) -> HttpResponse:
         """What the handler returns or raises, with its head prepared."""
         try:
-            response = await handler(self._request)
+            response = await handler(self.request)
             self._prepare(response)
             return response
         except BridgeError as error:
             response = build_error_response(error)
         except Exception:
-            _http_logger.exception("internal error in request %s", self._request.request_id)
+            _http_logger.exception("internal error in request %s", self.request.request_id)
             response = build_error_response(InternalError("internal error"))
         self._prepare(response)
         return response
@@ -13607,7 +15003,7 @@ class HttpExchange:
             self._writer.write(body[start : start + WRITE_BUFFER_LIMIT_BYTES])
 
     def _build_fields(self, response: HttpResponse, framing: BodyFraming) -> list[tuple[str, str]]:
-        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self._request.request_id)]
+        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self.request.request_id)]
         if isinstance(response.body, bytes) and response.status != 204 and response.status >= 200:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
@@ -13626,19 +15022,19 @@ class HttpExchange:
                     self._writer.write(encode_chunk(data) if is_chunked else data)
                     await self._writer.drain()
         except BridgeError as error:
-            _http_logger.info("answer of request %s torn off: %s", self._request.request_id, error.code or error.type)
+            _http_logger.info("answer of request %s torn off: %s", self.request.request_id, error.code or error.type)
             self.keep_alive = False
         except Exception:
             if self._writer.is_lost:
                 raise
-            _http_logger.exception("internal error while answering request %s", self._request.request_id)
+            _http_logger.exception("internal error while answering request %s", self.request.request_id)
             self.keep_alive = False
         else:
             if is_chunked:
                 self._writer.write(LAST_CHUNK)
 
     def _log(self, status: int, elapsed_s: float) -> None:
-        request = self._request
+        request = self.request
         _http_logger.info(
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
@@ -13839,6 +15235,11 @@ class HttpConnection(asyncio.Protocol):
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
         )
+        if decision.caller is Caller.PAIRED and decision.refusal is None:
+            try:
+                request = replace(request, pairing=self._server.identify(request))
+            except BridgeError as refusal:
+                decision = replace(decision, refusal=refusal)
         self._exchange = HttpExchange(request, head, self._writer, self._server.build_common_fields(decision.origin))
         self._exchange.keep_alive &= not self._is_stopping
         self._task = self._server.own(self._exchange.run(_choose_handler(decision, self._server.handler)))
@@ -13922,6 +15323,11 @@ class HttpConnection(asyncio.Protocol):
 
     # -- what the server calls --
 
+    @property
+    def request(self) -> HttpRequest | None:
+        """The request that is being answered."""
+        return self._exchange.request if self._exchange is not None else None
+
     def abort(self) -> None:
         """Ends the connection now, whatever it does."""
         self._transport.abort()
@@ -13956,12 +15362,20 @@ def _keep_probing(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-class HttpServer:
-    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once."""
+def _refuse_signature(request: HttpRequest) -> Pairing:
+    raise SignatureError()
 
-    def __init__(self, options: HttpServerOptions, handler: Handler) -> None:
+
+class HttpServer:
+    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once.
+
+    `identify` verifies signed requests, once their body is here; it may not wait.
+    """
+
+    def __init__(self, options: HttpServerOptions, handler: Handler, *, identify: Identify = _refuse_signature) -> None:
         self.options = options
         self.handler = handler
+        self.identify = identify
         self.policy = build_access_policy(options, socket.gethostname())
         self.tls_context: ssl.SSLContext | None = None
         self._acceptors: list[asyncio.Task[None]] = []
@@ -14048,6 +15462,12 @@ class HttpServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_closed.wait(), timeout_s)
 
+    def end_requests(self, is_affected: Callable[[HttpRequest], bool]) -> None:
+        """Ends at once the connections on which such a request is being answered: its sender may no longer ask."""
+        for connection in list(self._connections):
+            if connection.request is not None and is_affected(connection.request):
+                connection.abort()
+
     # -- what connections call --
 
     def admit(self, connection: HttpConnection) -> bool:
@@ -14104,6 +15524,18 @@ SSE_HEADERS = (
     ("X-Accel-Buffering", "no"),
 )
 LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
+PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
+PEER_WAITING = 8  # and so many waiting
+PEER_TOKENS_LIMIT = 8192  # answers of paired devices that never end
+CALLBACKS_LIMIT = 64  # on_offload callbacks that never return
+CALLBACK_END_S = 1.0  # those that do not end with the bridge
+APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+AUDIT_CALLERS = {
+    Caller.LOOPBACK: AuditCaller.LOCAL,
+    Caller.KEY_HOLDER: AuditCaller.KEY,
+    Caller.PAIRED: AuditCaller.PEER,
+    Caller.STRANGER: AuditCaller.ANONYMOUS,
+}
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -14112,6 +15544,9 @@ HEALTH_WORDS = {
     EngineState.RESTARTING: "degraded",
     EngineState.FAILED: "degraded",
 }
+
+
+routes_log = logging.getLogger("dvai_bridge.routes")
 
 
 class AdmissionQueue:
@@ -14298,6 +15733,33 @@ class AnswerEncoder:
         return tail + encode_sse_event("[DONE]")
 
 
+def build_answer_form(
+    form: ForwardForm, body: Mapping[str, Any], *, features: frozenset[str], tenant: str, model: ServedModel
+) -> AnswerForm:
+    """How a generating route's body is read and its answer worded."""
+    created, nonce = int(time.time()), os.urandom(12).hex()
+    if form is ForwardForm.CHAT:
+        chat = parse_chat_request(body, features=features, tenant=tenant)
+        return ChatForm(head=AnswerHead(id=f"chatcmpl-{nonce}", created=created, model=model.model_id), parsed=chat)
+    text = parse_completion_request(body, features=features, tenant=tenant)
+    return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
+
+
+def may_offload(request: HttpRequest) -> bool:
+    """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
+    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
+    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+
+
+def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
+    """What a paired device asks for, with PEER_TOKENS_LIMIT as the longest answer."""
+    if pairing is None:
+        return generations
+    return [
+        replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
+    ]
+
+
 async def read_json(request: HttpRequest) -> dict[str, Any]:
     """The body's JSON object; a large one is parsed in a thread, so that others are answered meanwhile."""
     if len(request.body) > LARGE_BODY_BYTES:
@@ -14306,7 +15768,9 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
 
 
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: those of the same credentials, of which only a hash is kept."""
+    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed)."""
+    if request.pairing is not None:
+        return f"pairing {request.pairing.pairing_id}"
     credentials = request.headers.get("authorization")
     return hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
 
@@ -14370,85 +15834,339 @@ class ServedModel:
     owned_by: str
 
 
-class Service:
-    """Answers the requests that the HTTP server let in. One engine, one queue."""
+class InferenceAccount:
+    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
 
-    def __init__(self, *, engine: Engine, model: ServedModel, queue: AdmissionQueue, timeout_s: float) -> None:
-        self.model = model
-        self._engine = engine
-        self._queue = queue
-        self._timeout_s = timeout_s
+    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+        self.route: str | None = None
+        self.engine: str | None = None
+        self.served_by: str | None = None
+        self.model_asked: str | None = None
+        self.model_served: str | None = None
+        self._request = request
+        self._record: Callable[[AuditEntry], None] | None = record
         self._started = time.monotonic()
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/chat/completions": {"POST": self.create_chat_completion},
-            "/completions": {"POST": self.create_completion},
-            "/embeddings": {"POST": self.create_embeddings},
-            "/models": {"GET": self.list_models},
-            "/health": {"GET": self.show_health},
-            "/dvai/health": {"GET": self.show_health},
-        }
+        self._prompt_tokens: int | None = None
+        self._completion_tokens: int | None = None
 
-    async def handle(self, request: HttpRequest) -> HttpResponse:
-        """Route a request. Raises RouteNotFoundError, MethodNotAllowedError, or what the route raises."""
-        path = request.path.removeprefix("/v1")
-        methods = self._routes.get(path)
-        if methods is None and path.startswith("/models/"):
-            methods = {"GET": self.show_model}
+    def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
+        """Adds the tokens of one generation; None: nobody said how many."""
+        if prompt_tokens is not None:
+            self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
+        if completion_tokens is not None:
+            self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def close(self, status: int, outcome: str) -> None:
+        """The request has ended; what comes after the first end is not an end."""
+        if self._record is None:
+            return
+        request, pairing, record, self._record = self._request, self._request.pairing, self._record, None
+        duration_s = time.monotonic() - self._started
+        record(
+            AuditEntry(
+                time_ms=int(time.time() * 1000),
+                request_id=request.request_id,
+                caller=AUDIT_CALLERS[request.caller],
+                device_id=pairing.device_id if pairing is not None else None,
+                app_id=pairing.app_id if pairing is not None else None,
+                path=request.path,
+                status=status,
+                outcome=outcome,
+                duration_ms=int(duration_s * 1000),
+                route=self.route,
+                engine=self.engine,
+                model_asked=self.model_asked,
+                model_served=self.model_served,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                served_by=self.served_by,
+            )
+        )
+
+
+class AccountedBody:
+    """A streamed answer whose end closes its account: whole, torn off by an error, or left by the client."""
+
+    def __init__(self, body: AsyncIterator[bytes], account: InferenceAccount, status: int) -> None:
+        self._body = body
+        self._account = account
+        self._status = status
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except StopAsyncIteration:
+            self._account.close(self._status, "ok")
+            raise
+        except Exception as exc:
+            self._account.close(self._status, name_outcome(exc))
+            raise
+
+    async def aclose(self) -> None:
+        self._account.close(self._status, "cancelled")
+        close = getattr(self._body, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def name_outcome(exc: BaseException) -> str:
+    """How the audit names what a request ended with."""
+    if isinstance(exc, asyncio.CancelledError):
+        return "cancelled"
+    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+
+
+class PeerQuotas:
+    """What paired devices may take of this one at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, AdmissionQueue] = {}
+
+    @contextlib.asynccontextmanager
+    async def place(self, pairing: Pairing | None) -> AsyncIterator[None]:
+        """Hold one of the device's places; everybody else has no quota. Raises OverloadedError."""
+        if pairing is None:
+            yield
+            return
+        queue = self._queues.setdefault(pairing.pairing_id, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
+        try:
+            async with queue.place():
+                yield
+        finally:
+            if not queue.running and not queue.waiting:
+                self._queues.pop(pairing.pairing_id, None)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalEngine:
+    """A model that this device serves itself, with the queue before its engine.
+
+    `observe` is told what each generation took that ran alone: how fast the engine is.
+    """
+
+    model: ServedModel
+    engine: Engine
+    queue: AdmissionQueue
+    watch: RequestWatch
+    observe: Callable[[Usage], None] = lambda usage: None
+
+    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them."""
+        async with self.queue.place():
+            account.engine = (await self.engine.ready()).engine
+            for index, request in enumerate(requests):
+                ticket, usage = self.watch.enter(), None
+                try:
+                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                        async for event in events:
+                            if isinstance(event, Finished):
+                                usage = event.usage
+                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                            yield index, event
+                finally:
+                    if self.watch.leave(ticket) and usage is not None:
+                        self.observe(usage)
+
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+        """The vectors of a request's inputs."""
+        async with self.queue.place():
+            info = await self.engine.ready()
+            account.engine = info.engine
+            parsed.verify_dimensions(info.n_embd)
+            embedded = await self.engine.embed(parsed.embedding)
+            account.count(embedded.prompt_tokens, 0)
+            return embedded
+
+    def verify_model(self, model: str | None) -> None:
+        """Raises ModelNotFoundError for any name but this model's."""
+        if model is not None and not is_same_model(model, self.model.model_id):
+            raise ModelNotFoundError(
+                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                "`python3 dvai_bridge.py models` lists what this machine could serve",
+                param="model",
+            )
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class InterceptorContext:
+    """What a chat_completion_interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller."""
+
+    request_id: str
+    client_address: str
+    caller: Caller
+    device_id: str | None
+    app_id: str | None
+    model_id: str | None
+
+
+Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any]
+
+
+async def intercept(
+    interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], model: ServedModel | None
+) -> HttpResponse | None:
+    """The answer of an interceptor, or None. Its error is ours to answer: a BridgeError as it is, others with a 500."""
+    pairing = request.pairing
+    context = InterceptorContext(
+        request_id=request.request_id,
+        client_address=request.client_address,
+        caller=request.caller,
+        device_id=pairing.device_id if pairing else None,
+        app_id=pairing.app_id if pairing else None,
+        model_id=model.model_id if model else None,
+    )
+    answer = await call_back(interceptor, body, context, {name.lower(): value for name, value in request.headers})
+    if answer is None or isinstance(answer, HttpResponse):
+        return answer
+    raise TypeError(f"an interceptor returns None or an HttpResponse, not {type(answer).__name__}")
+
+
+RouteTable = Mapping[str, Mapping[str, Handler]]  # path without `/v1`, perhaps ending in `/*` → method → handler
+
+
+def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
+    """The handler of a request. Raises RouteNotFoundError or MethodNotAllowedError."""
+    path = request.path.removeprefix("/v1")
+    method = "GET" if request.method == "HEAD" else request.method
+    for table in tables:
+        methods = table.get(path) or next(
+            (table[each] for each in table if each.endswith("/*") and path.startswith(each[:-1])), None
+        )
         if methods is None:
-            raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
-        method = "GET" if request.method == "HEAD" else request.method
+            continue
         if method not in methods:
             raise MethodNotAllowedError(f"{request.path} does not take {request.method}", allow=tuple(methods))
-        return await methods[method](request)
+        return methods[method]
+    raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
 
-    # Generating
 
-    async def create_chat_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/chat/completions`."""
-        parsed = parse_chat_request(await read_json(request), features=self._features, tenant=build_tenant(request))
-        return await self._answer(ChatForm(head=self._build_head("chatcmpl-", parsed.model), parsed=parsed))
+class Service:
+    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
 
-    async def create_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/completions`, the legacy route."""
-        parsed = parse_completion_request(
-            await read_json(request), features=self._features, tenant=build_tenant(request)
-        )
-        return await self._answer(TextForm(head=self._build_head("cmpl-", parsed.model), parsed=parsed))
+    `local` None: offload-only mode. `record` takes the audit's entry of each inference request when it has ended.
+    """
 
-    async def create_embeddings(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/embeddings`."""
-        parsed = parse_embeddings_request(await read_json(request), tenant=build_tenant(request))
-        self._verify_model(parsed.model)
+    def __init__(
+        self,
+        *,
+        local: LocalEngine | None,
+        offload: Offloading | None = None,
+        interceptor: Interceptor | None = None,
+        record: Callable[[AuditEntry], None] = lambda entry: None,
+        timeout_s: float,
+    ) -> None:
+        self._local = local
+        self._offload = offload
+        self._interceptor = interceptor
+        self._record = record
+        self._timeout_s = timeout_s
+        self._quotas = PeerQuotas()
+        self.routes: RouteTable = {
+            "/chat/completions": {"POST": functools.partial(self._infer, ForwardForm.CHAT)},
+            "/completions": {"POST": functools.partial(self._infer, ForwardForm.TEXT)},
+            "/embeddings": {"POST": functools.partial(self._infer, ForwardForm.EMBEDDINGS)},
+            "/models": {"GET": self.list_models},
+            "/models/*": {"GET": self.show_model},
+        }
+
+    # Inference
+
+    async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
+        """One inference request, from its body to its entry in the audit."""
+        account = InferenceAccount(request, self._record)
         try:
-            async with asyncio.timeout(self._timeout_s), self._queue.place():
-                parsed.verify_dimensions((await self._engine.ready()).n_embd)
-                embedded = await self._engine.embed(parsed.embedding)
+            response = await self._answer(form, request, account)
+        except BaseException as exc:
+            account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
+            raise
+        if isinstance(response.body, bytes):
+            account.close(response.status, "ok" if response.status < 400 else "refused")
+            return response
+        return replace(response, body=AccountedBody(response.body, account, response.status))
+
+    async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
+        """The interceptor's answer, else a peer's, else the local engine's."""
+        body = await read_json(request)
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise InvalidRequestError("model must be a string", param="model")
+        account.model_asked = model
+        if self._interceptor is not None and form is ForwardForm.CHAT:
+            answer = await intercept(self._interceptor, request, body, self._local.model if self._local else None)
+            if answer is not None:
+                return answer
+        headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        if self._offload is not None:
+            placement = await self._offload.place(form, request, body, account)
+            if placement.answer is not None:
+                answer = placement.answer
+                return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
+            headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
+        if self._local is None:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        self._local.verify_model(model)
+        account.route, account.served_by = "local", "local"
+        account.model_served = self._local.model.model_id
+        if form is ForwardForm.EMBEDDINGS:
+            return await self._embed(self._local, request, body, account, headers)
+        return await self._generate(self._local, form, request, body, account, headers)
+
+    async def _embed(
+        self,
+        local: LocalEngine,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        try:
+            async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
+                embedded = await local.embed(parsed, account)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
-        answer = build_embeddings(self.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format)
-        return build_json_response(answer, headers=LOCAL_HEADERS)
+        answer = build_embeddings(
+            local.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format
+        )
+        return build_json_response(answer, headers=headers)
 
-    async def _answer(self, form: AnswerForm) -> HttpResponse:
-        generation = self._generate(form.parsed.generations)
+    async def _generate(
+        self,
+        local: LocalEngine,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
+        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
+        parsed = answer_form.parsed
+        generation = self._run(local, limit_generations(parsed.generations, request.pairing), request.pairing, account)
         first = await self._read_first(generation)
-        if form.parsed.stream:
-            body = EventStreamBody(generation, first, AnswerEncoder(form))
-            return HttpResponse(headers=SSE_HEADERS + LOCAL_HEADERS, body=body)
-        collector = AnswerCollector(form)
+        if parsed.stream:
+            body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
+            return HttpResponse(headers=(*SSE_HEADERS, *headers), body=body_stream)
+        collector = AnswerCollector(answer_form)
         collector.add(*first)
         async with contextlib.aclosing(generation):
             async for index, event in generation:
                 collector.add(index, event)
-        return build_json_response(collector.build(), headers=LOCAL_HEADERS)
+        return build_json_response(collector.build(), headers=headers)
 
-    async def _generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, EngineEvent], None]:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self._queue.place():
-            await self._engine.ready()
-            for index, request in enumerate(requests):
-                async with contextlib.aclosing(self._engine.generate(request)) as events:
-                    async for event in events:
-                        yield index, event
+    async def _run(
+        self,
+        local: LocalEngine,
+        generations: Sequence[GenerationRequest],
+        pairing: Pairing | None,
+        account: InferenceAccount,
+    ) -> Generation:
+        async with self._quotas.place(pairing), contextlib.aclosing(local.generate(generations, account)) as events:
+            async for event in events:
+                yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
         """The event that decides that the answer is a 200: text, or progress after PING_INTERVAL_S."""
@@ -14463,59 +16181,315 @@ class Service:
             raise self._build_timeout() from exc
         raise EngineError("the engine ended without an answer")
 
-    # Saying what there is
+    def _build_timeout(self) -> GatewayTimeoutError:
+        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+
+    # Models
 
     async def list_models(self, request: HttpRequest) -> HttpResponse:
-        """`GET /v1/models`."""
-        return build_json_response(build_model_list([self._build_model()]))
+        """`GET /v1/models`: what is served here, then what paired devices have, which only callers of ours are told."""
+        return build_json_response(build_model_list(self._build_models(request)))
 
     async def show_model(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/models/{id}`."""
-        self._verify_model(request.path.removeprefix("/v1").removeprefix("/models/"))
-        return build_json_response(self._build_model())
+        asked = request.path.removeprefix("/v1").removeprefix("/models/")
+        models = self._build_models(request)
+        found = next((model for model in models if is_same_model(model["id"], asked)), None)
+        if found is None:
+            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
+            raise ModelNotFoundError(
+                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
+            )
+        return build_json_response(found)
+
+    def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
+        served = [self._local.model] if self._local is not None else []
+        if self._offload is not None and may_offload(request):
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
+        return [build_model(model.model_id, model.created, model.owned_by) for model in served]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a request ended up: with a peer's `answer`, or here (None), for `reason`, as a request for `model`."""
+
+    answer: ForwardAnswer | None = None
+    model: str | None = None
+    reason: str = ""
+
+
+class Offloading:
+    """Takes each request to whoever should serve it: the decision, the handshake it may need, the forwarding."""
+
+    def __init__(
+        self,
+        *,
+        policy: OffloadPolicy,
+        monitor: PeerMonitor,
+        client: HttpClient,
+        list_local: Callable[[], Sequence[LocalModel]],
+        sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
+        on_offload: Callable[[Peer], Any] | None = None,
+    ) -> None:
+        self._policy = policy
+        self._monitor = monitor
+        self._list_local = list_local
+        self._sign = sign
+        self._on_offload = on_offload
+        self._client = client
+        self._callbacks: set[asyncio.Task[None]] = set()
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of paired devices, each once under its own name."""
+        return [
+            ServedModel(model_id=model_id, created=0, owned_by=display_name(peer.device_name))
+            for model_id, peer in self._monitor.list_models()
+        ]
+
+    async def place(
+        self, form: ForwardForm, request: HttpRequest, body: Mapping[str, Any], account: InferenceAccount
+    ) -> Placement:
+        """A peer's answer, or leave to answer here. NoCapableDeviceError when nobody can serve."""
+        asked = RouteRequest(
+            model=body.get("model"),
+            preference=parse_preference(request.headers.get("x-dvai-offload")),
+            is_forwarded=not may_offload(request),
+        )
+        decision = self._decide(asked)
+        if decision.pair_with is not None:
+            self._monitor.begin_pairing(decision.pair_with)
+        if not decision.targets and decision.awaited is not None:
+            await self._monitor.wait_for_approval(decision.awaited, APPROVAL_WAIT_S)
+            decision = self._decide(asked)
+        attempts: Sequence[Attempt] = ()
+        targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
+        if targets:
+            note_end = functools.partial(self._note_end, account)
+            forwarder = Forwarder(self._client, on_attempt=self._note_attempt, on_end=note_end)
+            forwarded = await forwarder.forward(
+                ForwardRequest(form=form, body=body, request_id=request.request_id), targets
+            )
+            if forwarded.answer is not None:
+                return Placement(answer=forwarded.answer)
+            attempts = forwarded.attempts
+        here = next((each for each in decision.targets if each.peer is None), None)
+        if here is None:
+            failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
+            raise build_refusal(decision, request.request_id, failures)
+        reason = f"{len(attempts)} peers failed" if attempts else decision.reason
+        return Placement(model=here.model_id, reason=reason)
+
+    async def close(self) -> None:
+        """Wait for the callbacks that run."""
+        if self._callbacks:
+            await asyncio.wait(self._callbacks, timeout=CALLBACK_END_S)
+
+    def _decide(self, asked: RouteRequest) -> RouteDecision:
+        monitor = self._monitor
+        return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
+
+    def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
+        peer, route = target.peer, target.route
+        assert peer is not None and route is not None  # those of this device are not forwarded
+        return ForwardTarget(
+            device_id=peer.device_id,
+            device_name=peer.device_name,
+            base_url=peer.base_url,
+            model_id=target.model_id,
+            route=route.value,
+            reason=reason,
+            substituted_for=target.substituted_for,
+            sign=functools.partial(self._sign, peer),
+        )
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        """What an attempt says of its peer."""
+        monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
+        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+            monitor.note_success(device_id)
+        elif outcome is AttemptOutcome.UNAUTHORIZED:
+            monitor.note_unauthorized(device_id)
+        else:
+            has_answered = outcome is not AttemptOutcome.UNREACHABLE
+            monitor.note_failure(
+                device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
+            )
+        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
+            self._tell(attempt.target.device_id)
+
+    def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
+        target = report.target
+        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
+        account.count(report.prompt_tokens, report.completion_tokens)
+        if report.decode_tok_per_s is not None and target.model_id is not None:
+            self._monitor.record_measurement(target.device_id, target.model_id, report.decode_tok_per_s)
+
+    def _tell(self, device_id: str) -> None:
+        """Call `on_offload`, whose error is logged and breaks nothing."""
+        peer = next((each for each in self._monitor.peers() if each.device_id == device_id), None)
+
+        async def call() -> None:
+            try:
+                await call_back(cast(Callable[..., Any], self._on_offload), peer)
+            except Exception:
+                routes_log.exception("on_offload failed")
+
+        if peer is not None and len(self._callbacks) < CALLBACKS_LIMIT:
+            task = asyncio.create_task(call(), name="on_offload")
+            self._callbacks.add(task)
+            task.add_done_callback(self._callbacks.discard)
+
+
+def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
+    """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
+    if "://" in named:
+        try:
+            return build_static_peer(named)
+        except ValueError as exc:
+            raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
+    found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
+    if len(found) == 1:
+        return found[0]
+    trouble = "is the name of several devices: give its id" if found else "is no device that is known: give its URL"
+    raise InvalidRequestError(f"{display_name(named)!r} {trouble} (see `peers`)", param="peer")
+
+
+class DeviceService:
+    """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
+
+    `get_speed` gives the local model's speed. `initiator`, `store` None: there are no pairings.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        local: LocalEngine | None,
+        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        desk: PairingDesk,
+        store: PairingStore | None,
+        monitor: PeerMonitor | None,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._identity = identity
+        self._local = local
+        self._get_speed = get_speed
+        self._desk = desk
+        self._store = store
+        self._monitor = monitor
+        self._clock_ms = clock_ms
+        self._started = time.monotonic()
+        self.routes: RouteTable = {
+            "/health": {"GET": self.show_health},
+            "/dvai/health": {"GET": self.show_health},
+            "/dvai/capability": {"GET": self.show_capability},
+            "/dvai/peers": {"GET": self.list_peers},
+            "/dvai/probe": {"POST": self.probe},
+            "/dvai/handshake": {"POST": self.shake_hands},
+            "/dvai/pairings": {"GET": self.list_pairings, "POST": self.request_pairing},
+            "/dvai/pairings/*": {"POST": self.answer_pairing, "DELETE": self.revoke_pairing},
+        }
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
+        local = self._local
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[self._engine.state],
+            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": self.model.model_id,
+            "currentModelId": local.model.model_id if local else None,
         }
         if request.is_known_caller:
-            queue = self._queue
+            health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+        if request.is_known_caller and local is not None:
+            queue = local.queue
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-            health["loadProgress"] = round(self._engine.progress, 3)
-            if self._engine.error is not None:
-                health["error"] = self._engine.error.message
+            health["loadProgress"] = round(local.engine.progress, 3)
+            if local.engine.error is not None:
+                health["error"] = local.engine.error.message
         return build_json_response(health)
 
-    @property
-    def _features(self) -> frozenset[str]:
-        return self._engine.info.features if self._engine.info else SAMPLING_FEATURES
+    async def show_capability(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
+        speed = await self._get_speed()
+        scores = [] if speed is None else [speed.score]
+        if not request.is_loopback:
+            scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
+        return build_json_response(build_scores_json(scores))
 
-    def _build_model(self) -> dict[str, Any]:
-        return build_model(self.model.model_id, self.model.created, self.model.owned_by)
+    async def list_peers(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/peers`."""
+        candidates = self._monitor.candidates() if self._monitor is not None else []
+        return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
-    def _build_head(self, prefix: str, model: str | None) -> AnswerHead:
-        self._verify_model(model)
-        return AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=self.model.model_id)
+    async def probe(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/probe`: measure the model now."""
+        model = request.parse_body().get("modelId")
+        local, speed = self._local, await self._get_speed()
+        if local is None or speed is None:
+            raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
+        if model is not None and not isinstance(model, str):
+            raise MissingModelIdError("modelId must be a string", param="modelId")
+        local.verify_model(model)
+        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return build_json_response({"score": build_score_json(score)})
 
-    def _verify_model(self, model: str | None) -> None:
-        if model is not None and not is_same_model(model, self.model.model_id):
-            raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
-                "`python3 dvai_bridge.py models` lists what this machine could serve",
-                param="model",
-            )
+    # Pairing
 
-    def _build_timeout(self) -> GatewayTimeoutError:
-        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+    async def shake_hands(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/handshake`: another device asks to use this one; ends when its user hangs up."""
+        return build_json_response(
+            await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
+        )
+
+    async def list_pairings(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
+        pairings: list[dict[str, Any]] = []
+        if self._store is not None:
+            await self._store.refresh()
+            now_ms = self._clock_ms()
+            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        pending = [build_pairing_request_json(each) for each in self._desk.pending]
+        return build_json_response({"pairings": pairings, "pending": pending})
+
+    async def request_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings {peer}`: ask a device, by its URL, id or name, for leave to use it."""
+        peer = request.parse_body().get("peer")
+        if not isinstance(peer, str) or not peer:
+            raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
+        if self._monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
+        assert self._store is not None
+        return build_json_response(
+            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
+        )
+
+    async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
+        request_id, _, word = request.path.rpartition("/pairings/")[2].partition("/")
+        if word not in ("approve", "deny"):
+            raise RouteNotFoundError(f"there is no {request.path}; a request to pair takes /approve and /deny")
+        if not self._desk.respond(request_id, word == "approve"):
+            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        return build_json_response({"id": request_id, "approved": word == "approve"})
+
+    async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
+        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        if pairing is None:
+            raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
+        return build_json_response({"id": pairing.pairing_id, "revoked": True})
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
+CONTROL_TOKEN_BYTES = 32
+DEVICE_ANSWER_LIMIT_BYTES = MIB  # what a peer says of itself
+PAIRINGS_REFRESH_S = 5.0  # after which a command that wrote the file without asking is noticed
+PAIRINGS_FLUSH_TICKS = 12  # refreshes between two saves of what is only noted
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -14531,11 +16505,15 @@ class Serving:
     reason: str
 
 
+def list_model_places(environ: Mapping[str, str], directories: Directories) -> list[ModelPlace]:
+    """Where this user's models may lie."""
+    home = choose_user_home(environ, sys.platform)
+    return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
+
+
 def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
     """The models on this machine, each judged by the memory that is free now."""
-    home = choose_user_home(environ, sys.platform)
-    places = choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
-    return find_models(places, memory=probe_free_memory())
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -14557,6 +16535,18 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
         if is_same_model(model.model_id, named):
             return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
+
+
+def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
+    """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
+    if config.hf_repo is None:
+        return config
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    found = find_downloaded(parse_hub_reference(config.hf_repo), places)
+    if found is None:
+        raise UsageError(f"{config.hf_repo} is not on this machine: `pull {config.hf_repo}` brings it")
+    return replace(config, model=str(found.path), hf_repo=None)
 
 
 def _serve_demonstration(config: Config, reason: str) -> Serving:
@@ -14604,14 +16594,277 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     return tuple(keys)
 
 
-class DVAI:
-    """A bridge: an engine in a process of its own, behind an HTTP server.
+def read_clock_ms() -> int:
+    """Unix milliseconds."""
+    return int(time.time() * 1000)
 
-        async with DVAI(build_config(flags={"model": "x.gguf"})) as dvai:
+
+def parse_control_token(data: bytes) -> str:
+    """The token in its file; ValueError if it is none."""
+    token = data.decode("ascii")
+    if len(parse_base64url(token)) != CONTROL_TOKEN_BYTES:
+        raise ValueError("the control token has another length")
+    return token
+
+
+def load_control_token(directory: Path) -> str:
+    """The token that the owner's commands show to the bridge, made at the first start. Blocks for the disk."""
+    path = directory / "control-token"
+    try:
+        token = load_file(path, parse_control_token)
+    except StorageError:  # damaged: nothing but the running bridge knew it
+        token = None
+    if token is None:
+        token = encode_base64url(os.urandom(CONTROL_TOKEN_BYTES))
+        save_file(path, token.encode())
+    return token
+
+
+def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
+    """A model's quantisation, and what one token of it costs; the demonstration model has neither. Blocks."""
+    if path is None:
+        return "", None
+    try:
+        with open_gguf(path) as gguf:
+            return summarize_gguf(gguf).quantization, compute_model_cost(gguf)
+    except ModelFileError:  # loading it will say why
+        return "", None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DeviceState:
+    """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
+
+    identity: Identity
+    control_token: str = field(repr=False)
+    pairings: PairingStore | None
+
+
+def load_device_state(directories: Directories, offload: OffloadConfig, foreign_pairings: Path | None) -> DeviceState:
+    """Blocks for the disk. A disk that keeps nothing costs pairings, not answers: this run is somebody new then.
+
+    `foreign_pairings`: the file of existing software, taken over once.
+    """
+    hostname = offload.device_name or socket.gethostname().partition(".")[0] or "a device"
+    try:
+        identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
+        token = load_control_token(directories.data)
+    except StorageError as exc:
+        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
+        return DeviceState(
+            identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
+        )
+    if offload.device_name is not None:
+        identity = replace(identity, device_name=offload.device_name)
+    pairings = PairingStore(
+        directories.data,
+        device_id=identity.device_id,
+        expire_after_days=offload.expire_after_days,
+    )
+    try:
+        pairings.load(foreign_pairings)
+    except StorageError as exc:
+        bridge_log.error("pairing is off: %s", exc)
+        return DeviceState(identity=identity, control_token=token, pairings=None)
+    return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def choose_lan_host() -> str:
+    """All interfaces, of both families where the system has sockets for both at once."""
+    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+
+
+async def get_bytes(
+    client: HttpClient, url: str, headers: Sequence[tuple[str, str]], timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and body of a peer's answer to a GET, at most DEVICE_ANSWER_LIMIT_BYTES."""
+    budgets = HttpBudgets(total_s=timeout_s)
+    async with client.request("GET", url, headers=headers, budgets=budgets) as response:
+        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
+
+
+async def post_bytes(
+    client: HttpClient, url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float
+) -> tuple[int, bytes]:
+    """The same for a POST of JSON whose answer a user may take long to give."""
+    budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
+    fields = (("Content-Type", "application/json"), *headers)
+    async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
+        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
+
+
+class Devices:
+    """This device among others: who may use it, and whom it uses.
+
+    Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: DeviceState,
+        *,
+        is_operated: bool,
+        list_local: Callable[[], Sequence[LocalModel]],
+    ) -> None:
+        offload = config.offload
+        self.identity = state.identity
+        self.store = state.pairings
+        self.is_open = config.lan or offload.advertise_lan
+        self.desk = PairingDesk(
+            identity=state.identity,
+            store=state.pairings if self.is_open else None,
+            policy=PairingPolicy(offload.pairing),
+            legacy_policy=PairingPolicy(offload.legacy_pairing),
+            clock_ms=read_clock_ms,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
+        self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
+        self._offload = offload
+        self._server: HttpServer | None = None
+        self._client: HttpClient | None = None
+        self._initiator: PairingInitiator | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._discovery: Discovery | None = None
+        self.monitor: PeerMonitor | None = None
+        self.offloading: Offloading | None = None
+        if offload.is_active:
+            self._build_outbound(list_local)
+
+    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+        """What uses other devices."""
+        offload = self._offload
+        self._client = client = HttpClient()
+        if self.store is not None:
+            self._initiator = PairingInitiator(
+                identity=self.identity,
+                app_id=offload.app_id,
+                store=self.store,
+                post=functools.partial(post_bytes, client),
+                clock_ms=read_clock_ms,
+                legacy_policy=PairingPolicy(offload.legacy_pairing),
+            )
+        self.monitor = PeerMonitor(
+            identity=self.identity,
+            app_id=offload.app_id,
+            get=functools.partial(get_bytes, client),
+            store=self.store,
+            initiator=self._initiator,
+            known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
+            custom_discovery=offload.custom_discovery,
+            own_urls=self._list_own_urls,
+        )
+        self.offloading = Offloading(
+            policy=OffloadPolicy(
+                enabled=True,
+                min_local_capability=offload.min_local_capability,
+                substitute_quant=offload.substitute_quant,
+            ),
+            monitor=self.monitor,
+            client=client,
+            list_local=list_local,
+            sign=self._sign,
+            on_offload=offload.on_offload,
+        )
+
+    def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
+        """The fields that prove to a peer who asks; none for one that we are not paired with."""
+        now_ms = read_clock_ms()
+        pairing = None if self.store is None else self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
+        if pairing is None or self.store is None:
+            return ()
+        self.store.note_use(pairing, now_ms)
+        return sign_request(
+            pairing,
+            self.identity,
+            app_id=self._offload.app_id,
+            method=method,
+            path=path,
+            body=body,
+            now_ms=now_ms,
+        )
+
+    def _list_own_urls(self) -> list[str]:
+        """Base URLs under which this bridge answers: a peer there is ourselves."""
+        if self._server is None:
+            return []
+        hosts = {"127.0.0.1", "localhost", "[::1]", *(host for host, _ in self._server.addresses)}
+        return [f"http://{host}:{self._server.port}/v1" for host in hosts]
+
+    def identify(self, request: HttpRequest) -> Pairing:
+        """Whose signature a request has. Raises SignatureError."""
+        signature = parse_signature_headers(request.headers)
+        if signature is None or self._verifier is None:
+            raise SignatureError
+        return self._verifier.verify(
+            signature,
+            method=request.method,
+            path=request.raw_path,
+            query=request.query,
+            body=request.body,
+            now_ms=read_clock_ms(),
+        )
+
+    async def start(self, server: HttpServer) -> None:
+        """Begin to look for devices, and to be found."""
+        self._server = server
+        if self.store is not None:
+            self.store.subscribe(self._end_revoked)
+            self._tasks.append(asyncio.create_task(self._keep_pairings(self.store), name="pairings"))
+        if self.monitor is not None:
+            self.monitor.start()
+
+    async def close(self) -> None:
+        """Say goodbye, end what was begun, write what is not yet written."""
+        self.desk.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self.monitor is not None:
+            await self.monitor.close()
+        if self._initiator is not None:
+            await self._initiator.close()
+        if self.offloading is not None:
+            await self.offloading.close()
+        if self._client is not None:
+            await self._client.close()
+        if self.store is not None:
+            await self.store.close()
+
+    def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
+        if before is None or self._server is None or (after is not None and after.inbound_key == before.inbound_key):
+            return
+        ended = before.pairing_id
+        self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
+
+    async def _keep_pairings(self, store: PairingStore) -> None:
+        """Take over what commands wrote, and save what was noted."""
+        for tick in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_S)
+            await store.refresh()
+            if tick % PAIRINGS_FLUSH_TICKS == 0:
+                try:
+                    await store.flush()
+                except StorageError as exc:
+                    bridge_log.warning("the last uses of pairings are not saved: %s", exc)
+
+
+class DVAI:
+    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
+
+        async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
 
-    The server answers before the model is loaded (health says "loading", requests wait). All methods belong to one
-    event loop; several bridges may live in one process. `environ`: where caches are and what tools are configured.
+    Without an event loop, `with DVAI(…) as dvai:` does the same from a thread of its own: see BlockingDVAI.
+    The keyword arguments are the fields of Config; `config`, if given, has the others. The server answers before the
+    model is loaded (health says "loading", requests wait). All methods belong to one event loop; several bridges may
+    live in one process, each with a home of its own. `environ`: where caches are and what tools are configured.
+    `chat_completion_interceptor(body, context, headers)` sees every chat completion after authentication and before
+    routing (headers lower-cased); it returns None, or the HttpResponse to answer with. It may be a coroutine function.
     """
 
     def __init__(
@@ -14620,36 +16873,48 @@ class DVAI:
         *,
         environ: Mapping[str, str] | None = None,
         on_progress: Callable[[float], None] | None = None,
+        chat_completion_interceptor: Interceptor | None = None,
+        is_operated: bool = False,
+        **options: Any,
     ) -> None:
-        environ = os.environ if environ is None else environ
-        self.config = config = config or build_config(environ=environ)
+        self._environ = environ = os.environ if environ is None else environ
+        config = replace(config or build_config(environ=environ), **options)
         self.directories = choose_directories(environ, sys.platform, config.home)
-        self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-        self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
-        service = Service(
-            engine=self.engine,
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            queue=AdmissionQueue(config.parallel, config.queue_size),
-            timeout_s=config.timeout,
-        )
-        self._server = HttpServer(self._build_server_options(), service.handle)
+        if config.hf_repo is not None:
+            config = use_hub_model(config, list_model_places(environ, self.directories))
+        self.config = config
+        self.serving: Serving | None = None
+        self.engine: EngineProcess | None = None
+        self.devices: Devices | None = None
+        if not config.offload.only:
+            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
+            self.engine = EngineProcess(self._build_load_request(self.serving), on_progress=on_progress)
+        self._local: LocalEngine | None = None
+        self._api_keys = load_api_keys(config)
+        self._interceptor = chat_completion_interceptor
+        self._is_operated = is_operated
+        self._meter: CapabilityMeter | None = None
+        self._speed: asyncio.Task[LocalSpeed | None] | None = None
+        self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
-        self._claim: asyncio.Task[None] | None = None
+        self._server: HttpServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._blocking: BlockingDVAI | None = None
 
     @property
     def port(self) -> int:
         """The port that the server listens on."""
-        return self._server.port
+        return self._get_server().port
 
     @property
     def base_url(self) -> str:
         """What OpenAI clients take as `base_url`."""
-        return self._server.base_url
+        return self._get_server().base_url
 
     @property
-    def model_id(self) -> str:
-        """The id under which the model is served."""
-        return self.serving.model_id
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self.serving.model_id if self.serving is not None else None
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -14658,64 +16923,339 @@ class DVAI:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
+    def __enter__(self) -> BlockingDVAI:
+        self._blocking = BlockingDVAI(self)
+        return self._blocking
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._blocking is not None:
+            self._blocking.close()
+
+    # Its life
+
     async def initialize(self) -> None:
         """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again."""
         try:
             await self.start()
-            await self.engine.ready()
+            if self.engine is not None:
+                await self.engine.ready()
         except BaseException:
             await self.close()
             raise
 
     async def start(self) -> None:
-        """Listen and begin to load the model."""
-        await self._server.start()
-        self.engine.start()
-        running = RunningBridge(
-            pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=int(time.time() * 1000)
+        """Listen, begin to load the model, and look for other devices."""
+        offload = self.config.offload
+        foreign = None
+        if self.config.home is None:
+            foreign = choose_user_home(self._environ, sys.platform) / ".cache" / "dvai-bridge" / "pairings.json"
+        state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
+        await self._leave_weak_hardware()
+        self._local = local = self._build_local()
+        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=self._list_local)
+        service = Service(
+            local=local,
+            offload=devices.offloading,
+            interceptor=self._interceptor,
+            record=self._audit.record,
+            timeout_s=self.config.timeout,
         )
-        self._claim = asyncio.create_task(self._claim_state(running), name="running record")
+        device_service = DeviceService(
+            identity=state.identity,
+            local=local,
+            get_speed=self._get_speed,
+            desk=devices.desk,
+            store=devices.store,
+            monitor=devices.monitor,
+            clock_ms=read_clock_ms,
+        )
 
-    async def _claim_state(self, running: RunningBridge) -> None:
+        async def handle(request: HttpRequest) -> HttpResponse:
+            return await find_route((service.routes, device_service.routes), request)(request)
+
+        self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
+        await self._server.start()
+        self._audit.start()
+        if self.engine is not None:
+            self.engine.start()
+        await devices.start(self._server)
+        self._tasks = [
+            asyncio.create_task(self._claim_state(), name="running record"),
+            asyncio.create_task(self._measure(), name="measuring"),
+        ]
+
+    async def unload(self) -> None:
+        """End the engine and give its memory back; requests that need it are answered with an error from then on."""
+        if self.engine is not None:
+            await self.engine.close()
+
+    async def close(self) -> None:
+        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
+        if self.devices is not None:
+            self.devices.desk.close()
+        if self._server is not None:
+            await self._server.stop()
+        for task in self._tasks[1:]:
+            task.cancel()
+        if self._speed is not None:
+            await asyncio.wait([self._speed])  # soon: it looks at files, and at the machine for a moment
+        if self._meter is not None:
+            await self._meter.close()
+        if self.devices is not None:
+            await self.devices.close()
+        if self.engine is not None:
+            await self.engine.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self._audit.close)
+        self._record.release()
+
+    # What it knows and can be told
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        monitor = self._get_devices().monitor
+        return tuple(monitor.peers()) if monitor is not None else ()
+
+    async def probe_capability(self) -> Score | None:
+        """Measure the local model, once it is idle; None with offload off, or without a local model."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        local = self._local
+        if speed is None or local is None:
+            return None
+        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+
+    async def get_capability(self, model_id: str | None = None) -> Score | None:
+        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
+            return None
+        return speed.score
+
+    async def assess_hardware(self) -> HardwareAssessment:
+        """How well this hardware runs models, by the thresholds of the offload config."""
+        offload = self.config.offload
+        return await asyncio.to_thread(assess_hardware, offload.hardware_minimum, offload.min_local_capability)
+
+    async def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """Ask a device (a Peer, its base URL, id or name) for leave to use it, and wait for its user: up to 300 s."""
+        monitor = self._get_devices().monitor
+        if monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
+        return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
+        return self._get_devices().desk.requests()
+
+    # Parts
+
+    def _get_server(self) -> HttpServer:
+        if self._server is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self._server
+
+    def _get_devices(self) -> Devices:
+        if self.devices is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self.devices
+
+    async def _leave_weak_hardware(self) -> None:
+        """Load nothing where nothing would run well, unless the user named the model."""
+        offload = self.config.offload
+        if not offload.enabled or self.config.model is not None or self.engine is None:
+            return
+        assessment = await self.assess_hardware()
+        if assessment.mode is HardwareMode.TOO_WEAK:
+            bridge_log.warning("loading no model: %s", assessment.reason)
+            self.engine = self.serving = None
+
+    def _build_local(self) -> LocalEngine | None:
+        if self.engine is None or self.serving is None:
+            return None
+        return LocalEngine(
+            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
+            engine=self.engine,
+            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
+            watch=RequestWatch(),
+            observe=self._observe,
+        )
+
+    def _list_local(self) -> list[LocalModel]:
+        """What the decision needs to know of the local model."""
+        if self.serving is None:
+            return []
+        speed = self._find_speed()
+        return [
+            LocalModel(
+                model_id=self.serving.model_id,
+                score=speed.score.tok_per_s if speed is not None else None,
+                is_demonstration=self.serving.path is None,
+            )
+        ]
+
+    def _find_speed(self) -> LocalSpeed | None:
+        """What is known of the local model's speed, without waiting."""
+        speed = self._speed
+        return speed.result() if speed is not None and speed.done() and not speed.cancelled() else None
+
+    def _observe(self, usage: Usage) -> None:
+        speed = self._find_speed()
+        if speed is not None:
+            speed.observe(usage)
+
+    async def _get_speed(self) -> LocalSpeed | None:
+        """The local model's speed, found out at first use; None without a local model."""
+        if self._speed is None:
+            self._speed = asyncio.create_task(self._build_speed(), name="speed")
+        return await asyncio.shield(self._speed)
+
+    async def _build_speed(self) -> LocalSpeed | None:
+        serving, devices = self.serving, self._get_devices()
+        if serving is None:
+            return None
+        self._meter = CapabilityMeter(
+            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
+        )
+        await self._meter.start()
+        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
+        key = ScoreKey(model_id=serving.model_id, engine=choose_engine(self.config), quantization=quantization)
+        return LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    async def _measure(self) -> None:
+        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
+        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
+        speed = await self._get_speed() if local is not None and is_needed else None
+        if local is None or speed is None:
+            return
+        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
+            await local.engine.ready()
+            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+
+    async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
+        running = RunningBridge(pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=read_clock_ms())
         try:
             if not await asyncio.to_thread(self._record.claim, running):
                 bridge_log.warning("another bridge runs with this state; give this one a --home of its own")
         except StorageError as exc:
             bridge_log.warning("`status` will not find this bridge: %s", exc)
 
-    async def close(self) -> None:
-        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
-        await self._server.stop()
-        await self.engine.close()
-        if self._claim is not None:
-            await self._claim
-        self._record.release()
-
-    def _build_load_request(self) -> LoadRequest:
+    def _build_load_request(self, serving: Serving) -> LoadRequest:
         config, template = self.config, self.config.chat_template
         if template is not None and os.path.isfile(template):
             template = read_option_file("--chat-template", template)
         return LoadRequest(
             engine=choose_engine(config),
-            model=self.serving.path,
+            model=serving.path,
             n_ctx=config.ctx_size or None,
             slots=config.parallel,
             threads=config.threads or count_cores(),
             chat_template=template,
         )
 
-    def _build_server_options(self) -> HttpServerOptions:
+    def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
+        host = choose_lan_host() if config.lan and config.host == "127.0.0.1" else config.host
         return HttpServerOptions(
-            host=config.host,
+            host=host,
             port=config.port,
-            api_keys=load_api_keys(config),
+            api_keys=self._api_keys,
+            control_token=state.control_token,
             cors_origins=config.cors_origins,
-            allowed_hosts=config.allowed_hosts,
+            allowed_hosts=(*config.allowed_hosts, f"{state.identity.device_id}.local"),
+            allow_anonymous_lan=config.offload.allow_anonymous_lan,
             ssl_cert_file=config.ssl_cert_file,
             ssl_key_file=config.ssl_key_file,
         )
+
+
+class BlockingDVAI:
+    """A running DVAI for programs without an event loop: its own thread runs one, and every method waits for it.
+
+    Made by `with DVAI(…) as dvai:`. Callbacks run on that thread. The methods raise what those of DVAI raise.
+    """
+
+    def __init__(self, bridge: DVAI) -> None:
+        self._bridge = bridge
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dvai-bridge", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(bridge.initialize())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI clients take as `base_url`."""
+        return self._bridge.base_url
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return self._bridge.port
+
+    @property
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self._bridge.model_id
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        return self._call(self._bridge.get_peers)
+
+    def probe_capability(self) -> Score | None:
+        """See DVAI.probe_capability."""
+        return self._wait(self._bridge.probe_capability())
+
+    def get_capability(self, model_id: str | None = None) -> Score | None:
+        """See DVAI.get_capability."""
+        return self._wait(self._bridge.get_capability(model_id))
+
+    def assess_hardware(self) -> HardwareAssessment:
+        """See DVAI.assess_hardware."""
+        return self._wait(self._bridge.assess_hardware())
+
+    def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """See DVAI.initiate_pairing."""
+        return self._wait(self._bridge.initiate_pairing(peer))
+
+    def pairing_requests(self) -> Iterator[PairingRequest]:
+        """See DVAI.pairing_requests."""
+        requests = self._bridge.pairing_requests()
+        try:
+            while (request := self._wait(anext(requests, None))) is not None:
+                yield request
+        finally:
+            self._wait(requests.aclose())
+
+    def unload(self) -> None:
+        """See DVAI.unload."""
+        self._wait(self._bridge.unload())
+
+    def close(self) -> None:
+        """End the bridge, then its loop and thread. A second call does nothing."""
+        if self._thread.is_alive():
+            try:
+                self._wait(self._bridge.close())
+            finally:
+                self._end_loop()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        async def call() -> T:
+            return function()
+
+        return self._wait(call())
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 # ---- Command line ---------------------------------------------------------------------
@@ -14732,17 +17272,15 @@ examples:
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
   python3 dvai_bridge.py models                       see what is there
+  python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (
-    *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--hf-repo", "-hf", "--n-gpu-layers", "-ngl"),
-    *("--models-dir", "--metrics"),
-)
-PLANNED_COMMANDS = ("pull", "peers", "pair", "identity", "provider")
+PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
+PLANNED_COMMANDS = ("identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
+PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -14785,14 +17323,23 @@ def add_config_options(parser: argparse.ArgumentParser, groups: Collection[str])
     for name, opt in get_options(Config).items():
         if opt.group not in sections:
             continue
-        details: dict[str, Any] = {"action": "store_const", "const": "true"} if opt.is_switch else {}
+        default = get_default(Config, name)
+        details: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         if opt.metavar:
             details["metavar"] = opt.metavar
-        default = getattr(Config, name)
-        shown = "" if default in (None, (), False) else f" (default: {default})"
-        sections[opt.group].add_argument(
-            *opt.flags, dest=name, default=argparse.SUPPRESS, help=(opt.help + shown).replace("%", "%%"), **details
-        )
+        if opt.is_repeated:
+            details["action"] = "append"
+        if opt.is_switch:
+            details |= {"action": "store_const", "const": "true"}
+        help = (opt.help + format_default(default)).replace("%", "%%")
+        sections[opt.group].add_argument(*opt.flags, help=help, **details)
+        if default is True:
+            details["const"] = "false"
+            sections[opt.group].add_argument(f"--no-{opt.name}", help=argparse.SUPPRESS, **details)
+
+
+SELECT = ("server", "files")  # the options by which commands find a running bridge
+PAIR_ACTIONS = ("list", "request", "approve", "deny", "revoke")
 
 
 def build_parser() -> CommandParser:
@@ -14832,6 +17379,15 @@ def build_parser() -> CommandParser:
             command.add_argument("probed_model", nargs="?", metavar="MODEL", help="default: the one that is served")
         if name == "audit":
             add_audit_options(command)
+    pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
+    pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
+    pull.add_argument("--json", action="store_true", help="print JSON")
+    peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
+    peers.add_argument("--json", action="store_true", help="print JSON")
+    pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
+    pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
+    pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -14858,7 +17414,11 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {name: value for name, value in vars(arguments).items() if name in known}
+    flags = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in known
+    }
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -14897,18 +17457,68 @@ class ProgressLine:
         self._shown = -1
         self._started = time.monotonic()
         self._terminal = sys.stderr.isatty()
+        self._shown_at = 0.0
+        self._open_width = 0  # of a line on the terminal that has not ended
 
-    def show(self, fraction: float) -> None:
-        """`fraction` from 0 to 1."""
-        if time.monotonic() - self._started < PROGRESS_AFTER_S:
+    def show(self, fraction: float, detail: str = "") -> None:
+        """`fraction` from 0 to 1; `detail` stands after it."""
+        now = time.monotonic()
+        if now - self._started < PROGRESS_AFTER_S:
             return
         percent = int(100 * fraction)
         step = percent if self._terminal else percent // 10 * 10
-        if step == self._shown:
+        is_old = self._terminal and detail and now - self._shown_at >= PROGRESS_AFTER_S
+        if step == self._shown and not is_old:
             return
-        self._shown = step
-        start, end = ("\r", "" if percent < 100 else "\n") if self._terminal else ("", "\n")
-        print(f"{start}{self._what}: {percent} %", end=end, file=sys.stderr, flush=True)
+        self._shown, self._shown_at = step, now
+        line = f"{self._what}: {percent} %{detail}"
+        if not self._terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        print(f"\r{line.ljust(self._open_width)}", end="", file=sys.stderr, flush=True)
+        self._open_width = len(line)
+        if percent >= 100:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the line as it is: what is printed next stands below it."""
+        if self._open_width:
+            self._open_width = 0
+            print(file=sys.stderr, flush=True)
+
+
+PROGRESS_BAR_CHARS = 24
+
+
+class PullProgress:
+    """A download on stderr: how much of it is here, how fast it comes, and what else there is to say."""
+
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(f"pulling {what}")
+        self._terminal = sys.stderr.isatty()
+        self._started: tuple[float, int] | None = None
+        self.watch = PullWatch(on_progress=self._show, on_notice=self.say)
+
+    def _show(self, received: int, total: int | None) -> None:
+        now = time.monotonic()
+        started, before = self._started = self._started or (now, received)
+        if total:
+            rate = (received - before) / (now - started) if now > started else 0.0
+            self._line.show(received / total, self._describe(received, total, rate))
+
+    def _describe(self, received: int, total: int, rate: float) -> str:
+        done = PROGRESS_BAR_CHARS * received // total
+        bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
+        return f"{bar} ({format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s)"
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        self.end()
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._line.end()
 
 
 def show_json(value: Any) -> None:
@@ -14947,8 +17557,68 @@ async def wait_first(*tasks: asyncio.Task[Any]) -> None:
         task.result()
 
 
+def fetch_model(command: Command, target: str) -> PulledModel:
+    """The model that `pull` or `--hf-repo` names: here already or downloaded now, or with --offline only the former."""
+    access, places = (
+        load_hub_access(command.environ, sys.platform),
+        list_model_places(command.environ, command.directories),
+    )
+    reference = parse_hub_url(target, access.endpoint) if "://" in target else parse_hub_reference(target)
+    if command.config.offline:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise DownloadError(f"{display_name(target)} is not on this machine, and --offline forbids to download it")
+        return found
+    progress, cache = PullProgress(display_name(target)), command.directories.cache
+    try:
+        if reference is None:
+            return pull_url(target, cache=cache, access=access, watch=progress.watch)
+        return pull_model(reference, cache=cache, places=places, access=access, watch=progress.watch)
+    except UnreachableError as exc:
+        found = find_downloaded(reference, places) if reference else None
+        if found is None:
+            raise
+        progress.say(f"{exc.message.partition(':')[0]}; taking what is here: {found.path}")
+        return found
+    finally:
+        progress.end()
+
+
+def bring_hub_model(command: Command) -> Command:
+    """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
+    config = command.config
+    if config.hf_repo is None:
+        return command
+    if config.model is not None:
+        raise UsageError("--model and --hf-repo both name a model: keep one")
+    pulled = fetch_model(command, config.hf_repo)
+    return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
+
+
+def run_pull(command: Command) -> int:
+    """`pull`: bring a model to this machine."""
+    pulled = fetch_model(command, command.arguments.target or "")
+    if command.json:
+        show_json(
+            {
+                "id": pulled.model_id,
+                "path": str(pulled.path),
+                "files": [str(path) for path in pulled.files],
+                "sizeBytes": pulled.size_bytes,
+                "wasPresent": pulled.was_present,
+            }
+        )
+        return 0
+    parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
+    state = "was here already" if pulled.was_present else "is here now"
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {state}")
+    print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
+    return 0
+
+
 def run_serve(command: Command) -> int:
     """`serve`: answer until a signal asks to stop."""
+    command = bring_hub_model(command)
     try:
         return asyncio.run(serve_until_stopped(command))
     finally:
@@ -14959,16 +17629,19 @@ def run_serve(command: Command) -> int:
 async def serve_until_stopped(command: Command) -> int:
     """Listen, load, say what is there, wait for a signal. Raises what makes serving impossible."""
     progress = ProgressLine("loading the model")
-    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show)
+    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show, is_operated=True)
     signals = StopSignals()
     stopping = asyncio.create_task(signals.first.wait(), name="stop signal")
     tasks: list[asyncio.Task[Any]] = [stopping]
     try:
         await bridge.start()
         print(f"listening on {bridge.base_url}", flush=True)
-        loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-        tasks.append(loading)
-        await wait_first(loading, stopping)
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
+        if bridge.engine is not None:
+            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
+            tasks.append(loading)
+            await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -14983,9 +17656,59 @@ async def serve_until_stopped(command: Command) -> int:
     return 0
 
 
+class TerminalLines:
+    """What the user types, line by line, read by a thread that the program's end does not wait for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+        threading.Thread(target=self._read, name="terminal", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # the loop or the terminal is gone
+            for line in sys.stdin:
+                self._loop.call_soon_threadsafe(self._lines.put_nowait, line.strip())
+
+    def drop(self) -> None:
+        """Forget what was typed before there was a question."""
+        while not self._lines.empty():
+            self._lines.get_nowait()
+
+    async def read(self) -> str:
+        """The next line."""
+        return await self._lines.get()
+
+
+async def ask_on_terminal(bridge: DVAI) -> None:
+    """Ask whoever sits at the terminal about each device that wants to pair; an answer from elsewhere counts, too."""
+    lines = TerminalLines()
+    async for request in bridge.pairing_requests():
+        lines.drop()
+        print(f"{build_pairing_question(request)} [y/N] ", end="", flush=True)
+        typing = asyncio.create_task(lines.read(), name="answer")
+        elsewhere = asyncio.create_task(wait_over(request), name="other answer")
+        try:
+            await asyncio.wait((typing, elsewhere), return_when=asyncio.FIRST_COMPLETED)
+            if typing.done():
+                request.respond(typing.result().lower() in ("y", "yes"))
+            else:
+                print("(answered)", flush=True)
+        finally:
+            await finish_tasks(typing, elsewhere)
+
+
+async def wait_over(request: PairingRequest) -> None:
+    """Until a request to pair has been answered, has run out, or was withdrawn."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await request.wait()
+
+
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
     serving = bridge.serving
+    if serving is None:
+        print("serving no model here: paired devices answer", flush=True)
+        return
     if serving.path is not None:
         print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
         return
@@ -15079,7 +17802,14 @@ def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def ask_bridge(
-    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+    url: str,
+    path: str,
+    keys: Sequence[str],
+    body: Any = None,
+    timeout_s: float = STATUS_TIMEOUT_S,
+    *,
+    method: str | None = None,
+    control_token: str | None = None,
 ) -> tuple[int, Any]:
     """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
 
@@ -15096,9 +17826,11 @@ def ask_bridge(
         connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    if control_token is not None:
+        headers["X-DVAI-Control"] = control_token
     try:
         if body is None:
-            connection.request("GET", f"/v1{path}", headers=headers)
+            connection.request(method or "GET", f"/v1{path}", headers=headers)
         else:
             connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -15127,6 +17859,136 @@ class Finding:
     mend: str | None = None
 
 
+def read_bridge_answer(status: int, answer: Any, what: str) -> dict[str, Any]:
+    """The object of a 200; BridgeError with what the bridge said instead."""
+    if status == 200 and isinstance(answer, dict):
+        return answer
+    error = answer.get("error") if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    raise BridgeError(f"{what}: {message or f'the bridge answered {status}'}")
+
+
+def run_peers(command: Command) -> int:
+    """`peers`: the devices that the running bridge knows."""
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --offload` starts one")
+    status, answer = ask_bridge(url, "/dvai/peers", load_api_keys(command.config))
+    peers = read_bridge_answer(status, answer, "peers").get("peers", [])
+    if command.json:
+        show_json(peers)
+        return 0
+    if not peers:
+        print("no other device is known; one that runs `serve --lan` is found by itself, or by --peer URL")
+    for peer in peers:
+        print("\n".join(describe_peer(peer)))
+    return 0
+
+
+def describe_peer(peer: Mapping[str, Any]) -> list[str]:
+    """A peer in two lines: who and how it stands; what it has."""
+    name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
+    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({peer.get('via')}, {peer.get('deviceId')})"]
+    if peer.get("error") and state == "seen":
+        lines.append(f"    does not answer: {display_name(str(peer['error']))}")
+    elif not peer.get("paired"):
+        lines.append(f"    {peer.get('pairing', 'not paired')}")
+    scores = peer.get("capability") or {}
+    for model in peer.get("models") or ():
+        score = next((value for known, value in scores.items() if is_same_model(known, model)), None)
+        lines.append(f"    {display_name(model)}" + (f": {format_rate(score)}" if score is not None else ""))
+    return lines
+
+
+def run_pair(command: Command) -> int:
+    """`pair`: what the running bridge keeps and waits for; without one, `list` and `revoke` use the file."""
+    action, target = command.arguments.action, command.arguments.target
+    url = find_bridge_url(command)
+    if url is None:
+        return pair_without_bridge(command)
+    token = load_file(command.directories.data / "control-token", parse_control_token)
+    if token is None:
+        raise NotRunningError(f"the bridge at {url} has another home than this command: give --home")
+
+    def ask(path: str, body: Any = None, method: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> Any:
+        keys = load_api_keys(command.config)
+        status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
+        return read_bridge_answer(status, answer, f"pair {action}")
+
+    if action == "request" and target:
+        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
+        return show_pairings(
+            command, [ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S)["pairing"]], []
+        )
+    listed = ask("/dvai/pairings")
+    if action == "list":
+        return show_pairings(command, listed["pairings"], listed["pending"])
+    if action == "request":
+        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
+    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    if action == "revoke":
+        answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
+    else:
+        answer = ask(f"/dvai/pairings/{chosen}/{action}", {})
+    if command.json:
+        show_json(answer)
+    else:
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+    return 0
+
+
+def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
+    """The id that `target` (an id, or a device's id or name) means; the only one there is when it is not given."""
+    if target is None and len(listed) == 1 and action != "revoke":
+        return str(listed[0]["id"])
+    fitting = [each for each in listed if target in (each["id"], each["deviceId"], each["deviceName"])]
+    if len(fitting) == 1:
+        return str(fitting[0]["id"])
+    if not listed:
+        raise BridgeError(f"pair {action}: there is nothing to {action}")
+    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+
+
+def pair_without_bridge(command: Command) -> int:
+    """`pair list` and `pair revoke` upon the file."""
+    action, target = command.arguments.action, command.arguments.target
+    if action not in ("list", "revoke"):
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --lan` starts one")
+    store = PairingStore(
+        command.directories.data, device_id="", expire_after_days=command.config.offload.expire_after_days
+    )
+    store.load()
+    now_ms = int(time.time() * 1000)
+    listed = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
+    if action == "list":
+        return show_pairings(command, listed, [])
+    revoked = asyncio.run(store.revoke(choose_pairing_id(listed, action, target)))
+    assert revoked is not None  # it was in the list
+    print(f"revoked {display_name(revoked.device_name)}")
+    return 0
+
+
+def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pending: Sequence[Mapping[str, Any]]) -> int:
+    """What is paired and what waits."""
+    if command.json:
+        show_json({"pairings": pairings, "pending": pending})
+        return 0
+    for each in pending:
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
+        )
+    for each in pairings:
+        rights = {(True, True): "each may use the other", (True, False): "may use this device"}
+        right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
+        marks = ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])}  {each['state']}, {right}{marks}  ({each['deviceId']})"
+        )
+    if not (pairings or pending):
+        print("nothing is paired with this device")
+    return 0
+
+
 def run_doctor(command: Command) -> int:
     """`doctor`: what works here. Exit code 1 if something that should does not."""
     findings = [
@@ -15135,6 +17997,7 @@ def run_doctor(command: Command) -> int:
         probe_port(),
         *probe_packages(),
         probe_memory(),
+        probe_hardware(),
         asyncio.run(probe_builtin_engine()),
         *probe_survey(command),
     ]
@@ -15191,6 +18054,13 @@ def probe_memory() -> Finding:
     return Finding(
         subject="memory", verdict="ok", detail=f"{format_size(memory.free_bytes)} free ({memory.limit_source})"
     )
+
+
+def probe_hardware() -> Finding:
+    """What the machine is good for, whatever the model."""
+    assessment = assess_hardware()
+    verdict = "ok" if assessment.mode is HardwareMode.OK else "note"
+    return Finding(subject="hardware", verdict=verdict, detail=f"{assessment.mode.value}: {assessment.reason}")
 
 
 async def probe_builtin_engine() -> Finding:
@@ -15286,6 +18156,7 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
     load = LoadRequest(
@@ -15428,11 +18299,11 @@ def run_audit(command: Command) -> int:
 
 
 def describe_audit_entry(entry: Mapping[str, Any]) -> str:
-    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+    """One request on one line. Names were escaped when they were written; a file that was edited is escaped again."""
 
-    def text(name: str, default: str = "-") -> str:
-        value = entry.get(name)
-        return default if value is None else display_name(str(value))
+    def text(name: str) -> str:
+        shown = "-" if entry.get(name) is None else str(entry[name])
+        return shown if shown.isprintable() else display_name(shown)
 
     who = text("deviceId")
     if entry.get("caller") == "peer":
@@ -15447,6 +18318,7 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
 
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
+    "pull": run_pull,
     "models": run_models,
     "status": run_status,
     "doctor": run_doctor,
@@ -15454,6 +18326,8 @@ COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "assess": run_assess,
     "probe": run_probe,
     "audit": run_audit,
+    "peers": run_peers,
+    "pair": run_pair,
 }
 
 
