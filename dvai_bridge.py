@@ -16300,6 +16300,8 @@ class Offloading:
             route=route.value,
             reason=reason,
             substituted_for=target.substituted_for,
+            score=target.score,
+            prefill_tok_per_s=target.prefill_tok_per_s,
             sign=functools.partial(self._sign, peer),
         )
 
@@ -16323,7 +16325,9 @@ class Offloading:
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
         if report.decode_tok_per_s is not None and target.model_id is not None:
-            self._monitor.record_measurement(target.device_id, target.model_id, report.decode_tok_per_s)
+            self._monitor.record_measurement(
+                target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
+            )
 
     def _tell(self, device_id: str) -> None:
         """Call `on_offload`, whose error is logged and breaks nothing."""
@@ -16487,7 +16491,6 @@ class DeviceService:
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
-DEVICE_ANSWER_LIMIT_BYTES = MIB  # what a peer says of itself
 PAIRINGS_REFRESH_S = 5.0  # after which a command that wrote the file without asking is noticed
 PAIRINGS_FLUSH_TICKS = 12  # refreshes between two saves of what is only noted
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
@@ -16675,25 +16678,6 @@ def choose_lan_host() -> str:
     return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 
 
-async def get_bytes(
-    client: HttpClient, url: str, headers: Sequence[tuple[str, str]], timeout_s: float
-) -> tuple[int, bytes]:
-    """Status and body of a peer's answer to a GET, at most DEVICE_ANSWER_LIMIT_BYTES."""
-    budgets = HttpBudgets(total_s=timeout_s)
-    async with client.request("GET", url, headers=headers, budgets=budgets) as response:
-        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
-
-
-async def post_bytes(
-    client: HttpClient, url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float
-) -> tuple[int, bytes]:
-    """The same for a POST of JSON whose answer a user may take long to give."""
-    budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
-    fields = (("Content-Type", "application/json"), *headers)
-    async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
-        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
-
-
 class Devices:
     """This device among others: who may use it, and whom it uses.
 
@@ -16742,14 +16726,14 @@ class Devices:
                 identity=self.identity,
                 app_id=offload.app_id,
                 store=self.store,
-                post=functools.partial(post_bytes, client),
+                post=build_handshake_post(client),
                 clock_ms=read_clock_ms,
                 legacy_policy=PairingPolicy(offload.legacy_pairing),
             )
         self.monitor = PeerMonitor(
             identity=self.identity,
             app_id=offload.app_id,
-            get=functools.partial(get_bytes, client),
+            client=client,
             store=self.store,
             initiator=self._initiator,
             known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
