@@ -7141,7 +7141,7 @@ class Handshake(enum.Enum):
 
     NONE = "not paired"
     ASKING = "waits for approval there"
-    REFUSED = "not paired: it refused"  # never asked again, but by the user
+    REFUSED = "not paired: refused or revoked"  # asked again by the user only
     FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
 
@@ -13723,11 +13723,14 @@ class LocalSpeed:
 # task that asks its health: often while it may be used, rarely while nobody has approved it, with back-off while it is
 # silent. So one that returns is used again, and the queue lengths of the decision are fresh. The states of a peer,
 # and what moves it between them, stand in section Routing.
+#
+# Anybody on the network may claim to be a device that we know, and signing proves us to it, not it to us. So the
+# addresses that the user or a pairing named go first, and what merely claims can neither rename nor unpair a device.
 
 PEERS_LIMIT = 128  # devices that a hostile network makes up
 PEER_WAYS_LIMIT = 4  # addresses that it makes up for one device
 PEER_ANSWER_LIMIT_BYTES = 256 * KIB  # answers to our questions that never end
-PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that polls take at the same time
+PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that strangers take at the same time
 PEER_BACK_OFF_S = 1.0
 PEER_BACK_OFF_FACTOR = 1.5
 PEER_BACK_OFF_LIMIT_S = 60.0
@@ -13738,10 +13741,6 @@ MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer 
 _UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 
 peers_log = logging.getLogger("dvai_bridge.peers")
-
-PeerGet = Callable[[str, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
-"""(url, headers, timeout_s) → (status, body) of a GET; OSError or BridgeError if there is no whole answer in time, or
-if it is longer than PEER_ANSWER_LIMIT_BYTES."""
 
 PeerSource = Callable[[], "Iterable[Peer | Mapping[str, Any]] | Awaitable[Iterable[Peer | Mapping[str, Any]]]"]
 
@@ -13825,6 +13824,11 @@ def build_static_peer(url: str) -> Peer:
     )
 
 
+def is_telling_id(device_id: str) -> bool:
+    """Whether an id tells one device from all others: it is no base URL, and none that every hub may have."""
+    return "://" not in device_id and not _UNSTABLE_ID.fullmatch(device_id)
+
+
 def average_measurement(known: float | None, measured: float) -> float:
     """The running average after one more measurement."""
     return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
@@ -13869,7 +13873,7 @@ class KnownPeer:
     @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
-        return None if "://" in self.device_id else self.device_id
+        return self.device_id if is_telling_id(self.device_id) else None
 
     @property
     def shown_name(self) -> str:
@@ -14018,7 +14022,7 @@ class PeerTable:
 
     def see(self, peer: Peer, *, is_lasting: bool = False) -> KnownPeer | None:
         """Take in a sighting; the peer it belongs to, None if it is ourselves or there is no room."""
-        if _UNSTABLE_ID.fullmatch(peer.device_id):
+        if not is_telling_id(peer.device_id):
             peer = replace(peer, device_id=peer.base_url)
         if self.is_self(peer):
             return None
@@ -14146,7 +14150,7 @@ class PeerMonitor:
         self,
         *,
         identity: Identity,
-        get: PeerGet,
+        client: HttpClient,
         app_id: str | None = None,
         store: PairingStore | None = None,
         initiator: PairingInitiator | None = None,
@@ -14161,7 +14165,7 @@ class PeerMonitor:
         self.table = PeerTable(identity.device_id, own_urls)
         self._identity = identity
         self._app_id = app_id
-        self._get = get
+        self._client = client
         self._store = store
         self._initiator = initiator
         self._known_peers = tuple(known_peers)
@@ -14193,6 +14197,7 @@ class PeerMonitor:
         self._is_closed = True
         if self._unsubscribe is not None:
             self._unsubscribe()
+            self._unsubscribe = None
         tasks: list[asyncio.Task[Any]] = [*(watch.task for watch in self._watches.values()), *self._handshakes.values()]
         tasks += [self._custom_task] if self._custom_task else []
         for task in tasks:
@@ -14225,13 +14230,18 @@ class PeerMonitor:
         """A peer was found, or says something new of itself."""
         known = self.table.see(peer, is_lasting=is_lasting)
         self._settle()
-        if known is not None and not self._is_closed:
-            self._watch(known)
+        if known is not None:
+            known.has_pairing = self._find_pairing(known) is not None
+            if known not in self._watches or known.state is PeerState.SEEN:
+                self._watch(known)
 
     def lose(self, peer: Peer) -> None:
         """Whoever found a peer finds it no more."""
+        known = self.table.find(peer.device_id)
         self.table.lose(peer.device_id, peer.via)
         self._settle()
+        if known is not None and self.table.has(known):
+            self._watch(known)
 
     async def _discover(self, source: PeerSource) -> None:
         listed: dict[str, Peer] = {}
@@ -14363,11 +14373,13 @@ class PeerMonitor:
         if after is not None:
             self._remember(after)
         for known in self.table:
-            has_pairing = self._find_pairing(known) is not None
-            if known.has_pairing and not has_pairing:
-                known.has_pairing = False
+            had_pairing, known.has_pairing = known.has_pairing, self._find_pairing(known) is not None
+            if had_pairing and not known.has_pairing:
+                known.handshake = Handshake.REFUSED
                 known.advance(PeerEvent.UNPAIRED)
-            if known.has_pairing != has_pairing:
+            elif known.has_pairing and known.handshake is not Handshake.ASKING:
+                known.handshake = Handshake.NONE
+            if had_pairing != known.has_pairing or known.state is PeerState.REACHABLE:
                 self._watch(known)
 
     def _remember(self, pairing: Pairing) -> None:
@@ -14402,6 +14414,8 @@ class PeerMonitor:
 
     def _watch(self, known: KnownPeer) -> None:
         """Ask this peer now, and from now on."""
+        if self._is_closed:
+            return
         watch = self._watches.get(known)
         if watch is None:
             wake = asyncio.Event()
@@ -14420,7 +14434,7 @@ class PeerMonitor:
         while self.table.has(known):
             wake.clear()
             try:
-                async with self._asking:
+                async with contextlib.nullcontext() if known.has_pairing else self._asking:
                     await self._poll(known)
             except Exception:
                 peers_log.exception("asking %s failed", known.shown_name)
@@ -14433,12 +14447,13 @@ class PeerMonitor:
     async def _poll(self, known: KnownPeer) -> None:
         """Ask health by each way until one answers, then what else there is to know."""
         pairing, error, is_refused = self._find_pairing(known), "no address", False
+        known.has_pairing = pairing is not None
         for way in known.list_ways():
             try:
                 word = await self._ask_health(known, way, pairing)
             except AuthenticationError as exc:
                 error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
-            except (OSError, BridgeError, ValueError) as exc:
+            except (BridgeError, ValueError) as exc:
                 error = explain_silence(exc)
             else:
                 await self._take_in(known, way, word, pairing)
@@ -14450,13 +14465,13 @@ class PeerMonitor:
     async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
         known.note_word(way, word, self._clock_ms())
         told_id = word.device_id or (pairing.device_id if pairing else None)
-        if known.told_id is None and told_id is not None and "://" not in told_id:
+        if known.told_id is None and told_id is not None and is_telling_id(told_id):
             remaining = self.table.identify(known, told_id)
+            self._settle()
             if remaining is not known:
                 if remaining is not None:
                     self._watch(remaining)
                 return
-        known.has_pairing = pairing is not None
         known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
         is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
         if pairing is not None and (is_due or known.state is PeerState.PAIRED):
@@ -14475,11 +14490,11 @@ class PeerMonitor:
 
     async def _learn(self, known: KnownPeer, way: PeerWay, pairing: Pairing) -> None:
         """Which models it has, and what it scores; hubs may have neither route."""
-        with contextlib.suppress(OSError, BridgeError, ValueError):
+        with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/dvai/capability", pairing)
             if status == 200:
                 known.note_scores(parse_scores_json(parse_json(body)))
-        with contextlib.suppress(OSError, BridgeError, ValueError):
+        with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/models", pairing)
             if status == 200:
                 known.models = parse_model_list(body)
@@ -14499,21 +14514,28 @@ class PeerMonitor:
                 body=b"",
                 now_ms=self._clock_ms(),
             )
-        async with asyncio.timeout(self._intervals.answer_s):
-            return await self._get(url, headers, self._intervals.answer_s)
+        budgets = HttpBudgets(total_s=self._intervals.answer_s)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
 
 
 def explain_silence(error: Exception) -> str:
     """Why a peer did not answer, in a few words and without what it may have written itself."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
     if isinstance(error, JsonError):
         return "its answer is not JSON"
-    if isinstance(error, BridgeError):
-        return error.message
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    return str(error)
+    return error.message if isinstance(error, BridgeError) else str(error)
+
+
+def build_handshake_post(client: HttpClient) -> HandshakePost:
+    """How a PairingInitiator sends its request."""
+
+    async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float) -> tuple[int, bytes]:
+        fields = [("Content-Type", "application/json"), *headers]
+        budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
+        async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
+
+    return post
 
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
@@ -14572,7 +14594,7 @@ SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method,
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardTarget:
-    """A peer to ask. `base_url`: with /v1; `model_id`: what the peer calls the model; `route`: lan, relay, upstream.
+    """A peer to ask. `base_url`: with /v1; `model_id`: what it calls the model, "" for its default; `route`: lan, relay, upstream.
 
     `substituted_for`: the model that the client named, if it is another. `prefill_tok_per_s`: None when not known.
     `sign` None: the request is sent unsigned.
@@ -14697,6 +14719,8 @@ class AttemptError(UpstreamError):
 def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
     """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
     body = {**request.body, "model": model_id}
+    if not model_id:
+        del body["model"]
     if request.form is not ForwardForm.EMBEDDINGS:
         options = request.body.get("stream_options")
         body["stream"] = True
@@ -17248,10 +17272,11 @@ class Offloading:
             device_id=peer.device_id,
             device_name=peer.device_name,
             base_url=peer.base_url,
-            model_id=target.model_id,
+            model_id=target.model_id or "",
             route=route.value,
             reason=reason,
             substituted_for=target.substituted_for,
+            prefill_tok_per_s=target.prefill_tok_per_s,
             sign=functools.partial(self._sign, peer),
         )
 
@@ -17274,8 +17299,10 @@ class Offloading:
         target = report.target
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
-        if report.decode_tok_per_s is not None and target.model_id is not None:
-            self._monitor.record_measurement(target.device_id, target.model_id, report.decode_tok_per_s)
+        if report.decode_tok_per_s is not None and target.model_id:
+            self._monitor.record_measurement(
+                target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
+            )
 
     def _tell(self, device_id: str) -> None:
         """Call `on_offload`, whose error is logged and breaks nothing."""
@@ -17439,7 +17466,6 @@ class DeviceService:
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
-DEVICE_ANSWER_LIMIT_BYTES = MIB  # what a peer says of itself
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -17620,25 +17646,6 @@ def choose_lan_host() -> str:
     return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 
 
-async def get_bytes(
-    client: HttpClient, url: str, headers: Sequence[tuple[str, str]], timeout_s: float
-) -> tuple[int, bytes]:
-    """Status and body of a peer's answer to a GET, at most DEVICE_ANSWER_LIMIT_BYTES."""
-    budgets = HttpBudgets(total_s=timeout_s)
-    async with client.request("GET", url, headers=headers, budgets=budgets) as response:
-        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
-
-
-async def post_bytes(
-    client: HttpClient, url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float
-) -> tuple[int, bytes]:
-    """The same for a POST of JSON whose answer a user may take long to give."""
-    budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
-    fields = (("Content-Type", "application/json"), *headers)
-    async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
-        return response.status, await response.read(DEVICE_ANSWER_LIMIT_BYTES)
-
-
 class Devices:
     """This device among others: who may use it, and whom it uses.
 
@@ -17672,7 +17679,7 @@ class Devices:
         self._client: HttpClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._discovery: Discovery | None = None
+        self._discovery: Any = None
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
@@ -17687,14 +17694,14 @@ class Devices:
                 identity=self.identity,
                 app_id=offload.app_id,
                 store=self.store,
-                post=functools.partial(post_bytes, client),
+                post=build_handshake_post(client),
                 clock_ms=read_clock_ms,
                 legacy_policy=PairingPolicy(offload.legacy_pairing),
             )
         self.monitor = PeerMonitor(
             identity=self.identity,
             app_id=offload.app_id,
-            get=functools.partial(get_bytes, client),
+            client=client,
             store=self.store,
             initiator=self._initiator,
             known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],

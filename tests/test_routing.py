@@ -547,7 +547,7 @@ def test_a_refusal_without_an_engine():
     [
         (make_unpaired("x"), "not paired"),
         (make_unpaired("x", handshake=Handshake.ASKING), "waits for approval there"),
-        (make_unpaired("x", handshake=Handshake.REFUSED), "not paired: it refused"),
+        (make_unpaired("x", handshake=Handshake.REFUSED), "not paired: refused or revoked"),
         (make_unpaired("x", handshake=Handshake.FAILED), "not paired: the handshake failed"),
         (make_candidate("x", 9), "below threshold"),
         (make_candidate("x", 0), "scores 0"),
