@@ -14594,9 +14594,9 @@ SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method,
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardTarget:
-    """A peer to ask. `base_url`: with /v1; `model_id`: what it calls the model, "" for its default; `route`: lan, relay, upstream.
+    """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
-    `substituted_for`: the model that the client named, if it is another. `prefill_tok_per_s`: None when not known.
+    `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another. `prefill_tok_per_s`: None when not known.
     `sign` None: the request is sent unsigned.
     """
 

@@ -10,7 +10,6 @@ import threading
 import urllib.parse
 
 import pytest
-
 from support import start_bridge, wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
