@@ -14596,8 +14596,8 @@ SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method,
 class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
-    `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another. `prefill_tok_per_s`: None when not known.
-    `sign` None: the request is sent unsigned.
+    `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
+    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned.
     """
 
     device_id: str
