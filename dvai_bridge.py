@@ -495,6 +495,12 @@ class UpstreamLostError(UpstreamError):
     code = "upstream_lost"
 
 
+class PeerError(UpstreamError):
+    """A peer began to answer and did not finish; what it had said may have reached the client."""
+
+    code = "peer_failed"
+
+
 class UpstreamTimeoutError(UpstreamError):
     """The server did not answer, or not go on, within the time it was given."""
 
@@ -2551,6 +2557,20 @@ def encode_sse_comment(text: str) -> bytes:
     return f": {text}\n".encode()
 
 
+def encode_json_event(value: Mapping[str, Any]) -> bytes:
+    """One event whose data is JSON, which never has a line break."""
+    return b"data: %b\n\n" % encode_json(value)
+
+
+PING = encode_sse_comment("ping")
+PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
+SSE_HEADERS = (
+    ("Content-Type", "text/event-stream"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),
+)
+
+
 class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
@@ -2568,6 +2588,11 @@ class SseParser:
         self._data_bytes = 0
         self._event = ""
         self._last_event_id = ""
+
+    @property
+    def is_inside_event(self) -> bool:
+        """Whether what was fed ended in the middle of an event or line."""
+        return bool(self._tail or self._data or self._event or self._after_cr)
 
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
@@ -4420,6 +4445,11 @@ DAY_MS = 86_400_000
 pairing_log = logging.getLogger("dvai_bridge.pairing")
 
 
+def read_clock_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
@@ -4628,13 +4658,19 @@ class PairingStore:
     """
 
     def __init__(
-        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+        self,
+        directory: Path,
+        *,
+        device_id: str,
+        expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS,
+        clock_ms: Callable[[], int] = read_clock_ms,
     ) -> None:
         self.device_id = device_id
         self.replay = ReplayMemory()
         self._path = directory / "pairings.json"
         self._nonces_path = directory / "nonces.json"
         self._expires_after_ms = expire_after_days * DAY_MS
+        self._clock_ms = clock_ms
         self._records: PairingRecords = {}
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
@@ -4804,7 +4840,6 @@ class PairingStore:
             records = await asyncio.to_thread(self._save_changes, new, notes, removals)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
-            self._stamp = None
             self._adopt(records)
             self.replay.retain({pairing.pairing_id for pairing in records.values()})
 
@@ -4830,7 +4865,7 @@ class PairingStore:
 
     async def _save_nonces(self) -> None:
         self.replay.has_new_untimed = False
-        data = self.replay.encode(time.time_ns() // 1_000_000)
+        data = self.replay.encode(self._clock_ms())
         try:
             await asyncio.to_thread(save_file, self._nonces_path, data)
         except StorageError:
@@ -5164,7 +5199,7 @@ class PairingDesk:
         identity: Identity,
         store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
@@ -5400,7 +5435,7 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         random: RandomBytes = os.urandom,
     ) -> None:
@@ -5507,6 +5542,8 @@ class PairingInitiator:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+        except BridgeError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
     async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:
@@ -8004,17 +8041,21 @@ class ClientResponse:
         self.status = head.status
         self.headers = head.headers
         self._connection = connection
-        self._idle_s = budgets.idle_s
+        self.idle_s = budgets.idle_s
         self.may_linger = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
-        data = await self._connection.read_piece(self._idle_s)
+        data = await self._connection.read_piece(self.idle_s)
         if not data:
             raise StopAsyncIteration
         return data
+
+    async def read_piece(self) -> bytes:
+        """The next piece; an empty one at the end of the body."""
+        return await self._connection.read_piece(self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -8048,6 +8089,10 @@ class ClientExchange:
         self._response: ClientResponse | None = None
 
     async def __aenter__(self) -> ClientResponse:
+        return await self.open()
+
+    async def open(self) -> ClientResponse:
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release`."""
         total_s = self._budgets.total_s
         ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
         connection = self._client.take_idle(self._url)
@@ -8098,7 +8143,7 @@ class HttpClient:
     def request(
         self,
         method: str,
-        url: str,
+        url: str | HttpUrl,
         *,
         headers: Iterable[tuple[str, str]] = (),
         body: bytes = b"",
@@ -8108,7 +8153,7 @@ class HttpClient:
 
         Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
         """
-        parsed = parse_http_url(url)
+        parsed = url if isinstance(url, HttpUrl) else parse_http_url(url)
         fields = [("Host", parsed.authority), ("Accept-Encoding", "identity"), *headers]
         if body or method == "POST":
             fields.append(("Content-Length", str(len(body))))
@@ -14515,6 +14560,947 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+# ---- Offload --------------------------------------------------------------------------
+# A request served by a peer: who is asked in turn, when an answer counts as begun, and how it is put in order.
+#
+#     client          bridge                    peer A          peer B
+#       |--- request --->|--- POST, stream: true -->|               |
+#       |                |<-- 503, torn, silent ----|               |     before the commit point: the next one
+#       |                |--- POST, stream: true ------------------>|
+#       |                |<-- role, comments -----------------------|     still before it
+#       |<-- 200, role --|<-- first content ------------------------|     the commit point
+#       |<-- content ----|<-- content ------------------------------|     from here nothing is tried again:
+#       |<-- [DONE] -----|<-- finish_reason, usage, [DONE] ---------|     an end like this, or an error event
+
+PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow one
+PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
+FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
+LARGE_ANSWER_BYTES = MIB
+JSON_HEADER = ("Content-Type", "application/json")
+PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
+TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+
+
+class ForwardForm(enum.Enum):
+    """The routes that peers can serve; the value is their path below a peer's base URL."""
+
+    CHAT = "/chat/completions"
+    TEXT = "/completions"
+    EMBEDDINGS = "/embeddings"
+
+
+SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method, path, body) → the fields that sign it
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardTarget:
+    """A peer to ask. `base_url`: with /v1; `model_id`: what it calls the model, "" for its default; `route`: lan, relay, upstream.
+
+    `substituted_for`: the model that the client named, if it is another. `prefill_tok_per_s`: None when not known.
+    `sign` None: the request is sent unsigned.
+    """
+
+    device_id: str
+    device_name: str
+    base_url: str
+    model_id: str
+    route: str = "lan"
+    reason: str = ""
+    substituted_for: str | None = None
+    prefill_tok_per_s: float | None = None
+    sign: SignRequest | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardRequest:
+    """What the client asked: its JSON as it was parsed. `request_id` travels along."""
+
+    form: ForwardForm
+    body: Mapping[str, Any]
+    request_id: str
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the client wants a stream."""
+        return self.form is not ForwardForm.EMBEDDINGS and self.body.get("stream") is True
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the client wants the usage at the end of its stream."""
+        options = self.body.get("stream_options")
+        return self.is_stream and isinstance(options, dict) and options.get("include_usage") is True
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardBudgets:
+    """How long a peer may take, in seconds. `silence_s`: between two signs of life once it has begun."""
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_content_s: float = 30.0
+    first_content_limit_s: float = 600.0
+    silence_s: float = 60.0
+
+
+class AttemptOutcome(enum.Enum):
+    """How asking one peer went. Only COMMITTED and REFUSED are answers; after any other the next peer is asked."""
+
+    COMMITTED = "its answer has begun"
+    REFUSED = "it refused the request itself, which is the client's answer (other 4xx)"
+    UNREACHABLE = "no connection"
+    UNAUTHORIZED = "it does not know our pairing any more (401)"
+    NO_MODEL = "it does not have the model (404)"
+    TIMEOUT = "no content in time, or 408"
+    BUSY = "its queue is full (429)"
+    SERVER_ERROR = "it failed (5xx, or an error event)"
+    BROKEN = "not an answer: torn, or not what was asked for"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none."""
+
+    target: ForwardTarget
+    outcome: AttemptOutcome
+    reason: str
+    retry_after_s: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardAnswer:
+    """What the client gets. A body that is an iterator ends the peer's work when it is closed."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes | AsyncIterator[bytes]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Forwarded:
+    """`answer` None: none of the peers gave one, and `attempts` says why of each."""
+
+    answer: ForwardAnswer | None
+    attempts: tuple[Attempt, ...]
+
+
+class ForwardOutcome(enum.Enum):
+    """How a request that a peer had begun to answer ended."""
+
+    COMPLETED = "completed"
+    REFUSED = "refused by the peer"
+    PEER_FAILED = "the peer failed in the middle"
+    CLIENT_LEFT = "the client left"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardReport:
+    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second."""
+
+    target: ForwardTarget
+    outcome: ForwardOutcome
+    duration_s: float
+    first_content_s: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prefill_tok_per_s: float | None = None
+    decode_tok_per_s: float | None = None
+
+
+class AttemptError(UpstreamError):
+    """A peer gave no answer, so the next one is asked; never shown to a client."""
+
+    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0) -> None:
+        super().__init__(reason, retry_after_s=retry_after_s)
+        self.outcome = outcome
+
+
+# What is sent
+
+
+def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
+    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
+    body = {**request.body, "model": model_id}
+    if not model_id:
+        del body["model"]
+    if request.form is not ForwardForm.EMBEDDINGS:
+        options = request.body.get("stream_options")
+        body["stream"] = True
+        body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+    return body
+
+
+def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill_tok_per_s: float | None) -> float:
+    """Seconds until the first content must have come: a fixed part, and the time that the prompt takes."""
+    prefill_s = body_bytes / PROMPT_BYTES_PER_TOKEN / (prefill_tok_per_s or PREFILL_ASSUMED_TOK_PER_S)
+    return min(budgets.first_content_s + prefill_s, budgets.first_content_limit_s)
+
+
+def build_forward_headers(request: ForwardRequest) -> list[tuple[str, str]]:
+    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
+    accept = "text/event-stream" if request.form is not ForwardForm.EMBEDDINGS else "application/json"
+    return [
+        ("Content-Type", "application/json"),
+        ("Accept", accept),
+        ("X-Request-Id", request.request_id),
+        ("X-DVAI-Forwarded", "1"),
+    ]
+
+
+def build_served_by_headers(target: ForwardTarget) -> tuple[tuple[str, str], ...]:
+    """Who served, by which way and why; foreign text as ASCII."""
+    fields = (
+        ("X-DVAI-Served-By", target.device_id),
+        ("X-DVAI-Route", target.route),
+        ("X-DVAI-Reason", target.reason),
+        ("X-DVAI-Substituted-For", target.substituted_for or ""),
+    )
+    return tuple((name, value.encode("unicode_escape").decode("ascii")) for name, value in fields if value)
+
+
+# What comes back
+
+
+_FINISH_REASONS = {
+    **{reason: reason for reason in ("stop", "length", "tool_calls", "content_filter", "function_call")},
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+}
+_DELTA_TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
+
+
+def read_peer_text(value: Any) -> str:
+    """Text of a delta: a string, null, or a list of parts as some servers have it; UpstreamError for anything else."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return "".join(read_peer_text(part.get("text")) for part in value)
+    raise UpstreamError("the peer sent text that is none")
+
+
+def parse_peer_usage(value: Any) -> dict[str, Any] | None:
+    """A peer's `usage` with the counts that clients rely on, None if it has none."""
+    if not isinstance(value, dict):
+        return None
+    counts = [as_integer(value.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(count is not None and 0 <= count <= MAX_COUNT for count in counts) or not any(counts):
+        return None
+    prompt, completion = cast("list[int]", counts)
+    details = {
+        name: value[name]
+        for name in ("prompt_tokens_details", "completion_tokens_details")
+        if isinstance(value.get(name), dict)
+    }
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        **details,
+    }
+
+
+def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
+    """The body of a peer's error answer as clients expect it, whatever form the peer gave it."""
+    try:
+        value = parse_json(data)
+    except JsonError:
+        value = None
+    error = value.get("error", value) if isinstance(value, dict) else None
+    if isinstance(error, str):
+        error = {"message": error}
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        error = {"message": f"the peer refused the request (HTTP {status})"}
+    return {"error": {"type": "invalid_request_error", "param": None, "code": None, **error}}
+
+
+class ChoiceState:
+    """One choice of a peer's stream: whether it has begun and ended, and which tool calls it has."""
+
+    def __init__(self, call_id_prefix: str) -> None:
+        self.has_begun = False
+        self.finish_reason: str | None = None
+        self._call_id_prefix = call_id_prefix
+        self._calls: list[tuple[int | None, str]] = []  # the peer's index and id of each call; ours is the position
+
+    def read_finish_reason(self, value: Any) -> str | None:
+        """One of the words that clients know, None while the choice goes on."""
+        if not isinstance(value, str) or value in ("", "null"):
+            return None
+        reason = _FINISH_REASONS.get(value, "stop")
+        return "tool_calls" if reason == "stop" and self._calls else reason
+
+    def read_tool_call(self, value: Any) -> dict[str, Any]:
+        """A fragment of a tool call with its index; the first one of a call has id, type and name."""
+        if not isinstance(value, dict):
+            raise UpstreamError("the peer sent a tool call that is none")
+        function = value.get("function")
+        function = function if isinstance(function, dict) else {}
+        name = read_peer_text(function.get("name"))
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else "" if arguments is None else encode_json(arguments).decode()
+        position = self._find_call(as_integer(value.get("index")), read_peer_text(value.get("id")), bool(name))
+        if position is not None:
+            return {"index": position, "function": {"arguments": text}}
+        position = len(self._calls) - 1
+        call_id = self._calls[position][1]
+        return {"index": position, "id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+    def _find_call(self, index: int | None, call_id: str, has_name: bool) -> int | None:
+        """The position of the call that a fragment continues; None after it was entered as a new one.
+
+        Servers that number none of their calls, or all of them 0, still give each an id or name it once.
+        """
+        for position, (known_index, known_id) in enumerate(self._calls):
+            if (call_id == known_id) if call_id else (index == known_index and index is not None and not has_name):
+                return position
+        if index is None and not call_id and not has_name and self._calls:
+            return len(self._calls) - 1
+        if len(self._calls) >= MAX_CHOICES:
+            raise UpstreamError("the peer sent too many tool calls")
+        self._calls.append((index, call_id or f"call_{self._call_id_prefix}{len(self._calls)}"))
+        return None
+
+
+class ChunkNormalizer:
+    """A peer's chunks in the form that clients depend on. Pure.
+
+    Id, created and model are the same on every chunk; each choice begins with its role, once, and ends with one
+    chunk that has a finish reason and nothing else; usage stands apart. Nothing comes out before there is content.
+    """
+
+    def __init__(self, form: ForwardForm, head: AnswerHead, *, include_usage: bool) -> None:
+        self.head = head
+        self.usage: dict[str, Any] | None = None
+        self.timings: dict[str, Any] | None = None
+        self.choices: dict[int, ChoiceState] = {}
+        self._is_chat = form is ForwardForm.CHAT
+        self._object = "chat.completion.chunk" if self._is_chat else "text_completion"
+        self._include_usage = include_usage
+        self._has_model = False
+
+    def normalize(self, value: Any) -> list[dict[str, Any]]:
+        """The chunks that the client gets for one of the peer's, or for its whole answer if it does not stream.
+
+        AttemptError for an error in the peer's words, UpstreamError for what is no chunk.
+        """
+        if not isinstance(value, dict):
+            raise UpstreamError("the peer sent something that is no chunk")
+        if value.get("error"):
+            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream")
+        self._note_model(value.get("model"))
+        self.usage = parse_peer_usage(value.get("usage")) or self.usage
+        self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
+        choices = value.get("choices")
+        if not isinstance(choices, list):
+            choices = []
+        return [chunk for choice in choices for chunk in self._normalize_choice(choice)]
+
+    def build_tail(self) -> dict[str, Any] | None:
+        """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
+        if not self.choices or not all(state.finish_reason for state in self.choices.values()):
+            raise UpstreamLostError("the peer stopped in the middle of its answer")
+        if not self._include_usage or self.usage is None:
+            return None
+        timings = {} if self.timings is None else {"timings": self.timings}
+        return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
+
+    def _note_model(self, model: Any) -> None:
+        """The first name that the peer gives is what served."""
+        if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
+            self._has_model = True
+            self.head = replace(self.head, model=model)
+
+    def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
+        index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
+        if index is None or not 0 <= index < MAX_CHOICES:
+            raise UpstreamError("the peer sent a choice that is none")
+        state = self.choices.get(index)
+        if state is None:
+            state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
+        if state.finish_reason is not None:
+            return
+        delta = self._read_delta(choice, state)
+        logprobs = choice.get("logprobs") if isinstance(choice.get("logprobs"), dict) else None
+        state.finish_reason = state.read_finish_reason(choice.get("finish_reason"))
+        if (delta or logprobs or state.finish_reason) and not state.has_begun:
+            state.has_begun = True
+            if self._is_chat:
+                yield self._build_chunk(index, CHAT_ROLE_DELTA, None, None)
+        if delta or logprobs:
+            yield self._build_chunk(index, delta or {"content": ""}, None, logprobs)
+        if state.finish_reason is not None:
+            yield self._build_chunk(index, {}, state.finish_reason, None)
+
+    def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
+        delta = choice.get("delta", choice.get("message"))
+        if delta is None:
+            delta = {"content": choice.get("text")}
+        if not isinstance(delta, dict):
+            raise UpstreamError("the peer sent a delta that is none")
+        read: dict[str, Any] = {name: text for name in _DELTA_TEXTS if (text := read_peer_text(delta.get(name)))}
+        calls = delta.get("tool_calls")
+        if isinstance(calls, list) and calls:
+            read["tool_calls"] = [state.read_tool_call(call) for call in calls]
+        if isinstance(delta.get("function_call"), dict):
+            read["function_call"] = delta["function_call"]
+        return read
+
+    def _build_chunk(
+        self, index: int, delta: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        content = {"delta": dict(delta)} if self._is_chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
+        return build_chunk(self.head, self._object, choice, self._include_usage)
+
+
+class AnswerAssembler:
+    """Gathers normalized chunks into the answer for a client that did not stream. Pure."""
+
+    def __init__(self, form: ForwardForm) -> None:
+        self._is_chat = form is ForwardForm.CHAT
+        self._texts: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self._calls: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._functions: dict[int, dict[str, str]] = defaultdict(lambda: {"name": "", "arguments": ""})
+        self._logprobs: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+        self._finish_reasons: dict[int, str] = {}
+
+    def add_text(self, index: int, name: str, text: str) -> None:
+        """More of one text of choice `index`."""
+        self._texts[index][name].append(text)
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """A normalized chunk."""
+        for choice in chunk["choices"]:
+            index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
+            for name, value in delta.items():
+                if name == "tool_calls":
+                    self._add_calls(self._calls[index], value)
+                elif name == "function_call":
+                    for part in ("name", "arguments"):
+                        self._functions[index][part] += read_peer_text(value.get(part))
+                elif name != "role":
+                    self.add_text(index, name, value)
+            for name, values in (choice["logprobs"] or {}).items():
+                if isinstance(values, list):
+                    self._logprobs[index][name].extend(values)
+            if choice["finish_reason"] is not None:
+                self._finish_reasons[index] = choice["finish_reason"]
+
+    def build(self, head: AnswerHead, usage: dict[str, Any] | None, timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The whole answer. Its `usage` is missing if the peer gave none."""
+        choices = [
+            {
+                "index": index,
+                **self._build_content(index),
+                "finish_reason": finish_reason,
+                "logprobs": {"refusal": None, **self._logprobs[index]} if index in self._logprobs else None,
+            }
+            for index, finish_reason in sorted(self._finish_reasons.items())
+        ]
+        answer = build_answer(head, "chat.completion" if self._is_chat else "text_completion", choices)
+        return answer | ({"usage": usage} if usage else {}) | ({"timings": timings} if timings else {})
+
+    def _add_calls(self, calls: list[dict[str, Any]], fragments: Sequence[Mapping[str, Any]]) -> None:
+        for fragment in fragments:
+            if fragment["index"] == len(calls):
+                calls.append(
+                    {name: fragment[name] for name in ("id", "type")} | {"function": dict(fragment["function"])}
+                )
+            else:
+                calls[fragment["index"]]["function"]["arguments"] += fragment["function"]["arguments"]
+
+    def _build_content(self, index: int) -> dict[str, Any]:
+        texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
+        if not self._is_chat:
+            return {"text": texts.get("text", "")}
+        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None, **texts}
+        if index in self._calls:
+            message["tool_calls"] = self._calls[index]
+        if index in self._functions:
+            message["function_call"] = self._functions[index]
+        if "content" not in texts or (not texts["content"] and (index in self._calls or index in self._functions)):
+            message["content"] = None
+        return {"message": message}
+
+
+class ChunkTemplate:
+    """Chunks that differ in one text only: how the peer writes them around it, and how we do.
+
+    A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
+    """
+
+    __slots__ = ("after", "before", "index", "name", "our_after", "our_before")
+
+    def __init__(self, event: bytes, start: int, end: int, our_before: bytes, our_after: bytes) -> None:
+        self.before, self.after = event[:start], event[end:]
+        self.our_before, self.our_after = our_before, our_after
+        self.index = 0
+        self.name = ""
+
+    def find_text(self, event: bytes) -> bytes:
+        """The text within `event`, empty if the event is of another form or its text not plain."""
+        if not event.startswith(self.before) or not event.endswith(self.after):
+            return b""
+        text = event[len(self.before) : len(event) - len(self.after)]
+        if not _PLAIN_STRING.fullmatch(text):
+            return b""
+        if not text.isascii():
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                return b""
+        return text
+
+
+# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
+_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+
+
+def learn_template(event: bytes, value: dict[str, Any], chunk: dict[str, Any]) -> ChunkTemplate | None:
+    """The template of an event that says `value` and became `chunk`; None unless they differ in one text only.
+
+    That the text stands where it seems to is proved by parsing the event with another text in its place.
+    """
+    ours = chunk["choices"][0]
+    container = value["choices"][0] if "text" in ours else value["choices"][0].get("delta")
+    names = ["text"] if "text" in ours else list(ours["delta"])
+    if len(names) != 1 or ours["finish_reason"] or ours["logprobs"] or len(value["choices"]) != 1:
+        return None
+    name = names[0]
+    found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+    if name not in (*_DELTA_TEXTS, "text") or not isinstance(container, dict) or found is None:
+        return None
+    start, end = found.span(1)
+    container[name] = ""
+    if parse_json(event[:start] + event[end:]) != value:
+        return None
+    (ours if name == "text" else ours["delta"])[name] = ""
+    before, mark, after = encode_json_event(chunk).partition(b'"%b":"' % name.encode())
+    template = ChunkTemplate(event, start, end, before + mark, after)
+    template.index, template.name = ours["index"], name
+    return template
+
+
+class PeerStream:
+    """A peer's event stream put in order: its bytes in, the client's out (none with an assembler). Pure.
+
+    `has_content`: the commit point has come. `is_done`: the end has come, and all that belongs before it.
+    """
+
+    def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
+        self._normalizer = normalizer
+        self._assembler = assembler
+        self._parser = SseParser()
+        self._template: ChunkTemplate | None = None
+        self._templates_in_vain = 0
+        self._fed_bytes = 0
+        self.has_content = False
+        self.is_done = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets for a piece of the stream. UpstreamError for what no client should see."""
+        self._fed_bytes += len(data)
+        if self._assembler is not None and self._fed_bytes > FORWARD_ANSWER_LIMIT_BYTES:
+            raise UpstreamError(f"the peer's answer is larger than {FORWARD_ANSWER_LIMIT_BYTES // MIB} MiB")
+        pieces = []
+        for event in self._split(data):
+            if self.is_done:
+                break
+            template = self._template
+            text = template.find_text(event) if template is not None else b""
+            if template is None or not text:
+                pieces.append(self._read_event(event))
+            elif self._assembler is None:
+                self._templates_in_vain = 0
+                pieces += (template.our_before, text, template.our_after)
+            else:
+                self._templates_in_vain = 0
+                self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
+        return b"".join(pieces)
+
+    def feed_whole(self, data: bytes) -> bytes:
+        """The same for the answer of a peer that does not stream."""
+        try:
+            return self._put_in_order(parse_json(data))[0] + self._finish()
+        except JsonError as exc:
+            raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
+
+    def _split(self, data: bytes) -> list[bytes]:
+        """The data of each event; quickly where whole events of one line come, as they usually do."""
+        if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
+            events = data[6:-2].split(b"\n\ndata: ")
+            if data.count(b"\n") == 2 * len(events) and b"\r" not in data and len(data) <= SSE_EVENT_LIMIT_BYTES:
+                return events
+        try:
+            return [event.data.encode() for event in self._parser.feed(data)]
+        except SseError as exc:
+            raise UpstreamError(f"the peer's stream has {exc}") from exc
+
+    def _read_event(self, event: bytes) -> bytes:
+        if event == b"[DONE]":
+            return self._finish()
+        try:
+            value = parse_json(event)
+        except JsonError as exc:
+            raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
+        encoded, chunks = self._put_in_order(value)
+        self._template = None
+        if len(chunks) == 1 and self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
+            self._template = learn_template(event, value, chunks[0])
+            self._templates_in_vain += 1
+        return encoded
+
+    def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
+        chunks = self._normalizer.normalize(value)
+        self.has_content = self.has_content or bool(chunks)
+        if self._assembler is None:
+            return b"".join(map(encode_json_event, chunks)), chunks
+        for chunk in chunks:
+            self._assembler.add(chunk)
+        return b"", chunks
+
+    def _finish(self) -> bytes:
+        tail = self._normalizer.build_tail()
+        self.is_done = True
+        return (encode_json_event(tail) if tail is not None else b"") + encode_sse_event("[DONE]")
+
+
+def encode_peer_embeddings(data: bytes, model_id: str, count: int, encoding_format: str) -> bytes:
+    """A peer's embeddings as `POST /v1/embeddings` answers: `count` vectors in order, in the format asked for."""
+    try:
+        value = parse_json(data)
+    except JsonError as exc:
+        raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
+    items = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(items, list) or len(items) != count:
+        raise UpstreamError("the peer did not send as many embeddings as it was given inputs")
+    model, usage = value.get("model"), parse_peer_usage(value.get("usage"))
+    model_id = model if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS else model_id
+    prompt_tokens = usage["prompt_tokens"] if usage else 0
+    answer = build_embeddings(model_id, [parse_peer_vector(item) for item in items], prompt_tokens, encoding_format)
+    if not prompt_tokens:
+        del answer["usage"]
+    return encode_json(answer)
+
+
+def parse_peer_vector(item: Any) -> Sequence[float]:
+    """One embedding, numbers or base64 of little-endian float32."""
+    vector = item.get("embedding") if isinstance(item, dict) else None
+    if isinstance(vector, str):
+        try:
+            packed = base64.b64decode(vector, validate=True)
+            vector = struct.unpack(f"<{len(packed) // 4}f", packed)
+        except (ValueError, struct.error) as exc:
+            raise UpstreamError("the peer sent an embedding that is no base64 of floats") from exc
+    is_sound = isinstance(vector, list | tuple) and all(type(number) in (int, float) for number in vector)
+    if not vector or not is_sound or not all(map(math.isfinite, vector)):
+        raise UpstreamError("the peer sent an embedding that is none")
+    return cast("Sequence[float]", vector)
+
+
+# Asking
+
+
+def judge_status(status: int) -> AttemptOutcome:
+    """What a status other than 200 means for the next step."""
+    named = {
+        401: AttemptOutcome.UNAUTHORIZED,
+        404: AttemptOutcome.NO_MODEL,
+        408: AttemptOutcome.TIMEOUT,
+        429: AttemptOutcome.BUSY,
+    }
+    if status in named:
+        return named[status]
+    if status >= 500:
+        return AttemptOutcome.SERVER_ERROR
+    return AttemptOutcome.REFUSED if status >= 400 else AttemptOutcome.BROKEN
+
+
+def judge_error(error: UpstreamError) -> AttemptOutcome:
+    """What an error before the commit point means for the next step."""
+    if isinstance(error, AttemptError):
+        return error.outcome
+    if isinstance(error, UpstreamConnectError):
+        return AttemptOutcome.UNREACHABLE
+    return AttemptOutcome.TIMEOUT if isinstance(error, UpstreamTimeoutError) else AttemptOutcome.BROKEN
+
+
+def parse_retry_after(headers: Headers) -> int:
+    """A peer's `Retry-After` in seconds, 0 if it gave none that is a number."""
+    try:
+        return parse_decimal(headers.get("retry-after"), maximum=3600)
+    except ValueError:
+        return 0
+
+
+class PeerExchange:
+    """One peer asked for one request: sends it, reads the answer piece by piece, measures, and ends exactly once."""
+
+    def __init__(
+        self,
+        client: HttpClient,
+        request: ForwardRequest,
+        target: ForwardTarget,
+        budgets: ForwardBudgets,
+        on_end: Callable[[ForwardReport], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._request = request
+        self.target = target
+        self._budgets = budgets
+        self._on_end = on_end
+        self._started_at = self._loop.time()
+        self._content_at: float | None = None  # when the first content came
+        self._written_at = self._started_at
+        self._has_ended = False
+        prefix = "chatcmpl-" if request.form is ForwardForm.CHAT else "cmpl-"
+        head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
+        self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
+        self.assembler = None if request.is_stream else AnswerAssembler(request.form)
+        self.stream = PeerStream(self.normalizer, self.assembler)
+        self._exchange = self._build_exchange(client)
+
+    def _build_exchange(self, client: HttpClient) -> ClientExchange:
+        request, target, budgets = self._request, self.target, self._budgets
+        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        url = parse_http_url(target.base_url + request.form.value)
+        headers = build_forward_headers(request)
+        if target.sign is not None:
+            headers += target.sign("POST", url.target, body)
+        self._budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=self._budget_s, idle_s=self._budget_s)
+        return client.request("POST", url, headers=headers, body=body, budgets=waits)
+
+    async def open(self) -> ClientResponse:
+        """Sends the request; the answer's head, if it is a 200 or the client's own fault. AttemptError otherwise."""
+        self._response = response = await self._exchange.open()
+        response.end_within(self._started_at + self._budget_s - self._loop.time())
+        if response.status != 200:
+            outcome = judge_status(response.status)
+            if outcome is not AttemptOutcome.REFUSED:
+                raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
+        return response
+
+    async def read_first(self) -> bytes:
+        """What the client gets first: content, or for a long prefill a sign of life (then `has_content` is False)."""
+        media_type = self._response.headers.get("content-type").partition(";")[0].strip().lower()
+        if media_type == "application/json":
+            first = self.stream.feed_whole(await self._response.read(FORWARD_ANSWER_LIMIT_BYTES))
+            self._note_content()
+            self.end(ForwardOutcome.COMPLETED)
+            return first
+        if media_type != "text/event-stream":
+            raise UpstreamError("the peer sent neither events nor JSON")
+        return await self.read()
+
+    async def read(self) -> bytes:
+        """What the client gets next; an empty piece when there is nothing for it yet but content has come."""
+        while True:
+            data = await self._response.read_piece()
+            if not data:
+                raise UpstreamLostError("the peer ended its stream too early")
+            piece = self.stream.feed(data)
+            if self.stream.has_content:
+                if self._content_at is None:
+                    self._note_content()
+                if self.stream.is_done:
+                    self._response.leave_rest()
+                    self.end(ForwardOutcome.COMPLETED)
+                if piece or self.assembler is not None:
+                    self._written_at = self._loop.time()
+                    return piece
+            if self.assembler is None and self._loop.time() - self._written_at >= PING_INTERVAL_S:
+                self._written_at = self._loop.time()
+                return PING
+
+    async def read_embeddings(self) -> bytes:
+        """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
+        parsed = parse_embeddings_request(self._request.body)
+        data = await self._response.read(FORWARD_ANSWER_LIMIT_BYTES)
+        arguments = (data, self.target.model_id, len(parsed.embedding.inputs), parsed.encoding_format)
+        if len(data) > LARGE_ANSWER_BYTES:
+            answer = await asyncio.to_thread(encode_peer_embeddings, *arguments)
+        else:
+            answer = encode_peer_embeddings(*arguments)
+        self._note_content()
+        return answer
+
+    def end(self, outcome: ForwardOutcome) -> None:
+        """Gives up the connection and reports, the first time only."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._exchange.release()
+            self._on_end(self._build_report(outcome))
+
+    def abandon(self) -> None:
+        """Ends without a report: the answer was none."""
+        self._has_ended = True
+        self._exchange.release()
+
+    def _note_content(self) -> None:
+        """The commit point."""
+        self._content_at = self._loop.time()
+        self._response.end_within(None)
+        self._response.idle_s = self._budgets.silence_s
+
+    def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
+        now, content_at = self._loop.time(), self._content_at
+        usage = self.normalizer.usage or {}
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        first_content_s = None if content_at is None else content_at - self._started_at
+        rates = [read_rate(self.normalizer.timings, name) for name in ("prompt_per_second", "predicted_per_second")]
+        if rates[0] is None and prompt and first_content_s:
+            rates[0] = prompt / first_content_s
+        if rates[1] is None and completion and content_at is not None and completion > 1 and now > content_at:
+            rates[1] = (completion - 1) / (now - content_at)
+        return ForwardReport(
+            target=self.target,
+            outcome=outcome,
+            duration_s=now - self._started_at,
+            first_content_s=first_content_s,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            prefill_tok_per_s=rates[0],
+            decode_tok_per_s=rates[1],
+        )
+
+
+def read_rate(timings: Mapping[str, Any] | None, name: str) -> float | None:
+    """A rate that llama-server's `timings` give, None if it is none."""
+    rate: Any = (timings or {}).get(name)
+    return float(rate) if type(rate) in (int, float) and 0 < rate < 1e6 else None
+
+
+class ForwardedStream:
+    """The bytes of a stream that a peer serves; closing it ends the peer's work.
+
+    When the peer fails, an error is the last event, nothing says [DONE], and the iteration raises PeerError.
+    """
+
+    def __init__(self, exchange: PeerExchange, first: bytes) -> None:
+        self._exchange = exchange
+        self._first = first
+        self._error: PeerError | None = None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        if self._error is not None:
+            raise self._error
+        if self._exchange.stream.is_done:
+            raise StopAsyncIteration
+        try:
+            return await self._exchange.read()
+        except UpstreamError as exc:
+            self._exchange.end(ForwardOutcome.PEER_FAILED)
+            self._error = build_peer_failure(self._exchange.target, exc)
+            return encode_json_event(build_error_body(self._error))
+
+    async def aclose(self) -> None:
+        self._exchange.end(ForwardOutcome.CLIENT_LEFT)
+
+
+def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError:
+    """The client's error for a peer that failed after the commit point."""
+    name = display_name(target.device_name or target.device_id)
+    return PeerError(f"{name} began to answer and failed: {error.message}; what came before is incomplete")
+
+
+class Forwarder:
+    """Asks peers in turn until one answers. Reports every attempt when it is decided, every answer when it ends."""
+
+    def __init__(
+        self,
+        client: HttpClient,
+        *,
+        on_attempt: Callable[[Attempt], None],
+        on_end: Callable[[ForwardReport], None],
+        budgets: ForwardBudgets | None = None,
+    ) -> None:
+        self._client = client
+        self._on_attempt = on_attempt
+        self._on_end = on_end
+        self._budgets = budgets or ForwardBudgets()
+
+    async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
+        """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
+
+        Cancelling ends the peer's work. A streamed answer is begun at its first content; only where a peer shows
+        signs of life without any for PING_INTERVAL_S it is begun then, and can no longer change its peer.
+        """
+        attempts: list[Attempt] = []
+        for target in targets:
+            exchange = PeerExchange(self._client, request, target, self._budgets, self._on_end)
+            try:
+                answer = await self._ask(exchange, request, attempts)
+            except UpstreamError as exc:
+                exchange.abandon()
+                if isinstance(exc, PeerError):
+                    raise
+                outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
+                self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
+                continue
+            except BaseException:
+                exchange.end(ForwardOutcome.CLIENT_LEFT)
+                raise
+            return Forwarded(answer=answer, attempts=tuple(attempts))
+        return Forwarded(answer=None, attempts=tuple(attempts))
+
+    def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
+        attempts.append(attempt)
+        self._on_attempt(attempt)
+
+    def _commit(self, attempts: list[Attempt], target: ForwardTarget) -> None:
+        outcome = AttemptOutcome.COMMITTED
+        self._note(attempts, Attempt(target=target, outcome=outcome, reason=outcome.value))
+
+    async def _ask(self, exchange: PeerExchange, request: ForwardRequest, attempts: list[Attempt]) -> ForwardAnswer:
+        response = await exchange.open()
+        target = exchange.target
+        if response.status != 200:
+            return await self._refuse(exchange, response, attempts)
+        if request.form is ForwardForm.EMBEDDINGS:
+            body = await exchange.read_embeddings()
+            self._commit(attempts, target)
+            exchange.end(ForwardOutcome.COMPLETED)
+            return ForwardAnswer(status=200, headers=(JSON_HEADER, *build_served_by_headers(target)), body=body)
+        first = await exchange.read_first()
+        self._commit(attempts, target)
+        if request.is_stream:
+            headers = SSE_HEADERS + build_served_by_headers(target)
+            return ForwardAnswer(status=200, headers=headers, body=ForwardedStream(exchange, first))
+        body = await self._read_whole(exchange)
+        return ForwardAnswer(status=200, headers=(JSON_HEADER, *build_served_by_headers(target)), body=body)
+
+    async def _read_whole(self, exchange: PeerExchange) -> bytes:
+        try:
+            while not exchange.stream.is_done:
+                await exchange.read()
+        except UpstreamError as exc:
+            exchange.end(ForwardOutcome.PEER_FAILED)
+            raise build_peer_failure(exchange.target, exc) from exc
+        normalizer, assembler = exchange.normalizer, exchange.assembler
+        assert assembler is not None  # the client did not stream
+        return encode_json(assembler.build(normalizer.head, normalizer.usage, normalizer.timings))
+
+    async def _refuse(self, exchange: PeerExchange, response: ClientResponse, attempts: list[Attempt]) -> ForwardAnswer:
+        """The peer's refusal of the request itself, which every other peer would repeat."""
+        data = await response.read(PEER_ERROR_LIMIT_BYTES)
+        reason = f"it answered {response.status}"
+        self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
+        exchange.end(ForwardOutcome.REFUSED)
+        retry_after_s = parse_retry_after(response.headers)
+        should_retry = response.headers.get("x-should-retry", "false")
+        headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
+        if retry_after_s:
+            headers.append(("Retry-After", str(min(retry_after_s, 60))))
+        headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
+        body = encode_json(build_peer_error(response.status, data))
+        return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+
+
 # ---- HTTP server ----------------------------------------------------------------------
 # Connections: limits, deadlines, who may speak (Host, Origin, keys), graceful stop.
 
@@ -15396,7 +16382,9 @@ class HttpServer:
     def base_url(self) -> str:
         """What a client on this machine is given, as in `http://127.0.0.1:38883/v1`."""
         host, port = self.addresses[0]
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        if host in ("0.0.0.0", "::"):  # the latter takes both families where it can
+            host = "127.0.0.1" if host == "0.0.0.0" or socket.has_dualstack_ipv6() else "::1"
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls_context else 'http'}://{host}:{port}/v1"
 
     @property
@@ -15513,16 +16501,9 @@ class HttpServer:
 # ---- Routes ---------------------------------------------------------------------------
 # The OpenAI routes and our own, over an engine with a bounded queue.
 
-PING = encode_sse_comment("ping")
-PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
 LARGE_BODY_BYTES = MIB
 RETRY_AFTER_LIMITS_S = (1, 60)  # what SDKs accept
 DURATION_WEIGHT = 0.3  # of the newest request in the average that Retry-After is made from
-SSE_HEADERS = (
-    ("Content-Type", "text/event-stream"),
-    ("Cache-Control", "no-cache"),
-    ("X-Accel-Buffering", "no"),
-)
 LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
 PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
 PEER_WAITING = 8  # and so many waiting
@@ -15778,11 +16759,6 @@ def build_tenant(request: HttpRequest) -> str:
 def count_choices(parsed: ChatRequest | CompletionRequest) -> int:
     """How many choices each prompt has."""
     return parsed.n if isinstance(parsed, CompletionRequest) else len(parsed.generations)
-
-
-def encode_json_event(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event whose data is JSON."""
-    return encode_sse_event(encode_json(value).decode())
 
 
 class EventStreamBody:
@@ -16101,9 +17077,9 @@ class Service:
         headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
-            if placement.answer is not None:
-                answer = placement.answer
-                return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
+            forwarded = placement.answer
+            if forwarded is not None:
+                return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
         if self._local is None:
             raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
@@ -16323,7 +17299,7 @@ class Offloading:
         target = report.target
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
-        if report.decode_tok_per_s is not None and target.model_id is not None:
+        if report.decode_tok_per_s is not None and target.model_id:
             self._monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
@@ -16490,8 +17466,6 @@ class DeviceService:
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
-PAIRINGS_REFRESH_S = 5.0  # after which a command that wrote the file without asking is noticed
-PAIRINGS_FLUSH_TICKS = 12  # refreshes between two saves of what is only noted
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -16594,11 +17568,6 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise UsageError("an API key must be printable ASCII without blanks")
     return tuple(keys)
-
-
-def read_clock_ms() -> int:
-    """Unix milliseconds."""
-    return int(time.time() * 1000)
 
 
 def parse_control_token(data: bytes) -> str:
@@ -16710,7 +17679,7 @@ class Devices:
         self._client: HttpClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._discovery: Discovery | None = None
+        self._discovery: Any = None
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
@@ -16795,7 +17764,7 @@ class Devices:
         self._server = server
         if self.store is not None:
             self.store.subscribe(self._end_revoked)
-            self._tasks.append(asyncio.create_task(self._keep_pairings(self.store), name="pairings"))
+            self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
         if self.monitor is not None:
             self.monitor.start()
 
@@ -16819,21 +17788,10 @@ class Devices:
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
-        if before is None or self._server is None or (after is not None and after.inbound_key == before.inbound_key):
+        if before is None or self._server is None or not has_lost_access(before, after):
             return
         ended = before.pairing_id
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
-
-    async def _keep_pairings(self, store: PairingStore) -> None:
-        """Take over what commands wrote, and save what was noted."""
-        for tick in itertools.count(1):
-            await asyncio.sleep(PAIRINGS_REFRESH_S)
-            await store.refresh()
-            if tick % PAIRINGS_FLUSH_TICKS == 0:
-                try:
-                    await store.flush()
-                except StorageError as exc:
-                    bridge_log.warning("the last uses of pairings are not saved: %s", exc)
 
 
 class DVAI:
@@ -16929,9 +17887,7 @@ class DVAI:
     async def start(self) -> None:
         """Listen, begin to load the model, and look for other devices."""
         offload = self.config.offload
-        foreign = None
-        if self.config.home is None:
-            foreign = choose_user_home(self._environ, sys.platform) / ".cache" / "dvai-bridge" / "pairings.json"
+        foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
         self._local = local = self._build_local()
@@ -17259,7 +18215,7 @@ examples:
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
-PLANNED_COMMANDS = ("identity", "provider")
+PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
@@ -17385,9 +18341,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
-    for word in (words[0], *(word.partition("=")[0] for word in words[1:])):
-        if word in PLANNED_OPTIONS or (word is words[0] and word in PLANNED_COMMANDS):
-            raise UsageError(f"{word} is not in this version yet, which only serves models on this machine")
+    for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
+        if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
+            raise UsageError(f"{word} is not in this version yet")
     arguments, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")

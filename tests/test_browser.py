@@ -127,7 +127,7 @@ def visit(tmp_path, server, url, *flags):
 
 
 def test_a_page_of_another_origin_gets_nothing(tmp_path):
-    with start_bridge(tmp_path / "home", "--lan", "--pairing", "allow") as running:
+    with start_bridge(tmp_path / "home", "--lan", "--host", "127.0.0.1", "--pairing", "allow") as running:
         server = PageServer(f"http://127.0.0.1:{running.port}", running.port)
         results = visit(tmp_path, server, f"http://127.0.0.1:{server.server_port}/page.html")
         server.shutdown()
@@ -139,7 +139,7 @@ def test_a_page_of_another_origin_gets_nothing(tmp_path):
 
 
 def test_a_page_behind_a_rebound_name_gets_nothing(tmp_path):
-    with start_bridge(tmp_path / "home", "--lan", "--pairing", "allow") as running:
+    with start_bridge(tmp_path / "home", "--lan", "--host", "127.0.0.1", "--pairing", "allow") as running:
         server = PageServer("http://evil.example", running.port)
         proxy = f"--proxy-server=127.0.0.1:{server.server_port}"
         results = visit(tmp_path, server, "http://evil.example/page.html", proxy)

@@ -13,6 +13,7 @@ from dvai_bridge import (
     HANDSHAKES_PER_ADDRESS_LIMIT,
     HANDSHAKES_WINDOW_MS,
     BridgeError,
+    GatewayTimeoutError,
     HandshakeLimiter,
     Headers,
     Identity,
@@ -351,8 +352,15 @@ def test_a_requester_that_hangs_up_ends_the_prompt(tmp_path):
             await first
         assert ended == [True] and request.is_over and desk.desk.pending == ()
         request.respond(True)
+        unread = asyncio.create_task(desk.ask(peerDeviceId="watch"))
+        await until(lambda: desk.desk._shown)
+        unread.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unread
+        reading = asyncio.create_task(anext(reader))
+        await asyncio.sleep(0)
         second = asyncio.create_task(desk.ask(peerDeviceId="tablet"))
-        assert (await asyncio.wait_for(anext(reader), PATIENCE_S)).peer_device_id == "tablet"
+        assert (await asyncio.wait_for(reading, PATIENCE_S)).peer_device_id == "tablet"
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
@@ -725,6 +733,7 @@ def test_a_target_that_speaks_noise_is_not_asked_readably(tmp_path):
             "cannot be reached: Connection refused",
         ),
         (TimeoutError(), PairingFailedError, "nobody answered"),
+        (GatewayTimeoutError("no answer in time"), PairingFailedError, "cannot be reached: no answer in time"),
     ],
 )
 def test_what_goes_wrong_is_said(tmp_path, outcome, error, says):
