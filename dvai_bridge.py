@@ -7211,7 +7211,7 @@ class Checked:
 
 @record(frozen=True, kw_only=True, slots=True)
 class RouteTarget:
-    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for; None, here only: the default.
 
     `substituted_for`: the model that was asked for, when the peer serves another quantisation of it. `score`: the
     effective one. `prefill_tok_per_s`: how fast the peer reads prompts, None while unknown.
@@ -7433,7 +7433,7 @@ def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate,
         via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
         return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
     found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
-    if found is None and candidate.models is not None:
+    if found is None and (candidate.models is not None or model is None):
         return _Offer(candidate=candidate, obstacle="does not have the model")
     known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
     score = policy.min_local_capability if known is None else known
@@ -13988,10 +13988,10 @@ class KnownPeer:
         if self.state is PeerState.SEEN:
             doubled_s = intervals.back_off_s * PEER_BACK_OFF_FACTOR ** min(max(self.failures - 1, 0), 32)
             base_s = min(doubled_s, PEER_BACK_OFF_LIMIT_S)
-        elif self.state is PeerState.REACHABLE:
-            base_s = intervals.unpaired_s
+        elif self.health is PeerHealth.LOADING:
+            base_s = intervals.loading_s
         else:
-            base_s = intervals.loading_s if self.health is PeerHealth.LOADING else intervals.usable_s
+            base_s = intervals.unpaired_s if self.state is PeerState.REACHABLE else intervals.usable_s
         return base_s * (0.5 + jitter)
 
 
