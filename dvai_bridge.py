@@ -17393,7 +17393,7 @@ class DeviceService:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
         speed = await self._get_speed()
         scores = [] if speed is None else [speed.score]
-        if not request.is_loopback:
+        if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
 
