@@ -2135,6 +2135,395 @@ class SseParser:
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
 
 
+# ---- DNS ------------------------------------------------------------------------------
+# Messages of multicast DNS and the texts of DNS-SD (RFC 1035, 6762, 6763): bytes in, values out. Pure.
+#
+#     00 00 84 00 00 00 00 01 00 00 00 00            id 0, answer, authoritative; 0 questions, 1 answer, 0, 0
+#     05 _http 04 _tcp 05 local 00                   name, at offset 12
+#     00 0c 00 01 00 00 00 78 00 04 01 a c0 0c       PTR, class IN, 120 s, 4 bytes: `a`, then the name at offset 12
+
+MDNS_PACKET_LIMIT_BYTES = 9000  # RFC 6762 section 17
+DNS_RECORDS_LIMIT = 64  # of one packet, and as many questions: 65,535 that a header may promise
+DNS_NAME_LIMIT_BYTES = 255  # RFC 1035 section 2.3.4, which a chain of compression pointers would pass
+DNS_LABEL_LIMIT_BYTES = 63
+DNS_POINTERS_LIMIT = 32  # pointers to pointers to pointers, in each of many names
+TXT_STRING_LIMIT_BYTES = 255
+
+DNS_CLASS_IN = 1
+DNS_RESPONSE = 0x8000  # flags: an answer …
+DNS_AUTHORITATIVE = 0x0400  # … by who owns the record
+DNS_TRUNCATED = 0x0200  # flag: more known answers follow in the next packet
+_DNS_CLASS_TOP_BIT = 0x8000  # of a question: wants unicast; of a record: replaces all others of its name and type
+_DNS_POINTER_MASK = 0xC0
+_DNS_OFFSET_LIMIT = 0x4000
+
+# A name as its labels, without the empty one of the root: ("DVAI Hub", "_dvai-bridge", "_tcp", "local"). Instance
+# names hold dots and spaces, so that a text with dots would not do. Bytes that are no UTF-8 are surrogate escapes.
+DnsName = tuple[str, ...]
+
+
+class DnsError(ProtocolError):
+    """The bytes are no DNS message, or one that passes a bound; whoever sent it gets no answer."""
+
+
+class DnsType(enum.IntEnum):
+    """The record types that DNS-SD needs."""
+
+    A = 1
+    PTR = 12
+    TXT = 16
+    AAAA = 28
+    SRV = 33
+    NSEC = 47
+    ANY = 255
+
+
+@record(frozen=True, slots=True)
+class PtrData:
+    """A PTR record's name: what is offered under this one."""
+
+    target: DnsName
+
+
+@record(frozen=True, slots=True)
+class SrvData:
+    """An SRV record: the host and port of a service (RFC 2782)."""
+
+    target: DnsName
+    port: int
+    priority: int = 0
+    weight: int = 0
+
+
+@record(frozen=True, slots=True)
+class TxtData:
+    """A TXT record's strings, each of at most 255 bytes."""
+
+    strings: tuple[bytes, ...]
+
+
+@record(frozen=True, slots=True)
+class NsecData:
+    """Which types a name has, and so which it has not (RFC 6762 section 6.1); types from 256 on are left out."""
+
+    next_name: DnsName
+    types: tuple[int, ...]
+
+
+@record(frozen=True, slots=True)
+class OtherData:
+    """The bytes of a record whose type is none of ours."""
+
+    type: int
+    data: bytes
+
+
+DnsData = ipaddress.IPv4Address | ipaddress.IPv6Address | PtrData | SrvData | TxtData | NsecData | OtherData
+
+
+@record(frozen=True, slots=True)
+class DnsQuestion:
+    """A name and type that somebody asks for. `wants_unicast`: the QU bit (RFC 6762 section 5.4)."""
+
+    name: DnsName
+    type: int
+    wants_unicast: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+
+@record(frozen=True, slots=True)
+class DnsRecord:
+    """A resource record. `replaces`: the cache-flush bit, all others of this name and type are outdated."""
+
+    name: DnsName
+    data: DnsData
+    ttl_s: int
+    replaces: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+    @property
+    def type(self) -> int:
+        """The record type, which the data tells."""
+        data = self.data
+        if isinstance(data, OtherData):
+            return data.type
+        if isinstance(data, ipaddress.IPv4Address):
+            return DnsType.A
+        if isinstance(data, ipaddress.IPv6Address):
+            return DnsType.AAAA
+        if isinstance(data, PtrData):
+            return DnsType.PTR
+        if isinstance(data, SrvData):
+            return DnsType.SRV
+        return DnsType.TXT if isinstance(data, TxtData) else DnsType.NSEC
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DnsMessage:
+    """A whole message, with its four sections."""
+
+    id: int = 0
+    flags: int = 0
+    questions: tuple[DnsQuestion, ...] = ()
+    answers: tuple[DnsRecord, ...] = ()
+    authorities: tuple[DnsRecord, ...] = ()
+    additionals: tuple[DnsRecord, ...] = ()
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it answers instead of asking."""
+        return bool(self.flags & DNS_RESPONSE)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether operation and result code are 0; others are to be ignored (RFC 6762 sections 18.3 and 18.11)."""
+        return not self.flags & 0x780F
+
+
+def fold_dns_name(name: DnsName) -> DnsName:
+    """The name in the form in which equal names are equal: A to Z in lower case, nothing else changed."""
+    return tuple(_ASCII_LOWER.sub(lambda match: match[0].lower(), label) for label in name)
+
+
+_ASCII_LOWER = re.compile("[A-Z]+")
+
+
+def parse_dns_message(data: bytes) -> DnsMessage:
+    """A message as it came in one packet; what follows its last record is ignored. DnsError.
+
+    Every pointer must point back, before the run of labels in which it stands: so no chain of them can loop.
+    """
+    if len(data) > MDNS_PACKET_LIMIT_BYTES:
+        raise DnsError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    reader = _DnsReader(data)
+    message_id, flags, *counts = (reader.take_number(2) for _ in range(6))
+    if counts[0] > DNS_RECORDS_LIMIT or sum(counts[1:]) > DNS_RECORDS_LIMIT:
+        raise DnsError(f"a DNS message of more than {DNS_RECORDS_LIMIT} records or questions")
+    questions = tuple(_read_question(reader) for _ in range(counts[0]))
+    answers, authorities, additionals = (tuple(_read_record(reader) for _ in range(count)) for count in counts[1:])
+    return DnsMessage(
+        id=message_id,
+        flags=flags,
+        questions=questions,
+        answers=answers,
+        authorities=authorities,
+        additionals=additionals,
+    )
+
+
+class _DnsReader:
+    """A place in a message, and what can be read there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes."""
+        start, self.position = self.position, self.position + size
+        if self.position > len(self._data):
+            raise DnsError("a DNS message that ends too early")
+        return self._data[start : self.position]
+
+    def take_number(self, size: int) -> int:
+        """The next bytes as an unsigned number."""
+        return int.from_bytes(self.take(size), "big")
+
+    def take_name(self) -> DnsName:
+        """The name here, wherever its pointers lead; reading goes on behind the first pointer."""
+        labels: list[str] = []
+        size, run_start, end, pointers = 1, self.position, None, 0
+        while length := self.take_number(1):
+            if length >= _DNS_POINTER_MASK:
+                target = (length - _DNS_POINTER_MASK) << 8 | self.take_number(1)
+                end = self.position if end is None else end
+                pointers += 1
+                if target >= run_start or pointers > DNS_POINTERS_LIMIT:
+                    raise DnsError("a compression pointer that does not lead back to a name")
+                self.position = run_start = target
+                continue
+            size += 1 + length
+            if length > DNS_LABEL_LIMIT_BYTES or size > DNS_NAME_LIMIT_BYTES:
+                raise DnsError("a DNS name or label that is too long")
+            labels.append(self.take(length).decode(errors="surrogateescape"))
+        if end is not None:
+            self.position = end
+        return tuple(labels)
+
+
+def _read_question(reader: _DnsReader) -> DnsQuestion:
+    name, question_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    wants_unicast = bool(dns_class & _DNS_CLASS_TOP_BIT)
+    return DnsQuestion(name, question_type, wants_unicast, dns_class & ~_DNS_CLASS_TOP_BIT)
+
+
+def _read_record(reader: _DnsReader) -> DnsRecord:
+    name, record_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    ttl_s, size = reader.take_number(4), reader.take_number(2)
+    start = reader.position
+    reader.take(size)
+    reader.position = start
+    data = _read_data(reader, record_type, size)
+    if reader.position != start + size:
+        raise DnsError("a DNS record whose data is not as long as it says")
+    # The top bit means something else in the classes of other protocols, such as EDNS.
+    replaces = dns_class == DNS_CLASS_IN | _DNS_CLASS_TOP_BIT
+    return DnsRecord(name, data, ttl_s, replaces, DNS_CLASS_IN if replaces else dns_class)
+
+
+def _read_data(reader: _DnsReader, record_type: int, size: int) -> DnsData:
+    if record_type == DnsType.A and size == 4:
+        return ipaddress.IPv4Address(reader.take(4))
+    if record_type == DnsType.AAAA and size == 16:
+        return ipaddress.IPv6Address(reader.take(16))
+    if record_type == DnsType.PTR:
+        return PtrData(reader.take_name())
+    if record_type == DnsType.SRV:
+        priority, weight, port = (reader.take_number(2) for _ in range(3))
+        return SrvData(reader.take_name(), port, priority, weight)
+    if record_type == DnsType.TXT:
+        return TxtData(_split_strings(reader.take(size)))
+    if record_type == DnsType.NSEC:
+        end = reader.position + size
+        next_name = reader.take_name()
+        return NsecData(next_name, _parse_type_map(reader.take(max(0, end - reader.position))))
+    if record_type in (DnsType.A, DnsType.AAAA):
+        raise DnsError("an address record of the wrong size")
+    return OtherData(record_type, reader.take(size))
+
+
+def _split_strings(data: bytes) -> tuple[bytes, ...]:
+    strings, at = [], 0
+    while at < len(data):
+        end = at + 1 + data[at]
+        if end > len(data):
+            raise DnsError("a TXT record that ends within a string")
+        strings.append(data[at + 1 : end])
+        at = end
+    return tuple(strings)
+
+
+def _parse_type_map(data: bytes) -> tuple[int, ...]:
+    """The types below 256 in a type bit map (RFC 4034 section 4.1.2): blocks of window, length, bits."""
+    types: tuple[int, ...] = ()
+    at = 0
+    while at < len(data):
+        window, bits = data[at], data[at + 2 : at + 2 + data[at + 1]] if at + 1 < len(data) else b""
+        if not 1 <= len(bits) <= 32 or len(bits) != data[at + 1]:
+            raise DnsError("an NSEC record with a broken bit map")
+        if window == 0:
+            types = tuple(8 * i + bit for i, byte in enumerate(bits) for bit in range(8) if byte & (0x80 >> bit))
+        at += 2 + len(bits)
+    return types
+
+
+def encode_dns_message(message: DnsMessage, *, compress_srv: bool = True) -> bytes:
+    """The message with its names compressed; ValueError for what DNS cannot carry.
+
+    `compress_srv` False: for answers to resolvers that know unicast DNS only (RFC 6762 section 18.14).
+    """
+    writer = _DnsWriter(compress_srv)
+    sections = (message.answers, message.authorities, message.additionals)
+    writer.data += struct.pack("!6H", message.id, message.flags, len(message.questions), *map(len, sections))
+    for question in message.questions:
+        writer.put_name(question.name)
+        top_bit = _DNS_CLASS_TOP_BIT if question.wants_unicast else 0
+        writer.data += struct.pack("!2H", question.type, question.dns_class | top_bit)
+    for each in itertools.chain(*sections):
+        writer.put_record(each)
+    if len(writer.data) > MDNS_PACKET_LIMIT_BYTES:
+        raise ValueError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    return bytes(writer.data)
+
+
+class _DnsWriter:
+    """A message as far as it is written, and where each name stands in it."""
+
+    def __init__(self, compress_srv: bool) -> None:
+        self.data = bytearray()
+        self._compress_srv = compress_srv
+        self._offsets: dict[DnsName, int] = {}
+
+    def put_name(self, name: DnsName, *, compress: bool = True) -> None:
+        """The name, its tail as a pointer where it was written before."""
+        encoded = [label.encode(errors="surrogateescape") for label in name]
+        if any(not 0 < len(label) <= DNS_LABEL_LIMIT_BYTES for label in encoded):
+            raise ValueError(f"a label of a DNS name has 1 to {DNS_LABEL_LIMIT_BYTES} bytes")
+        if sum(map(len, encoded)) + len(encoded) + 1 > DNS_NAME_LIMIT_BYTES:
+            raise ValueError(f"a DNS name has at most {DNS_NAME_LIMIT_BYTES} bytes")
+        for i, label in enumerate(encoded):
+            offset = self._offsets.get(name[i:])
+            if compress and offset is not None:
+                self.data += struct.pack("!H", _DNS_POINTER_MASK << 8 | offset)
+                return
+            if len(self.data) < _DNS_OFFSET_LIMIT:
+                self._offsets.setdefault(name[i:], len(self.data))
+            self.data.append(len(label))
+            self.data += label
+        self.data.append(0)
+
+    def put_record(self, each: DnsRecord) -> None:
+        """The record, and then its length where it belongs."""
+        self.put_name(each.name)
+        top_bit = _DNS_CLASS_TOP_BIT if each.replaces else 0
+        self.data += struct.pack("!2HI", each.type, each.dns_class | top_bit, each.ttl_s)
+        start = len(self.data)
+        self.data += b"\0\0"
+        self._put_data(each.data)
+        struct.pack_into("!H", self.data, start, len(self.data) - start - 2)
+
+    def _put_data(self, data: DnsData) -> None:
+        if isinstance(data, ipaddress.IPv4Address | ipaddress.IPv6Address):
+            self.data += data.packed
+        elif isinstance(data, PtrData):
+            self.put_name(data.target)
+        elif isinstance(data, SrvData):
+            self.data += struct.pack("!3H", data.priority, data.weight, data.port)
+            self.put_name(data.target, compress=self._compress_srv)
+        elif isinstance(data, TxtData):
+            for string in data.strings or (b"",):  # an empty TXT record is one empty string
+                self.data += bytes((len(string),)) + string
+        elif isinstance(data, NsecData):
+            self.put_name(data.next_name)
+            self.data += _encode_type_map(data.types)
+        else:
+            self.data += data.data
+
+
+def _encode_type_map(types: tuple[int, ...]) -> bytes:
+    bits = bytearray(max(types) // 8 + 1)
+    for each in types:
+        bits[each // 8] |= 0x80 >> each % 8
+    return bytes((0, len(bits))) + bits
+
+
+def parse_txt(strings: Iterable[bytes]) -> dict[str, bytes | None]:
+    """The attributes in the strings of a TXT record, by key in lower case (RFC 6763 section 6.4).
+
+    Keys differ ignoring case and the first of equals counts; without `=` the value is None. Strings without a key,
+    or with a key that is not printable ASCII, are ignored.
+    """
+    attributes: dict[str, bytes | None] = {}
+    for string in strings:
+        raw_key, separator, value = string.partition(b"=")
+        if raw_key and all(0x20 <= byte <= 0x7E for byte in raw_key):
+            attributes.setdefault(raw_key.decode("ascii").lower(), value if separator else None)
+    return attributes
+
+
+def encode_txt(attributes: Mapping[str, str | None]) -> tuple[bytes, ...]:
+    """The strings of a TXT record, keys as given; ValueError for a key or a string that cannot be one."""
+    strings = []
+    for key, value in attributes.items():
+        if not key or "=" in key or not all(" " <= char <= "~" for char in key):
+            raise ValueError("a key of a TXT record is printable ASCII without `=`")
+        string = key.encode() if value is None else f"{key}={value}".encode()
+        if len(string) > TXT_STRING_LIMIT_BYTES:
+            raise ValueError(f"a string of a TXT record has at most {TXT_STRING_LIMIT_BYTES} bytes")
+        strings.append(string)
+    return tuple(strings)
+
+
 # ---- GGUF -----------------------------------------------------------------------------
 # A model file's header, read as hostile input: every count and offset is bounded before memory is taken.
 
