@@ -776,6 +776,14 @@ class OffloadConfig:
         parse=parse_switch,
         is_switch=True,
     )
+    mdns: str = option(
+        "--mdns",
+        "auto",
+        "who speaks multicast DNS: our `own`, or the package `zeroconf`; `auto` takes ours where it sees the networks",
+        "offload",
+        parse=parse_choice("auto", "own", "zeroconf"),
+        metavar="auto|own|zeroconf",
+    )
     min_local_capability: float = option(
         "--min-local-capability",
         10.0,
@@ -18285,6 +18293,11 @@ class HttpServer:
         return self.addresses[0][1]
 
     @property
+    def is_wildcard(self) -> bool:
+        """Whether it listens on every address of this machine."""
+        return any(host in ("0.0.0.0", "::") for host, _ in self.addresses)
+
+    @property
     def base_url(self) -> str:
         """What a client on this machine is given, as in `http://127.0.0.1:38883/v1`."""
         host, port = self.addresses[0]
@@ -19372,6 +19385,7 @@ class DeviceService:
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
+ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -19567,6 +19581,9 @@ class Devices:
         list_local: Callable[[], Sequence[LocalModel]],
     ) -> None:
         offload = config.offload
+        self._list_local = list_local
+        self._own_hosts: tuple[str, ...] = ()
+        self._announced: Announcement | None = None
         self.identity = state.identity
         self.store = state.pairings
         self.is_open = config.lan or offload.advertise_lan
@@ -19585,7 +19602,7 @@ class Devices:
         self._client: HttpClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._discovery: Any = None
+        self._discovery: Discovery | None = None
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
@@ -19648,8 +19665,16 @@ class Devices:
         """Base URLs under which this bridge answers: a peer there is ourselves."""
         if self._server is None:
             return []
-        hosts = {"127.0.0.1", "localhost", "[::1]", *(host for host, _ in self._server.addresses)}
-        return [f"http://{host}:{self._server.port}/v1" for host in hosts]
+        scheme = self._server.base_url.partition(":")[0]
+        bound = (host for host, _ in self._server.addresses)
+        hosts = dict.fromkeys(("127.0.0.1", "localhost", "::1", *bound, *self._own_hosts))
+        bracketed = (f"[{host}]" if ":" in host else host for host in hosts)
+        return [f"{scheme}://{host}:{self._server.port}/v1" for host in bracketed]
+
+    def list_lan_urls(self) -> list[str]:
+        """Base URLs by which other devices reach this one, where it listens for them."""
+        here = ("127.", "localhost", "[::1]", "[fe80", "[::]", "0.0.0.0")
+        return [url for url in self._list_own_urls() if not url.partition("://")[2].startswith(here)]
 
     def identify(self, request: HttpRequest) -> Pairing:
         """Whose signature a request has. Raises SignatureError."""
@@ -19671,8 +19696,58 @@ class Devices:
         if self.store is not None:
             self.store.subscribe(self._end_revoked)
             self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
+        if server.is_wildcard:
+            interfaces = await asyncio.to_thread(probe_interfaces)
+            self._own_hosts = tuple(each.format_address(address) for each in interfaces for address in each.addresses)
         if self.monitor is not None:
             self.monitor.start()
+        await self._start_discovery(server)
+
+    async def _start_discovery(self, server: HttpServer) -> None:
+        """Look for devices with offload on; announce this one where others can reach it."""
+        offload, monitor = self._offload, self.monitor
+        self._announced = self._build_announcement(server)
+        does_browse = monitor is not None and offload.discover_lan
+        if not does_browse and self._announced is None:
+            return
+        self._discovery = build_discovery(
+            device_id=self.identity.device_id,
+            on_found=monitor.see if monitor is not None and does_browse else None,
+            on_lost=monitor.lose if monitor is not None and does_browse else None,
+            announcement=self._announced,
+            own_port=server.port,
+            backend=offload.mdns,
+        )
+        await self._discovery.start()
+        for line in self._discovery.describe():
+            bridge_log.info("%s", line)
+        if self._announced is not None:
+            self._tasks.append(asyncio.create_task(self._keep_announcement(server), name="announcement"))
+
+    def _build_announcement(self, server: HttpServer) -> Announcement | None:
+        """What to say of this device; None if it is not open to others, or they cannot reach it."""
+        if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
+            return None
+        models = [each for each in self._list_local() if not each.is_demonstration]
+        return Announcement(
+            device_id=self.identity.device_id,
+            device_name=self.identity.device_name,
+            dvai_version=__version__,
+            port=server.port,
+            models=tuple(each.model_id for each in models),
+            capability={each.model_id: each.score for each in models if each.score is not None},
+            secure=server.tls_context is not None,
+            has_ipv6=any(":" in host for host, _ in server.addresses),
+        )
+
+    async def _keep_announcement(self, server: HttpServer) -> None:
+        """Announce again what has changed."""
+        while self._discovery is not None:
+            await asyncio.sleep(ANNOUNCEMENT_CHECK_S)
+            announced = self._build_announcement(server)
+            if announced != self._announced:
+                self._announced = announced
+                self._discovery.update(announced)
 
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
@@ -19681,6 +19756,8 @@ class Devices:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._discovery is not None:
+            await self._discovery.stop()
         if self.monitor is not None:
             await self.monitor.close()
         if self._initiator is not None:
@@ -20229,6 +20306,7 @@ def build_parser() -> CommandParser:
     pull.add_argument("--json", action="store_true", help="print JSON")
     peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
     peers.add_argument("--json", action="store_true", help="print JSON")
+    peers.add_argument("--diagnose", action="store_true", help="ask by multicast DNS, and say what probably blocks it")
     pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
     pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
     pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
@@ -20551,6 +20629,8 @@ async def wait_over(request: PairingRequest) -> None:
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
     serving = bridge.serving
+    for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
+        print(f"other devices reach it at {url}")
     if serving is None:
         print("serving no model here: paired devices answer", flush=True)
         return
@@ -20715,6 +20795,13 @@ def read_bridge_answer(status: int, answer: Any, what: str) -> dict[str, Any]:
 
 def run_peers(command: Command) -> int:
     """`peers`: the devices that the running bridge knows."""
+    if command.arguments.diagnose:
+        diagnosis = asyncio.run(diagnose_discovery())
+        if command.json:
+            show_json(build_diagnosis_json(diagnosis))
+        else:
+            print(format_diagnosis(diagnosis))
+        return 0
     url = find_bridge_url(command)
     if url is None:
         raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --offload` starts one")
