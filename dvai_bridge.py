@@ -14430,14 +14430,17 @@ def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
         )
     elif not seen.own_copies and not seen.error:
         causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
-    if seen.peers or causes:
+    is_deaf = not seen.is_shared or not seen.own_copies
+    if seen.peers or (is_deaf and causes):
         return tuple(causes)
-    if not seen.speakers:
-        return (
+    if seen.speakers:
+        causes.append("multicast works here, and no bridge announces itself: start one with `serve --lan`")
+    else:
+        causes.append(
             "nobody else speaks multicast DNS here: a Wi-Fi that keeps its clients apart (AP isolation, guest "
-            "network), a firewall on the other devices, or no other device",
+            "network), a firewall on the other devices, or no other device"
         )
-    return ("multicast works here, and no bridge announces itself: start one with `serve --lan`",)
+    return tuple(causes)
 
 
 def explain_machine(interfaces: Sequence[InterfaceDiagnosis], is_container: bool) -> tuple[str, ...]:
