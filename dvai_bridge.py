@@ -13263,11 +13263,13 @@ def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int
 
 def _parse_capability(text: str) -> dict[str, float]:
     """Scores as a JSON object, or as `id:score,id:score` with ids that may hold colons."""
-    try:
-        return parse_scores(parse_json(text.encode()))
-    except JsonError:
-        pairs = (each.strip().rpartition(":") for each in text.split(","))
-        return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
+    if text.startswith("{"):
+        try:
+            return parse_scores(parse_json(text.encode()))
+        except JsonError:
+            return {}
+    pairs = (each.strip().rpartition(":") for each in text.split(","))
+    return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
 
 
 # Addresses of cloud machines where their credentials are read.
@@ -13400,8 +13402,8 @@ SightingKey = tuple[int, str]  # index of the interface, folded instance
 class Browser:
     """Knows who announces the service, on every interface; asks again before it forgets.
 
-    Owner's contract: `receive` for every response, then `take_changes`; `take_queries` and `take_changes` again at
-    `due_s`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new, so that a flood displaces nobody.
+    Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new, so that a flood displaces nobody.
     """
 
     def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
@@ -13638,11 +13640,13 @@ def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[Dn
     """What must be asked about an instance now."""
     if sighting.ask_missing_s <= now_s:
         yield from ((wanted, None) for wanted in sighting.missing)
+    while sighting.ask_missing_s <= now_s:  # once, however many of its times have passed
         sighting.asks += 1
     for name, kind, cached in sighting.records:
         if cached.ask_s <= now_s:
-            cached.asks += 1
             yield (name, kind), None
+        while cached.ask_s <= now_s:
+            cached.asks += 1
 
 
 # The responder: what we answer
@@ -14103,9 +14107,9 @@ class MdnsDiscovery:
             for message in link.responder.take_due(now_s):
                 link.send(message)
         if self._browser is not None:
+            found, lost = self._browser.take_changes(now_s)
             for interface, query in self._browser.take_queries(now_s):
                 self.links[interface.name].send(query)
-            found, lost = self._browser.take_changes(now_s)
             _report(self._on_lost, lost)
             _report(self._on_found, found)
 
