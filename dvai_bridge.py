@@ -13403,7 +13403,7 @@ class Browser:
     """Knows who announces the service, on every interface; asks again before it forgets.
 
     Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
-    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new, so that a flood displaces nobody.
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new: a flood displaces nobody.
     """
 
     def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
@@ -13558,10 +13558,10 @@ class Browser:
             expired = [address for address, cached in sighting.addresses.items() if cached.expires_s <= now_s]
             for address in expired:
                 del sighting.addresses[address]
+            if expired and sighting.peer:
+                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
             if sighting.expires_s <= now_s:
                 del self._sightings[key]
-            elif expired and sighting.peer:
-                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
 
     def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
         """The queries that are due, at most one for each interface."""
