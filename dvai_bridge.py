@@ -14403,11 +14403,13 @@ def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int
 
 def _parse_capability(text: str) -> dict[str, float]:
     """Scores as a JSON object, or as `id:score,id:score` with ids that may hold colons."""
-    try:
-        return parse_scores(parse_json(text.encode()))
-    except JsonError:
-        pairs = (each.strip().rpartition(":") for each in text.split(","))
-        return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
+    if text.startswith("{"):
+        try:
+            return parse_scores(parse_json(text.encode()))
+        except JsonError:
+            return {}
+    pairs = (each.strip().rpartition(":") for each in text.split(","))
+    return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
 
 
 # Addresses of cloud machines where their credentials are read.
@@ -14540,8 +14542,8 @@ SightingKey = tuple[int, str]  # index of the interface, folded instance
 class Browser:
     """Knows who announces the service, on every interface; asks again before it forgets.
 
-    Owner's contract: `receive` for every response, then `take_changes`; `take_queries` and `take_changes` again at
-    `due_s`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new, so that a flood displaces nobody.
+    Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new: a flood displaces nobody.
     """
 
     def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
@@ -14696,10 +14698,10 @@ class Browser:
             expired = [address for address, cached in sighting.addresses.items() if cached.expires_s <= now_s]
             for address in expired:
                 del sighting.addresses[address]
+            if expired and sighting.peer:
+                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
             if sighting.expires_s <= now_s:
                 del self._sightings[key]
-            elif expired and sighting.peer:
-                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
 
     def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
         """The queries that are due, at most one for each interface."""
@@ -14778,11 +14780,13 @@ def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[Dn
     """What must be asked about an instance now."""
     if sighting.ask_missing_s <= now_s:
         yield from ((wanted, None) for wanted in sighting.missing)
+    while sighting.ask_missing_s <= now_s:  # once, however many of its times have passed
         sighting.asks += 1
     for name, kind, cached in sighting.records:
         if cached.ask_s <= now_s:
-            cached.asks += 1
             yield (name, kind), None
+        while cached.ask_s <= now_s:
+            cached.asks += 1
 
 
 # The responder: what we answer
@@ -15243,9 +15247,9 @@ class MdnsDiscovery:
             for message in link.responder.take_due(now_s):
                 link.send(message)
         if self._browser is not None:
+            found, lost = self._browser.take_changes(now_s)
             for interface, query in self._browser.take_queries(now_s):
                 self.links[interface.name].send(query)
-            found, lost = self._browser.take_changes(now_s)
             _report(self._on_lost, lost)
             _report(self._on_found, found)
 
@@ -15570,14 +15574,17 @@ def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
         )
     elif not seen.own_copies and not seen.error:
         causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
-    if seen.peers or causes:
+    is_deaf = not seen.is_shared or not seen.own_copies
+    if seen.peers or (is_deaf and causes):
         return tuple(causes)
-    if not seen.speakers:
-        return (
+    if seen.speakers:
+        causes.append("multicast works here, and no bridge announces itself: start one with `serve --lan`")
+    else:
+        causes.append(
             "nobody else speaks multicast DNS here: a Wi-Fi that keeps its clients apart (AP isolation, guest "
-            "network), a firewall on the other devices, or no other device",
+            "network), a firewall on the other devices, or no other device"
         )
-    return ("multicast works here, and no bridge announces itself: start one with `serve --lan`",)
+    return tuple(causes)
 
 
 def explain_machine(interfaces: Sequence[InterfaceDiagnosis], is_container: bool) -> tuple[str, ...]:

@@ -1,0 +1,300 @@
+"""Discovery between machines: two network namespaces joined by a bridge, real packets, our own code and zeroconf's.
+
+Needs root and iproute2. Everything stands in namespaces of its own; the machine's network is not touched.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support import require, wait_for
+
+PROGRAM = Path(__file__).with_name("support_discovery.py")
+TIMEOUT_S = 60
+DEVICE = {"one": "device-one-0123456789a", "two": "device-two-0123456789a"}
+ADDRESS = {"one": "10.77.0.1", "two": "10.77.0.2"}
+
+if os.environ.get("DVAI_TEST_ALL") != "1":
+    pytest.skip("needs network namespaces (make test-all)", allow_module_level=True)
+
+
+def run(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+
+
+class Lan:
+    """Namespaces `one` and `two`, each with an interface `lan` to a bridge in a third."""
+
+    def __init__(self):
+        tag = f"dvai-{os.getpid()}-{secrets.token_hex(3)}"
+        self.names = {short: f"{tag}-{short}" for short in ("switch", "one", "two")}
+
+    def create(self):
+        for name in self.names.values():
+            run("ip", "netns", "add", name)
+        self.ip("switch", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        self.ip("switch", "link", "set", "br0", "up")
+        for short in ("one", "two"):
+            self.ip(short, "link", "set", "lo", "up")
+
+    def connect(self, short, *, interface="lan", address=None):
+        port = f"{short}-{interface}"
+        self.ip("switch", "link", "add", port, "type", "veth", "peer", "name", interface, "netns", self.names[short])
+        self.ip("switch", "link", "set", port, "master", "br0", "up")
+        self.ip(short, "addr", "add", f"{address or ADDRESS[short]}/24", "dev", interface)
+        self.ip(short, "link", "set", interface, "up")
+
+    def ip(self, short, *arguments):
+        return run("ip", "-n", self.names[short], *arguments)
+
+    def exec(self, short, *command):
+        return ["ip", "netns", "exec", self.names[short], *command]
+
+    def delete(self):
+        for name in self.names.values():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+def bare_lan():
+    lan = Lan()
+    try:
+        lan.create()
+        yield lan
+    finally:
+        lan.delete()
+
+
+@pytest.fixture
+def lan(bare_lan):
+    bare_lan.connect("one")
+    bare_lan.connect("two")
+    return bare_lan
+
+
+class Node:
+    """A running support_discovery.py and what it has printed."""
+
+    def __init__(self, process):
+        self.process = process
+        self.events = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+
+    def peers(self):
+        """Device id → the peer as last reported, without those lost since."""
+        present = {}
+        for event in list(self.events):
+            if "found" in event:
+                present[event["found"]["deviceId"]] = event["found"]
+            elif "lost" in event:
+                present.pop(event["lost"], None)
+        return present
+
+    def wait_for_peer(self, device_id, **members):
+        def find():
+            peer = self.peers().get(device_id)
+            return peer if peer and all(peer[name] == value for name, value in members.items()) else None
+
+        return wait_for(find, TIMEOUT_S, f"{device_id} with {members}: {self.events}")
+
+    def wait_for_loss(self, device_id):
+        wait_for(lambda: device_id not in self.peers(), TIMEOUT_S, f"{device_id} is lost: {self.events}")
+
+    def update(self, **changes):
+        self.process.stdin.write(json.dumps({"update": changes}) + "\n")
+        self.process.stdin.flush()
+
+    def stop(self):
+        """Ends as a bridge does: with its goodbyes."""
+        if not self.process.stdin.closed:
+            self.process.stdin.close()
+        assert self.process.wait(TIMEOUT_S) == 0
+        self._reader.join()
+        assert {"stopped": None} in self.events
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(TIMEOUT_S)
+        self._reader.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def start_node(lan, short, *, device_id=None, port=38883, environ=None, **options):
+    options = {"device_id": device_id or DEVICE[short], "port": port, **options}
+    command = lan.exec(short, sys.executable, str(PROGRAM), json.dumps(options))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    node = Node(subprocess.Popen(command, env={**os.environ, **(environ or {})}, **pipes))
+    try:
+        wait_for(lambda: any("started" in event for event in node.events), TIMEOUT_S, "it started")
+        yield node
+    finally:
+        node.kill()
+
+
+BACKENDS = [pair for pair in itertools.product(("own", "zeroconf"), repeat=2) if pair != ("zeroconf", "zeroconf")]
+
+
+@pytest.mark.parametrize(("first", "second"), BACKENDS, ids=lambda name: name)
+def test_two_machines_find_each_other_change_and_say_goodbye(lan, first, second):
+    require("zeroconf")
+    with (
+        start_node(lan, "one", backend=first, models=["a", "b"]) as one,
+        start_node(lan, "two", backend=second, port=38900) as two,
+    ):
+        peer = two.wait_for_peer(DEVICE["one"])
+        assert peer["baseUrl"] == "http://10.77.0.1:38883/v1" and peer["via"] == "mdns"
+        assert peer["loadedModels"] == ["a", "b"] and peer["deviceName"] == "a device"
+        assert one.wait_for_peer(DEVICE["two"])["baseUrl"] == "http://10.77.0.2:38900/v1"
+        two.update(models=["another"])
+        one.wait_for_peer(DEVICE["two"], loadedModels=["another"])
+        two.stop()
+        one.wait_for_loss(DEVICE["two"])
+        one.stop()
+    assert set(one.peers()) | set(two.peers()) <= {DEVICE["one"]}
+
+
+def test_announcing_and_browsing_are_independent(lan):
+    with (
+        start_node(lan, "one", browse=False) as announcer,
+        start_node(lan, "two", announce=False) as browser,
+    ):
+        browser.wait_for_peer(DEVICE["one"])
+        announcer.update()  # nothing any more
+        browser.wait_for_loss(DEVICE["one"])
+        browser.stop()
+        announcer.stop()
+    assert announcer.peers() == {}
+
+
+def test_an_interface_that_appears_and_one_that_goes(bare_lan):
+    bare_lan.connect("one")
+    with start_node(bare_lan, "one") as one, start_node(bare_lan, "two") as two:
+        bare_lan.connect("two", interface="late")
+        two.wait_for_peer(DEVICE["one"])
+        one.wait_for_peer(DEVICE["two"])
+        bare_lan.ip("two", "link", "set", "late", "down")
+        two.wait_for_loss(DEVICE["one"])
+        bare_lan.ip("two", "link", "set", "late", "up")
+        two.wait_for_peer(DEVICE["one"])
+        one.stop()
+        two.stop()
+
+
+def test_another_address_is_noticed(lan):
+    with start_node(lan, "one") as one, start_node(lan, "two") as two:
+        two.wait_for_peer(DEVICE["one"], baseUrl="http://10.77.0.1:38883/v1")
+        lan.ip("one", "addr", "del", "10.77.0.1/24", "dev", "lan")
+        lan.ip("one", "addr", "add", "10.77.0.77/24", "dev", "lan")
+        two.wait_for_peer(DEVICE["one"], baseUrl="http://10.77.0.77:38883/v1")
+        one.stop()
+        two.stop()
+
+
+def test_ipv6_alone(lan):
+    for short in ("one", "two"):
+        lan.ip(short, "addr", "flush", "dev", "lan", "scope", "global")
+    with start_node(lan, "one") as one, start_node(lan, "two") as two:
+        url = two.wait_for_peer(DEVICE["one"])["baseUrl"]
+        assert url.startswith("http://[fe80::") and url.endswith("%lan]:38883/v1")
+        one.wait_for_peer(DEVICE["two"])
+        one.stop()
+        two.stop()
+
+
+def test_two_bridges_on_one_machine_and_one_elsewhere(lan):
+    other = "device-other-012345678"
+    with (
+        start_node(lan, "one") as one,
+        start_node(lan, "one", device_id=other, port=38884) as neighbour,
+        start_node(lan, "two") as two,
+    ):
+        for node, ids in ((one, (other, DEVICE["two"])), (neighbour, DEVICE.values()), (two, (DEVICE["one"], other))):
+            for device_id in ids:
+                node.wait_for_peer(device_id)
+        assert one.peers()[other]["baseUrl"] == "http://10.77.0.1:38884/v1"
+        for node in (one, neighbour, two):
+            node.stop()
+
+
+HOLD_PORT = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); sock.bind(("", 5353))
+six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1); six.bind(("", 5353))
+print("held", flush=True); sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def hold_port(lan, short):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(lan.exec(short, sys.executable, "-c", HOLD_PORT), **pipes) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield
+        finally:
+            process.kill()
+
+
+def test_with_the_port_taken_peers_are_found_all_the_same(lan):
+    with hold_port(lan, "two"), start_node(lan, "one") as one, start_node(lan, "two") as two:
+        assert "finds peers, but cannot announce" in next(iter(two.events))["started"][0]
+        two.wait_for_peer(DEVICE["one"])
+        two.stop()
+        one.stop()
+    assert one.peers() == {}
+
+
+def diagnose(lan, short):
+    program = (
+        f"import sys; sys.path.insert(0, {str(PROGRAM.parent.parent)!r}); import asyncio, json, dvai_bridge as b\n"
+        "found = asyncio.run(b.diagnose_discovery(2)); print(json.dumps(b.build_diagnosis_json(found)))\n"
+        "print(b.format_diagnosis(found), file=sys.stderr)"
+    )
+    return json.loads(run(*lan.exec(short, sys.executable, "-c", program)))
+
+
+def test_diagnosis_of_a_network_that_works(lan):
+    with start_node(lan, "one") as one:
+        wait_for(lambda: diagnose(lan, "two")["interfaces"][0]["peers"], TIMEOUT_S, "the peer is seen")
+        one.stop()
+
+
+def test_diagnosis_names_what_blocks(bare_lan):
+    assert diagnose(bare_lan, "two")["causes"] == ["no network interface but loopback is up"]
+    bare_lan.connect("two")
+    (alone,) = diagnose(bare_lan, "two")["interfaces"]
+    assert alone["name"] == "lan" and alone["addresses"][0] == "10.77.0.2" and alone["ownCopies"] > 0
+    assert "nobody else speaks multicast DNS here" in alone["causes"][-1]
+    with hold_port(bare_lan, "two"):
+        (held,) = diagnose(bare_lan, "two")["interfaces"]
+    assert held["portShared"] is False and "keeps UDP port 5353 to itself" in held["causes"][-1]
+
+
+def test_diagnosis_sees_a_firewall(lan):
+    if not shutil.which("nft"):
+        pytest.skip("needs nft")
+    for command in (
+        "add table inet t",
+        "add chain inet t in { type filter hook input priority 0; }",
+        "add rule inet t in udp dport 5353 drop",
+    ):
+        run(*lan.exec("two", "nft", *command.split()))
+    (blocked,) = diagnose(lan, "two")["interfaces"]
+    assert blocked["ownCopies"] == blocked["received"] == 0
+    assert "a firewall on this machine drops UDP port 5353" in blocked["causes"][-1]
