@@ -10796,7 +10796,7 @@ class ChunkNormalizer:
         """The first name that the peer gives is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
-            self.head = replace(self.head, model=model)
+            self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
     def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
@@ -10950,33 +10950,31 @@ def learn_template(
     """The template of an event that says `value` and became `choices`; None unless another text alone makes the next.
 
     From a first event, which has a role and no text, the form of those that follow is guessed. That a text stands
-    where it seems to is proved by parsing the event with another one in its place.
+    where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
     peers = value.get("choices")
     if not isinstance(peers, list) or len(peers) != 1:
         return None
     delta = peers[0].get("delta")
-    index = as_integer(peers[0].get("index", 0)) or 0
-    role = _ROLE_DELTA.search(event) if not choices and delta == CHAT_ROLE_DELTA else None
-    if role is not None:
-        peers[0]["delta"] = {"content": ""}
-        before, after, name = (
-            event[: role.start()] + b'{"content":%b"' % role[1],
-            b'"}' + event[role.end() :],
-            "content",
-        )
-    elif choices and not choices[-1]["finish_reason"] and not choices[-1]["logprobs"]:
-        container = peers[0] if "text" in choices[-1] else delta
-        names = ["text"] if "text" in choices[-1] else list(choices[-1]["delta"])
-        name = names[0]
-        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-        if found is None or len(names) != 1 or name not in (*_DELTA_TEXTS, "text") or not isinstance(container, dict):
+    if not choices:
+        role = _ROLE_DELTA.search(event) if delta == CHAT_ROLE_DELTA else None
+        if role is None or event.count(b'"role"') != 1:
             return None
-        container[name] = ""
-        before, after = event[: found.start(1)], event[found.end(1) :]
+        before = b'%b{"content":%b"' % (event[: role.start()], role[1])
+        after, name = b'"}' + event[role.end() :], "content"
     else:
+        ours = choices[-1]
+        container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
+        name = texts[0] if len(texts) == 1 else ""
+        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+            return None
+        if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
+            return None
+        before, after = event[: found.start(1)], event[found.end(1) :]
+    if b"\\" in before or b"\\" in after:
         return None
-    return ChunkTemplate(before, after, normalizer, index, name) if parse_json(before + after) == value else None
+    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
 
 
 class PeerStream:
