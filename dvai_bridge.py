@@ -2076,6 +2076,15 @@ class LineReader:
 
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
+        start = self._line_start
+        end = self._buffer.find(b"\r\n\r\n", start, start + HEADER_LINE_LIMIT_BYTES)
+        is_block = end >= 0 and start == self._block_start and self._buffer[start] != 13
+        if is_block:  # the usual case: the whole block is there, small and not empty
+            lines = self._buffer[start:end].decode("latin-1").split("\r\n")
+            if len(lines) <= HEADER_COUNT_LIMIT:
+                self._fields = [parse_field_line(line) for line in lines]
+                self._line_start = self._searched = end + 4
+                return True
         while True:
             block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
             line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
@@ -2513,13 +2522,12 @@ def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 
 def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    lines = [first_line]
-    for name, value in fields:
-        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f"not a header field: {display_name(name)}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    fields = list(fields)
+    names = [name for name, _ in fields]
+    is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+        raise ValueError("a header field that would break out of its line")
+    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -16785,6 +16793,7 @@ class ChunkNormalizer:
 
     Id, created and model are the same on every chunk; each choice begins with its role, once, and ends with one
     chunk that has a finish reason and nothing else; usage stands apart. Nothing comes out before there is content.
+    What comes out of `normalize` are the chunks' choices; `encode` makes events of them.
     """
 
     def __init__(self, form: ForwardForm, head: AnswerHead, *, include_usage: bool) -> None:
@@ -16796,9 +16805,10 @@ class ChunkNormalizer:
         self._object = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._include_usage = include_usage
         self._has_model = False
+        self._around: tuple[bytes, bytes] | None = None  # what stands before and behind the choice in an event
 
     def normalize(self, value: Any) -> list[dict[str, Any]]:
-        """The chunks that the client gets for one of the peer's, or for its whole answer if it does not stream.
+        """One choice for each chunk that the client gets for the peer's, or for a whole answer that is not streamed.
 
         AttemptError for an error in the peer's words, UpstreamError for what is no chunk.
         """
@@ -16812,7 +16822,25 @@ class ChunkNormalizer:
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
-        return [chunk for choice in choices for chunk in self._normalize_choice(choice)]
+        return [piece for choice in choices for piece in self._normalize_choice(choice)]
+
+    def encode(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of the chunk with this choice."""
+        before, after = self.around
+        return b"%b%b%b" % (before, encode_json(choice), after)
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        """The bytes of every event before its choice and behind it; the peer's model is known by then."""
+        if self._around is None:
+            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
+            before, _, after = event.rpartition(b"{}")
+            self._around = before, after
+        return self._around
+
+    def build_choice(self, index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice that goes on."""
+        return self._build_choice(index, delta, None, None)
 
     def build_tail(self) -> dict[str, Any] | None:
         """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
@@ -16827,7 +16855,7 @@ class ChunkNormalizer:
         """The first name that the peer gives is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
-            self.head = replace(self.head, model=model)
+            self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
     def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
@@ -16844,11 +16872,11 @@ class ChunkNormalizer:
         if (delta or logprobs or state.finish_reason) and not state.has_begun:
             state.has_begun = True
             if self._is_chat:
-                yield self._build_chunk(index, CHAT_ROLE_DELTA, None, None)
+                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
         if delta or logprobs:
-            yield self._build_chunk(index, delta or {"content": ""}, None, logprobs)
+            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
         if state.finish_reason is not None:
-            yield self._build_chunk(index, {}, state.finish_reason, None)
+            yield self._build_choice(index, {}, state.finish_reason, None)
 
     def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
         delta = choice.get("delta", choice.get("message"))
@@ -16864,16 +16892,15 @@ class ChunkNormalizer:
             read["function_call"] = delta["function_call"]
         return read
 
-    def _build_chunk(
+    def _build_choice(
         self, index: int, delta: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
     ) -> dict[str, Any]:
         content = {"delta": dict(delta)} if self._is_chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
-        return build_chunk(self.head, self._object, choice, self._include_usage)
+        return {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
 
 
 class AnswerAssembler:
-    """Gathers normalized chunks into the answer for a client that did not stream. Pure."""
+    """Gathers normalized choices into the answer for a client that did not stream. Pure."""
 
     def __init__(self, form: ForwardForm) -> None:
         self._is_chat = form is ForwardForm.CHAT
@@ -16887,23 +16914,22 @@ class AnswerAssembler:
         """More of one text of choice `index`."""
         self._texts[index][name].append(text)
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        """A normalized chunk."""
-        for choice in chunk["choices"]:
-            index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
-            for name, value in delta.items():
-                if name == "tool_calls":
-                    self._add_calls(self._calls[index], value)
-                elif name == "function_call":
-                    for part in ("name", "arguments"):
-                        self._functions[index][part] += read_peer_text(value.get(part))
-                elif name != "role":
-                    self.add_text(index, name, value)
-            for name, values in (choice["logprobs"] or {}).items():
-                if isinstance(values, list):
-                    self._logprobs[index][name].extend(values)
-            if choice["finish_reason"] is not None:
-                self._finish_reasons[index] = choice["finish_reason"]
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """A normalized choice."""
+        index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
+        for name, value in delta.items():
+            if name == "tool_calls":
+                self._add_calls(self._calls[index], value)
+            elif name == "function_call":
+                for part in ("name", "arguments"):
+                    self._functions[index][part] += read_peer_text(value.get(part))
+            elif name != "role":
+                self.add_text(index, name, value)
+        for name, values in (choice["logprobs"] or {}).items():
+            if isinstance(values, list):
+                self._logprobs[index][name].extend(values)
+        if choice["finish_reason"] is not None:
+            self._finish_reasons[index] = choice["finish_reason"]
 
     def build(self, head: AnswerHead, usage: dict[str, Any] | None, timings: dict[str, Any] | None) -> dict[str, Any]:
         """The whole answer. Its `usage` is missing if the peer gave none."""
@@ -16942,19 +16968,25 @@ class AnswerAssembler:
         return {"message": message}
 
 
+# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
+_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
+
+
 class ChunkTemplate:
     """Chunks that differ in one text only: how the peer writes them around it, and how we do.
 
     A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
     """
 
-    __slots__ = ("after", "before", "index", "name", "our_after", "our_before")
+    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
 
-    def __init__(self, event: bytes, start: int, end: int, our_before: bytes, our_after: bytes) -> None:
-        self.before, self.after = event[:start], event[end:]
-        self.our_before, self.our_after = our_before, our_after
-        self.index = 0
-        self.name = ""
+    def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
+        self.before, self.after = before, after
+        self.index, self.name = index, name
+        self.state = normalizer.choices[index]
+        event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
+        self.our_before, _, self.our_after = event.rpartition(b"@")
 
     def find_text(self, event: bytes) -> bytes:
         """The text within `event`, empty if the event is of another form or its text not plain."""
@@ -16971,33 +17003,37 @@ class ChunkTemplate:
         return text
 
 
-# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
-_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+def learn_template(
+    event: bytes, value: dict[str, Any], choices: Sequence[Mapping[str, Any]], normalizer: ChunkNormalizer
+) -> ChunkTemplate | None:
+    """The template of an event that says `value` and became `choices`; None unless another text alone makes the next.
 
-
-def learn_template(event: bytes, value: dict[str, Any], chunk: dict[str, Any]) -> ChunkTemplate | None:
-    """The template of an event that says `value` and became `chunk`; None unless they differ in one text only.
-
-    That the text stands where it seems to is proved by parsing the event with another text in its place.
+    From a first event, which has a role and no text, the form of those that follow is guessed. That a text stands
+    where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
-    ours = chunk["choices"][0]
-    container = value["choices"][0] if "text" in ours else value["choices"][0].get("delta")
-    names = ["text"] if "text" in ours else list(ours["delta"])
-    if len(names) != 1 or ours["finish_reason"] or ours["logprobs"] or len(value["choices"]) != 1:
+    peers = value.get("choices")
+    if not isinstance(peers, list) or len(peers) != 1:
         return None
-    name = names[0]
-    found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-    if name not in (*_DELTA_TEXTS, "text") or not isinstance(container, dict) or found is None:
+    delta = peers[0].get("delta")
+    if not choices:
+        role = _ROLE_DELTA.search(event) if delta == CHAT_ROLE_DELTA else None
+        if role is None or event.count(b'"role"') != 1:
+            return None
+        before = b'%b{"content":%b"' % (event[: role.start()], role[1])
+        after, name = b'"}' + event[role.end() :], "content"
+    else:
+        ours = choices[-1]
+        container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
+        name = texts[0] if len(texts) == 1 else ""
+        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+            return None
+        if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
+            return None
+        before, after = event[: found.start(1)], event[found.end(1) :]
+    if b"\\" in before or b"\\" in after:
         return None
-    start, end = found.span(1)
-    container[name] = ""
-    if parse_json(event[:start] + event[end:]) != value:
-        return None
-    (ours if name == "text" else ours["delta"])[name] = ""
-    before, mark, after = encode_json_event(chunk).partition(b'"%b":"' % name.encode())
-    template = ChunkTemplate(event, start, end, before + mark, after)
-    template.index, template.name = ours["index"], name
-    return template
+    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
 
 
 class PeerStream:
@@ -17029,13 +17065,22 @@ class PeerStream:
             text = template.find_text(event) if template is not None else b""
             if template is None or not text:
                 pieces.append(self._read_event(event))
-            elif self._assembler is None:
-                self._templates_in_vain = 0
+                continue
+            self._templates_in_vain = 0
+            if not template.state.has_begun:
+                pieces.append(self._begin(template))
+            if self._assembler is None:
                 pieces += (template.our_before, text, template.our_after)
             else:
-                self._templates_in_vain = 0
                 self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
         return b"".join(pieces)
+
+    def _begin(self, template: ChunkTemplate) -> bytes:
+        """The first text of a choice comes by a template that was guessed."""
+        template.state.has_begun = self.has_content = True
+        if self._assembler is not None:
+            return b""
+        return self._normalizer.encode(self._normalizer.build_choice(template.index, CHAT_ROLE_DELTA))
 
     def feed_whole(self, data: bytes) -> bytes:
         """The same for the answer of a peer that does not stream."""
@@ -17062,21 +17107,21 @@ class PeerStream:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        encoded, chunks = self._put_in_order(value)
+        encoded, choices = self._put_in_order(value)
         self._template = None
-        if len(chunks) == 1 and self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
-            self._template = learn_template(event, value, chunks[0])
-            self._templates_in_vain += 1
+        if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
+            self._template = learn_template(event, value, choices, self._normalizer)
+            self._templates_in_vain += self._template is not None
         return encoded
 
     def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
-        chunks = self._normalizer.normalize(value)
-        self.has_content = self.has_content or bool(chunks)
+        choices = self._normalizer.normalize(value)
+        self.has_content = self.has_content or bool(choices)
         if self._assembler is None:
-            return b"".join(map(encode_json_event, chunks)), chunks
-        for chunk in chunks:
-            self._assembler.add(chunk)
-        return b"", chunks
+            return b"".join(map(self._normalizer.encode, choices)), choices
+        for choice in choices:
+            self._assembler.add(choice)
+        return b"", choices
 
     def _finish(self) -> bytes:
         tail = self._normalizer.build_tail()
