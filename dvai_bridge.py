@@ -956,10 +956,11 @@ class Config:
         parse=parse_switch,
         is_switch=True,
     )
-    host: str = option(
+    host: str | None = option(
         "--host",
-        "127.0.0.1",
-        "address to listen on; on any other than loopback clients need a pairing or an API key",
+        None,
+        "address to listen on, by default 127.0.0.1, or with --lan all; on any other than loopback clients need a "
+        "pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -17987,7 +17988,8 @@ class HttpExchange:
 
     def _log(self, status: int, elapsed_s: float) -> None:
         request = self.request
-        _http_logger.info(
+        _http_logger.log(
+            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
             request.method,
@@ -20130,7 +20132,7 @@ class DVAI:
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
-        host = choose_lan_host() if config.lan and config.host == "127.0.0.1" else config.host
+        host = config.host or (choose_lan_host() if config.lan else "127.0.0.1")
         return HttpServerOptions(
             host=host,
             port=config.port,
