@@ -20961,7 +20961,8 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         return 0
     for each in pending:
         print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
+            f"`pair approve {each['id']}`"
         )
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}
