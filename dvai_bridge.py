@@ -2306,11 +2306,13 @@ class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
     `feed` returns the events that the segment completed. Bytes that are no UTF-8 come out as U+FFFD, as that
-    standard asks. A line or an event beyond `limit_bytes` raises SseError, after which the parser is of no use.
+    standard asks, unless `is_strict`: then they raise SseError, as does a line or an event beyond `limit_bytes`. After
+    an error the parser is of no use.
     """
 
-    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES) -> None:
+    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES, is_strict: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._errors = "strict" if is_strict else "replace"
         self._tail: list[bytes] = []  # of an incomplete line
         self._tail_bytes = 0
         self._after_cr = False  # a line feed at the start of the next segment belongs to the line before
@@ -2328,10 +2330,13 @@ class SseParser:
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
         events = []
-        for line in self._take_lines(data):
-            event = self._read_line(line)
-            if event is not None:
-                events.append(event)
+        try:
+            for line in self._take_lines(data):
+                event = self._read_line(line)
+                if event is not None:
+                    events.append(event)
+        except UnicodeDecodeError as exc:
+            raise SseError("a line that is not UTF-8") from exc
         return events
 
     def _take_lines(self, data: bytes) -> list[bytes]:
@@ -2362,11 +2367,11 @@ class SseParser:
             self._data_bytes += len(value) + 1
             if self._data_bytes > self._limit_bytes:
                 raise SseError(f"an event of more than {self._limit_bytes} bytes")
-            self._data.append(value.decode(errors="replace"))
+            self._data.append(value.decode(errors=self._errors))
         elif name == b"event":
-            self._event = value.decode(errors="replace")
+            self._event = value.decode(errors=self._errors)
         elif name == b"id" and b"\x00" not in value:
-            self._last_event_id = value.decode(errors="replace")
+            self._last_event_id = value.decode(errors=self._errors)
         return None
 
     def _dispatch(self) -> SseEvent | None:
@@ -10780,6 +10785,7 @@ class ChunkNormalizer:
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
+        self._has_model = self._has_model or bool(choices)
         return [piece for choice in choices for piece in self._normalize_choice(choice)]
 
     def encode(self, choice: Mapping[str, Any]) -> bytes:
@@ -10810,7 +10816,7 @@ class ChunkNormalizer:
         return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
 
     def _note_model(self, model: Any) -> None:
-        """The first name that the peer gives is what served."""
+        """The first name that the peer gives, with its first choice at the latest, is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
             self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
@@ -11003,7 +11009,7 @@ class PeerStream:
     def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
         self._normalizer = normalizer
         self._assembler = assembler
-        self._parser = SseParser()
+        self._parser = SseParser(is_strict=True)
         self._template: ChunkTemplate | None = None
         self._templates_in_vain = 0
         self._fed_bytes = 0
