@@ -11,12 +11,12 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         peers
+    peers         discovery, peers, offload: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -2592,11 +2592,13 @@ class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
     `feed` returns the events that the segment completed. Bytes that are no UTF-8 come out as U+FFFD, as that
-    standard asks. A line or an event beyond `limit_bytes` raises SseError, after which the parser is of no use.
+    standard asks, unless `is_strict`: then they raise SseError, as does a line or an event beyond `limit_bytes`. After
+    an error the parser is of no use.
     """
 
-    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES) -> None:
+    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES, is_strict: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._errors = "strict" if is_strict else "replace"
         self._tail: list[bytes] = []  # of an incomplete line
         self._tail_bytes = 0
         self._after_cr = False  # a line feed at the start of the next segment belongs to the line before
@@ -2614,10 +2616,13 @@ class SseParser:
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
         events = []
-        for line in self._take_lines(data):
-            event = self._read_line(line)
-            if event is not None:
-                events.append(event)
+        try:
+            for line in self._take_lines(data):
+                event = self._read_line(line)
+                if event is not None:
+                    events.append(event)
+        except UnicodeDecodeError as exc:
+            raise SseError("a line that is not UTF-8") from exc
         return events
 
     def _take_lines(self, data: bytes) -> list[bytes]:
@@ -2648,11 +2653,11 @@ class SseParser:
             self._data_bytes += len(value) + 1
             if self._data_bytes > self._limit_bytes:
                 raise SseError(f"an event of more than {self._limit_bytes} bytes")
-            self._data.append(value.decode(errors="replace"))
+            self._data.append(value.decode(errors=self._errors))
         elif name == b"event":
-            self._event = value.decode(errors="replace")
+            self._event = value.decode(errors=self._errors)
         elif name == b"id" and b"\x00" not in value:
-            self._last_event_id = value.decode(errors="replace")
+            self._last_event_id = value.decode(errors=self._errors)
         return None
 
     def _dispatch(self) -> SseEvent | None:
@@ -8491,6 +8496,7 @@ class ClientExchange:
         self._url = url
         self._data = data
         self._budgets = budgets
+        self._ends_at: float | None = None
         self._connection: ClientConnection | None = None
         self._response: ClientResponse | None = None
 
@@ -8498,28 +8504,42 @@ class ClientExchange:
         return await self.open()
 
     async def open(self) -> ClientResponse:
-        """Sends the request and waits for the answer's head. Whoever calls this must call `release`."""
-        total_s = self._budgets.total_s
-        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
-        connection = self._client.take_idle(self._url)
-        if connection is not None:
-            try:
-                return await self._ask(connection, ends_at)
-            except UpstreamLostError:
-                if connection.has_received:
-                    raise  # else the server had closed it before our request came: that is no failure
-        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
 
-    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+    async def start(self) -> None:
+        """The first half of `open`: finds a connection and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        self._send(self._client.take_idle(self._url) or await self._client.connect(self._url, self._budgets))
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
         try:
-            connection.send(self._method, self._data, ends_at)
-            head = await connection.read_head(self._budgets.first_byte_s)
-            if head.headers.get("content-encoding", "identity").lower() != "identity":
-                raise UpstreamError("the server sent an encoding that was not asked for")
+            try:
+                return await self._read_head()
+            except UpstreamLostError:
+                if self._connection is None or not self._connection.is_reused or self._connection.has_received:
+                    raise
+            # The server had closed a kept connection before our request came: that is no failure.
+            self._send(await self._client.connect(self._url, self._budgets))
+            return await self._read_head()
         except BaseException:
-            connection.close()
+            self.release()
             raise
-        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+
+    def _send(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        connection.send(self._method, self._data, self._ends_at)
+
+    async def _read_head(self) -> ClientResponse:
+        connection = self._connection
+        assert connection is not None  # `start` came before
+        head = await connection.read_head(self._budgets.first_byte_s)
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamError("the server sent an encoding that was not asked for")
+        self._response = ClientResponse(connection, head, self._budgets)
         return self._response
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8527,9 +8547,9 @@ class ClientExchange:
 
     def release(self) -> None:
         """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
-        if self._connection is not None and self._response is not None:
-            self._connection.release(may_linger=self._response.may_linger)
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
 class HttpClient:
@@ -16505,7 +16525,8 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
 PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow one
 PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
 FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
-LARGE_ANSWER_BYTES = MIB
+LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
+PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
@@ -16823,6 +16844,7 @@ class ChunkNormalizer:
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
+        self._has_model = self._has_model or bool(choices)
         return [piece for choice in choices for piece in self._normalize_choice(choice)]
 
     def encode(self, choice: Mapping[str, Any]) -> bytes:
@@ -16853,7 +16875,7 @@ class ChunkNormalizer:
         return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
 
     def _note_model(self, model: Any) -> None:
-        """The first name that the peer gives is what served."""
+        """The first name that the peer gives, with its first choice at the latest, is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
             self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
@@ -17046,7 +17068,7 @@ class PeerStream:
     def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
         self._normalizer = normalizer
         self._assembler = assembler
-        self._parser = SseParser()
+        self._parser = SseParser(is_strict=True)
         self._template: ChunkTemplate | None = None
         self._templates_in_vain = 0
         self._fed_bytes = 0
@@ -17199,47 +17221,39 @@ def parse_retry_after(headers: Headers) -> int:
 
 
 class PeerExchange:
-    """One peer asked for one request: sends it, reads the answer piece by piece, measures, and ends exactly once."""
+    """A request that was sent to a peer: reads its answer piece by piece, measures, and ends exactly once."""
 
     def __init__(
         self,
-        client: HttpClient,
+        exchange: ClientExchange,
         request: ForwardRequest,
         target: ForwardTarget,
-        budgets: ForwardBudgets,
+        *,
+        started_at: float,
+        content_by: float,
+        silence_s: float,
         on_end: Callable[[ForwardReport], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
         self._request = request
         self.target = target
-        self._budgets = budgets
-        self._on_end = on_end
-        self._started_at = self._loop.time()
+        self._started_at = self._written_at = started_at  # all in loop time
+        self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
-        self._written_at = self._started_at
+        self._silence_s = silence_s
+        self._on_end = on_end
         self._has_ended = False
         prefix = "chatcmpl-" if request.form is ForwardForm.CHAT else "cmpl-"
         head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
         self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
         self.assembler = None if request.is_stream else AnswerAssembler(request.form)
         self.stream = PeerStream(self.normalizer, self.assembler)
-        self._exchange = self._build_exchange(client)
 
-    def _build_exchange(self, client: HttpClient) -> ClientExchange:
-        request, target, budgets = self._request, self.target, self._budgets
-        body = encode_canonical_json(build_forward_body(request, target.model_id))
-        url = parse_http_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request)
-        if target.sign is not None:
-            headers += target.sign("POST", url.target, body)
-        self._budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
-        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=self._budget_s, idle_s=self._budget_s)
-        return client.request("POST", url, headers=headers, body=body, budgets=waits)
-
-    async def open(self) -> ClientResponse:
-        """Sends the request; the answer's head, if it is a 200 or the client's own fault. AttemptError otherwise."""
-        self._response = response = await self._exchange.open()
-        response.end_within(self._started_at + self._budget_s - self._loop.time())
+    async def read_head(self) -> ClientResponse:
+        """The answer's head, if it is a 200 or the client's own fault; AttemptError otherwise."""
+        self._response = response = await self._exchange.receive()
+        response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status)
             if outcome is not AttemptOutcome.REFUSED:
@@ -17306,7 +17320,7 @@ class PeerExchange:
         """The commit point."""
         self._content_at = self._loop.time()
         self._response.end_within(None)
-        self._response.idle_s = self._budgets.silence_s
+        self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
         now, content_at = self._loop.time(), self._content_at
@@ -17390,6 +17404,7 @@ class Forwarder:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
+        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -17399,21 +17414,54 @@ class Forwarder:
         """
         attempts: list[Attempt] = []
         for target in targets:
-            exchange = PeerExchange(self._client, request, target, self._budgets, self._on_end)
+            exchange: PeerExchange | None = None
             try:
+                exchange = await self._send(request, target)
                 answer = await self._ask(exchange, request, attempts)
             except UpstreamError as exc:
-                exchange.abandon()
+                if exchange is not None:
+                    exchange.abandon()
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
                 self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
                 continue
             except BaseException:
-                exchange.end(ForwardOutcome.CLIENT_LEFT)
+                if exchange is not None:
+                    exchange.end(ForwardOutcome.CLIENT_LEFT)
                 raise
             return Forwarded(answer=answer, attempts=tuple(attempts))
         return Forwarded(answer=None, attempts=tuple(attempts))
+
+    async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
+        """Sends the request; what its answer needs is made while it is on its way."""
+        budgets, started_at = self._budgets, asyncio.get_running_loop().time()
+        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        url = self._parse_url(target.base_url + request.form.value)
+        headers = build_forward_headers(request)
+        if target.sign is not None:
+            headers += target.sign("POST", url.target, body)
+        budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
+        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        await exchange.start()
+        return PeerExchange(
+            exchange,
+            request,
+            target,
+            started_at=started_at,
+            content_by=started_at + budget_s,
+            silence_s=budgets.silence_s,
+            on_end=self._on_end,
+        )
+
+    def _parse_url(self, url: str) -> HttpUrl:
+        parsed = self._urls.get(url)
+        if parsed is None:
+            if len(self._urls) >= PEER_URLS_LIMIT:
+                self._urls.clear()
+            parsed = self._urls[url] = parse_http_url(url)
+        return parsed
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
         attempts.append(attempt)
@@ -17424,7 +17472,7 @@ class Forwarder:
         self._note(attempts, Attempt(target=target, outcome=outcome, reason=outcome.value))
 
     async def _ask(self, exchange: PeerExchange, request: ForwardRequest, attempts: list[Attempt]) -> ForwardAnswer:
-        response = await exchange.open()
+        response = await exchange.read_head()
         target = exchange.target
         if response.status != 200:
             return await self._refuse(exchange, response, attempts)
