@@ -13,6 +13,8 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package langchain_openai",
     "needs the package llama_cpp",
     "needs the package numpy",
+    "needs the package zeroconf",
+    "needs network namespaces (make test-all)",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
     "needs node and the npm package openai (make test-all installs them)",

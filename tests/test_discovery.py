@@ -195,6 +195,11 @@ def test_what_we_announce_all_dialects_read():
     assert [each.type for each in only_ipv4] == [DnsType.PTR, DnsType.SRV, DnsType.TXT, DnsType.A, DnsType.PTR]
 
 
+def test_an_interface_with_very_many_addresses():
+    records = build_announcement(announce(), [IPv4Address("10.0.0.1") + i for i in range(5000)])
+    assert sum(each.type == DnsType.A for each in records) == 8
+
+
 def test_models_and_scores_are_told_while_they_fit():
     models = tuple(f"a-model-with-a-long-name-{i:03}" for i in range(40))
     strings = build_txt(
@@ -507,10 +512,28 @@ def test_names_without_a_description_make_room_soon():
         hear(browser, records_of(device_id=f"name-{i}")[:1], source=SOURCE + i % 40)
     hear(browser, records_of(), now_s=1, source=SOURCE + 50)
     assert changes_of(browser, 1) == ([], []) and len(browser._sightings) == PEERS_KEPT_LIMIT
-    assert len(browser.take_queries(1)[0][1].questions) <= 64
+    for _, query in browser.take_queries(1):
+        assert len(encode_dns_message(query)) < 1500
     changes_of(browser, 10)
     hear(browser, records_of(), now_s=11)
     assert changes_of(browser, 11) == ([URL], [])
+
+
+def test_long_names_fit_the_queries_about_them():
+    browser = new_browser()
+    host = ("h" * 63, "h" * 63, "h" * 63, "h" * 55)
+    for i in range(200):
+        instance = (f"{i:063}", *SERVICE_TYPE)
+        records = [
+            DnsRecord(SERVICE_TYPE, PtrData(instance), 100),
+            DnsRecord(instance, SrvData((str(i), *host), 5), 100),
+        ]
+        hear(browser, [*records, DnsRecord(instance, TxtData(()), 100)], source=SOURCE + i % 50)
+    asked = 0
+    for _, query in browser.take_queries(1):
+        encode_dns_message(query)
+        asked += len(query.questions)
+    assert asked == 2 + 2 * PEERS_KEPT_LIMIT
 
 
 def test_many_addresses_and_long_lives_are_bounded():
@@ -966,7 +989,7 @@ def test_stopping_what_never_started():
 
 
 def seen(**changes):
-    usual = {"name": "eth0", "addresses": ("192.168.1.2",), "is_open": True, "is_shared": True, "sent": 4}
+    usual = {"name": "eth0", "addresses": ("192.168.1.2",), "is_open": True, "is_shared": True, "sent": 4, "failed": 0}
     usual |= {"received": 2, "own_copies": 4, "dropped": 0, "speakers": ("192.168.1.9",), "peers": (), "error": None}
     return InterfaceDiagnosis(**usual | changes)
 
@@ -978,10 +1001,14 @@ def seen(**changes):
         ({}, ["no bridge announces itself"]),
         ({"speakers": (), "received": 0}, ["AP isolation"]),
         ({"own_copies": 0, "speakers": ()}, ["firewall on this machine"]),
-        ({"own_copies": 0, "error": "IPv4: Network is unreachable"}, ["is there a route for multicast on eth0?"]),
+        ({"own_copies": 0, "failed": 4, "error": "IPv4: Network is unreachable"}, ["route for multicast on eth0?"]),
+        ({"own_copies": 0, "failed": 1, "error": "IPv6: not assigned"}, ["1 of 4 packets", "firewall on this machine"]),
         ({"is_shared": False, "own_copies": 0}, ["keeps UDP port 5353 to itself"]),
         ({"is_open": False, "error": "Operation not permitted"}, ["no socket"]),
-        ({"error": "IPv6: Network is unreachable", "speakers": ()}, ["sending failed, IPv6", "AP isolation"]),
+        (
+            {"failed": 2, "error": "IPv6: no", "speakers": ()},
+            ["2 of 4 packets could not be sent, IPv6", "AP isolation"],
+        ),
     ],
 )
 def test_probable_causes(changes, words):
