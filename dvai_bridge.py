@@ -553,6 +553,7 @@ OPTIONAL_PACKAGES = (
         extra="discovery",
         gives="a complete mDNS stack",
         without="our small responder and browser",
+        is_used=True,
     ),
     OptionalPackage(
         module="websockets",
@@ -14174,10 +14175,11 @@ MISSING_ASKED_AFTER_S = (0.0, 1.0, 3.0)  # what an announcement left out is aske
 INCOMPLETE_LIMIT_S = 10.0  # names that are announced and never described
 PEERS_KEPT_LIMIT = 128  # peers that one packet after another invents …
 PEERS_PER_SOURCE_LIMIT = 4  # … and those of one address
-ADDRESSES_PER_PEER_LIMIT = 8
+ADDRESSES_PER_PEER_LIMIT = 8  # likewise, and of those that we announce
 SEEN_AGAIN_S = 1.0  # a peer that announces itself all the time is reported once in this
 PACKETS_PER_S_LIMIT = 256  # processor time that a flood on one interface may take; the rest is dropped
-KNOWN_ANSWERS_LIMIT = 24  # of one query, which then still fits an Ethernet frame
+QUESTIONS_LIMIT = 16  # of one query: long names that would pass the packet's limit
+KNOWN_ANSWERS_LIMIT = 24  # likewise; usual names then still fit an Ethernet frame
 INTERFACES_LIMIT = 32  # sockets, on machines with a bridge per container
 INTERFACES_LOOK_S = 5.0  # how soon another network is noticed
 TARGET_PORTS = range(1024, 65536)  # a record that makes us connect to a system service
@@ -14224,7 +14226,10 @@ def probe_interfaces() -> list[NetworkInterface]:
     By getifaddrs where there is one. Elsewhere (Windows) the addresses of the own host name stand in, one interface
     for each, with networks that are guessed: /24 and /64.
     """
-    found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    try:
+        found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    except (ImportError, AttributeError):  # no ctypes, or a C library without getifaddrs
+        found = _guess_interfaces()
     return [interface for interface in found if interface.addresses][: 2 * INTERFACES_LIMIT]
 
 
@@ -14239,8 +14244,9 @@ _IFF_MULTICAST = 0x1000 if sys.platform.startswith(("linux", "android")) else 0x
 _HAS_SOCKADDR_LENGTH = not sys.platform.startswith(("linux", "android", "win"))  # BSD's struct sockaddr, macOS's too
 
 
-def _read_interfaces() -> list[NetworkInterface]:
-    """getifaddrs(3): struct ifaddrs {next, name, flags, address, netmask, …} is the same on Linux, macOS and BSD."""
+@functools.cache
+def _load_getifaddrs() -> tuple[Any, Any]:
+    """The C library and its struct ifaddrs, the same on Linux, macOS and BSD. Once: ctypes never forgets a type."""
     import ctypes
 
     class Entry(ctypes.Structure):
@@ -14248,8 +14254,15 @@ def _read_interfaces() -> list[NetworkInterface]:
 
     pointers = [(name, ctypes.c_void_p) for name in ("address", "netmask", "destination", "data")]
     Entry._fields_ = [("next", ctypes.POINTER(Entry)), ("name", ctypes.c_char_p), ("flags", ctypes.c_uint), *pointers]
-    libc = ctypes.CDLL(None, use_errno=True)
-    head = ctypes.POINTER(Entry)()
+    return ctypes.CDLL(None, use_errno=True), Entry
+
+
+def _read_interfaces() -> list[NetworkInterface]:
+    """What getifaddrs(3) lists: an entry for each address."""
+    import ctypes
+
+    libc, entry_type = _load_getifaddrs()
+    head = ctypes.POINTER(entry_type)()
     if libc.getifaddrs(ctypes.byref(head)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
     found: dict[str, NetworkInterface] = {}
@@ -14341,7 +14354,7 @@ def build_announcement(announcement: Announcement, addresses: Iterable[IpAddress
     Instance and host carry the device id: some dial `<instance>.local`, whatever SRV says.
     """
     instance, host = (announcement.device_id, *SERVICE_TYPE), (announcement.device_id, "local")
-    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4]
+    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4][:ADDRESSES_PER_PEER_LIMIT]
 
     def own(name: DnsName, data: DnsData) -> DnsRecord:
         return DnsRecord(name, data, ANNOUNCED_TTL_S, replaces=True)
@@ -14565,7 +14578,7 @@ class Sighting:
         return min(self.gone_s, useless_s, *(each.expires_s for each in needed if each is not None))
 
 
-SightingKey = tuple[int, str]  # index of the interface, folded instance
+SightingKey = tuple[str, str]  # name of the interface, folded instance
 
 
 class Browser:
@@ -14579,19 +14592,19 @@ class Browser:
         self._device_id = device_id
         self._own_port = own_port
         self._draw = draw
-        self._interfaces: dict[int, NetworkInterface] = {}
-        self._queries: dict[int, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
+        self._interfaces: dict[str, NetworkInterface] = {}
+        self._queries: dict[str, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
         self._sightings: dict[SightingKey, Sighting] = {}
         self._reported: dict[str, tuple[SightingKey, Peer]] = {}  # by device id
 
     def set_interfaces(self, interfaces: Iterable[NetworkInterface], now_s: float) -> None:
         """Which interfaces there are; on a new one questions begin, with one that is gone its peers go."""
-        self._interfaces = {each.index: each for each in interfaces}
+        self._interfaces = {each.name: each for each in interfaces}
         first, last = ANSWER_DELAYS_S
-        for index in self._interfaces.keys() - self._queries.keys():
-            self._queries[index] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
-        for index in self._queries.keys() - self._interfaces.keys():
-            del self._queries[index]
+        for name in self._interfaces.keys() - self._queries.keys():
+            self._queries[name] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
+        for name in self._queries.keys() - self._interfaces.keys():
+            del self._queries[name]
         for key, sighting in list(self._sightings.items()):
             if key[0] in self._interfaces:
                 sighting.interface = self._interfaces[key[0]]
@@ -14639,13 +14652,13 @@ class Browser:
             found = {
                 key: sighting
                 for key, sighting in self._sightings.items()
-                if key[0] == interface.index and sighting.host and fold_dns_name(sighting.host) == name
+                if key[0] == interface.name and sighting.host and fold_dns_name(sighting.host) == name
             }
             for sighting in found.values():
                 _note_address(sighting, each, cached, is_first=(name, each.type) not in fresh_hosts)
             fresh_hosts.add((name, each.type))
             return found
-        key = (interface.index, name[0]) if name[1:] == SERVICE_TYPE else None
+        key = (interface.name, name[0]) if name[1:] == SERVICE_TYPE else None
         noted = self._sightings.get(key) if key else None
         if not key or not noted:
             return {}
@@ -14658,7 +14671,7 @@ class Browser:
         target = fold_dns_name(data.target)
         if name != SERVICE_TYPE or len(target) != len(SERVICE_TYPE) + 1 or target[1:] != SERVICE_TYPE:
             return {}
-        key, now_s = (interface.index, target[0]), cached.received_s
+        key, now_s = (interface.name, target[0]), cached.received_s
         sighting = self._sightings.get(key)
         if not cached.ttl_s:
             if sighting:
@@ -14733,31 +14746,23 @@ class Browser:
                 del self._sightings[key]
 
     def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
-        """The queries that are due, at most one for each interface."""
+        """The queries that are due, and on which interface; mostly one packet each."""
         queries = []
-        for index, interface in self._interfaces.items():
+        for name, interface in self._interfaces.items():
             questions: dict[tuple[DnsName, int], None] = {}
-            due_s, pause_s = self._queries[index]
+            due_s, pause_s = self._queries[name]
             if due_s <= now_s:
                 questions[SERVICE_TYPE, DnsType.PTR] = None
-                self._queries[index] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
-            for key, sighting in self._sightings.items():
-                if key[0] == index:
-                    questions.update(_take_questions(sighting, now_s))
-            if questions:
-                queries.append((interface, self._build_query(index, list(questions), now_s)))
+                self._queries[name] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
+            sightings = [sighting for key, sighting in self._sightings.items() if key[0] == name]
+            for sighting in sightings:
+                questions.update(_take_questions(sighting, now_s))
+            wanted = [DnsQuestion(*each) for each in questions]
+            for start in range(0, len(wanted), QUESTIONS_LIMIT):
+                part = tuple(wanted[start : start + QUESTIONS_LIMIT])
+                known = _build_known_answers(sightings, now_s) if part[0].name == SERVICE_TYPE else ()
+                queries.append((interface, DnsMessage(questions=part, answers=known)))
         return queries
-
-    def _build_query(self, index: int, wanted: list[tuple[DnsName, int]], now_s: float) -> DnsMessage:
-        """Asked for the service, others need not say what we know for longer than half its life."""
-        known = []
-        if (SERVICE_TYPE, DnsType.PTR) in wanted:
-            for key, sighting in self._sightings.items():
-                left_s = sighting.pointer.expires_s - now_s
-                if key[0] == index and sighting.peer and left_s > sighting.pointer.ttl_s / 2:
-                    known.append(DnsRecord(SERVICE_TYPE, sighting.pointer.data, int(left_s)))
-        questions = tuple(DnsQuestion(name, kind) for name, kind in wanted[:DNS_RECORDS_LIMIT])
-        return DnsMessage(questions=questions, answers=tuple(known[:KNOWN_ANSWERS_LIMIT]))
 
     def due_s(self) -> float:
         """When there is something to do next, if nothing is received."""
@@ -14803,6 +14808,16 @@ def _note_address(sighting: Sighting, each: DnsRecord, cached: CachedRecord, *, 
             sighting.addresses[address] = replace(cached, ttl_s=GOODBYE_S, asks=len(REFRESH_AT))
     elif address in sighting.addresses or len(sighting.addresses) < ADDRESSES_PER_PEER_LIMIT:
         sighting.addresses[address] = cached
+
+
+def _build_known_answers(sightings: Iterable[Sighting], now_s: float) -> tuple[DnsRecord, ...]:
+    """What nobody need tell us: the instances that we know for longer than half their life."""
+    known = []
+    for each in sightings:
+        left_s = each.pointer.expires_s - now_s
+        if each.peer and left_s > each.pointer.ttl_s / 2:
+            known.append(DnsRecord(SERVICE_TYPE, each.pointer.data, int(left_s)))
+    return tuple(known[:KNOWN_ANSWERS_LIMIT])
 
 
 def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[DnsName, int], None]]:
@@ -14994,9 +15009,13 @@ def open_mdns_socket(interface: NetworkInterface, family: int, port: int = MDNS_
 
 @record(slots=True)
 class LinkTraffic:
-    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure to send."""
+    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure.
+
+    `failed`: how many of the packets sent never left.
+    """
 
     sent: int = 0
+    failed: int = 0
     received: int = 0
     own_copies: int = 0
     dropped: int = 0
@@ -15114,6 +15133,7 @@ class _MdnsProtocol(asyncio.DatagramProtocol):
     def error_received(self, exc: Exception) -> None:
         reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
         self._link.traffic.error = f"{self._family_name}: {reason}"
+        self._link.traffic.failed += 1
 
 
 # Discovery
@@ -15253,6 +15273,12 @@ class MdnsDiscovery:
             link.send(goodbye)
 
     async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception:
+            discovery_log.exception("discovery has ended")
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         look_s = loop.time() + INTERFACES_LOOK_S
         while True:
@@ -15260,9 +15286,8 @@ class MdnsDiscovery:
                 await self._look_at_interfaces()
                 look_s = loop.time() + INTERFACES_LOOK_S
             self._work(loop.time())
-            due_s = min(look_s, self._due_s())
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
+                async with asyncio.timeout_at(min(look_s, self._due_s())):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -15516,6 +15541,7 @@ class InterfaceDiagnosis:
     is_open: bool
     is_shared: bool
     sent: int
+    failed: int
     received: int
     own_copies: int
     dropped: int
@@ -15570,6 +15596,7 @@ def _describe_link(link: MdnsLink, peers: Iterable[Peer]) -> InterfaceDiagnosis:
         is_open=link.is_open,
         is_shared=link.is_shared,
         sent=traffic.sent,
+        failed=traffic.failed,
         received=traffic.received,
         own_copies=traffic.own_copies,
         dropped=traffic.dropped,
@@ -15593,15 +15620,15 @@ def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
     if not seen.is_open:
         return (f"no socket for multicast could be opened: {seen.error}",)
     causes = []
-    if seen.error:
+    if seen.failed:
         advice = "" if seen.own_copies else f"; is there a route for multicast on {seen.name}?"
-        causes.append(f"sending failed, {seen.error}{advice}")
+        causes.append(f"{seen.failed} of {seen.sent} packets could not be sent, {seen.error}{advice}")
     if not seen.is_shared:
         causes.append(
             "another program keeps UDP port 5353 to itself: peers can be found, but this device cannot announce "
             "itself; let it share the port (avahi: disallow-other-stacks=no) or stop it"
         )
-    elif not seen.own_copies and not seen.error:
+    elif not seen.own_copies and seen.failed < seen.sent:
         causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
     is_deaf = not seen.is_shared or not seen.own_copies
     if seen.peers or (is_deaf and causes):
@@ -15637,6 +15664,7 @@ def build_diagnosis_json(diagnosis: DiscoveryDiagnosis) -> dict[str, Any]:
                 "open": each.is_open,
                 "portShared": each.is_shared,
                 "sent": each.sent,
+                "failed": each.failed,
                 "received": each.received,
                 "ownCopies": each.own_copies,
                 "dropped": each.dropped,

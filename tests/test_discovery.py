@@ -195,6 +195,11 @@ def test_what_we_announce_all_dialects_read():
     assert [each.type for each in only_ipv4] == [DnsType.PTR, DnsType.SRV, DnsType.TXT, DnsType.A, DnsType.PTR]
 
 
+def test_an_interface_with_very_many_addresses():
+    records = build_announcement(announce(), [IPv4Address("10.0.0.1") + i for i in range(5000)])
+    assert sum(each.type == DnsType.A for each in records) == 8
+
+
 def test_models_and_scores_are_told_while_they_fit():
     models = tuple(f"a-model-with-a-long-name-{i:03}" for i in range(40))
     strings = build_txt(
@@ -507,10 +512,28 @@ def test_names_without_a_description_make_room_soon():
         hear(browser, records_of(device_id=f"name-{i}")[:1], source=SOURCE + i % 40)
     hear(browser, records_of(), now_s=1, source=SOURCE + 50)
     assert changes_of(browser, 1) == ([], []) and len(browser._sightings) == PEERS_KEPT_LIMIT
-    assert len(browser.take_queries(1)[0][1].questions) <= 64
+    for _, query in browser.take_queries(1):
+        assert len(encode_dns_message(query)) < 1500
     changes_of(browser, 10)
     hear(browser, records_of(), now_s=11)
     assert changes_of(browser, 11) == ([URL], [])
+
+
+def test_long_names_fit_the_queries_about_them():
+    browser = new_browser()
+    host = ("h" * 63, "h" * 63, "h" * 63, "h" * 55)
+    for i in range(200):
+        instance = (f"{i:063}", *SERVICE_TYPE)
+        records = [
+            DnsRecord(SERVICE_TYPE, PtrData(instance), 100),
+            DnsRecord(instance, SrvData((str(i), *host), 5), 100),
+        ]
+        hear(browser, [*records, DnsRecord(instance, TxtData(()), 100)], source=SOURCE + i % 50)
+    asked = 0
+    for _, query in browser.take_queries(1):
+        encode_dns_message(query)
+        asked += len(query.questions)
+    assert asked == 2 + 2 * PEERS_KEPT_LIMIT
 
 
 def test_many_addresses_and_long_lives_are_bounded():
@@ -793,7 +816,7 @@ def test_two_on_loopback():
                 other.update(announce(device_id=two, port=38884, models=("new",)))
                 await until(lambda: first.peers[two].loaded_models == ("new",), "the change is seen")
                 assert discovery.describe() == [f"{LO.name}: multicast DNS"]
-            await until(lambda: first.lost == [two], "the goodbye is heard")
+            await until(lambda: two in first.lost, "the goodbye is heard")
         assert one not in first.peers and two not in second.peers
 
     asyncio.run(scenario())
@@ -809,7 +832,7 @@ def test_zeroconf_on_loopback(backends):
         async with running(new_discovery(first, one, backend=backends[0])):
             async with running(new_discovery(second, two, port=38884, backend=backends[1])):
                 await until(lambda: two in first.peers and one in second.peers, "they see each other")
-            await until(lambda: first.lost == [two], "the goodbye is heard")
+            await until(lambda: two in first.lost, "the goodbye is heard")
 
     asyncio.run(scenario())
 
@@ -862,11 +885,14 @@ def test_hostile_packets_are_dropped_and_a_flood_is_bounded():
                 with open_mdns_socket(LO, socket.AF_INET, port=0) as stranger:  # RFC 6762 section 6: not from 5353
                     send_to_group(stranger, good.replace(other.encode(), b"x" * len(other)))
                 before = link.traffic.dropped
-                while link.traffic.dropped < before + PACKETS_PER_S_LIMIT:
+
+                def flood():
                     for _ in range(64):
                         send_to_group(sock, b"\0" * 12)
-                    await asyncio.sleep(0)
-        assert set(recorder.peers) == {other}
+                    return link.traffic.dropped >= before + PACKETS_PER_S_LIMIT
+
+                await until(flood, "what is too much is dropped")
+        assert "x" * len(other) not in recorder.peers
 
     asyncio.run(scenario())
 
@@ -935,7 +961,7 @@ def test_without_a_network_it_waits_for_one(monkeypatch):
             async with running(new_discovery(None, two, port=38884)):
                 await until(lambda: two in recorder.peers, "the interface is noticed")
                 interfaces.clear()
-                await until(lambda: recorder.lost == [two], "and that it went")
+                await until(lambda: two in recorder.lost, "and that it went")
 
     asyncio.run(scenario())
 
@@ -966,7 +992,7 @@ def test_stopping_what_never_started():
 
 
 def seen(**changes):
-    usual = {"name": "eth0", "addresses": ("192.168.1.2",), "is_open": True, "is_shared": True, "sent": 4}
+    usual = {"name": "eth0", "addresses": ("192.168.1.2",), "is_open": True, "is_shared": True, "sent": 4, "failed": 0}
     usual |= {"received": 2, "own_copies": 4, "dropped": 0, "speakers": ("192.168.1.9",), "peers": (), "error": None}
     return InterfaceDiagnosis(**usual | changes)
 
@@ -978,10 +1004,14 @@ def seen(**changes):
         ({}, ["no bridge announces itself"]),
         ({"speakers": (), "received": 0}, ["AP isolation"]),
         ({"own_copies": 0, "speakers": ()}, ["firewall on this machine"]),
-        ({"own_copies": 0, "error": "IPv4: Network is unreachable"}, ["is there a route for multicast on eth0?"]),
+        ({"own_copies": 0, "failed": 4, "error": "IPv4: Network is unreachable"}, ["route for multicast on eth0?"]),
+        ({"own_copies": 0, "failed": 1, "error": "IPv6: not assigned"}, ["1 of 4 packets", "firewall on this machine"]),
         ({"is_shared": False, "own_copies": 0}, ["keeps UDP port 5353 to itself"]),
         ({"is_open": False, "error": "Operation not permitted"}, ["no socket"]),
-        ({"error": "IPv6: Network is unreachable", "speakers": ()}, ["sending failed, IPv6", "AP isolation"]),
+        (
+            {"failed": 2, "error": "IPv6: no", "speakers": ()},
+            ["2 of 4 packets could not be sent, IPv6", "AP isolation"],
+        ),
     ],
 )
 def test_probable_causes(changes, words):
@@ -1013,8 +1043,8 @@ def test_diagnosis_on_loopback():
             async with asyncio.timeout(60):
                 while True:
                     (link,) = (await dvai_bridge.diagnose_discovery(1, NAMES)).interfaces
-                    if link.peers:
+                    if "Büro at http://127.0.0.1:38883/v1" in link.peers:
                         break
-        assert link.peers == ("Büro at http://127.0.0.1:38883/v1",) and link.own_copies > 0 and link.is_shared
+        assert link.own_copies > 0 and link.is_shared
 
     asyncio.run(scenario())
