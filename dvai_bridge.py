@@ -1337,6 +1337,8 @@ def display_name(text: str) -> str:
     Control, bidirectional, invisible and line-breaking characters are all "not printable" to Unicode; they come out
     as `\\x1b` or `\\u202e`, a backslash as two. A longer text ends in an ellipsis, never inside an escape.
     """
+    if len(text) <= DISPLAY_NAME_LIMIT_CHARS and text.isprintable() and "\\" not in text:
+        return text
     shown, size = [], 0
     for char in text:
         piece = char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
@@ -7180,7 +7182,8 @@ class AuditLog:
         line = encode_audit_line(entry)
         with self._changed:
             self._lines.append((format_utc(entry.time_ms)[:10], line))
-            self._changed.notify()
+            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+                self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
@@ -18775,6 +18778,16 @@ def build_answer_form(
     return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
 
 
+def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for a request that no engine could serve, whatever it can do."""
+    if form is ForwardForm.CHAT:
+        parse_chat_request(body, features=frozenset(ENGINE_PARAMETERS))
+    elif form is ForwardForm.TEXT:
+        parse_completion_request(body, features=frozenset(ENGINE_PARAMETERS))
+    else:
+        parse_embeddings_request(body)
+
+
 def may_offload(request: HttpRequest) -> bool:
     """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
     is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
@@ -19300,6 +19313,7 @@ class Offloading:
             attempts = forwarded.attempts
         here = next((each for each in decision.targets if each.peer is None), None)
         if here is None:
+            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
             raise build_refusal(decision, request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
