@@ -551,8 +551,8 @@ OPTIONAL_PACKAGES = (
         module="zeroconf",
         package="zeroconf",
         extra="discovery",
-        gives="a complete mDNS stack",
-        without="our small responder and browser",
+        gives="multicast DNS where the system does not tell its networks (Windows), or with `--mdns zeroconf`",
+        without="our own responder and browser, which on Windows guess the networks",
         is_used=True,
     ),
     OptionalPackage(
@@ -14392,7 +14392,7 @@ def build_txt(announcement: Announcement) -> tuple[bytes, ...]:
 
 
 def _cut_utf8(text: str, limit_bytes: int) -> str:
-    return text.encode()[:limit_bytes].decode(errors="ignore")
+    return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
 
 
 def _join_models(models: Iterable[str], limit_bytes: int) -> str:
@@ -15465,8 +15465,8 @@ class ZeroconfDiscovery:
                 await self._announce()
                 seen, self._seen = list(self._seen), {}
                 await asyncio.gather(*map(self._look_up, seen))
-            except (self._package.Error, OSError, ValueError) as exc:
-                discovery_log.warning("zeroconf: %s", exc)
+            except Exception as exc:  # whatever it is, the next change is tried again
+                discovery_log.warning("zeroconf: %s", exc, exc_info=not isinstance(exc, self._package.Error | OSError))
 
     async def _announce(self) -> None:
         """Brings what zeroconf announces in line with what it should."""

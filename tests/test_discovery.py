@@ -206,6 +206,7 @@ def test_models_and_scores_are_told_while_they_fit():
         announce(device_name="ü" * 200, models=("with,comma", *models), capability=dict.fromkeys(models, 12.25))
     )
     assert all(len(each) <= 255 for each in strings) and sum(map(len, strings)) < 1200
+    assert b"deviceName=a?" in build_txt(announce(device_name="a\udcff"))
     text = parse_txt(strings)
     told = text["models"].decode().split(",")
     assert told == list(models[: len(told)]) and len(told) >= 8
@@ -750,6 +751,19 @@ def test_interfaces_are_guessed_where_the_system_does_not_tell(monkeypatch):
     assert [each.name for each in choose_interfaces(found, None)] == ["192.168.7.5", "fe80::5"]
     assert found[1].is_on_link(IPv4Address("192.168.7.200")) and not found[1].is_on_link(IPv4Address("192.168.8.1"))
     assert found[2].format_address(IPv6Address("fe80::9")) == "fe80::9%7"
+
+
+def test_interfaces_without_ctypes(monkeypatch):
+    dvai_bridge._load_getifaddrs.cache_clear()
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    monkeypatch.setattr(dvai_bridge.socket, "getaddrinfo", lambda *_, **__: [])
+    assert [each.name for each in probe_interfaces()] == ["127.0.0.1"]
+
+
+def test_the_port_is_shared_without_so_reuseport(monkeypatch):
+    monkeypatch.delattr(dvai_bridge.socket, "SO_REUSEPORT", raising=False)
+    with open_mdns_socket(LO, socket.AF_INET) as one, open_mdns_socket(LO, socket.AF_INET) as other:
+        assert one.getsockname()[1] == other.getsockname()[1] == MDNS_PORT
 
 
 # Sockets, on loopback
