@@ -357,14 +357,6 @@ class ClockSkewError(SignatureError):
 
     code = "clock_skew"
 
-    def __init__(self, skew_ms: int) -> None:
-        seconds = round(skew_ms / 1000)
-        word = "ahead of" if seconds > 0 else "behind"
-        super().__init__(
-            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
-            extra={"skewSeconds": seconds},
-        )
-
 
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
@@ -5333,6 +5325,14 @@ def _apply_changes(
     return changed
 
 
+def build_clock_skew_error(skew_ms: int) -> ClockSkewError:
+    """What the sender of a valid signature is told whose clock differs by `skew_ms` from ours."""
+    seconds = round(skew_ms / 1000)
+    word = "ahead of" if seconds > 0 else "behind"
+    message = f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one"
+    return ClockSkewError(message, extra={"skewSeconds": seconds})
+
+
 class SignatureVerifier:
     """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
 
@@ -5374,7 +5374,7 @@ class SignatureVerifier:
             raise SignatureError
         skew_ms = timed.sent_at_ms - now_ms
         if abs(skew_ms) > SIGNATURE_SKEW_MS:
-            raise ClockSkewError(skew_ms)
+            raise build_clock_skew_error(skew_ms)
         if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
             raise SignatureError
         if not pairing.uses_t1:
@@ -16690,8 +16690,8 @@ class ForwardReport:
 class AttemptError(UpstreamError):
     """A peer gave no answer, so the next one is asked; never shown to a client."""
 
-    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0) -> None:
-        super().__init__(reason, retry_after_s=retry_after_s)
+    def __init__(self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, **details: Any) -> None:
+        super().__init__(message, **details)
         self.outcome = outcome
 
 
@@ -16868,7 +16868,7 @@ class ChunkNormalizer:
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
         if value.get("error"):
-            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream")
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
@@ -17288,7 +17288,8 @@ class PeerExchange:
         if response.status != 200:
             outcome = judge_status(response.status)
             if outcome is not AttemptOutcome.REFUSED:
-                raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
+                retry_after_s = parse_retry_after(response.headers)
+                raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
         return response
 
     async def read_first(self) -> bytes:
