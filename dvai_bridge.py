@@ -20042,6 +20042,8 @@ class DVAI:
 
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
+        if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
+            bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
         if self.engine is not None:
             self.engine.start()
@@ -20854,7 +20856,8 @@ def run_status(command: Command) -> int:
     if command.json:
         show_json(health)
         return 0
-    print(f"{url}: {health['status']}, serving {health['currentModelId']}, up {health['uptimeSec']} s")
+    serving = f"serving {health['currentModelId']}" if health["currentModelId"] else "serving no model itself"
+    print(f"{url}: {health['status']}, {serving}, up {health['uptimeSec']} s")
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
