@@ -9221,6 +9221,189 @@ def _shorten_message(message: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:TEMPLATE_MESSAGE_LIMIT_CHARS])
 
 
+# ---- Generation -----------------------------------------------------------------------
+# What engines that sample by themselves share: prompts in, slots with their caches, text and counts out.
+
+PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
+PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PromptEncoder:
+    """Requests to the tokens of their prompts. `n_ctx`: what a sequence can hold, the answer included.
+
+    `token_limit_bytes`: no token has more, which tells at once that a huge text cannot fit the context.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    n_ctx: int
+    token_limit_bytes: int
+
+    def encode_request(self, request: GenerationRequest) -> list[int]:
+        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
+        if not request.messages:
+            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
+        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
+        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
+
+    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
+        """The tokens of a text, or those given; fewer than the context holds, else an error."""
+        if not isinstance(text, str):
+            return self._verify_tokens(list(text), param)
+        self._verify_size(text, param, parse_special=parse_special)
+        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
+
+    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
+        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
+        size_bytes = len(text.encode("utf-8", "surrogatepass"))
+        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
+        head = text[: PROBE_CHARS_PER_TOKEN * self.n_ctx]
+        if len(head) < len(text):
+            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
+            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
+
+    def _verify_count(self, count: int, param: str, more: str = "") -> None:
+        n_ctx = self.n_ctx
+        if count >= n_ctx:
+            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
+            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
+
+    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
+        if not tokens:
+            raise InvalidRequestError(f"'{param}' is empty", param=param)
+        self._verify_count(len(tokens), param)
+        if max(tokens) >= self.tokenizer.n_vocab:
+            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
+        return tokens
+
+
+class SequenceCache(Protocol):
+    """Where an engine keeps what it computed of one sequence.
+
+    `truncate` forgets the positions from `length` on, or all where an engine cannot forget a part.
+    """
+
+    @property
+    def length(self) -> int: ...
+    def truncate(self, length: int) -> None: ...
+    def copy_from(self, other: Any) -> None: ...
+
+
+@record(kw_only=True, slots=True)
+class Slot:
+    """A cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
+
+    cache: SequenceCache
+    tokens: list[int] = field(default_factory=list)
+    tenant: str = ""
+    last_used: int = 0
+    busy: bool = False
+
+    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
+        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
+        if tenant != self.tenant:
+            return 0
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+        del self.tokens[self.cache.length :]
+
+
+def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str) -> Slot:
+    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
+
+    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
+    of what its slot holds, is copied to the slot that was not used for longest.
+    """
+    free = [slot for slot in slots if not slot.busy]
+    if not free:
+        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
+    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
+    length = donor.count_reusable(prompt, tenant)
+    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
+    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
+    if length and slot is not donor:
+        slot.cache.copy_from(donor.cache)
+        slot.tokens = donor.tokens.copy()
+    slot.truncate(length)
+    slot.tenant = tenant
+    return slot
+
+
+# The log probability of a token and those of the best ones, as compute_logprobs gives them.
+ComputeLogprobs = Callable[[int, int], tuple[float, list[tuple[int, float]]]]
+
+
+class AnswerWriter:
+    """What one generation writes: its text, the log probabilities of its tokens, its end and its counts."""
+
+    def __init__(
+        self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
+    ) -> None:
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._request = request
+        self._prompt_tokens = len(prompt)
+        self._encoder = encoder
+        self._clock = clock
+        self._assembler = TextAssembler((*request.stop, *encoder.template.stop) if request.messages else request.stop)
+        self._started_s = clock()
+        self._prefilled_s: float | None = None
+
+    def write(self, token: int, compute: ComputeLogprobs) -> list[EngineEvent]:
+        """What a newly drawn token brings: text, and Finished if it is the last one."""
+        self._prefilled_s = self._prefilled_s or self._clock()
+        self.completion_tokens += 1
+        tokenizer = self._encoder.tokenizer
+        if token in tokenizer.end_of_generation_ids:
+            return self._drop_empty(self._assembler.finish(), self.finish("stop"))
+        delta = self._assembler.push(tokenizer.token_bytes(token), self._describe(token, compute))
+        if self._assembler.stopped:
+            return self._drop_empty(delta, self.finish("stop"))
+        is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
+        if is_full or self.completion_tokens == self._request.max_tokens:
+            return self._drop_empty(delta, self._assembler.finish(), self.finish("length"))
+        return self._drop_empty(delta)
+
+    def finish(self, reason: str) -> Finished:
+        now_s = self._clock()
+        prefilled_s = self._prefilled_s or now_s
+        usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            prompt_ms=(prefilled_s - self._started_s) * 1000,
+            predicted_ms=(now_s - prefilled_s) * 1000,
+        )
+        return Finished(finish_reason=reason, usage=usage)
+
+    @staticmethod
+    def _drop_empty(*events: EngineEvent) -> list[EngineEvent]:
+        return [
+            event for event in events if not (isinstance(event, TextDelta) and not event.text and not event.logprobs)
+        ]
+
+    def _describe(self, token: int, compute: ComputeLogprobs) -> TokenLogprob | None:
+        if self._request.top_logprobs is None:
+            return None
+        logprob, top = compute(token, self._request.top_logprobs)
+        others = tuple(self._build_logprob(other, value) for other, value in top)
+        return replace(self._build_logprob(token, logprob), top=others)
+
+    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
+        data = self._encoder.tokenizer.token_bytes(token)
+        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
+
+
+def normalize(vector: Sequence[float]) -> tuple[float, ...]:
+    """The vector at length 1; a zero vector stays what it is."""
+    length = math.hypot(*vector)
+    return tuple(value / length for value in vector) if length else tuple(vector)
+
+
 # ---- Built-in engine ------------------------------------------------------------------
 # Transformers in pure Python: weights packed by column into big integers.
 #
@@ -10098,11 +10281,9 @@ class KvCache:
         self.length = 0
         self.layers = [[_HeadCache(head_dim) for _ in range(n_head_kv)] for _ in range(n_layer)]
 
-    def copy(self) -> KvCache:
-        """The same positions; either can go on or be truncated without the other."""
-        other = KvCache(0, 0, 0)
-        other.length, other.layers = self.length, [[head.copy() for head in heads] for heads in self.layers]
-        return other
+    def copy_from(self, other: KvCache) -> None:
+        """Hold the same positions; either can go on or be truncated without the other."""
+        self.length, self.layers = other.length, [[head.copy() for head in heads] for heads in other.layers]
 
     def truncate(self, length: int) -> None:
         """Forgets all positions from `length` on."""
@@ -10421,50 +10602,6 @@ SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves mus
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
 SLICE_LIMIT_TOKENS = 256
 SHARED_MODEL_BYTES = 8 * MIB  # a smaller model's matrices are multiplied before another process has heard of them
-PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
-PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
-
-
-@record(kw_only=True, slots=True)
-class Slot:
-    """A KV cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
-
-    cache: KvCache
-    tokens: list[int] = field(default_factory=list)
-    tenant: str = ""
-    last_used: int = 0
-    busy: bool = False
-
-    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
-        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
-        if tenant != self.tenant:
-            return 0
-        pairs = zip(self.tokens, prompt[:-1], strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    def truncate(self, length: int) -> None:
-        self.cache.truncate(length)
-        del self.tokens[length:]
-
-
-def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str) -> Slot:
-    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
-
-    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
-    of what its slot holds, is copied to the slot that was not used for longest.
-    """
-    free = [slot for slot in slots if not slot.busy]
-    if not free:
-        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
-    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
-    length = donor.count_reusable(prompt, tenant)
-    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
-    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
-    if length and slot is not donor:
-        slot.cache, slot.tokens = donor.cache.copy(), donor.tokens.copy()
-    slot.truncate(length)
-    slot.tenant = tenant
-    return slot
 
 
 class SlicePace:
@@ -10487,90 +10624,40 @@ class GenerationJob:
     ) -> None:
         slot.busy = True
         self._slot = slot
+        self._cache = cast(KvCache, slot.cache)
         self._model = model
         self._request = request
         self._prompt = prompt
-        self._cached = len(slot.tokens)
         self._sampler = Sampler(request.sampling, seed, prompt)
-        self._assembler = TextAssembler((*request.stop, *model.template.stop) if request.messages else request.stop)
+        self._writer = AnswerWriter(request, prompt, model.encoder, model.clock)
+        self._writer.cached_tokens = len(slot.tokens)
         self._next = prompt[-1]  # to be decoded when the prompt before it is in the cache
-        self._completion_tokens = 0
-        self._started_s = model.clock()
-        self._prefilled_s: float | None = None
 
     def step(self) -> list[EngineEvent]:
         missing = len(self._prompt) - 1 - len(self._slot.tokens)
         if missing > 0:
             return [self._prefill(missing)]
         if self._request.max_tokens == 0:
-            return [self._finish("length")]
-        logits = self._model.transformer.decode(self._slot.cache, self._next)
+            return [self._writer.finish("length")]
+        logits = self._model.transformer.decode(self._cache, self._next)
         self._slot.tokens.append(self._next)
-        self._prefilled_s = self._prefilled_s or self._model.clock()
         self._next = self._sampler.sample(logits)
-        self._completion_tokens += 1
-        return [event for event in self._emit(logits) if not is_empty_delta(event)]
+        return self._writer.write(self._next, functools.partial(compute_logprobs, logits))
 
     def release(self) -> None:
         """Leave the slot to other jobs."""
-        self._slot.truncate(min(self._slot.cache.length, len(self._slot.tokens)))  # an error may have come between
+        self._slot.truncate(min(self._cache.length, len(self._slot.tokens)))  # an error may have come between
         self._slot.busy = False
 
     def _prefill(self, missing: int) -> PrefillProgress:
         start = len(self._slot.tokens)
         tokens = self._prompt[start : start + min(missing, self._model.pace.tokens)]
         began_s = self._model.clock()
-        self._model.transformer.prefill(self._slot.cache, tokens)
+        self._model.transformer.prefill(self._cache, tokens)
         self._model.pace.learn(len(tokens), self._model.clock() - began_s)
         self._slot.tokens += tokens
-        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=self._cached)
-
-    def _emit(self, logits: Sequence[float]) -> list[EngineEvent]:
-        """What the newly drawn token brings: text, and the end if it is one."""
-        token = self._next
-        if token in self._model.tokenizer.end_of_generation_ids:
-            return [self._assembler.finish(), self._finish("stop")]
-        delta = self._assembler.push(self._model.tokenizer.token_bytes(token), self._describe(logits, token))
-        if self._assembler.stopped:
-            return [delta, self._finish("stop")]
-        context_full = len(self._slot.tokens) >= self._model.transformer.n_ctx
-        if context_full or self._completion_tokens == self._request.max_tokens:
-            return [delta, self._assembler.finish(), self._finish("length")]
-        return [delta]
-
-    def _describe(self, logits: Sequence[float], token: int) -> TokenLogprob | None:
-        if self._request.top_logprobs is None:
-            return None
-        logprob, top = compute_logprobs(logits, token, self._request.top_logprobs)
-        others = tuple(self._build_logprob(other, value) for other, value in top)
-        return replace(self._build_logprob(token, logprob), top=others)
-
-    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
-        data = self._model.tokenizer.token_bytes(token)
-        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
-
-    def _finish(self, reason: str) -> Finished:
-        now_s = self._model.clock()
-        prefilled_s = self._prefilled_s or now_s
-        usage = Usage(
-            prompt_tokens=len(self._prompt),
-            cached_tokens=self._cached,
-            completion_tokens=self._completion_tokens,
-            prompt_ms=(prefilled_s - self._started_s) * 1000,
-            predicted_ms=(now_s - prefilled_s) * 1000,
-        )
-        return Finished(finish_reason=reason, usage=usage)
-
-
-def is_empty_delta(event: EngineEvent) -> bool:
-    """Whether an event is a delta that shows nothing."""
-    return isinstance(event, TextDelta) and not event.text and not event.logprobs
-
-
-def normalize(vector: Sequence[float]) -> tuple[float, ...]:
-    """The vector at length 1; a zero vector stays what it is."""
-    length = math.hypot(*vector)
-    return tuple(value / length for value in vector) if length else tuple(vector)
+        cached = self._writer.cached_tokens
+        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=cached)
 
 
 class EmbeddingJob:
@@ -10604,55 +10691,13 @@ class EmbeddingJob:
 
 @record(frozen=True, kw_only=True, slots=True)
 class BuiltinModel:
-    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none.
-
-    `token_limit_bytes`: the longest token's length, which tells at once that a huge text cannot fit the context.
-    """
+    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
 
     transformer: Transformer
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    token_limit_bytes: int
+    encoder: PromptEncoder
     pace: SlicePace
     clock: Callable[[], float]
     draw_seed: Callable[[], int]
-
-    def encode_prompt(self, request: GenerationRequest) -> list[int]:
-        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
-        if not request.messages:
-            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
-        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
-        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
-
-    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
-        """The tokens of a text, or those given; fewer than the context holds, else an error."""
-        if not isinstance(text, str):
-            return self._verify_tokens(list(text), param)
-        self._verify_size(text, param, parse_special=parse_special)
-        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
-
-    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
-        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
-        size_bytes = len(text.encode("utf-8", "surrogatepass"))
-        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
-        head = text[: PROBE_CHARS_PER_TOKEN * self.transformer.n_ctx]
-        if len(head) < len(text):
-            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
-            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
-
-    def _verify_count(self, count: int, param: str, more: str = "") -> None:
-        n_ctx = self.transformer.n_ctx
-        if count >= n_ctx:
-            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
-            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
-
-    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
-        if not tokens:
-            raise InvalidRequestError(f"'{param}' is empty", param=param)
-        self._verify_count(len(tokens), param)
-        if max(tokens) >= self.transformer.n_vocab:
-            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
-        return tokens
 
 
 class BuiltinBackend:
@@ -10694,7 +10739,7 @@ class BuiltinBackend:
         self._model.transformer.close()
 
     def _build_generation(self, request: GenerationRequest) -> GenerationJob:
-        prompt = self._model.encode_prompt(request)
+        prompt = self._model.encoder.encode_request(request)
         if any(token >= self.info.n_vocab for token in request.sampling.logit_bias):
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         slot = prepare_slot(self._slots, prompt, request.tenant)
@@ -10704,7 +10749,7 @@ class BuiltinBackend:
         return GenerationJob(request, prompt, slot, seed, self._model)
 
     def _build_embedding(self, request: EmbeddingRequest) -> EmbeddingJob:
-        inputs = [self._model.encode_text(item, "input", parse_special=False) for item in request.inputs]
+        inputs = [self._model.encoder.encode_text(item, "input", parse_special=False) for item in request.inputs]
         return EmbeddingJob(inputs, self._model)
 
 
@@ -10733,9 +10778,14 @@ def load_builtin_backend(
         raise ModelFileError(f"{problem}: the file is damaged, use another")
     model = BuiltinModel(
         transformer=transformer,
-        tokenizer=tokenizer,
-        template=template,
-        token_limit_bytes=max(len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)),
+        encoder=PromptEncoder(
+            tokenizer=tokenizer,
+            template=template,
+            n_ctx=transformer.n_ctx,
+            token_limit_bytes=max(
+                len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)
+            ),
+        ),
         pace=SlicePace(),
         clock=time.perf_counter,
         draw_seed=lambda: random.SystemRandom().getrandbits(64),
