@@ -478,6 +478,7 @@ OPTIONAL_PACKAGES = (
         extra="llama",
         gives="native inference of GGUF models",
         without="the built-in engine for small models; else serve through peers or another engine",
+        is_used=True,
     ),
     OptionalPackage(
         module="cryptography",
@@ -518,19 +519,24 @@ OPTIONAL_PACKAGES = (
 )
 
 
+def is_package_installed(module: str) -> bool:
+    """Whether a module can be imported, as far as can be told without importing it."""
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module put into sys.modules by hand, without a spec
+        return False
+
+
 def find_packages() -> list[tuple[OptionalPackage, str | None]]:
     """Every optional package with its installed version, None when it is absent. Imports none of them."""
     import importlib.metadata  # here: it takes as long to import as all the rest of a start
-    import importlib.util
 
     found: list[tuple[OptionalPackage, str | None]] = []
     for optional in OPTIONAL_PACKAGES:
-        try:
-            spec = importlib.util.find_spec(optional.module)
-        except ValueError:  # a module put into sys.modules by hand, without a spec
-            spec = None
         version = None
-        if spec is not None:
+        if is_package_installed(optional.module):
             try:
                 version = importlib.metadata.version(optional.package)
             except importlib.metadata.PackageNotFoundError:
@@ -678,10 +684,11 @@ class Config:
     engine: str = option(
         "--engine",
         "auto",
-        "what computes: `builtin`, in pure Python, is the one that this version has",
+        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; `auto` "
+        "takes llama.cpp where it is installed and can serve the model",
         "model",
-        parse=parse_choice("auto", "builtin"),
-        metavar="auto|builtin",
+        parse=parse_choice("auto", "builtin", "llama"),
+        metavar="auto|builtin|llama",
     )
     ctx_size: int = option(
         "-c/--ctx-size",
@@ -709,6 +716,43 @@ class Config:
         parse=parse_integer(0, 64),
         metavar="N",
         fallbacks=("LLAMA_ARG_THREADS",),
+    )
+    n_gpu_layers: int | None = option(
+        "-ngl/--n-gpu-layers",
+        None,
+        "layers that the GPU computes (llama engine); default: all where llama-cpp-python is built for a GPU",
+        "model",
+        parse=parse_integer(0, 9999),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_N_GPU_LAYERS",),
+    )
+    batch_size: int = option(
+        "-b/--batch-size",
+        512,
+        "tokens computed in one step at most (llama engine)",
+        "model",
+        parse=parse_integer(1, 1 << 16),
+        metavar="TOKENS",
+        fallbacks=("LLAMA_ARG_BATCH",),
+    )
+    flash_attn: str = option(
+        "-fa/--flash-attn",
+        "auto",
+        "flash attention (llama engine)",
+        "model",
+        parse=parse_choice("auto", "on", "off"),
+        metavar="auto|on|off",
+        fallbacks=("LLAMA_ARG_FLASH_ATTN",),
+    )
+    rpc: tuple[str, ...] = option(
+        "--rpc",
+        (),
+        "llama.cpp RPC servers on other machines that share the model (llama engine); whoever can reach such a "
+        "server controls it, so keep them in a network of their own",
+        "model",
+        parse=parse_list,
+        metavar="HOST:PORT,…",
+        fallbacks=("LLAMA_ARG_RPC",),
     )
     chat_template: str | None = option(
         "--chat-template",
@@ -10834,7 +10878,7 @@ UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no sp
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
 STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
-STEADY_RATIO = 2.5  # by how much slices of long prompts may lengthen a step of those that write
+STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
 BURST_RATIO = 6.0  # likewise, of prompts that end within that step
 FIRST_SLICE_TOKENS = 32  # before any speed is known
 SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
@@ -10886,18 +10930,19 @@ def estimate_llama_memory_bytes(gguf: GgufFile | GgufHeader, weights_bytes: int,
     def integer(key: str, default: int) -> int:
         return get_metadata_int(metadata, f"{prefix}.{key}", high=1 << 24, default=default)
 
+    def count_heads(key: str, default: int) -> list[int]:
+        """One number a layer: some models give them all, the others one for all."""
+        value = metadata.get(f"{prefix}.{key}", default)
+        if isinstance(value, int):
+            return [integer(key, default)] * n_layer
+        return [min(count, 1 << 16) for count in value if isinstance(count, int) and count > 0]
+
     n_embd, n_layer = integer("embedding_length", 0), integer("block_count", 0)
-    heads = metadata.get(f"{prefix}.attention.head_count", 1)
-    n_head = max(1, max(heads, default=1) if isinstance(heads, list) else integer("attention.head_count", 1))
-    kv_heads = metadata.get(f"{prefix}.attention.head_count_kv", n_head)
-    if isinstance(kv_heads, list):
-        kv_head_sum = sum(count for count in kv_heads if isinstance(count, int) and 0 < count <= 1 << 16)
-    else:
-        kv_head_sum = n_layer * integer("attention.head_count_kv", n_head)
+    n_head = max(count_heads("attention.head_count", 1), default=1) or 1
     head_dim = n_embd // n_head
     per_position = 2 * (integer("attention.key_length", head_dim) + integer("attention.value_length", head_dim))
     n_ctx = -(-choose_llama_n_ctx(gguf, load.n_ctx) // 256) * 256
-    cache_bytes = kv_head_sum * per_position * n_ctx * load.slots
+    cache_bytes = sum(count_heads("attention.head_count_kv", n_head)) * per_position * n_ctx * load.slots
     n_vocab = len(metadata.get("tokenizer.ggml.tokens", ()))
     batch = min(load.batch_size, UBATCH_LIMIT_TOKENS)
     outputs = max(load.slots, EMBEDDING_SLICE_TOKENS)
@@ -10926,6 +10971,7 @@ def measure_model_files(source: str) -> int:
 
 def import_llama() -> Any:
     """The package, new enough. UsageError says how to install it."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a crash waits for a debugger to be started
     try:
         llama = importlib.import_module("llama_cpp")
     except ImportError as exc:
@@ -10939,10 +10985,10 @@ def import_llama() -> Any:
 
 
 class NativeLog:
-    """What llama.cpp says goes to standard error: errors, and with `is_verbose` everything. Keeps the last error."""
+    """What llama.cpp says goes to standard error: errors, and with `is_verbose` everything. `error`: the first one."""
 
     def __init__(self, llama: Any, *, is_verbose: bool) -> None:
-        self.last_error = ""
+        self.error = ""
         self._is_verbose = is_verbose
         self._is_shown = False
         self._llama = llama
@@ -10957,8 +11003,8 @@ class NativeLog:
         if level != _LOG_CONTINUED:
             self._is_shown = self._is_verbose or level == _LOG_ERROR
         line = text.decode("utf-8", "replace")
-        if level == _LOG_ERROR and line.strip():
-            self.last_error = line.strip()
+        if level == _LOG_ERROR:
+            self.error = self.error or line.strip()
         if self._is_shown:
             sys.stderr.write(line)
             sys.stderr.flush()
@@ -11191,12 +11237,18 @@ class StepPace:
 
     def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
         """What a step took."""
-        if not prompt_tokens:
-            known_s = self._plain_s.get(writers, elapsed_s)
-            self._plain_s[writers] = known_s + PACE_WEIGHT * (elapsed_s - known_s)
-            return
-        added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
-        self._token_s = added_s if self._token_s is None else self._token_s + PACE_WEIGHT * (added_s - self._token_s)
+        if prompt_tokens:
+            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
+            self._token_s = self._average(self._token_s, added_s)
+        else:
+            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+
+    @staticmethod
+    def _average(known_s: float | None, measured_s: float) -> float:
+        """A moving average that no single step, held up by other programs, can lead astray."""
+        if known_s is None:
+            return measured_s
+        return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
 
     def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
         """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
@@ -11510,35 +11562,38 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
     llama = import_llama()
     if not (load.rpc or llama.llama_supports_gpu_offload()):
         verify_fits(needed_bytes, probe_free_memory())
-    log = NativeLog(llama, is_verbose=load.verbose)
-    context = open_native_context(llama, source, load, n_ctx, log, on_progress)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    model = LlamaModel(
-        context=context,
-        encoder=PromptEncoder(
-            tokenizer=NativeTokenizer(llama, context.vocabulary, tokens),
-            template=template,
+    context = open_native_context(llama, source, load, n_ctx, on_progress)
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        model = LlamaModel(
+            context=context,
+            encoder=PromptEncoder(
+                tokenizer=NativeTokenizer(llama, context.vocabulary, tokens),
+                template=template,
+                n_ctx=n_ctx,
+                token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
+            ),
+            pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
+            batch_size=choose_batch_size(load),
+            clock=time.perf_counter,
+            draw_seed=lambda: random.SystemRandom().getrandbits(32),
+        )
+        info = ModelInfo(
+            model_id=Path(source).stem,
+            architecture=summary.architecture,
+            quantization=summary.quantization,
             n_ctx=n_ctx,
-            token_limit_bytes=max(len(token.encode("utf-8", "surrogateescape")) for token in tokens),
-        ),
-        pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
-        batch_size=choose_batch_size(load),
-        clock=time.perf_counter,
-        draw_seed=lambda: random.SystemRandom().getrandbits(32),
-    )
-    info = ModelInfo(
-        model_id=Path(source).stem,
-        architecture=summary.architecture,
-        quantization=summary.quantization,
-        n_ctx=n_ctx,
-        n_vocab=context.n_vocab,
-        n_embd=context.n_embd,
-        size_bytes=context.size_bytes,
-        slots=load.slots,
-        engine="llama",
-    )
-    backend = LlamaBackend(info, model)
-    warm_up(backend, model)
+            n_vocab=context.n_vocab,
+            n_embd=context.n_embd,
+            size_bytes=context.size_bytes,
+            slots=load.slots,
+            engine="llama",
+        )
+        backend = LlamaBackend(info, model)
+        warm_up(backend, model)
+    except BaseException:
+        context.close()
+        raise
     return backend
 
 
@@ -11568,13 +11623,30 @@ def choose_gpu_layers(load: LoadRequest, llama: Any) -> int:
 
 
 def open_native_context(
-    llama: Any, source: str, load: LoadRequest, n_ctx: int, log: NativeLog, on_progress: Callable[[float], None]
+    llama: Any, source: str, load: LoadRequest, n_ctx: int, on_progress: Callable[[float], None]
 ) -> NativeContext:
     """Load a model and open a context with one sequence for each slot."""
-    llama.llama_backend_init()
-    if load.rpc:
-        add_rpc_servers(llama, load.rpc)
-    model = load_native_model(llama, source, load, log, on_progress)
+    with contextlib.ExitStack() as undo:
+        log = NativeLog(llama, is_verbose=load.verbose)
+        undo.callback(log.close)
+        llama.llama_backend_init()
+        if load.rpc:
+            add_rpc_servers(llama, load.rpc)
+        model = load_native_model(llama, source, load, log, on_progress)
+        undo.callback(llama.llama_model_free, model)
+        params = build_context_params(llama, load, n_ctx)
+        context = llama.llama_init_from_model(model, params)
+        if not context:
+            raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
+        undo.callback(llama.llama_free, context)
+        if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
+            raise ModelFileError("it is a model that does not write, which this engine does not serve")
+        undo.pop_all()
+        return NativeContext(llama, model, context, params.n_batch, log)
+
+
+def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
+    """llama.cpp's settings for `load.slots` sequences of `n_ctx` tokens each."""
     params = llama.llama_context_default_params()
     params.n_ctx = -(-n_ctx // 256) * 256 * load.slots
     params.n_seq_max = load.slots
@@ -11586,15 +11658,7 @@ def open_native_context(
     params.pooling_type = 0  # none: LlamaEmbedding pools by itself, and so can take a text in slices
     params.kv_unified = False  # a sequence costs what it holds itself, whatever its neighbours hold
     params.no_perf = True
-    context = llama.llama_init_from_model(model, params)
-    if not context:
-        llama.llama_model_free(model)
-        raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
-    if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
-        llama.llama_free(context)
-        llama.llama_model_free(model)
-        raise ModelFileError("it is a model that does not write, which this engine does not serve: use llama-server")
-    return NativeContext(llama, model, context, params.n_batch, log)
+    return params
 
 
 def load_native_model(
@@ -11614,7 +11678,7 @@ def load_native_model(
     params.n_gpu_layers = choose_gpu_layers(load, llama)
     callback = params.progress_callback = llama.llama_progress_callback(report)
     model = llama.llama_model_load_from_file(os.fsencode(source), params)
-    del callback
+    del callback  # not before: C knows its address only
     if raised:
         if model:
             llama.llama_model_free(model)
@@ -11625,8 +11689,8 @@ def load_native_model(
 
 
 def _describe_native_error(log: NativeLog) -> str:
-    """What llama.cpp said last, as one printable line."""
-    said = re.sub(r"^\w+: ", "", log.last_error) or "it gives no reason"
+    """The first thing that went wrong, as llama.cpp says it, in one printable line."""
+    said = re.sub(r"^\w+: (error loading model: )?", "", log.error) or "it gives no reason"
     return f"{_shorten_message(said)}; another build of the model or a newer llama-cpp-python may help"
 
 
@@ -14927,9 +14991,41 @@ def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
     return Serving(model_id=model_id, path=str(path), created=int(path.stat().st_mtime), reason=reason)
 
 
-def choose_engine(config: Config) -> str:
-    """The engine that `--engine` means here; `auto` has one to choose from."""
-    return "builtin" if config.engine == "auto" else config.engine
+@record(frozen=True, kw_only=True, slots=True)
+class EngineChoice:
+    """What computes, `builtin` or `llama`, and why, for people."""
+
+    engine: str
+    reason: str
+
+
+def choose_engine(config: Config, serving: Serving) -> EngineChoice:
+    """The engine that `--engine` means for this model. Imports nothing: the engine's own process does.
+
+    Raises UsageError when the llama engine is asked for and not there.
+    """
+    has_llama = is_package_installed("llama_cpp")
+    if config.engine == "llama":
+        if not has_llama:
+            raise UsageError(f"--engine llama needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}")
+        if serving.path is None:
+            raise UsageError("--engine llama needs a model: name a GGUF file with --model")
+        return EngineChoice(engine="llama", reason="as --engine says")
+    if config.engine == "builtin":
+        return EngineChoice(engine="builtin", reason="as --engine says")
+    if serving.path is None:
+        return EngineChoice(engine="builtin", reason="which the demonstration model needs nothing more than")
+    if not has_llama:
+        reason = f"llama.cpp is faster, but llama-cpp-python is not installed: {LLAMA_INSTALL_COMMAND}"
+        return EngineChoice(engine="builtin", reason=reason)
+    try:
+        with open_gguf(serving.path) as gguf:
+            obstacle = explain_llama_obstacle(gguf, None)
+    except ModelFileError as exc:
+        obstacle = exc.message
+    if obstacle is not None:
+        return EngineChoice(engine="builtin", reason=f"llama.cpp cannot serve this model: {obstacle}")
+    return EngineChoice(engine="llama", reason="llama-cpp-python is installed")
 
 
 def count_cores() -> int:
@@ -14963,6 +15059,26 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -> LoadRequest:
+    """What the engine's process is to load. Reads the file that --chat-template names."""
+    template = config.chat_template
+    if template is not None and os.path.isfile(template):
+        template = read_option_file("--chat-template", template)
+    return LoadRequest(
+        engine=choice.engine,
+        model=serving.path,
+        n_ctx=config.ctx_size or None,
+        slots=config.parallel,
+        threads=config.threads or count_cores(),
+        chat_template=template,
+        n_gpu_layers=config.n_gpu_layers,
+        batch_size=config.batch_size,
+        flash_attn=config.flash_attn,
+        rpc=config.rpc,
+        verbose=config.verbose,
+    )
+
+
 class DVAI:
     """A bridge: an engine in a process of its own, behind an HTTP server.
 
@@ -14987,6 +15103,7 @@ class DVAI:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
         self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
+        self.engine_choice = choose_engine(config, self.serving)
         self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
         service = Service(
             engine=self.engine,
@@ -15055,17 +15172,7 @@ class DVAI:
         self._record.release()
 
     def _build_load_request(self) -> LoadRequest:
-        config, template = self.config, self.config.chat_template
-        if template is not None and os.path.isfile(template):
-            template = read_option_file("--chat-template", template)
-        return LoadRequest(
-            engine=choose_engine(config),
-            model=self.serving.path,
-            n_ctx=config.ctx_size or None,
-            slots=config.parallel,
-            threads=config.threads or count_cores(),
-            chat_template=template,
-        )
+        return build_load_request(self.config, self.serving, self.engine_choice)
 
     def _build_server_options(self) -> HttpServerOptions:
         config = self.config
@@ -15099,7 +15206,7 @@ examples:
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (
     *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum", "--n-gpu-layers", "-ngl"),
+    *("--pairing", "--min-local-capability", "--hardware-minimum"),
     *("--models-dir", "--metrics"),
 )
 PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
@@ -15462,7 +15569,8 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
     serving = bridge.serving
     if serving.path is not None:
-        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
+        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""))
+        print(f"engine: {bridge.engine_choice.engine} ({bridge.engine_choice.reason})", flush=True)
         return
     print(
         f"serving {serving.model_id}, the built-in demonstration model, which knows this program and nothing else"
@@ -15764,13 +15872,7 @@ def run_bench(command: Command) -> int:
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
-    load = LoadRequest(
-        engine=choose_engine(config),
-        model=serving.path,
-        n_ctx=config.ctx_size or None,
-        slots=1,
-        threads=config.threads or count_cores(),
-    )
+    load = replace(build_load_request(config, serving, choose_engine(config, serving)), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
     if command.json:
