@@ -11091,7 +11091,7 @@ class NativeContext:
             stages.append(llama.llama_sampler_init_logit_bias(self.n_vocab, len(biases), biases))
         penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
         if penalties != (1, 0, 0):
-            stages.append(llama.llama_sampler_init_penalties(PENALTY_WINDOW_TOKENS, *penalties))
+            stages.append(llama.llama_sampler_init_penalties(self.n_vocab, PENALTY_WINDOW_TOKENS, *penalties))
         if params.temperature == 0:
             stages.append(llama.llama_sampler_init_greedy())
         else:
