@@ -11,10 +11,12 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
-    transport     streams: asyncio begins here
+    transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
+    peers         discovery, peers, offload: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -124,10 +126,19 @@ LINGER_S = 2.0  # after refusing a request: how long its rest is read and droppe
 CONNECTIONS_LIMIT = 256  # descriptors, all clients together
 CONNECTIONS_PER_ADDRESS_LIMIT = 16  # descriptors of one foreign address
 CONNECTIONS_LOOPBACK_RESERVE = 16  # of all connections, those that foreign clients cannot take
+INTERIM_RESPONSES_LIMIT = 8  # a server we ask that goes on announcing its answer (1xx)
 PIPELINE_LIMIT_BYTES = 64 * KIB  # requests sent ahead while one is answered: reading pauses there
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: writing waits there
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
+CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
+POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
+POOL_LIMIT = 32  # descriptors of connections kept for the next request
+CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all together
+RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
+CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
+CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -224,10 +235,30 @@ class InvalidRequestError(BridgeError):
     should_retry = False
 
 
+class MissingModelIdError(InvalidRequestError):
+    """A probe that does not say of what."""
+
+    code = "missing_model_id"
+
+
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the context; `extra` has `n_prompt_tokens` and `n_ctx`."""
 
     code = "context_length_exceeded"
+
+
+class PairingNotFoundError(BridgeError):
+    """There is no pairing, or no request to pair, with this id."""
+
+    status, type, code = 404, "invalid_request_error", "pairing_not_found"
+    should_retry = False
+
+
+class NoBackendError(BridgeError):
+    """There is no engine here to measure."""
+
+    status, type, code = 503, "unavailable_error", "no_backend"
+    should_retry = False
 
 
 class ModelNotFoundError(BridgeError):
@@ -325,14 +356,6 @@ class ClockSkewError(SignatureError):
     """The signature is valid, but the clocks of the two devices differ too much to tell it from an old one."""
 
     code = "clock_skew"
-
-    def __init__(self, skew_ms: int) -> None:
-        seconds = round(skew_ms / 1000)
-        word = "ahead of" if seconds > 0 else "behind"
-        super().__init__(
-            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
-            extra={"skewSeconds": seconds},
-        )
 
 
 class ForbiddenError(BridgeError):
@@ -446,6 +469,36 @@ class HttpVersionError(ProtocolError):
     status, code = 505, "http_version_not_supported"
 
 
+class UpstreamError(BridgeError):
+    """A server that we asked broke HTTP or a bound of ours; the subclasses say what else can go wrong with it."""
+
+    status, type, code = 502, "server_error", "upstream_failed"
+
+
+class UpstreamConnectError(UpstreamError):
+    """There is no connection to the server, so nothing was sent: refused, unknown name, TLS, too slow."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamLostError(UpstreamError):
+    """The server closed the connection before its answer was complete."""
+
+    code = "upstream_lost"
+
+
+class PeerError(UpstreamError):
+    """A peer began to answer and did not finish; what it had said may have reached the client."""
+
+    code = "peer_failed"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server did not answer, or not go on, within the time it was given."""
+
+    status, type, code = 504, "timeout_error", "upstream_timeout"
+
+
 def build_error_body(error: BridgeError) -> dict[str, Any]:
     """The OpenAI error object: always message, type, param and code, then the error's own members."""
     members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
@@ -491,8 +544,9 @@ OPTIONAL_PACKAGES = (
         module="zeroconf",
         package="zeroconf",
         extra="discovery",
-        gives="a complete mDNS stack",
-        without="our small responder and browser",
+        gives="multicast DNS where the system does not tell its networks (Windows), or with `--mdns zeroconf`",
+        without="our own responder and browser, which on Windows guess the networks",
+        is_used=True,
     ),
     OptionalPackage(
         module="websockets",
@@ -564,7 +618,8 @@ class Option:
     """What one field of a config says of itself; kept in the field's metadata under "option".
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
-    the last one long; `fallbacks` are environment variables of other programs that mean the same.
+    the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
     """
 
     flags: tuple[str, ...]
@@ -575,6 +630,7 @@ class Option:
     fallbacks: tuple[str, ...] = ()
     secret: bool = False
     is_switch: bool = False
+    is_repeated: bool = False
 
     @property
     def name(self) -> str:
@@ -621,6 +677,32 @@ def parse_integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_decimal_number(low: float, high: float) -> Callable[[str], float]:
+    """Build a parser of an ASCII number such as `10` or `2.5` in [low, high]."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise ValueError(f"it must be a number from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
+    """Build a parser of comma-separated base URLs of those schemes, each with a host and nothing secret in it."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        for url in parse_list(text):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is not a URL such as {schemes[0]}://192.168.1.20:{DEFAULT_PORT}/v1")
+            if not 0 < (parts.port or DEFAULT_PORT) < 65536:
+                raise ValueError(f"{url!r} has no such port")
+        return parse_list(text)
+
+    return parse
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -648,6 +730,146 @@ def option(flags: str, default: Any, help: str, group: str, **details: Any) -> A
     details.setdefault("parse", parse_text)
     described = Option(flags=tuple(flags.split("/")), help=help, group=group, **details)
     return field(default=default, metadata={"option": described}, repr=not described.secret)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Whether and how requests go to other devices, and whether other devices may come to this one.
+
+    `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
+    their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
+    served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
+    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then.
+    """
+
+    enabled: bool = option(
+        "--offload",
+        False,
+        "let a more capable paired device answer what this one cannot answer fast enough",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    only: bool = option(
+        "--offload-only",
+        False,
+        "load no model: paired devices answer everything",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    known_peers: tuple[str | Peer, ...] = option(
+        "--peer",
+        (),
+        "base URL of a device to offload to, wherever discovery does not reach; may be repeated",
+        "offload",
+        parse=parse_urls("http", "https"),
+        metavar="URL",
+        is_repeated=True,
+    )
+    discover_lan: bool = option(
+        "--discover-lan",
+        True,
+        "with --offload: look for devices on the local network by mDNS",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    mdns: str = option(
+        "--mdns",
+        "auto",
+        "who speaks multicast DNS: our `own`, or the package `zeroconf`; `auto` takes ours where it sees the networks",
+        "offload",
+        parse=parse_choice("auto", "own", "zeroconf"),
+        metavar="auto|own|zeroconf",
+    )
+    min_local_capability: float = option(
+        "--min-local-capability",
+        10.0,
+        "tokens per second from which this device answers by itself",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    hardware_minimum: float = option(
+        "--hardware-minimum",
+        3.0,
+        "estimated tokens per second below which this device counts as too weak for any model",
+        "offload",
+        parse=parse_decimal_number(0, 1_000_000),
+        metavar="TOK/S",
+    )
+    substitute_quant: bool = option(
+        "--substitute-quant",
+        False,
+        "a device that has the model in another quantisation may answer",
+        "offload",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    advertise_lan: bool = option(
+        "--advertise-lan",
+        False,
+        "announce this device by mDNS and accept pairing; --lan does so, too",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    pairing: str = option(
+        "--pairing",
+        "ask",
+        "what a device that wants to use this one is told: `ask` asks on the terminal, and refuses where nobody can "
+        "be asked",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    legacy_pairing: str = option(
+        "--legacy-pairing",
+        "allow",
+        "whether to pair by exchanging a key that the network could read, the only way that this version has",
+        "pairing",
+        parse=parse_choice("ask", "allow", "deny"),
+        metavar="ask|allow|deny",
+    )
+    allow_anonymous_lan: bool = option(
+        "--allow-anonymous-lan",
+        False,
+        "answer inference for everybody on the network, unpaired; for apps that cannot pair",
+        "pairing",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    expire_after_days: int = option(
+        "--expire-after-days",
+        30,
+        "days without use after which a pairing has to be approved anew",
+        "pairing",
+        parse=parse_integer(1, 3650),
+        metavar="DAYS",
+    )
+    device_name: str | None = option(
+        "--device-name",
+        None,
+        "name under which other devices see this one; default: the host name",
+        "pairing",
+        metavar="NAME",
+    )
+    app_id: str | None = option(
+        "--app-id",
+        None,
+        "application that pairs; each one of a device is approved by itself. Default: the device's own id",
+        "pairing",
+        metavar="ID",
+    )
+    on_pairing_request: Callable[[Any], Any] | None = None
+    on_offload: Callable[[Any], Any] | None = None
+    custom_discovery: Callable[[], Any] | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether requests may leave this device."""
+        return self.enabled or self.only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -763,10 +985,19 @@ class Config:
         metavar="NAME|FILE",
         fallbacks=("LLAMA_ARG_CHAT_TEMPLATE",),
     )
-    host: str = option(
+    lan: bool = option(
+        "--lan",
+        False,
+        "let paired devices of the local network use this one: listen on all interfaces, announce, accept pairing",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    host: str | None = option(
         "--host",
-        "127.0.0.1",
-        "address to listen on; any other than loopback needs an API key",
+        None,
+        "address to listen on, by default 127.0.0.1, or with --lan all; on any other than loopback clients need a "
+        "pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -877,14 +1108,41 @@ class Config:
     verbose: bool = option(
         "-v/--verbose", False, "log every request's steps", "files", parse=parse_switch, is_switch=True
     )
+    offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
 
-OPTION_GROUPS = {"model": "Model", "server": "Server", "access": "Who may use it", "files": "Files and logs"}
+OPTION_GROUPS = {
+    "model": "Model",
+    "server": "Server",
+    "access": "Who may use it",
+    "offload": "Offload",
+    "pairing": "Other devices",
+    "files": "Files and logs",
+}
 
 
 def get_options(config_class: type) -> dict[str, Option]:
-    """Field name → Option, in order of definition."""
-    return {f.name: f.metadata["option"] for f in dataclasses.fields(config_class) if "option" in f.metadata}
+    """Field name → Option, in order of definition; those of a config within a config are named `offload.enabled`."""
+    options: dict[str, Option] = {}
+    for each in dataclasses.fields(config_class):
+        if "option" in each.metadata:
+            options[each.name] = each.metadata["option"]
+        elif "options" in each.metadata:
+            inner = get_options(each.metadata["options"])
+            options |= {f"{each.name}.{name}": opt for name, opt in inner.items()}
+    return options
+
+
+def get_default(config_class: type, name: str) -> Any:
+    """The default of an option, by its name in `get_options`."""
+    return operator.attrgetter(name)(config_class)
+
+
+def format_default(default: Any) -> str:
+    """What a help text says after its sentence."""
+    if default is None or default is False or default == ():
+        return ""
+    return f" (default: {'on' if default is True else f'{default:g}' if isinstance(default, float) else default})"
 
 
 def build_config(
@@ -906,7 +1164,8 @@ def build_config(
         found = _find_setting(name, opt, flags or {}, environ or {}, file or {})
         if found is not None:
             values[name] = _parse_setting(opt, *found)
-    return Config(**values)
+    offload = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("offload.")}
+    return Config(**values, offload=OffloadConfig(**offload))
 
 
 def _find_setting(
@@ -948,9 +1207,10 @@ def build_options_table(config_class: type, group: str) -> str:
     for name, opt in get_options(config_class).items():
         if opt.group != group:
             continue
-        default = getattr(config_class, name)
+        default = get_default(config_class, name)
         flags = ", ".join(f"`{flag}`" for flag in opt.flags) + (f" `{opt.metavar}`" if opt.metavar else "")
-        shown = "" if default in (None, (), False) else f" (default: {default})"
+        flags += f", `--no-{opt.name}`" if default is True else ""
+        shown = format_default(default)
         variables = ", ".join(f"`{variable}`" for variable in (opt.environment, *opt.fallbacks))
         rows.append(f"| {flags.replace('|', chr(92) + '|')} | {variables} | {opt.help}{shown} |")
     return "\n".join(rows) + "\n"
@@ -1113,6 +1373,8 @@ def display_name(text: str) -> str:
     Control, bidirectional, invisible and line-breaking characters are all "not printable" to Unicode; they come out
     as `\\x1b` or `\\u202e`, a backslash as two. A longer text ends in an ellipsis, never inside an escape.
     """
+    if len(text) <= DISPLAY_NAME_LIMIT_CHARS and text.isprintable() and "\\" not in text:
+        return text
     shown, size = [], 0
     for char in text:
         piece = char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
@@ -1600,7 +1862,7 @@ class RunningRecord:
 
 
 # ---- HTTP/1.1 -------------------------------------------------------------------------
-# Request grammar, stricter than most on purpose. Pure: bytes in, events out (RFC 9112).
+# The grammar of requests and answers, stricter than most on purpose. Pure: bytes in, values out (RFC 9112).
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]*"  # all but control characters; a tab is none here (RFC 9110 section 5.5)
@@ -1612,7 +1874,9 @@ _FIELD_VALUE = re.compile(_TEXT)
 _ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?#@]+)(/[^#]*)")
 _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))?")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
+_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
@@ -1831,38 +2095,99 @@ class ParserState(enum.Enum):
     FAILED = enum.auto()
 
 
-class RequestParser:
+class LineReader:
+    """The lines of a message's head and of its chunks, taken from bytes that come in segments.
+
+    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
+    feed lies between the two.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._line_start = 0
+        self._searched = 0
+        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields: list[tuple[str, str]] = []
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Received and not consumed."""
+        return len(self._buffer) - self._line_start
+
+    def _read_fields(self, block_limit_bytes: int) -> bool:
+        """Reads field lines up to the empty one; False until that has arrived."""
+        start = self._line_start
+        end = self._buffer.find(b"\r\n\r\n", start, start + HEADER_LINE_LIMIT_BYTES)
+        is_block = end >= 0 and start == self._block_start and self._buffer[start] != 13
+        if is_block:  # the usual case: the whole block is there, small and not empty
+            lines = self._buffer[start:end].decode("latin-1").split("\r\n")
+            if len(lines) <= HEADER_COUNT_LIMIT:
+                self._fields = [parse_field_line(line) for line in lines]
+                self._line_start = self._searched = end + 4
+                return True
+        while True:
+            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
+            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
+            if not line:
+                return line is not None
+            self._fields.append(parse_field_line(line))
+            if len(self._fields) > HEADER_COUNT_LIMIT:
+                raise HeadersTooLargeError("too many header lines")
+
+    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
+        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
+        buffer, start = self._buffer, self._line_start
+        end = buffer.find(b"\n", self._searched)
+        complete = end >= 0
+        if not complete:
+            end = self._searched = len(buffer)
+        has_cr = end > start and buffer[end - 1] == 13
+        if end - has_cr - start > limit_bytes:
+            raise too_long("a line, or all of them together, are too long")
+        if not complete:
+            return None
+        if not has_cr:
+            raise ProtocolError("a line that does not end in CRLF")
+        self._line_start = self._searched = end + 1
+        return buffer[start : end - 1].decode("latin-1")
+
+    def _take_bytes(self, count: int) -> bytes:
+        data = bytes(memoryview(self._buffer)[:count])
+        self._line_start = self._searched = count
+        return data
+
+    def _release(self) -> None:
+        """Gives back the memory of what is consumed; a block that began there has its start below zero."""
+        del self._buffer[: self._line_start]
+        self._searched -= self._line_start
+        self._block_start -= self._line_start
+        self._line_start = 0
+
+
+class RequestParser(LineReader):
     """One connection's requests: `receive` bytes as they come, take events until `next_event` returns None.
 
     Gives RequestHead, then RequestBody, then nothing until `start_next_request`, however much has arrived
     (pipelining). The outcome depends on the bytes only, never on how they were cut into segments. Errors are
     raised at the first byte that proves them; after one the connection has no meaning any more.
 
-    Invariants: bytes before `_line_start` are consumed; `_line_start <= _searched <= len(_buffer)`, and no line
-    feed lies between the two; `body_received <= body_limit_bytes`.
+    Invariants: those of LineReader; `body_received <= body_limit_bytes`.
     """
 
     def __init__(self, *, body_limit_bytes: int) -> None:
+        super().__init__()
         self._body_limit_bytes = body_limit_bytes
-        self._buffer = bytearray()
-        self._line_start = 0
-        self._searched = 0
         self._error: BridgeError | None = None
         self._start_request()
 
     def _start_request(self) -> None:
         self.state = ParserState.REQUEST_LINE
         self._request_line: tuple[str, RequestTarget, int] | None = None
-        self._fields: list[tuple[str, str]] = []
-        self._block_start = 0  # where the header or trailer block began in the buffer
+        self._fields = []
+        self._block_start = 0
         self._body_length = 0  # FIXED_BODY: of the body; CHUNK_DATA: of this chunk
         self._body = bytearray()  # chunks so far
         self._extension_bytes = 0
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Received and not consumed."""
-        return len(self._buffer) - self._line_start
 
     @property
     def body_received_bytes(self) -> int:
@@ -1980,46 +2305,214 @@ class RequestParser:
         self.state = ParserState.COMPLETE
         return RequestBody(body)
 
-    def _read_fields(self, block_limit_bytes: int) -> bool:
-        """Reads field lines up to the empty one; False until that has arrived."""
-        while True:
-            block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
-            line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
-            if not line:
-                return line is not None
-            self._fields.append(parse_field_line(line))
-            if len(self._fields) > HEADER_COUNT_LIMIT:
-                raise HeadersTooLargeError("too many header lines")
-
-    def _take_line(self, limit_bytes: int, too_long: type[ProtocolError]) -> str | None:
-        """The next line without its CRLF, or None; `too_long` at the first byte beyond the limit (without CRLF)."""
-        buffer, start = self._buffer, self._line_start
-        end = buffer.find(b"\n", self._searched)
-        complete = end >= 0
-        if not complete:
-            end = self._searched = len(buffer)
-        has_cr = end > start and buffer[end - 1] == 13
-        if end - has_cr - start > limit_bytes:
-            raise too_long("a line, or all of them together, are too long")
-        if not complete:
-            return None
-        if not has_cr:
-            raise ProtocolError("a line that does not end in CRLF")
-        self._line_start = self._searched = end + 1
-        return buffer[start : end - 1].decode("latin-1")
-
-    def _take_bytes(self, count: int) -> bytes:
-        data = bytes(memoryview(self._buffer)[:count])
-        self._line_start = self._searched = count
-        return data
-
-    def _release(self) -> None:
-        """Gives back the memory of what is consumed."""
-        del self._buffer[: self._line_start]
-        self._line_start = self._searched = self._block_start = 0
-
     def _too_large(self) -> ContentTooLargeError:
         return ContentTooLargeError(f"the body is larger than {self._body_limit_bytes // KIB} KiB")
+
+
+@record(frozen=True, slots=True)
+class ResponseHead:
+    """An answer before its body. `keep_alive`: whether the server lets the connection serve further requests."""
+
+    status: int
+    http_minor: int
+    headers: Headers
+    keep_alive: bool
+
+
+class ResponseState(enum.Enum):
+    """What a ResponseParser waits for.
+
+    STATUS_LINE → HEADERS → FIXED_BODY | CLOSE_BODY | CHUNK_SIZE → CHUNK_DATA → CHUNK_END → CHUNK_SIZE …;
+    CHUNK_SIZE → TRAILERS;   HEADERS → STATUS_LINE after an interim answer (1xx);
+    HEADERS, FIXED_BODY, CLOSE_BODY, TRAILERS → COMPLETE.   Any of them → FAILED.
+    """
+
+    STATUS_LINE = enum.auto()
+    HEADERS = enum.auto()
+    FIXED_BODY = enum.auto()
+    CLOSE_BODY = enum.auto()
+    CHUNK_SIZE = enum.auto()
+    CHUNK_DATA = enum.auto()
+    CHUNK_END = enum.auto()
+    TRAILERS = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+class ResponseParser(LineReader):
+    """The answer to one request of `method`: `receive` gives the body's bytes as they come.
+
+    `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
+    given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+
+    Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._minor = self._status = 0
+        self._interim_count = 0
+        self._remaining = 0
+        self._extension_bytes = 0
+        self.state = ResponseState.STATUS_LINE
+        self.head: ResponseHead | None = None
+        self.error: UpstreamError | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole answer was there."""
+        return self.state is ResponseState.COMPLETE
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether another request may follow on the connection: the answer ended, and nothing came behind it."""
+        return self.is_complete and self.head is not None and self.head.keep_alive and not self._buffer
+
+    def receive(self, data: bytes) -> bytes:
+        """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
+            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
+            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
+                size = int(data[:end], 16)
+                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
+                    return data[end + 2 : -2]
+        if self.state is ResponseState.FAILED:
+            return b""
+        self._buffer += data
+        pieces: list[bytes] = []
+        try:
+            while self._step(pieces):
+                pass
+        except ProtocolError as exc:
+            self._fail(UpstreamError(f"the server broke HTTP: {exc.message}"))
+        else:
+            self._release()
+        return b"".join(pieces)
+
+    def receive_eof(self) -> None:
+        """The server sends nothing more: the end of a body that says so, else a fault."""
+        if self.state is ResponseState.CLOSE_BODY:
+            self.state = ResponseState.COMPLETE
+        elif self.state is not ResponseState.COMPLETE and self.error is None:
+            where = "before it answered" if self.head is None else "in the middle of its answer"
+            self._fail(UpstreamLostError(f"the server closed the connection {where}"))
+
+    def _fail(self, error: UpstreamError) -> None:
+        self.error = error
+        self.state = ResponseState.FAILED
+        self._buffer.clear()
+
+    def _step(self, pieces: list[bytes]) -> bool:
+        """Reads one thing; False when it needs more bytes, or none."""
+        state = self.state
+        if state is ResponseState.STATUS_LINE:
+            return self._read_status_line()
+        if state is ResponseState.HEADERS:
+            return self._read_headers()
+        if state is ResponseState.CHUNK_SIZE:
+            return self._read_chunk_size()
+        if state is ResponseState.CHUNK_END:
+            return self._read_chunk_end()
+        if state is ResponseState.TRAILERS:
+            return self._read_trailers()
+        return state is not ResponseState.COMPLETE and self._read_data(pieces)
+
+    def _read_status_line(self) -> bool:
+        line = self._take_line(HEADER_LINE_LIMIT_BYTES, HeadersTooLargeError)
+        if line is None:
+            return False
+        match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed status line")
+        self._minor, self._status = int(match[1]), int(match[2])
+        if self._status == 101:
+            raise ProtocolError("a change of protocol that nobody asked for")
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.HEADERS
+        return True
+
+    def _read_headers(self) -> bool:
+        if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
+            return False
+        if self._status < 200:
+            self._interim_count += 1
+            if self._interim_count > INTERIM_RESPONSES_LIMIT:
+                raise ProtocolError("too many interim answers")
+            self.state = ResponseState.STATUS_LINE
+            return True
+        headers = Headers(self._fields)
+        self.state = self._choose_body(headers)
+        tokens = headers.get_tokens("connection")
+        keep_alive = "close" not in tokens and (self._minor == 1 or "keep-alive" in tokens)
+        self.head = ResponseHead(
+            self._status, self._minor, headers, keep_alive and self.state is not ResponseState.CLOSE_BODY
+        )
+        return True
+
+    def _choose_body(self, headers: Headers) -> ResponseState:
+        """How the body's end will be found (RFC 9112 section 6.3)."""
+        length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
+        if self._method == "HEAD" or self._status in (204, 304):
+            return ResponseState.COMPLETE
+        if "transfer-encoding" not in headers and "content-length" not in headers:
+            return ResponseState.CLOSE_BODY
+        if length is None:
+            return ResponseState.CHUNK_SIZE
+        self._remaining = length
+        return ResponseState.FIXED_BODY if length else ResponseState.COMPLETE
+
+    def _read_data(self, pieces: list[bytes]) -> bool:
+        """Hands on what has come of the body or of a chunk."""
+        end = len(self._buffer)
+        if self.state is not ResponseState.CLOSE_BODY:
+            end = min(end, self._line_start + self._remaining)
+            self._remaining -= end - self._line_start
+        if end > self._line_start:
+            pieces.append(bytes(memoryview(self._buffer)[self._line_start : end]))
+            self._line_start = self._searched = end
+        if self.state is ResponseState.CLOSE_BODY or self._remaining:
+            return False
+        is_chunk = self.state is ResponseState.CHUNK_DATA
+        self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
+        return is_chunk
+
+    def _read_chunk_size(self) -> bool:
+        limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
+        line = self._take_line(limit_bytes, ContentTooLargeError)
+        if line is None:
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise ProtocolError("malformed chunk size")
+        self._extension_bytes += len(match[2] or "")
+        if self._extension_bytes > CHUNK_EXTENSIONS_LIMIT_BYTES:
+            raise ProtocolError("chunk extensions too large")
+        self._remaining = int(match[1], 16)
+        self._block_start = self._line_start
+        self._fields = []
+        self.state = ResponseState.CHUNK_DATA if self._remaining else ResponseState.TRAILERS
+        return True
+
+    def _read_chunk_end(self) -> bool:
+        terminator = self._buffer[self._line_start : self._line_start + 2]
+        if terminator != b"\r\n"[: len(terminator)]:
+            raise ProtocolError("chunk data not followed by CRLF")
+        if len(terminator) < 2:
+            return False
+        self._line_start = self._searched = self._line_start + 2
+        self.state = ResponseState.CHUNK_SIZE
+        return True
+
+    def _read_trailers(self) -> bool:
+        if not self._read_fields(TRAILERS_LIMIT_BYTES):
+            return False
+        if any(name in _FRAMING_FIELDS for name, _ in self._fields):
+            raise ProtocolError("a trailer that belongs in the header")
+        self.state = ResponseState.COMPLETE
+        return False
 
 
 _REASONS = {
@@ -2057,13 +2550,24 @@ def choose_framing(*, method: str, http_minor: int, status: int, is_stream: bool
 
 def encode_response_head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Status line, header lines and the empty line; ValueError for a field that would break out of its line."""
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
-    for name, value in fields:
-        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f"not a header field: {display_name(name)}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    return _encode_head(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", fields)
+
+
+def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Request line, header lines and the empty line; ValueError for anything that would break out of its line."""
+    line = f"{method} {target} HTTP/1.1"
+    if not _REQUEST_LINE.fullmatch(line):
+        raise ValueError("not a request line")
+    return _encode_head(line, fields)
+
+
+def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    fields = list(fields)
+    names = [name for name, _ in fields]
+    is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+        raise ValueError("a header field that would break out of its line")
+    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -2109,15 +2613,31 @@ def encode_sse_comment(text: str) -> bytes:
     return f": {text}\n".encode()
 
 
+def encode_json_event(value: Mapping[str, Any]) -> bytes:
+    """One event whose data is JSON, which never has a line break."""
+    return b"data: %b\n\n" % encode_json(value)
+
+
+PING = encode_sse_comment("ping")
+PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
+SSE_HEADERS = (
+    ("Content-Type", "text/event-stream"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),
+)
+
+
 class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
     `feed` returns the events that the segment completed. Bytes that are no UTF-8 come out as U+FFFD, as that
-    standard asks. A line or an event beyond `limit_bytes` raises SseError, after which the parser is of no use.
+    standard asks, unless `is_strict`: then they raise SseError, as does a line or an event beyond `limit_bytes`. After
+    an error the parser is of no use.
     """
 
-    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES) -> None:
+    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES, is_strict: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._errors = "strict" if is_strict else "replace"
         self._tail: list[bytes] = []  # of an incomplete line
         self._tail_bytes = 0
         self._after_cr = False  # a line feed at the start of the next segment belongs to the line before
@@ -2127,13 +2647,21 @@ class SseParser:
         self._event = ""
         self._last_event_id = ""
 
+    @property
+    def is_inside_event(self) -> bool:
+        """Whether what was fed ended in the middle of an event or line."""
+        return bool(self._tail or self._data or self._event or self._after_cr)
+
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
         events = []
-        for line in self._take_lines(data):
-            event = self._read_line(line)
-            if event is not None:
-                events.append(event)
+        try:
+            for line in self._take_lines(data):
+                event = self._read_line(line)
+                if event is not None:
+                    events.append(event)
+        except UnicodeDecodeError as exc:
+            raise SseError("a line that is not UTF-8") from exc
         return events
 
     def _take_lines(self, data: bytes) -> list[bytes]:
@@ -2164,11 +2692,11 @@ class SseParser:
             self._data_bytes += len(value) + 1
             if self._data_bytes > self._limit_bytes:
                 raise SseError(f"an event of more than {self._limit_bytes} bytes")
-            self._data.append(value.decode(errors="replace"))
+            self._data.append(value.decode(errors=self._errors))
         elif name == b"event":
-            self._event = value.decode(errors="replace")
+            self._event = value.decode(errors=self._errors)
         elif name == b"id" and b"\x00" not in value:
-            self._last_event_id = value.decode(errors="replace")
+            self._last_event_id = value.decode(errors=self._errors)
         return None
 
     def _dispatch(self) -> SseEvent | None:
@@ -2177,6 +2705,395 @@ class SseParser:
         if not data:
             return None
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
+
+
+# ---- DNS ------------------------------------------------------------------------------
+# Messages of multicast DNS and the texts of DNS-SD (RFC 1035, 6762, 6763): bytes in, values out. Pure.
+#
+#     00 00 84 00 00 00 00 01 00 00 00 00            id 0, answer, authoritative; 0 questions, 1 answer, 0, 0
+#     05 _http 04 _tcp 05 local 00                   name, at offset 12
+#     00 0c 00 01 00 00 00 78 00 04 01 a c0 0c       PTR, class IN, 120 s, 4 bytes: `a`, then the name at offset 12
+
+MDNS_PACKET_LIMIT_BYTES = 9000  # RFC 6762 section 17
+DNS_RECORDS_LIMIT = 64  # of one packet, and as many questions: 65,535 that a header may promise
+DNS_NAME_LIMIT_BYTES = 255  # RFC 1035 section 2.3.4, which a chain of compression pointers would pass
+DNS_LABEL_LIMIT_BYTES = 63
+DNS_POINTERS_LIMIT = 32  # pointers to pointers to pointers, in each of many names
+TXT_STRING_LIMIT_BYTES = 255
+
+DNS_CLASS_IN = 1
+DNS_RESPONSE = 0x8000  # flags: an answer …
+DNS_AUTHORITATIVE = 0x0400  # … by who owns the record
+DNS_TRUNCATED = 0x0200  # flag: more known answers follow in the next packet
+_DNS_CLASS_TOP_BIT = 0x8000  # of a question: wants unicast; of a record: replaces all others of its name and type
+_DNS_POINTER_MASK = 0xC0
+_DNS_OFFSET_LIMIT = 0x4000
+
+# A name as its labels, without the empty one of the root: ("DVAI Hub", "_dvai-bridge", "_tcp", "local"). Instance
+# names hold dots and spaces, so that a text with dots would not do. Bytes that are no UTF-8 are surrogate escapes.
+DnsName = tuple[str, ...]
+
+
+class DnsError(ProtocolError):
+    """The bytes are no DNS message, or one that passes a bound; whoever sent it gets no answer."""
+
+
+class DnsType(enum.IntEnum):
+    """The record types that DNS-SD needs."""
+
+    A = 1
+    PTR = 12
+    TXT = 16
+    AAAA = 28
+    SRV = 33
+    NSEC = 47
+    ANY = 255
+
+
+@record(frozen=True, slots=True)
+class PtrData:
+    """A PTR record's name: what is offered under this one."""
+
+    target: DnsName
+
+
+@record(frozen=True, slots=True)
+class SrvData:
+    """An SRV record: the host and port of a service (RFC 2782)."""
+
+    target: DnsName
+    port: int
+    priority: int = 0
+    weight: int = 0
+
+
+@record(frozen=True, slots=True)
+class TxtData:
+    """A TXT record's strings, each of at most 255 bytes."""
+
+    strings: tuple[bytes, ...]
+
+
+@record(frozen=True, slots=True)
+class NsecData:
+    """Which types a name has, and so which it has not (RFC 6762 section 6.1); types from 256 on are left out."""
+
+    next_name: DnsName
+    types: tuple[int, ...]
+
+
+@record(frozen=True, slots=True)
+class OtherData:
+    """The bytes of a record whose type is none of ours."""
+
+    type: int
+    data: bytes
+
+
+DnsData = ipaddress.IPv4Address | ipaddress.IPv6Address | PtrData | SrvData | TxtData | NsecData | OtherData
+
+
+@record(frozen=True, slots=True)
+class DnsQuestion:
+    """A name and type that somebody asks for. `wants_unicast`: the QU bit (RFC 6762 section 5.4)."""
+
+    name: DnsName
+    type: int
+    wants_unicast: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+
+@record(frozen=True, slots=True)
+class DnsRecord:
+    """A resource record. `replaces`: the cache-flush bit, all others of this name and type are outdated."""
+
+    name: DnsName
+    data: DnsData
+    ttl_s: int
+    replaces: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+    @property
+    def type(self) -> int:
+        """The record type, which the data tells."""
+        data = self.data
+        if isinstance(data, OtherData):
+            return data.type
+        if isinstance(data, ipaddress.IPv4Address):
+            return DnsType.A
+        if isinstance(data, ipaddress.IPv6Address):
+            return DnsType.AAAA
+        if isinstance(data, PtrData):
+            return DnsType.PTR
+        if isinstance(data, SrvData):
+            return DnsType.SRV
+        return DnsType.TXT if isinstance(data, TxtData) else DnsType.NSEC
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DnsMessage:
+    """A whole message, with its four sections."""
+
+    id: int = 0
+    flags: int = 0
+    questions: tuple[DnsQuestion, ...] = ()
+    answers: tuple[DnsRecord, ...] = ()
+    authorities: tuple[DnsRecord, ...] = ()
+    additionals: tuple[DnsRecord, ...] = ()
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it answers instead of asking."""
+        return bool(self.flags & DNS_RESPONSE)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether operation and result code are 0; others are to be ignored (RFC 6762 sections 18.3 and 18.11)."""
+        return not self.flags & 0x780F
+
+
+def fold_dns_name(name: DnsName) -> DnsName:
+    """The name in the form in which equal names are equal: A to Z in lower case, nothing else changed."""
+    return tuple(_ASCII_LOWER.sub(lambda match: match[0].lower(), label) for label in name)
+
+
+_ASCII_LOWER = re.compile("[A-Z]+")
+
+
+def parse_dns_message(data: bytes) -> DnsMessage:
+    """A message as it came in one packet; what follows its last record is ignored. DnsError.
+
+    Every pointer must point back, before the run of labels in which it stands: so no chain of them can loop.
+    """
+    if len(data) > MDNS_PACKET_LIMIT_BYTES:
+        raise DnsError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    reader = _DnsReader(data)
+    message_id, flags, *counts = (reader.take_number(2) for _ in range(6))
+    if counts[0] > DNS_RECORDS_LIMIT or sum(counts[1:]) > DNS_RECORDS_LIMIT:
+        raise DnsError(f"a DNS message of more than {DNS_RECORDS_LIMIT} records or questions")
+    questions = tuple(_read_question(reader) for _ in range(counts[0]))
+    answers, authorities, additionals = (tuple(_read_record(reader) for _ in range(count)) for count in counts[1:])
+    return DnsMessage(
+        id=message_id,
+        flags=flags,
+        questions=questions,
+        answers=answers,
+        authorities=authorities,
+        additionals=additionals,
+    )
+
+
+class _DnsReader:
+    """A place in a message, and what can be read there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes."""
+        start, self.position = self.position, self.position + size
+        if self.position > len(self._data):
+            raise DnsError("a DNS message that ends too early")
+        return self._data[start : self.position]
+
+    def take_number(self, size: int) -> int:
+        """The next bytes as an unsigned number."""
+        return int.from_bytes(self.take(size), "big")
+
+    def take_name(self) -> DnsName:
+        """The name here, wherever its pointers lead; reading goes on behind the first pointer."""
+        labels: list[str] = []
+        size, run_start, end, pointers = 1, self.position, None, 0
+        while length := self.take_number(1):
+            if length >= _DNS_POINTER_MASK:
+                target = (length - _DNS_POINTER_MASK) << 8 | self.take_number(1)
+                end = self.position if end is None else end
+                pointers += 1
+                if target >= run_start or pointers > DNS_POINTERS_LIMIT:
+                    raise DnsError("a compression pointer that does not lead back to a name")
+                self.position = run_start = target
+                continue
+            size += 1 + length
+            if length > DNS_LABEL_LIMIT_BYTES or size > DNS_NAME_LIMIT_BYTES:
+                raise DnsError("a DNS name or label that is too long")
+            labels.append(self.take(length).decode(errors="surrogateescape"))
+        if end is not None:
+            self.position = end
+        return tuple(labels)
+
+
+def _read_question(reader: _DnsReader) -> DnsQuestion:
+    name, question_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    wants_unicast = bool(dns_class & _DNS_CLASS_TOP_BIT)
+    return DnsQuestion(name, question_type, wants_unicast, dns_class & ~_DNS_CLASS_TOP_BIT)
+
+
+def _read_record(reader: _DnsReader) -> DnsRecord:
+    name, record_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    ttl_s, size = reader.take_number(4), reader.take_number(2)
+    start = reader.position
+    reader.take(size)
+    reader.position = start
+    data = _read_data(reader, record_type, size)
+    if reader.position != start + size:
+        raise DnsError("a DNS record whose data is not as long as it says")
+    # The top bit means something else in the classes of other protocols, such as EDNS.
+    replaces = dns_class == DNS_CLASS_IN | _DNS_CLASS_TOP_BIT
+    return DnsRecord(name, data, ttl_s, replaces, DNS_CLASS_IN if replaces else dns_class)
+
+
+def _read_data(reader: _DnsReader, record_type: int, size: int) -> DnsData:
+    if record_type == DnsType.A and size == 4:
+        return ipaddress.IPv4Address(reader.take(4))
+    if record_type == DnsType.AAAA and size == 16:
+        return ipaddress.IPv6Address(reader.take(16))
+    if record_type == DnsType.PTR:
+        return PtrData(reader.take_name())
+    if record_type == DnsType.SRV:
+        priority, weight, port = (reader.take_number(2) for _ in range(3))
+        return SrvData(reader.take_name(), port, priority, weight)
+    if record_type == DnsType.TXT:
+        return TxtData(_split_strings(reader.take(size)))
+    if record_type == DnsType.NSEC:
+        end = reader.position + size
+        next_name = reader.take_name()
+        return NsecData(next_name, _parse_type_map(reader.take(max(0, end - reader.position))))
+    if record_type in (DnsType.A, DnsType.AAAA):
+        raise DnsError("an address record of the wrong size")
+    return OtherData(record_type, reader.take(size))
+
+
+def _split_strings(data: bytes) -> tuple[bytes, ...]:
+    strings, at = [], 0
+    while at < len(data):
+        end = at + 1 + data[at]
+        if end > len(data):
+            raise DnsError("a TXT record that ends within a string")
+        strings.append(data[at + 1 : end])
+        at = end
+    return tuple(strings)
+
+
+def _parse_type_map(data: bytes) -> tuple[int, ...]:
+    """The types below 256 in a type bit map (RFC 4034 section 4.1.2): blocks of window, length, bits."""
+    types: tuple[int, ...] = ()
+    at = 0
+    while at < len(data):
+        window, bits = data[at], data[at + 2 : at + 2 + data[at + 1]] if at + 1 < len(data) else b""
+        if not 1 <= len(bits) <= 32 or len(bits) != data[at + 1]:
+            raise DnsError("an NSEC record with a broken bit map")
+        if window == 0:
+            types = tuple(8 * i + bit for i, byte in enumerate(bits) for bit in range(8) if byte & (0x80 >> bit))
+        at += 2 + len(bits)
+    return types
+
+
+def encode_dns_message(message: DnsMessage, *, compress_srv: bool = True) -> bytes:
+    """The message with its names compressed; ValueError for what DNS cannot carry.
+
+    `compress_srv` False: for answers to resolvers that know unicast DNS only (RFC 6762 section 18.14).
+    """
+    writer = _DnsWriter(compress_srv)
+    sections = (message.answers, message.authorities, message.additionals)
+    writer.data += struct.pack("!6H", message.id, message.flags, len(message.questions), *map(len, sections))
+    for question in message.questions:
+        writer.put_name(question.name)
+        top_bit = _DNS_CLASS_TOP_BIT if question.wants_unicast else 0
+        writer.data += struct.pack("!2H", question.type, question.dns_class | top_bit)
+    for each in itertools.chain(*sections):
+        writer.put_record(each)
+    if len(writer.data) > MDNS_PACKET_LIMIT_BYTES:
+        raise ValueError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    return bytes(writer.data)
+
+
+class _DnsWriter:
+    """A message as far as it is written, and where each name stands in it."""
+
+    def __init__(self, compress_srv: bool) -> None:
+        self.data = bytearray()
+        self._compress_srv = compress_srv
+        self._offsets: dict[DnsName, int] = {}
+
+    def put_name(self, name: DnsName, *, compress: bool = True) -> None:
+        """The name, its tail as a pointer where it was written before."""
+        encoded = [label.encode(errors="surrogateescape") for label in name]
+        if any(not 0 < len(label) <= DNS_LABEL_LIMIT_BYTES for label in encoded):
+            raise ValueError(f"a label of a DNS name has 1 to {DNS_LABEL_LIMIT_BYTES} bytes")
+        if sum(map(len, encoded)) + len(encoded) + 1 > DNS_NAME_LIMIT_BYTES:
+            raise ValueError(f"a DNS name has at most {DNS_NAME_LIMIT_BYTES} bytes")
+        for i, label in enumerate(encoded):
+            offset = self._offsets.get(name[i:])
+            if compress and offset is not None:
+                self.data += struct.pack("!H", _DNS_POINTER_MASK << 8 | offset)
+                return
+            if len(self.data) < _DNS_OFFSET_LIMIT:
+                self._offsets.setdefault(name[i:], len(self.data))
+            self.data.append(len(label))
+            self.data += label
+        self.data.append(0)
+
+    def put_record(self, each: DnsRecord) -> None:
+        """The record, and then its length where it belongs."""
+        self.put_name(each.name)
+        top_bit = _DNS_CLASS_TOP_BIT if each.replaces else 0
+        self.data += struct.pack("!2HI", each.type, each.dns_class | top_bit, each.ttl_s)
+        start = len(self.data)
+        self.data += b"\0\0"
+        self._put_data(each.data)
+        struct.pack_into("!H", self.data, start, len(self.data) - start - 2)
+
+    def _put_data(self, data: DnsData) -> None:
+        if isinstance(data, ipaddress.IPv4Address | ipaddress.IPv6Address):
+            self.data += data.packed
+        elif isinstance(data, PtrData):
+            self.put_name(data.target)
+        elif isinstance(data, SrvData):
+            self.data += struct.pack("!3H", data.priority, data.weight, data.port)
+            self.put_name(data.target, compress=self._compress_srv)
+        elif isinstance(data, TxtData):
+            for string in data.strings or (b"",):  # an empty TXT record is one empty string
+                self.data += bytes((len(string),)) + string
+        elif isinstance(data, NsecData):
+            self.put_name(data.next_name)
+            self.data += _encode_type_map(data.types)
+        else:
+            self.data += data.data
+
+
+def _encode_type_map(types: tuple[int, ...]) -> bytes:
+    bits = bytearray(max(types) // 8 + 1)
+    for each in types:
+        bits[each // 8] |= 0x80 >> each % 8
+    return bytes((0, len(bits))) + bits
+
+
+def parse_txt(strings: Iterable[bytes]) -> dict[str, bytes | None]:
+    """The attributes in the strings of a TXT record, by key in lower case (RFC 6763 section 6.4).
+
+    Keys differ ignoring case and the first of equals counts; without `=` the value is None. Strings without a key,
+    or with a key that is not printable ASCII, are ignored.
+    """
+    attributes: dict[str, bytes | None] = {}
+    for string in strings:
+        raw_key, separator, value = string.partition(b"=")
+        if raw_key and all(0x20 <= byte <= 0x7E for byte in raw_key):
+            attributes.setdefault(raw_key.decode("ascii").lower(), value if separator else None)
+    return attributes
+
+
+def encode_txt(attributes: Mapping[str, str | None]) -> tuple[bytes, ...]:
+    """The strings of a TXT record, keys as given; ValueError for a key or a string that cannot be one."""
+    strings = []
+    for key, value in attributes.items():
+        if not key or "=" in key or not all(" " <= char <= "~" for char in key):
+            raise ValueError("a key of a TXT record is printable ASCII without `=`")
+        string = key.encode() if value is None else f"{key}={value}".encode()
+        if len(string) > TXT_STRING_LIMIT_BYTES:
+            raise ValueError(f"a string of a TXT record has at most {TXT_STRING_LIMIT_BYTES} bytes")
+        strings.append(string)
+    return tuple(strings)
 
 
 # ---- GGUF -----------------------------------------------------------------------------
@@ -3658,7 +4575,11 @@ def _build_javascript_number(value: int | float) -> str:
     """
     if -_EXACT_INTEGER_LIMIT <= value <= _EXACT_INTEGER_LIMIT and value == int(value):
         return str(int(value))
-    if not math.isfinite(number := float(value)):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError("a number that JSON does not have")
     sign = "-" if number < 0 else ""
     mantissa, _, exponent = repr(abs(number)).partition("e")
@@ -3788,12 +4709,18 @@ def parse_replay_memory(data: bytes) -> ReplayMemory:
         raise ValueError("another version")
     memory = ReplayMemory()
     for pairing_id, text in document["timed"].items():
-        entries = struct.iter_unpack(">Q9s", parse_base64url(text))
-        memory._timed[pairing_id] = {digest: ms for ms, digest in entries}
+        memory._timed[pairing_id] = {digest: ms for ms, digest in _parse_entries(">Q9s", text)}
     for pairing_id, text in document["untimed"].items():
-        memory._untimed[pairing_id] = dict.fromkeys(each[0] for each in struct.iter_unpack("9s", parse_base64url(text)))
+        memory._untimed[pairing_id] = {digest: None for (digest,) in _parse_entries("9s", text)}
     memory.retain(document["timed"].keys() | document["untimed"].keys())
     return memory
+
+
+def _parse_entries(form: str, text: str) -> list[tuple[Any, ...]]:
+    try:
+        return list(struct.iter_unpack(form, parse_base64url(text)))
+    except struct.error as exc:
+        raise ValueError("a part of an entry") from exc
 
 
 def _hash_nonce(nonce: str) -> bytes:
@@ -3961,9 +4888,16 @@ def _read_registry_machine_id() -> str | None:
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
+PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
+PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
+
+
+def read_clock_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
 
 
 class PairingState(enum.Enum):
@@ -4140,6 +5074,13 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
+def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
+    """Whether a change of a pairing must end what the peer is doing here."""
+    if before is None or before.inbound_key is None:
+        return False
+    return after is None or after.inbound_key != before.inbound_key
+
+
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
     """A pairing as its owner may see it: everything but the keys. Times in unix ms."""
     return {
@@ -4161,19 +5102,25 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
 class PairingStore:
     """The pairings of this device, in memory and in `pairings.json`; `nonces.json` has the nonces they used.
 
-    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner awaits
-    `refresh` every few seconds (another process may have written), `flush` every minute, and `close` at the end.
+    `load` comes first. Then everything belongs to one event loop, and the disk is used in threads. The owner runs
+    `maintain` in a task (another process may have written, and uses are to be) and awaits `close` at the end.
     Each save starts from what the file holds at that moment, so that neither process undoes the other's change.
     """
 
     def __init__(
-        self, directory: Path, *, device_id: str, expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS
+        self,
+        directory: Path,
+        *,
+        device_id: str,
+        expire_after_days: float = PAIRING_EXPIRES_AFTER_DAYS,
+        clock_ms: Callable[[], int] = read_clock_ms,
     ) -> None:
         self.device_id = device_id
         self.replay = ReplayMemory()
         self._path = directory / "pairings.json"
         self._nonces_path = directory / "nonces.json"
         self._expires_after_ms = expire_after_days * DAY_MS
+        self._clock_ms = clock_ms
         self._records: PairingRecords = {}
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
@@ -4292,6 +5239,19 @@ class PairingStore:
                 self._adopt(file.records if file else {})
             self._stamp = stamp
 
+    async def maintain(self) -> NoReturn:
+        """Refresh and flush for as long as the bridge runs; cancel it, then `close`."""
+        rounds = round(PAIRINGS_FLUSH_INTERVAL_S / PAIRINGS_REFRESH_INTERVAL_S)
+        for number in itertools.count(1):
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+            if number % rounds == 0:
+                try:
+                    await self.flush()
+                except StorageError as exc:
+                    pairing_log.warning("%s; it is tried again", exc)
+        raise AssertionError("counting does not end")
+
     async def close(self) -> None:
         """Write everything, the nonces of the last minutes too."""
         await self.flush()
@@ -4299,10 +5259,7 @@ class PairingStore:
             await self._save_nonces()
 
     def subscribe(self, listener: PairingListener) -> Callable[[], None]:
-        """Call `listener(before, after)` at every change but a mere use; returns what ends that.
-
-        `after` None, or with another `inbound_key`: whatever the peer still does here has lost its ground.
-        """
+        """Call `listener(before, after)` at every change but a mere use; returns what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -4333,7 +5290,6 @@ class PairingStore:
             records = await asyncio.to_thread(self._save_changes, new, notes, removals)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
-            self._stamp = None
             self._adopt(records)
             self.replay.retain({pairing.pairing_id for pairing in records.values()})
 
@@ -4359,7 +5315,7 @@ class PairingStore:
 
     async def _save_nonces(self) -> None:
         self.replay.has_new_untimed = False
-        data = self.replay.encode(time.time_ns() // 1_000_000)
+        data = self.replay.encode(self._clock_ms())
         try:
             await asyncio.to_thread(save_file, self._nonces_path, data)
         except StorageError:
@@ -4413,6 +5369,14 @@ def _apply_changes(
     return changed
 
 
+def build_clock_skew_error(skew_ms: int) -> ClockSkewError:
+    """What the sender of a valid signature is told whose clock differs by `skew_ms` from ours."""
+    seconds = round(skew_ms / 1000)
+    word = "ahead of" if seconds > 0 else "behind"
+    message = f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one"
+    return ClockSkewError(message, extra={"skewSeconds": seconds})
+
+
 class SignatureVerifier:
     """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
 
@@ -4454,7 +5418,7 @@ class SignatureVerifier:
             raise SignatureError
         skew_ms = timed.sent_at_ms - now_ms
         if abs(skew_ms) > SIGNATURE_SKEW_MS:
-            raise ClockSkewError(skew_ms)
+            raise build_clock_skew_error(skew_ms)
         if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
             raise SignatureError
         if not pairing.uses_t1:
@@ -4499,8 +5463,10 @@ HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
 HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
-CALLBACK_END_S = 1.0  # a callback that does not let itself be cancelled
+TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+_SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
 
 handshake_log = logging.getLogger("dvai_bridge.handshake")
 
@@ -4666,6 +5632,12 @@ def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
 PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
 
 
+async def _end_task(task: asyncio.Task[None]) -> None:
+    """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
+    task.cancel()
+    await asyncio.wait([task], timeout=TASK_END_S)
+
+
 class PairingDesk:
     """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
 
@@ -4685,7 +5657,7 @@ class PairingDesk:
         identity: Identity,
         store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
@@ -4782,32 +5754,33 @@ class PairingDesk:
             asked_at_ms=self._clock_ms(),
         )
         self._pending[pending.request_id] = pending
+        prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
         try:
-            async with asyncio.timeout(HANDSHAKE_DEADLINE_S), self._turn:
-                return await self._prompt(pending)
+            async with asyncio.timeout(HANDSHAKE_DEADLINE_S):
+                return await pending.wait()
         except TimeoutError:
             return False
         finally:
             del self._pending[pending.request_id]
             pending.end()
+            await _end_task(prompt)
 
-    async def _prompt(self, request: PairingRequest) -> bool:
-        """Show the request to everybody who may decide, for as long as a prompt may stand."""
-        handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
-        callback = asyncio.create_task(self._call(request)) if self._callback else None
-        self._show(request)
-        try:
-            async with asyncio.timeout(self._prompt_deadline_s):
-                return await request.wait()
-        except TimeoutError:
-            handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
-            return False
-        finally:
-            self._show(None)
-            request.end()
-            if callback is not None:
-                callback.cancel()
-                await asyncio.wait([callback], timeout=CALLBACK_END_S)
+    async def _prompt(self, request: PairingRequest) -> None:
+        """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
+        async with self._turn:
+            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            self._show(request)
+            try:
+                async with asyncio.timeout(self._prompt_deadline_s):
+                    await request.wait()
+            except TimeoutError:
+                handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
+                request.respond(False)
+            finally:
+                self._show(None)
+                if callback is not None:
+                    await _end_task(callback)
 
     def _show(self, request: PairingRequest | None) -> None:
         self._shown = request
@@ -4920,7 +5893,7 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
-        clock_ms: Callable[[], int],
+        clock_ms: Callable[[], int] = read_clock_ms,
         legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
         random: RandomBytes = os.urandom,
     ) -> None:
@@ -5027,6 +6000,8 @@ class PairingInitiator:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.strerror or exc}") from exc
+        except BridgeError as exc:
+            raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
     async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:
@@ -5034,7 +6009,8 @@ class PairingInitiator:
                 raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
             self._store.note(known, base_url=target.base_url)
             return known
-        device_id = answer.device_id or target.device_id or target.base_url
+        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
+        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
         now_ms = self._clock_ms()
         pairing = await self._store.add(
             Pairing(
@@ -5381,10 +6357,10 @@ SPEED_ROUNDS = 3  # the best counts: what disturbs a measurement only ever slows
 MULTIPLY_ADD_LANES = 576
 MULTIPLY_ADD_COLUMNS = 64
 
-BUILTIN_MULTIPLY_ADDS_PER_S = 500e6  # of one core of the machine in the README's table, in whole-model terms
-BUILTIN_EFFICIENCY = 0.8  # of the big-integer rate measured here, what a whole forward pass reaches (0.78 to 0.85)
+BUILTIN_MULTIPLY_ADDS_PER_S = 625e6  # of one core of the machine in the README's table, in big integers
+BUILTIN_EFFICIENCY = 0.8  # of that rate, what a whole forward pass reaches: 0.86 (15M) and 0.96 (135M) side by side
 BUILTIN_THREADS_GAIN = 1.3  # of two processes or more (1.31 and 1.36 measured with two)
-LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.5 on a Pi 4, 0.8 on two server cores
+LLAMA_EFFICIENCY = 0.6  # of the copying rate, what decoding reaches: 0.8 on two server cores, less on small boards
 DISCRETE_GPU_BYTES_PER_S = 200e9  # of a small discrete GPU; larger ones are measured soon enough
 
 SCORES_LIMIT = 256  # models whose scores are kept, or read from one peer
@@ -5765,7 +6741,7 @@ def probe_machine_speed() -> MachineSpeed:
 
 
 def estimate_builtin_tok_per_s(
-    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S / BUILTIN_EFFICIENCY, threads: int = 1
+    n_params: int, multiply_adds_per_s: float = BUILTIN_MULTIPLY_ADDS_PER_S, threads: int = 1
 ) -> float:
     """Decode speed to expect of the built-in engine: each parameter is used once a token. Pure."""
     gain = BUILTIN_THREADS_GAIN if threads > 1 else 1.0
@@ -6250,7 +7226,8 @@ class AuditLog:
         line = encode_audit_line(entry)
         with self._changed:
             self._lines.append((format_utc(entry.time_ms)[:10], line))
-            self._changed.notify()
+            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+                self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
@@ -6623,7 +7600,8 @@ class Handshake(enum.Enum):
 
     NONE = "not paired"
     ASKING = "waits for approval there"
-    REFUSED = "not paired: the handshake was refused"
+    REFUSED = "not paired: refused or revoked"  # asked again by the user only
+    FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
 
 class PeerRoute(enum.Enum):
@@ -6654,9 +7632,9 @@ class CoolDown:
 class Candidate:
     """A peer with all that the decision looks at.
 
-    `peer.capability`: what it scores; `models`: every model that it serves, None while unknown; `slots`, `running`,
-    `waiting`: its queue; `has_pairing`: we may use it, as soon as it is reachable; `error`: why it does not answer,
-    "" while nobody knows yet.
+    `peer.capability`: what it scores; `prefill`: how fast it reads prompts, by model id; `models`: every model that it
+    serves, None while unknown; `slots`, `running`, `waiting`: its queue; `has_pairing`: we may use it, as soon as it
+    is reachable; `error`: why it does not answer, "" while nobody knows yet.
     """
 
     peer: Peer
@@ -6665,6 +7643,7 @@ class Candidate:
     handshake: Handshake = Handshake.NONE
     health: PeerHealth = PeerHealth.OK
     models: tuple[str, ...] | None = None
+    prefill: Mapping[str, float] = field(default_factory=dict)
     running: int = 0
     waiting: int = 0
     slots: int = 1
@@ -6691,9 +7670,10 @@ class Checked:
 
 @record(frozen=True, kw_only=True, slots=True)
 class RouteTarget:
-    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for; None, here only: the default.
 
-    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it.
+    `substituted_for`: the model that was asked for, when the peer serves another quantisation of it. `score`: the
+    effective one. `prefill_tok_per_s`: how fast the peer reads prompts, None while unknown.
     """
 
     peer: Peer | None = None
@@ -6701,6 +7681,7 @@ class RouteTarget:
     model_id: str | None = None
     substituted_for: str | None = None
     score: float | None = None
+    prefill_tok_per_s: float | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -6911,7 +7892,7 @@ def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate,
         via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
         return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
     found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
-    if found is None and candidate.models is not None:
+    if found is None and (candidate.models is not None or model is None):
         return _Offer(candidate=candidate, obstacle="does not have the model")
     known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
     score = policy.min_local_capability if known is None else known
@@ -6928,7 +7909,7 @@ def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate,
     if candidate.health is PeerHealth.DEGRADED:
         return replace(offer, obstacle="its engine does not work")
     if candidate.state is PeerState.REACHABLE:
-        is_open = candidate.handshake is not Handshake.REFUSED
+        is_open = candidate.handshake in (Handshake.NONE, Handshake.ASKING)
         return replace(offer, obstacle=candidate.handshake.value, is_unpaired=is_open)
     return offer
 
@@ -6965,6 +7946,7 @@ def _target_peer(offer: _Offer, model: str | None) -> RouteTarget:
         model_id=offer.model_id,
         substituted_for=model if offer.is_substitute else None,
         score=offer.score,
+        prefill_tok_per_s=offer.candidate.prefill.get(offer.model_id or ""),
     )
 
 
@@ -7188,6 +8170,12 @@ def parse_socket_address(sockaddr: Any) -> tuple[str, int]:
     return host, int(sockaddr[1])
 
 
+async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's callback gives, which may be a coroutine function or an ordinary one."""
+    given = function(*arguments)
+    return await given if isinstance(given, Awaitable) else given
+
+
 async def bind_sockets(host: str, port: int | None) -> list[socket.socket]:
     """Listening sockets for every address of `host`, all on one port.
 
@@ -7274,6 +8262,459 @@ def load_tls_context(cert_file: str, key_file: str) -> ssl.SSLContext:
 
 def _refuse_passphrase() -> str:
     raise UsageError("the TLS key is encrypted; give one without a passphrase (mode 0600)")
+
+
+# ---- HTTP client ----------------------------------------------------------------------
+# Requests to other servers: a pool of connections, a deadline on every wait, back-pressure, cancellation.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HttpBudgets:
+    """How long a request may take, in seconds. `first_byte_s`: from sending it to the head of the answer.
+
+    `idle_s`: silence between two pieces of the body, while somebody waits for them. `total_s`: everything, the
+    connect included; None: as long as it takes.
+    """
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_byte_s: float = 30.0
+    idle_s: float = 60.0
+    total_s: float | None = None
+
+
+@record(frozen=True, slots=True)
+class HttpUrl:
+    """Where a request goes. `host` as the resolver takes it (scope and all), `authority` as the Host field does."""
+
+    is_tls: bool
+    host: str
+    port: int
+    authority: str
+    target: str
+
+
+def parse_http_url(url: str) -> HttpUrl:
+    """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
+
+    The scope of a link-local address may follow a bare `%` or RFC 6874's `%25`; it never leaves this machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname, parts.port
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None or parts.fragment:
+        raise ValueError("not an http(s) URL of host, port, path and query")
+    is_tls = parts.scheme == "https"
+    address, percent, scope = host.partition("%")
+    if percent:
+        host = f"{address}%{scope.removeprefix('25') or scope}"
+    authority = f"[{address}]" if ":" in address else address
+    if port is not None:
+        authority += f":{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    if not _ORIGIN_FORM.fullmatch(target) or not _HOST.fullmatch(authority):
+        raise ValueError("characters in the URL that belong percent-encoded")
+    return HttpUrl(is_tls, host, port or (443 if is_tls else 80), authority, target)
+
+
+class ClientPhase(enum.Enum):
+    """What a connection to a server is doing.
+
+    IDLE → ACTIVE → IDLE …;   ACTIVE → LINGERING → IDLE;   any of them → CLOSED.
+    Invariants: only IDLE connections are in the pool; an answer that was not read to its end is never followed by
+    another request.
+    """
+
+    IDLE = "waits in the pool for a request"
+    ACTIVE = "a request was sent, its answer is being read"
+    LINGERING = "nobody wants the rest of the answer, which is expected to be short"
+    CLOSED = "of no use any more"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection: sends a request, holds what has come of the answer until somebody takes it."""
+
+    def __init__(self, client: HttpClient, url: HttpUrl) -> None:
+        self._client = client
+        self.origin = (url.is_tls, url.host, url.port)
+        self._authority = url.authority
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._parser = ResponseParser("GET")
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._is_reading = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._error: UpstreamError | None = None
+        self.phase = ClientPhase.IDLE
+        self.is_reused = False
+        self.has_received = False
+
+    # -- what asyncio calls --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.adopt(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the server."""
+        if self.phase is ClientPhase.ACTIVE:
+            self.has_received = True
+            piece = self._parser.receive(data)
+            if piece:
+                self._pieces.append(piece)
+                self._held_bytes += len(piece)
+                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+                    self._is_reading = False
+                    self._transport.pause_reading()
+            if self._parser.error is not None:
+                self._transport.abort()
+            self._wake()
+        elif self.phase is ClientPhase.LINGERING:
+            self._held_bytes += len(data)
+            self._parser.receive(data)
+            self._try_to_reuse()
+        else:
+            self.close()  # a server that speaks without being asked
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        self._parser.receive_eof()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed, by whomever."""
+        if self._error is None and not self._parser.is_complete:
+            self._error = self._parser.error or UpstreamLostError(f"{self._authority} closed the connection")
+        self.phase = ClientPhase.CLOSED
+        self._deadline.close()
+        self._client.forget(self)
+        self._wake()
+
+    # -- what an exchange calls --
+
+    def send(self, method: str, data: bytes, ends_at: float | None) -> None:
+        """Starts a request; `ends_at` (loop time): when the whole answer must have come."""
+        self._parser = ResponseParser(method)
+        self._ends_at = ends_at
+        self.has_received = False
+        self.phase = ClientPhase.ACTIVE
+        self._deadline.clear()
+        self._transport.write(data)
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_head(self, limit_s: float) -> ResponseHead:
+        """The head of the answer."""
+        while self._parser.head is None:
+            await self._wait(limit_s)
+        return self._parser.head
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._parser.is_complete:
+                return b""
+            await self._wait(limit_s)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def release(self, *, may_linger: bool) -> None:
+        """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
+
+        `may_linger`: what is missing is no more than the end of the body; it is waited for in the background.
+        """
+        if self.phase is not ClientPhase.ACTIVE:
+            return
+        self._pieces.clear()
+        self._held_bytes = 0
+        self.phase = ClientPhase.LINGERING
+        if not may_linger and not self._parser.is_complete:
+            self.close()
+        elif self._is_reading:
+            self._deadline.set_after(CLIENT_LINGER_S)
+            self._try_to_reuse()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection now."""
+        self.phase = ClientPhase.CLOSED
+        self._client.withdraw(self)
+        self._transport.abort()
+
+    # -- inside --
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
+        error = self._error or self._parser.error
+        if error is not None:
+            raise error
+        if self._ends_at is not None:
+            limit_s = min(limit_s, self._ends_at - self._loop.time())
+        self._waited_s = limit_s
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(limit_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _deadline_passed(self) -> None:
+        if self.phase is ClientPhase.ACTIVE:
+            self._error = UpstreamTimeoutError(f"nothing came from {self._authority} within {self._waited_s:.3g} s")
+            self._wake()
+        self.close()
+
+    def _try_to_reuse(self) -> None:
+        """From LINGERING to the pool, once the answer is complete."""
+        if self._parser.can_reuse and not self._transport.is_closing():
+            self.phase = ClientPhase.IDLE
+            self.is_reused = True
+            self._deadline.set_after(POOL_IDLE_S)
+            self._client.keep(self)
+        elif self._parser.is_complete or self._parser.error or self._held_bytes > CLIENT_LINGER_LIMIT_BYTES:
+            self.close()
+
+
+class ClientResponse:
+    """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
+
+    Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+    """
+
+    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+        self.status = head.status
+        self.headers = head.headers
+        self._connection = connection
+        self.idle_s = budgets.idle_s
+        self.may_linger = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._connection.read_piece(self.idle_s)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read_piece(self) -> bytes:
+        """The next piece; an empty one at the end of the body."""
+        return await self._connection.read_piece(self.idle_s)
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body; UpstreamError once it is larger than `limit_bytes`."""
+        pieces, size = [], 0
+        async for data in self:
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamError(f"the answer is larger than {limit_bytes // KIB} KiB")
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def end_within(self, total_s: float | None) -> None:
+        """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
+        self._connection.end_within(total_s)
+
+    def leave_rest(self) -> None:
+        """The rest of the body is not wanted but short: leaving the block need not close the connection."""
+        self.may_linger = True
+
+
+class ClientExchange:
+    """One request and its answer: `async with` gives the ClientResponse, leaving the block gives up the connection."""
+
+    def __init__(self, client: HttpClient, method: str, url: HttpUrl, data: bytes, budgets: HttpBudgets) -> None:
+        self._client = client
+        self._method = method
+        self._url = url
+        self._data = data
+        self._budgets = budgets
+        self._ends_at: float | None = None
+        self._connection: ClientConnection | None = None
+        self._response: ClientResponse | None = None
+
+    async def __aenter__(self) -> ClientResponse:
+        return await self.open()
+
+    async def open(self) -> ClientResponse:
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
+
+    async def start(self) -> None:
+        """The first half of `open`: finds a connection and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        self._send(self._client.take_idle(self._url) or await self._client.connect(self._url, self._budgets))
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
+        try:
+            try:
+                return await self._read_head()
+            except UpstreamLostError:
+                if self._connection is None or not self._connection.is_reused or self._connection.has_received:
+                    raise
+            # The server had closed a kept connection before our request came: that is no failure.
+            self._send(await self._client.connect(self._url, self._budgets))
+            return await self._read_head()
+        except BaseException:
+            self.release()
+            raise
+
+    def _send(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        connection.send(self._method, self._data, self._ends_at)
+
+    async def _read_head(self) -> ClientResponse:
+        connection = self._connection
+        assert connection is not None  # `start` came before
+        head = await connection.read_head(self._budgets.first_byte_s)
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamError("the server sent an encoding that was not asked for")
+        self._response = ClientResponse(connection, head, self._budgets)
+        return self._response
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release(may_linger=self._response is not None and self._response.may_linger)
+
+
+class HttpClient:
+    """Asks servers. Belongs to one event loop; `close` ends what is still open.
+
+    Connections are kept for the next request to the same origin. A request on a kept one that the server closed
+    without a byte of an answer is sent once more, on a new connection. Nothing is redirected, no proxy is used.
+    """
+
+    def __init__(self, *, tls_context: ssl.SSLContext | None = None) -> None:
+        self._tls_context = tls_context
+        self._idle: dict[ClientConnection, None] = {}  # oldest first
+        self._connections: set[ClientConnection] = set()
+        self._all_closed = asyncio.Event()
+        self._is_closed = False
+
+    def request(
+        self,
+        method: str,
+        url: str | HttpUrl,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange:
+        """A request, sent when the block is entered. ValueError for a URL or a header that cannot be sent.
+
+        Raises UpstreamConnectError, UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
+        """
+        parsed = url if isinstance(url, HttpUrl) else parse_http_url(url)
+        fields = [("Host", parsed.authority), ("Accept-Encoding", "identity"), *headers]
+        if body or method == "POST":
+            fields.append(("Content-Length", str(len(body))))
+        data = encode_request_head(method, parsed.target, fields) + body
+        return ClientExchange(self, method, parsed, data, budgets or HttpBudgets())
+
+    async def close(self) -> None:
+        """Ends every connection; whoever waits for an answer gets UpstreamLostError."""
+        self._is_closed = True
+        for connection in list(self._connections):
+            connection.close()
+        if self._connections:
+            self._all_closed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_closed.wait(), CLIENT_LINGER_S)
+
+    # -- what exchanges and connections call --
+
+    def take_idle(self, url: HttpUrl) -> ClientConnection | None:
+        """The connection to this origin that was used last."""
+        origin = (url.is_tls, url.host, url.port)
+        for connection in reversed(self._idle):
+            if connection.origin == origin:
+                del self._idle[connection]
+                return connection
+        return None
+
+    def keep(self, connection: ClientConnection) -> None:
+        """Takes an idle connection into the pool, the oldest making room."""
+        self._idle[connection] = None
+        if len(self._idle) > POOL_LIMIT:
+            next(iter(self._idle)).close()
+
+    def adopt(self, connection: ClientConnection) -> None:
+        """A connection is open."""
+        self._connections.add(connection)
+
+    def withdraw(self, connection: ClientConnection) -> None:
+        """A connection is no longer to be used."""
+        self._idle.pop(connection, None)
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection is closed."""
+        self.withdraw(connection)
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_closed.set()
+
+    async def connect(self, url: HttpUrl, budgets: HttpBudgets) -> ClientConnection:
+        """A new connection; UpstreamConnectError says why there is none."""
+        if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
+            raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
+        context = await self._get_tls_context() if url.is_tls else None
+        try:
+            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ClientConnection(self, url),
+                    url.host,
+                    url.port,
+                    ssl=context,
+                    server_hostname=url.host.partition("%")[0] if context is not None else None,
+                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+                )
+        except TimeoutError as exc:
+            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
+        except ssl.SSLError as exc:
+            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+        except (OSError, UnicodeError) as exc:
+            reason = getattr(exc, "strerror", None) or display_name(str(exc))
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+        return connection
+
+    async def _get_tls_context(self) -> ssl.SSLContext:
+        """Made at first use, in a thread: it reads the system's certificates."""
+        if self._tls_context is None:
+            self._tls_context = await asyncio.to_thread(ssl.create_default_context)
+        return self._tls_context
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- Engine ---------------------------------------------------------------------------
@@ -12565,10 +14006,7 @@ def _find_origin(url: str) -> tuple[str, str, int]:
 
 
 def _is_loopback_host(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or is_loopback_address(host)
 
 
 def is_token_allowed(url: str, endpoint: str) -> bool:
@@ -12652,7 +14090,8 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
     A whole name counts most, then one that ends with the tag, then one in which something follows it. `UD-Q4_K_M` is
     another quantisation than `Q4_K_M`, but is taken for it where there is no other.
     """
-    wanted = re.escape(tag.removesuffix(".gguf"))
+    name = tag[:-5] if _is_gguf_name(tag) else tag
+    wanted = re.escape((parse_split_name(name) or [name])[0])
     for pattern in (
         rf"(?:.*/)?{wanted}",
         rf".*(?<![A-Z0-9])(?<!UD-){wanted}",
@@ -12666,9 +14105,9 @@ def find_tag(stems: Sequence[str], tag: str) -> list[str]:
 
 
 def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str | None:
-    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: there is none.
+    """Which of the models (name without `.gguf` and split suffix → bytes) a reference means; None: none of them.
 
-    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several, or when there are others.
+    Without a tag Q4_K_M, else Q8_0, else the first. UsageError when it could be several.
     """
     for tag in (reference.tag,) if reference.tag else _DEFAULT_TAGS:
         matches = find_tag(list(sizes), tag)
@@ -12677,9 +14116,7 @@ def choose_stem(reference: HubReference, sizes: Mapping[str, int | None]) -> str
             raise UsageError(f"{reference} could be several files; name one, as in {reference.repo}:FILE: {choices}")
         if matches:
             return matches[0]
-    if reference.tag and sizes:
-        raise UsageError(f"{reference.repo} has no {display_name(reference.tag)}; it has: {list_choices(sizes)}")
-    return next(iter(sizes), None)
+    return None if reference.tag else next(iter(sizes), None)
 
 
 def list_choices(sizes: Mapping[str, int | None]) -> str:
@@ -12704,9 +14141,12 @@ def choose_remote_files(files: Sequence[RemoteFile], reference: HubReference) ->
             stem, index, count = split or (file.path[:-5], 1, 1)
             groups.setdefault(stem, {})[index] = file
             counts[stem] = count
-    chosen = choose_stem(reference, {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()})
+    sizes = {stem: _sum_sizes(parts.values()) for stem, parts in groups.items()}
+    chosen = choose_stem(reference, sizes)
+    if chosen is None and sizes:
+        raise UsageError(f"{reference.repo} has no {display_name(reference.tag or '')}; it has: {list_choices(sizes)}")
     if chosen is None:
-        raise UsageError(f"{reference.repo} has no GGUF model; look for one whose name ends in -GGUF")
+        raise UsageError(f"{reference.repo} has no GGUF model; look for a repository whose name ends in -GGUF")
     parts, count = groups[chosen], counts[chosen]
     if sorted(parts) != list(range(1, count + 1)):
         raise DownloadError(f"{reference}: {len(parts)} of its {count} parts are in the repository")
@@ -12845,7 +14285,6 @@ def find_present(
 
 # The transport: the standard library's, its redirects followed here, where the token is watched.
 
-
 _Show = Callable[[int, int | None], None]  # bytes of a file that are here, and that it has
 
 
@@ -12859,9 +14298,12 @@ class _Retry(Exception):
 
 @contextlib.contextmanager
 def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
-    """End what others read from `sock` when the block takes longer: its own timeout begins anew with every byte."""
+    """End what the block reads from `sock` when it takes longer, with TimeoutError: the socket's own timeout begins
+    anew with every byte, and to http.client a head that is cut off is whole."""
+    is_late = threading.Event()
 
     def cut() -> None:
+        is_late.set()
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
 
@@ -12872,6 +14314,8 @@ def _cut_off(sock: socket.socket, timeout_s: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+    if is_late.is_set():
+        raise TimeoutError(f"no whole answer in {timeout_s:.0f} s")
 
 
 def _build_opener(*, is_direct: bool) -> urllib.request.OpenerDirector:
@@ -12917,7 +14361,7 @@ def _explain_network_error(error: object, host: str, *, is_connected: bool) -> E
     strerror = error.strerror if isinstance(error, OSError) else None
     why = display_name(strerror or str(error) or type(error).__name__)
     unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT)
-    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError)
+    is_refused = isinstance(error, socket.gaierror | ConnectionRefusedError | UnicodeError)  # the last: no host name
     is_silent = isinstance(error, TimeoutError) and not is_connected
     if is_refused or is_silent or (isinstance(error, OSError) and error.errno in unreachable):
         return UnreachableError(
@@ -12940,7 +14384,7 @@ def _send_request(url: str, access: HubAccess, extra: Mapping[str, str]) -> http
         answer: http.client.HTTPResponse = opener.open(request, timeout=DOWNLOAD_IDLE_S)
     except urllib.error.URLError as exc:
         raise _explain_network_error(exc.reason, display_name(host), is_connected=False) from exc
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, http.client.HTTPException, UnicodeError) as exc:
         raise _explain_network_error(exc, display_name(host), is_connected=True) from exc
     return answer
 
@@ -13096,8 +14540,9 @@ class _Part:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
+        is_empty = os.fstat(fd).st_size == 0
         os.close(fd)
-        if not self.size:
+        if is_empty:
             self._remove()
 
     def _remove(self) -> None:
@@ -13106,15 +14551,14 @@ class _Part:
 
     def resume(self) -> None:
         """Go on from what an earlier run left, if that is of the same content; else from nothing."""
-        about = self._load_about()
-        same = about.get("sha256") == self.remote.sha256 if self.remote.sha256 else about.get("url") == self.remote.url
-        self.etag = str(about.get("etag") or "") if same else ""
-        if not same or not (self.remote.sha256 or self.etag):
-            self.restart()
-            return
-        if self.remote.size_bytes is None and type(about.get("sizeBytes")) is int:
-            self.remote = replace(self.remote, size_bytes=about["sizeBytes"])
-        if self.remote.size_bytes is not None and os.fstat(self._fd).st_size > self.remote.size_bytes:
+        about, arrived, remote = self._load_about(), os.fstat(self._fd).st_size, self.remote
+        same = about.get("sha256") == remote.sha256 if remote.sha256 else about.get("url") == remote.url
+        etag = str(about.get("etag"))
+        self.etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
+        if remote.size_bytes is None and type(about.get("sizeBytes")) is int:
+            self.remote = replace(remote, size_bytes=about["sizeBytes"])
+        limit = HUB_FILE_LIMIT_BYTES if self.remote.size_bytes is None else self.remote.size_bytes
+        if not 0 < arrived <= limit or not same or not (remote.sha256 or self.etag):
             self.restart()
             return
         while piece := os.read(self._fd, DOWNLOAD_BLOCK_BYTES):
@@ -13165,6 +14609,7 @@ class _Part:
         if self.size < len(GGUF_MAGIC):
             start, end = self.size, min(len(GGUF_MAGIC), self.size + len(data))
             if data[: end - start] != GGUF_MAGIC[start:end]:
+                self.restart()
                 raise DownloadError(f"{display_name(self.remote.name)}: what the server sends is no GGUF file")
         rest = memoryview(data)
         while rest:
@@ -13381,6 +14826,8 @@ PROBE_RUNS_LIMIT = 6  # a model that stops at once is not asked for ever
 PROBE_TIMEOUT_S = 300.0  # in all, waiting for an idle moment included
 PROBE_WORDS = 16  # of the prompt
 
+probe_log = logging.getLogger("dvai_bridge.probe")
+
 
 class RequestWatch:
     """Who has an engine for itself: every generation enters and leaves, on the event loop.
@@ -13545,6 +14992,3523 @@ def build_measured_score(key: ScoreKey, device_id: str, result: ProbeResult, now
     )
 
 
+class CapabilityMeter:
+    """What a bridge knows of its own speed: the machine looked at once, each model measured once, traffic learnt from.
+
+    Belongs to one event loop. Between `start` and `close` it owns the probes that run and the saving of their results.
+    """
+
+    def __init__(self, cache: ScoreCache, device_id: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._cache = cache
+        self._device_id = device_id
+        self._clock = clock  # unix time in seconds
+        self._hints: HardwareHints | None = None
+        self._speed: MachineSpeed | None = None
+        self._probes: dict[ScoreKey, asyncio.Task[Score]] = {}
+        self._saving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at the machine and load earlier measurements; takes a tenth of a second, or a slow tool's deadline."""
+        await asyncio.to_thread(self._cache.load)
+        self._hints = await asyncio.to_thread(probe_hardware_hints)
+        self._speed = await asyncio.to_thread(probe_machine_speed)
+        self._saving = asyncio.create_task(self._save_now_and_then(), name="scores")
+
+    def get_score(self, key: ScoreKey, cost: ModelCost | None = None, gpu_class: GpuClass = GpuClass.NONE) -> Score:
+        """The best that is known of a model now, without waiting. `cost`, `gpu_class`: as in estimate_tok_per_s."""
+        assert self._hints is not None and self._speed is not None, "start it first"
+        estimate = None if cost is None else estimate_tok_per_s(key.engine, cost, self._speed, gpu_class=gpu_class)
+        return choose_score(
+            key,
+            self._device_id,
+            measured=self._cache.get(key),
+            estimated_tok_per_s=estimate,
+            hints=self._hints,
+            now_ms=self._read_ms(),
+        )
+
+    def list_scores(self) -> tuple[Score, ...]:
+        """All measurements, for `GET /v1/dvai/capability`."""
+        return tuple(replace(score, device_id=self._device_id) for score in self._cache.list_scores())
+
+    def observe(self, key: ScoreKey, usage: Usage) -> None:
+        """Learn from a request that ran alone (RequestWatch.leave says so)."""
+        self._cache.observe(key, self._device_id, usage, self._read_ms())
+
+    async def probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        """Measure a model; who asks while it is being measured gets the same result. Raises as probe_engine_speed.
+
+        Giving up waiting does not end the measurement.
+        """
+        return await asyncio.shield(self._start_probe(engine, key, watch, queue))
+
+    def probe_on_first_use(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> None:
+        """Measure a model in the background, unless that was done; a failure is one line in the log."""
+        if self._cache.get(key) is None:
+            self._start_probe(engine, key, watch, queue)
+
+    async def close(self) -> None:
+        """End what runs, and save."""
+        tasks = [*self._probes.values(), *([self._saving] if self._saving else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._cache.flush)
+
+    def _start_probe(
+        self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue
+    ) -> asyncio.Task[Score]:
+        task = self._probes.get(key)
+        if task is None:
+            task = asyncio.create_task(self._run_probe(engine, key, watch, queue), name=f"probe of {key.model_id}")
+            self._probes[key] = task
+            task.add_done_callback(functools.partial(self._end_probe, key))
+        return task
+
+    async def _run_probe(self, engine: Engine, key: ScoreKey, watch: RequestWatch, queue: ProbeQueue) -> Score:
+        result = await probe_engine_speed(engine, watch, queue)
+        score = build_measured_score(key, self._device_id, result, self._read_ms())
+        self._cache.put(key, score)
+        probe_log.info("%s writes %.1f tokens/s (measured)", display_name(key.model_id), score.tok_per_s)
+        return score
+
+    def _end_probe(self, key: ScoreKey, task: asyncio.Task[Score]) -> None:
+        del self._probes[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            is_ours = not isinstance(error, BridgeError)
+            level = logging.ERROR if is_ours else logging.WARNING
+            exc_info = error if is_ours else None
+            probe_log.log(level, "%s was not measured: %s", display_name(key.model_id), error, exc_info=exc_info)
+
+    async def _save_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(SCORE_FLUSH_S)
+            await asyncio.to_thread(self._cache.flush)
+
+    def _read_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalSpeed:
+    """How fast this device is with the model that it serves."""
+
+    meter: CapabilityMeter
+    key: ScoreKey
+    cost: ModelCost | None
+
+    @property
+    def score(self) -> Score:
+        """The best that is known now."""
+        return self.meter.get_score(self.key, self.cost)
+
+    def observe(self, usage: Usage) -> None:
+        """A request ran alone and took this."""
+        self.meter.observe(self.key, usage)
+
+
+# ---- Discovery ------------------------------------------------------------------------
+# Peers on the local network: DNS-SD over multicast DNS, by sockets of our own or the package zeroconf.
+#
+# Browser (whom we know) and Responder (what we answer) are machines without I/O: packets and `now` in, packets and
+# changes out. MdnsDiscovery drives them, with the sockets of one MdnsLink per network interface:
+#
+#     interface ──packet──▶ MdnsLink ──message──▶ Browser ──▶ on_found, on_lost
+#                              ▲  └────query────▶ Responder
+#                              └──queries, answers, announcements, goodbye
+#
+# What is heard proves nothing: a record only names an address to try, and a peer is known by its pairing.
+#
+# Names are announced without probing for others that have them (RFC 6762 section 8.1): ours are 16 random bytes.
+
+MDNS_PORT = 5353
+MDNS_GROUPS = {socket.AF_INET: "224.0.0.251", socket.AF_INET6: "ff02::fb"}
+SERVICE_TYPE: DnsName = ("_dvai-bridge", "_tcp", "local")
+SERVICE_ENUMERATION: DnsName = ("_services", "_dns-sd", "_udp", "local")  # RFC 6763 section 9
+ANNOUNCED_TTL_S = 120
+LEGACY_TTL_S = 10  # RFC 6762 section 6.7
+RECORD_TTL_LIMIT_S = 4500  # a peer that wants to be remembered for ever
+ANNOUNCEMENTS = 2  # RFC 6762 section 8.3: one packet may be lost
+ANSWER_INTERVAL_S = 1.0  # between two answers about one name on one interface: amplification
+ANSWER_DELAYS_S = (0.02, 0.12)  # before an answer that others may give as well (RFC 6762 section 6)
+GOODBYE_S = 1.0  # after a goodbye a record lives on for this long (RFC 6762 section 10.1)
+QUERY_INTERVALS_S = (1.0, 3600.0)  # first and longest; each is twice the one before (RFC 6762 section 5.2)
+REFRESH_AT = (0.80, 0.85, 0.90, 0.95)  # parts of a record's life after which it is asked for again
+REFRESH_JITTER = 0.02  # so that not all who heard a record ask at once
+MISSING_ASKED_AFTER_S = (0.0, 1.0, 3.0)  # what an announcement left out is asked for, thrice
+INCOMPLETE_LIMIT_S = 10.0  # names that are announced and never described
+PEERS_KEPT_LIMIT = 128  # peers that one packet after another invents …
+PEERS_PER_SOURCE_LIMIT = 4  # … and those of one address
+ADDRESSES_PER_PEER_LIMIT = 8  # likewise, and of those that we announce
+SEEN_AGAIN_S = 1.0  # a peer that announces itself all the time is reported once in this
+PACKETS_PER_S_LIMIT = 256  # processor time that a flood on one interface may take; the rest is dropped
+QUESTIONS_LIMIT = 16  # of one query: long names that would pass the packet's limit
+KNOWN_ANSWERS_LIMIT = 24  # likewise; usual names then still fit an Ethernet frame
+INTERFACES_LIMIT = 32  # sockets, on machines with a bridge per container
+INTERFACES_LOOK_S = 5.0  # how soon another network is noticed
+TARGET_PORTS = range(1024, 65536)  # a record that makes us connect to a system service
+
+discovery_log = logging.getLogger("dvai_bridge.discovery")
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+# Network interfaces
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class NetworkInterface:
+    """An interface that is up, with its addresses and networks. `index`: the system's number of it."""
+
+    name: str
+    index: int
+    ipv4: tuple[ipaddress.IPv4Interface, ...] = ()
+    ipv6: tuple[ipaddress.IPv6Interface, ...] = ()
+    is_loopback: bool = False
+
+    @property
+    def addresses(self) -> tuple[IpAddress, ...]:
+        """Its own addresses, IPv4 first."""
+        return (*(each.ip for each in self.ipv4), *(each.ip for each in self.ipv6))
+
+    def is_on_link(self, address: IpAddress) -> bool:
+        """Whether the address is reached here without a router."""
+        if isinstance(address, ipaddress.IPv4Address):
+            return any(address in each.network for each in self.ipv4)
+        return bool(self.ipv6) and (address.is_link_local or any(address in each.network for each in self.ipv6))
+
+    def format_address(self, address: IpAddress) -> str:
+        """The address as a URL's host or a socket wants it, a link-local one with the interface as its scope."""
+        if isinstance(address, ipaddress.IPv6Address) and address.is_link_local:
+            return f"{address}%{self.index if os.name == 'nt' else self.name}"
+        return str(address)
+
+
+def probe_interfaces() -> list[NetworkInterface]:
+    """The interfaces that are up, have an address and can multicast, and loopback; in the system's order.
+
+    By getifaddrs where there is one. Elsewhere (Windows) the addresses of the own host name stand in, one interface
+    for each, with networks that are guessed: /24 and /64.
+    """
+    try:
+        found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    except (ImportError, AttributeError):  # no ctypes, or a C library without getifaddrs
+        found = _guess_interfaces()
+    return [interface for interface in found if interface.addresses][: 2 * INTERFACES_LIMIT]
+
+
+def choose_interfaces(found: Iterable[NetworkInterface], names: Collection[str] | None) -> list[NetworkInterface]:
+    """The interfaces to use: those named, else all but loopback."""
+    chosen = [each for each in found if (not each.is_loopback if names is None else each.name in names)]
+    return chosen[:INTERFACES_LIMIT]
+
+
+_IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
+_IFF_MULTICAST = 0x1000 if sys.platform.startswith(("linux", "android")) else 0x8000
+_HAS_SOCKADDR_LENGTH = not sys.platform.startswith(("linux", "android", "win"))  # BSD's struct sockaddr, macOS's too
+
+
+@functools.cache
+def _load_getifaddrs() -> tuple[Any, Any]:
+    """The C library and its struct ifaddrs, the same on Linux, macOS and BSD. Once: ctypes never forgets a type."""
+    import ctypes
+
+    class Entry(ctypes.Structure):
+        pass
+
+    pointers = [(name, ctypes.c_void_p) for name in ("address", "netmask", "destination", "data")]
+    Entry._fields_ = [("next", ctypes.POINTER(Entry)), ("name", ctypes.c_char_p), ("flags", ctypes.c_uint), *pointers]
+    return ctypes.CDLL(None, use_errno=True), Entry
+
+
+def _read_interfaces() -> list[NetworkInterface]:
+    """What getifaddrs(3) lists: an entry for each address."""
+    import ctypes
+
+    libc, entry_type = _load_getifaddrs()
+    head = ctypes.POINTER(entry_type)()
+    if libc.getifaddrs(ctypes.byref(head)):
+        raise OSError(ctypes.get_errno(), "getifaddrs")
+    found: dict[str, NetworkInterface] = {}
+    try:
+        entry = head
+        while entry:
+            raw, entry = entry.contents, entry.contents.next
+            if raw.address and raw.netmask and raw.flags & _IFF_UP and raw.flags & (_IFF_MULTICAST | _IFF_LOOPBACK):
+                copy = functools.partial(_copy_sockaddr, ctypes.string_at)
+                _note_interface(found, os.fsdecode(raw.name), raw.flags, copy(raw.address), copy(raw.netmask))
+    finally:
+        libc.freeifaddrs(head)
+    return list(found.values())
+
+
+def _copy_sockaddr(read: Callable[[int, int], bytes], pointer: int) -> tuple[int, bytes]:
+    """Family and bytes of a struct sockaddr; those that a short netmask leaves out are zeros."""
+    start = read(pointer, 2)
+    family = start[1] if _HAS_SOCKADDR_LENGTH else int.from_bytes(start, sys.byteorder)
+    size = 28 if family == socket.AF_INET6 else 16
+    if _HAS_SOCKADDR_LENGTH:
+        size = min(size, start[0])
+    return family, read(pointer, size).ljust(28, b"\0")
+
+
+def _note_interface(
+    found: dict[str, NetworkInterface],
+    name: str,
+    flags: int,
+    address: tuple[int, bytes],
+    netmask: tuple[int, bytes],
+) -> None:
+    family, raw = address
+    if family not in MDNS_GROUPS:
+        return
+    start, end = (4, 8) if family == socket.AF_INET else (8, 24)
+    prefix = sum(map(int.bit_count, netmask[1][start:end]))
+    with contextlib.suppress(OSError):  # it went away meanwhile
+        index = socket.if_nametoindex(name)
+        known = found.get(name) or NetworkInterface(name=name, index=index, is_loopback=bool(flags & _IFF_LOOPBACK))
+        if family == socket.AF_INET:
+            found[name] = replace(known, ipv4=(*known.ipv4, ipaddress.IPv4Interface((raw[start:end], prefix))))
+        else:
+            packed = raw[start:end]
+            if packed[:2] == b"\xfe\x80":  # BSD kernels keep the scope in the third and fourth byte
+                packed = packed[:2] + b"\0\0" + packed[4:]
+            found[name] = replace(known, ipv6=(*known.ipv6, ipaddress.IPv6Interface((packed, prefix))))
+
+
+def _guess_interfaces() -> list[NetworkInterface]:
+    found = [NetworkInterface(name="127.0.0.1", index=0, ipv4=(_LOOPBACK,), is_loopback=True)]
+    for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM):
+        host = str(address[0]).partition("%")[0]
+        if family == socket.AF_INET and not host.startswith("127."):
+            found.append(NetworkInterface(name=host, index=0, ipv4=(ipaddress.IPv4Interface(f"{host}/24"),)))
+        elif family == socket.AF_INET6 and len(address) == 4 and address[3]:
+            ipv6 = (ipaddress.IPv6Interface(f"{host}/64"),)
+            found.append(NetworkInterface(name=host, index=int(address[3]), ipv6=ipv6))
+    return found
+
+
+_LOOPBACK = ipaddress.IPv4Interface("127.0.0.1/8")
+
+
+# Announcements: what a bridge says of itself, ours and the dialects of others
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """What we tell the network. `address`: under which this device takes delegated work, base64url.
+
+    `has_ipv6`: whether the server listens on IPv6 too; otherwise no IPv6 address is told. `secure`: over TLS.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    port: int
+    models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+    address: str | None = None
+    has_ipv6: bool = True
+
+
+def build_announcement(announcement: Announcement, addresses: Iterable[IpAddress]) -> tuple[DnsRecord, ...]:
+    """The records that announce a bridge at these addresses, PTR first.
+
+    Instance and host carry the device id: some dial `<instance>.local`, whatever SRV says.
+    """
+    instance, host = (announcement.device_id, *SERVICE_TYPE), (announcement.device_id, "local")
+    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4][:ADDRESSES_PER_PEER_LIMIT]
+
+    def own(name: DnsName, data: DnsData) -> DnsRecord:
+        return DnsRecord(name, data, ANNOUNCED_TTL_S, replaces=True)
+
+    return (
+        DnsRecord(SERVICE_TYPE, PtrData(instance), ANNOUNCED_TTL_S),
+        own(instance, SrvData(host, announcement.port)),
+        own(instance, TxtData(build_txt(announcement))),
+        *(own(host, address) for address in told),
+        DnsRecord(SERVICE_ENUMERATION, PtrData(SERVICE_TYPE), ANNOUNCED_TTL_S),
+    )
+
+
+def build_txt(announcement: Announcement) -> tuple[bytes, ...]:
+    """The TXT strings: existing software's keys, and `device_id` for those who read only that.
+
+    Models and scores are left out from where they would no longer fit a string; paired peers ask for all of them.
+    """
+    attributes = {
+        "dvaiVersion": announcement.dvai_version,
+        "deviceId": announcement.device_id,
+        "deviceName": _cut_utf8(announcement.device_name, TXT_STRING_LIMIT_BYTES - len("deviceName=")),
+        "models": _join_models(announcement.models, TXT_STRING_LIMIT_BYTES - len("models=")),
+        "capability": _join_scores(announcement.capability, TXT_STRING_LIMIT_BYTES - len("capability=")),
+        "port": str(announcement.port),
+        "secure": "1" if announcement.secure else "0",
+        "device_id": announcement.device_id,
+    }
+    if announcement.address is not None:
+        attributes["addr"] = announcement.address
+    return encode_txt(attributes)
+
+
+def _cut_utf8(text: str, limit_bytes: int) -> str:
+    return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
+
+
+def _join_models(models: Iterable[str], limit_bytes: int) -> str:
+    joined = ""
+    for model in models:
+        longer = f"{joined},{model}" if joined else model
+        if "," in model or len(longer.encode()) > limit_bytes:
+            continue
+        joined = longer
+    return joined
+
+
+def _join_scores(scores: Mapping[str, float], limit_bytes: int) -> str:
+    told: dict[str, float] = {}
+    for model, score in scores.items():
+        if len(encode_json({**told, model: score})) <= limit_bytes:
+            told[model] = score
+    return encode_json(told).decode()
+
+
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")
+_SCORE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,19})?")
+
+
+def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int, host: str, now_ms: int) -> Peer:
+    """The peer that an instance's SRV port and TXT strings describe, in any of the dialects; ValueError if none.
+
+    `host`: the address chosen for it. The id of a macOS hub names its port alone, which other hubs have too: the
+    base URL stands in, as for a peer of which nothing else is known.
+    """
+    attributes = parse_txt(strings)
+
+    def text(*keys: str) -> str:
+        values = (attributes.get(key) for key in keys)
+        return next((value.decode(errors="replace") for value in values if value), "")
+
+    port = srv_port if srv_port in TARGET_PORTS else parse_decimal(text("port"), minimum=1024, maximum=65535)
+    secure = text("secure").lower() in ("1", "true")
+    base_url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    device_id = parse_device_id(text("deviceid", "device_id") or instance)
+    return Peer(
+        device_id=base_url if _UNSTABLE_ID.fullmatch(device_id) else device_id,
+        device_name=text("devicename", "device_name") or instance,
+        dvai_version=text("dvaiversion", "dvai_version"),
+        base_url=base_url,
+        via=PeerVia.MDNS,
+        last_seen_ms=now_ms,
+        loaded_models=parse_model_ids([each.strip() for each in text("models", "loaded_models").split(",")]),
+        capability=_parse_capability(text("capability")),
+        secure=secure,
+    )
+
+
+def _parse_capability(text: str) -> dict[str, float]:
+    """Scores as a JSON object, or as `id:score,id:score` with ids that may hold colons."""
+    if text.startswith("{"):
+        try:
+            return parse_scores(parse_json(text.encode()))
+        except JsonError:
+            return {}
+    pairs = (each.strip().rpartition(":") for each in text.split(","))
+    return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
+
+
+# Addresses of cloud machines where their credentials are read.
+_METADATA_ADDRESSES = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "fd00:ec2::254")))
+
+
+def is_target_allowed(address: IpAddress, interface: NetworkInterface, source: IpAddress) -> bool:
+    """Whether a record that came from `source` on `interface` may send us to this address.
+
+    It must be on-link there, or the source itself. Loopback only for what came in on loopback, which is listened to
+    when it is asked for by name and never otherwise.
+    """
+    if address in _METADATA_ADDRESSES or address.is_unspecified or address.is_multicast:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return False
+    if address.is_loopback and not interface.is_loopback:
+        return False
+    return address == source or interface.is_on_link(address)
+
+
+def choose_target_address(
+    addresses: Collection[IpAddress], interface: NetworkInterface, source: IpAddress
+) -> IpAddress | None:
+    """The best of the addresses that a peer's records name; without any, where the packet came from.
+
+    IPv4 first, since existing hubs listen on nothing else, and the source first of its kind: it is known to work.
+    """
+    allowed = [each for each in addresses or (source,) if is_target_allowed(each, interface, source)]
+    return min(allowed, key=lambda each: (each.version, each != source, each.is_link_local, int(each)), default=None)
+
+
+# The browser: whom we know
+
+
+@record(slots=True)
+class CachedRecord:
+    """A record heard, with its remaining life. `asks`: how often it was asked for again."""
+
+    data: DnsData
+    ttl_s: float
+    received_s: float
+    jitter: float
+    asks: int = 0
+
+    @property
+    def expires_s(self) -> float:
+        """When it is no longer true."""
+        return self.received_s + self.ttl_s
+
+    @property
+    def ask_s(self) -> float:
+        """When it is to be asked for again."""
+        if self.asks >= len(REFRESH_AT):
+            return math.inf
+        return self.received_s + self.ttl_s * (REFRESH_AT[self.asks] + REFRESH_JITTER * self.jitter)
+
+
+@record(kw_only=True, slots=True)
+class Sighting:
+    """An instance of the service as one interface shows it.
+
+    `begun_s`: when its name was first heard; `gone_s`: when a goodbye ends it. `asks`: how often we asked for what is
+    missing since `asked_s`. `peer`: None while records are missing, no address may be tried, or it is ourselves.
+    """
+
+    instance: str
+    interface: NetworkInterface
+    source: IpAddress
+    pointer: CachedRecord
+    begun_s: float
+    service: CachedRecord | None = None
+    text: CachedRecord | None = None
+    addresses: dict[IpAddress, CachedRecord] = field(default_factory=dict)
+    gone_s: float = math.inf
+    asks: int = 0
+    asked_s: float
+    peer: Peer | None = None
+
+    @property
+    def name(self) -> DnsName:
+        """The instance's whole name."""
+        return (self.instance, *SERVICE_TYPE)
+
+    @property
+    def host(self) -> DnsName | None:
+        """The SRV target."""
+        data = self.service.data if self.service else None
+        return data.target if isinstance(data, SrvData) else None
+
+    @property
+    def records(self) -> list[tuple[DnsName, int, CachedRecord]]:
+        """Name, type and record of all that is known."""
+        known: list[tuple[DnsName, int, CachedRecord]] = [(SERVICE_TYPE, DnsType.PTR, self.pointer)]
+        if self.service:
+            known.append((self.name, DnsType.SRV, self.service))
+        if self.text:
+            known.append((self.name, DnsType.TXT, self.text))
+        if self.host:
+            types = {4: DnsType.A, 6: DnsType.AAAA}
+            known += [(self.host, types[address.version], cached) for address, cached in self.addresses.items()]
+        return known
+
+    @property
+    def missing(self) -> list[tuple[DnsName, int]]:
+        """What an announcement should have told and did not."""
+        if self.gone_s < math.inf:
+            return []
+        if not self.service or not self.text:
+            return [(self.name, DnsType.SRV), (self.name, DnsType.TXT)]
+        return [(self.host, DnsType.A), (self.host, DnsType.AAAA)] if self.host and not self.addresses else []
+
+    @property
+    def ask_missing_s(self) -> float:
+        """When to ask for it."""
+        is_due = self.asks < len(MISSING_ASKED_AFTER_S) and self.missing
+        return self.asked_s + MISSING_ASKED_AFTER_S[self.asks] if is_due else math.inf
+
+    @property
+    def expires_s(self) -> float:
+        """When it is over unless something is heard of it."""
+        needed = (self.pointer, self.service, self.text)
+        useless_s = math.inf if self.peer else self.begun_s + INCOMPLETE_LIMIT_S
+        return min(self.gone_s, useless_s, *(each.expires_s for each in needed if each is not None))
+
+
+SightingKey = tuple[str, str]  # name of the interface, folded instance
+
+
+class Browser:
+    """Knows who announces the service, on every interface; asks again before it forgets.
+
+    Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new: a flood displaces nobody.
+    """
+
+    def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
+        self._device_id = device_id
+        self._own_port = own_port
+        self._draw = draw
+        self._interfaces: dict[str, NetworkInterface] = {}
+        self._queries: dict[str, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
+        self._sightings: dict[SightingKey, Sighting] = {}
+        self._reported: dict[str, tuple[SightingKey, Peer]] = {}  # by device id
+
+    def set_interfaces(self, interfaces: Iterable[NetworkInterface], now_s: float) -> None:
+        """Which interfaces there are; on a new one questions begin, with one that is gone its peers go."""
+        self._interfaces = {each.name: each for each in interfaces}
+        first, last = ANSWER_DELAYS_S
+        for name in self._interfaces.keys() - self._queries.keys():
+            self._queries[name] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
+        for name in self._queries.keys() - self._interfaces.keys():
+            del self._queries[name]
+        for key, sighting in list(self._sightings.items()):
+            if key[0] in self._interfaces:
+                sighting.interface = self._interfaces[key[0]]
+            else:
+                del self._sightings[key]
+
+    def receive(
+        self,
+        message: DnsMessage,
+        interface: NetworkInterface,
+        source: IpAddress,
+        *,
+        now_s: float,
+        now_ms: int,
+        ttl_floor_s: int = 0,
+    ) -> None:
+        """Takes a response in. `ttl_floor_s`: for answers whose short life is only meant for simple resolvers."""
+        records = [each for each in (*message.answers, *message.additionals) if each.dns_class == DNS_CLASS_IN]
+        touched: dict[SightingKey, Sighting] = {}
+        # In this order, since each makes sense only with the one before, wherever they stand in the packet.
+        for kind in (PtrData, SrvData | TxtData, IpAddress):
+            fresh_hosts: set[tuple[DnsName, int]] = set()
+            for each in records:
+                if isinstance(each.data, kind):
+                    life_s = min(max(each.ttl_s, ttl_floor_s if each.ttl_s else 0), RECORD_TTL_LIMIT_S)
+                    cached = CachedRecord(each.data, life_s, now_s, self._draw())
+                    touched.update(self._note(each, cached, interface, source, fresh_hosts))
+        for sighting in touched.values():
+            if sighting.gone_s == math.inf:
+                sighting.peer = self._resolve(sighting, now_ms)
+
+    def _note(
+        self,
+        each: DnsRecord,
+        cached: CachedRecord,
+        interface: NetworkInterface,
+        source: IpAddress,
+        fresh_hosts: set[tuple[DnsName, int]],
+    ) -> dict[SightingKey, Sighting]:
+        """The sightings that the record says something about."""
+        name = fold_dns_name(each.name)
+        if isinstance(each.data, PtrData):
+            return self._note_pointer(name, each.data, cached, interface, source)
+        if isinstance(each.data, IpAddress):
+            found = {
+                key: sighting
+                for key, sighting in self._sightings.items()
+                if key[0] == interface.name and sighting.host and fold_dns_name(sighting.host) == name
+            }
+            for sighting in found.values():
+                _note_address(sighting, each, cached, is_first=(name, each.type) not in fresh_hosts)
+            fresh_hosts.add((name, each.type))
+            return found
+        key = (interface.name, name[0]) if name[1:] == SERVICE_TYPE else None
+        noted = self._sightings.get(key) if key else None
+        if not key or not noted:
+            return {}
+        _note_description(noted, cached, source)
+        return {key: noted}
+
+    def _note_pointer(
+        self, name: DnsName, data: PtrData, cached: CachedRecord, interface: NetworkInterface, source: IpAddress
+    ) -> dict[SightingKey, Sighting]:
+        target = fold_dns_name(data.target)
+        if name != SERVICE_TYPE or len(target) != len(SERVICE_TYPE) + 1 or target[1:] != SERVICE_TYPE:
+            return {}
+        key, now_s = (interface.name, target[0]), cached.received_s
+        sighting = self._sightings.get(key)
+        if not cached.ttl_s:
+            if sighting:
+                sighting.gone_s = min(sighting.gone_s, now_s + GOODBYE_S)
+            return {}
+        if sighting:
+            sighting.pointer, sighting.gone_s = cached, math.inf
+        elif self._has_room(source):
+            sighting = Sighting(
+                instance=data.target[0],
+                interface=interface,
+                source=source,
+                pointer=cached,
+                begun_s=now_s,
+                asked_s=now_s,
+            )
+            self._sightings[key] = sighting
+        return {key: sighting} if sighting else {}
+
+    def _has_room(self, source: IpAddress) -> bool:
+        from_source = sum(each.source == source for each in self._sightings.values())
+        return len(self._sightings) < PEERS_KEPT_LIMIT and from_source < PEERS_PER_SOURCE_LIMIT
+
+    def _resolve(self, sighting: Sighting, now_ms: int) -> Peer | None:
+        service, text = (each.data if each else None for each in (sighting.service, sighting.text))
+        address = choose_target_address(sighting.addresses, sighting.interface, sighting.source)
+        if not isinstance(service, SrvData) or not isinstance(text, TxtData) or address is None:
+            return None
+        host = sighting.interface.format_address(address)
+        try:
+            peer = parse_announcement(sighting.instance, text.strings, srv_port=service.port, host=host, now_ms=now_ms)
+        except ValueError as exc:
+            discovery_log.debug("%s is no peer: %s", display_name(sighting.instance), exc)
+            return None
+        own_addresses = {own for interface in self._interfaces.values() for own in interface.addresses}
+        is_own_socket = address in own_addresses and urllib.parse.urlsplit(peer.base_url).port == self._own_port
+        return None if is_own_socket or peer.device_id == self._device_id else peer
+
+    def take_changes(self, now_s: float) -> tuple[list[Peer], list[Peer]]:
+        """Peers found, changed or seen again, and peers lost, since the last call.
+
+        A device that is seen on several interfaces is one peer: the first of them, for as long as it lasts.
+        """
+        self._forget(now_s)
+        present: dict[str, tuple[SightingKey, Peer]] = {}
+        for key, sighting in self._sightings.items():
+            if sighting.peer:
+                device_id = sighting.peer.device_id
+                reported = self._reported.get(device_id)
+                if device_id not in present or (reported and reported[0] == key):
+                    present[device_id] = (key, sighting.peer)
+        lost = [peer for device_id, (_, peer) in self._reported.items() if device_id not in present]
+        found = []
+        for device_id, (key, peer) in present.items():
+            known = self._reported.get(device_id)
+            if known and _is_same_peer(known[1], peer):
+                present[device_id] = (key, known[1])
+            else:
+                found.append(peer)
+        self._reported = present
+        return found, lost
+
+    def _forget(self, now_s: float) -> None:
+        """Drops what has expired: instances, and single addresses of others."""
+        for key, sighting in list(self._sightings.items()):
+            expired = [address for address, cached in sighting.addresses.items() if cached.expires_s <= now_s]
+            for address in expired:
+                del sighting.addresses[address]
+            if expired and sighting.peer:
+                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
+            if sighting.expires_s <= now_s:
+                del self._sightings[key]
+
+    def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
+        """The queries that are due, and on which interface; mostly one packet each."""
+        queries = []
+        for name, interface in self._interfaces.items():
+            questions: dict[tuple[DnsName, int], None] = {}
+            due_s, pause_s = self._queries[name]
+            if due_s <= now_s:
+                questions[SERVICE_TYPE, DnsType.PTR] = None
+                self._queries[name] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
+            sightings = [sighting for key, sighting in self._sightings.items() if key[0] == name]
+            for sighting in sightings:
+                questions.update(_take_questions(sighting, now_s))
+            wanted = [DnsQuestion(*each) for each in questions]
+            for start in range(0, len(wanted), QUESTIONS_LIMIT):
+                part = tuple(wanted[start : start + QUESTIONS_LIMIT])
+                known = _build_known_answers(sightings, now_s) if part[0].name == SERVICE_TYPE else ()
+                queries.append((interface, DnsMessage(questions=part, answers=known)))
+        return queries
+
+    def due_s(self) -> float:
+        """When there is something to do next, if nothing is received."""
+        times = [due_s for due_s, _ in self._queries.values()]
+        for sighting in self._sightings.values():
+            times += [sighting.expires_s, sighting.ask_missing_s]
+            times += [min(cached.ask_s, cached.expires_s) for _, _, cached in sighting.records]
+        return min(times, default=math.inf)
+
+
+def _is_same_peer(known: Peer, peer: Peer) -> bool:
+    """Whether nothing has changed, and it was reported a moment ago."""
+    is_recent = peer.last_seen_ms - known.last_seen_ms < SEEN_AGAIN_S * 1000
+    return is_recent and replace(known, last_seen_ms=peer.last_seen_ms) == peer
+
+
+def _note_description(sighting: Sighting, cached: CachedRecord, source: IpAddress) -> None:
+    """SRV or TXT of a known instance."""
+    if not cached.ttl_s:
+        sighting.gone_s = min(sighting.gone_s, cached.received_s + GOODBYE_S)
+    elif isinstance(cached.data, SrvData):
+        host = sighting.host
+        sighting.service = cached
+        if sighting.host != host:
+            sighting.addresses.clear()
+            sighting.asks, sighting.asked_s = 0, cached.received_s
+        if source.version <= sighting.source.version:  # a device may speak both; IPv4 is what reaches most servers
+            sighting.source = source
+    else:
+        sighting.text = cached
+
+
+def _note_address(sighting: Sighting, each: DnsRecord, cached: CachedRecord, *, is_first: bool) -> None:
+    """An address of a known host; the first of a packet that says so ends all others of its kind."""
+    address = each.data
+    if not isinstance(address, IpAddress):
+        return
+    if each.replaces and is_first:
+        for known in [known for known in sighting.addresses if known.version == address.version]:
+            del sighting.addresses[known]
+    if not cached.ttl_s:
+        if address in sighting.addresses:
+            sighting.addresses[address] = replace(cached, ttl_s=GOODBYE_S, asks=len(REFRESH_AT))
+    elif address in sighting.addresses or len(sighting.addresses) < ADDRESSES_PER_PEER_LIMIT:
+        sighting.addresses[address] = cached
+
+
+def _build_known_answers(sightings: Iterable[Sighting], now_s: float) -> tuple[DnsRecord, ...]:
+    """What nobody need tell us: the instances that we know for longer than half their life."""
+    known = []
+    for each in sightings:
+        left_s = each.pointer.expires_s - now_s
+        if each.peer and left_s > each.pointer.ttl_s / 2:
+            known.append(DnsRecord(SERVICE_TYPE, each.pointer.data, int(left_s)))
+    return tuple(known[:KNOWN_ANSWERS_LIMIT])
+
+
+def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[DnsName, int], None]]:
+    """What must be asked about an instance now."""
+    if sighting.ask_missing_s <= now_s:
+        yield from ((wanted, None) for wanted in sighting.missing)
+    while sighting.ask_missing_s <= now_s:  # once, however many of its times have passed
+        sighting.asks += 1
+    for name, kind, cached in sighting.records:
+        if cached.ask_s <= now_s:
+            yield (name, kind), None
+        while cached.ask_s <= now_s:
+            cached.asks += 1
+
+
+# The responder: what we answer
+
+
+class Responder:
+    """Announces our own records on one interface and answers questions about them.
+
+    Owner's contract: `receive` for every query, `take_due` when `due_s` is reached. Nothing is said about a name more
+    than once a second: answers to all wait for that, and go out together; an answer to one asker becomes one to all.
+    """
+
+    def __init__(self) -> None:
+        self._records: tuple[DnsRecord, ...] = ()
+        self._announcements = 0  # still to be made, the next one at …
+        self._announce_s = -math.inf
+        self._waiting: dict[DnsRecord, float] = {}  # when each answer is due; bounded by our own records
+        self._answered_s: dict[DnsName, float] = {}
+
+    def set_records(self, records: tuple[DnsRecord, ...], now_s: float) -> DnsMessage | None:
+        """Other records from now on, announced if there is news; the goodbye that the old ones call for."""
+        if records == self._records:
+            return None
+        kept = {(each.name, each.type) for each in records}
+        goodbye = [replace(each, ttl_s=0) for each in self._told if (each.name, each.type) not in kept]
+        self._records = records
+        self._waiting.clear()
+        self._announcements = ANNOUNCEMENTS if records else 0
+        self._announce_s = max(now_s, self._announce_s)
+        if not goodbye:
+            return None
+        return DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=tuple(goodbye))
+
+    @property
+    def _told(self) -> tuple[DnsRecord, ...]:
+        """What is announced: all but the record that the whole network has, which types of service there are."""
+        return tuple(each for each in self._records if each.name != SERVICE_ENUMERATION)
+
+    def due_s(self) -> float:
+        """When something is to be said to all."""
+        announce_s = self._announce_s if self._announcements else math.inf
+        return min(announce_s, *self._waiting.values(), math.inf)
+
+    def take_due(self, now_s: float) -> list[DnsMessage]:
+        """What is due for all."""
+        messages = []
+        if self._announcements and self._announce_s <= now_s:
+            self._announcements -= 1
+            self._announce_s = now_s + ANSWER_INTERVAL_S
+            self._answered_s.update((fold_dns_name(each.name), now_s) for each in self._told)
+            messages.append(DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=self._told))
+            for each in self._told:
+                self._waiting.pop(each, None)
+        due = [each for each, due_s in self._waiting.items() if due_s <= now_s]
+        for each in due:
+            del self._waiting[each]
+        if due:
+            messages.append(self._build_answer(due, now_s))
+        return messages
+
+    def receive(self, query: DnsMessage, *, is_legacy: bool, now_s: float, delay_s: float) -> DnsMessage | None:
+        """The answer to the asker alone, if there is one. `delay_s`: how long answers that others may give wait.
+
+        `is_legacy`: a resolver that knows unicast DNS only, and so not what is said to all.
+        """
+        alone: dict[DnsRecord, None] = {}
+        for question in query.questions:
+            for each in self._find(question):
+                if any(_is_known_answer(known, each) for known in query.answers):
+                    continue
+                free_s = self._answered_s.get(fold_dns_name(each.name), -math.inf) + ANSWER_INTERVAL_S
+                if (question.wants_unicast or is_legacy) and free_s <= now_s:
+                    alone[each] = None
+                elif not is_legacy:
+                    due_s = max(free_s, now_s if each.replaces else now_s + delay_s)
+                    self._waiting[each] = min(due_s, self._waiting.get(each, math.inf))
+        if not alone:
+            return None
+        answer = self._build_answer(list(alone), now_s)
+        return _build_legacy_answer(query, answer) if is_legacy else answer
+
+    def _find(self, question: DnsQuestion) -> list[DnsRecord]:
+        name = fold_dns_name(question.name)
+        if question.dns_class not in (DNS_CLASS_IN, DnsType.ANY):
+            return []
+        named = [each for each in self._records if fold_dns_name(each.name) == name]
+        found = [each for each in named if question.type in (each.type, DnsType.ANY)]
+        if named and not found and named[0].replaces:
+            types = tuple(sorted({each.type for each in named}))
+            found = [DnsRecord(named[0].name, NsecData(named[0].name, types), ANNOUNCED_TTL_S, replaces=True)]
+        return found
+
+    def _build_answer(self, answers: list[DnsRecord], now_s: float) -> DnsMessage:
+        """The answers, and beside a PTR or SRV what its target will be asked for next (RFC 6763 section 12)."""
+        self._answered_s.update((fold_dns_name(each.name), now_s) for each in answers)
+        beside: dict[DnsRecord, None] = {}
+        for each in (*answers, *(each for each in self._records if each.type == DnsType.SRV)):
+            is_said = each.name != SERVICE_ENUMERATION and (each in answers or each in beside)
+            if isinstance(each.data, PtrData | SrvData) and is_said:
+                beside.update((other, None) for other in self._records if other.name == each.data.target)
+        additionals = tuple(each for each in beside if each not in answers)
+        return DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=tuple(answers), additionals=additionals)
+
+
+def _is_known_answer(known: DnsRecord, ours: DnsRecord) -> bool:
+    """Whether the asker has this record for long enough (RFC 6762 section 7.1)."""
+    return (
+        fold_dns_name(known.name) == fold_dns_name(ours.name)
+        and known.data == ours.data
+        and known.ttl_s >= ours.ttl_s / 2
+    )
+
+
+def _build_legacy_answer(query: DnsMessage, answer: DnsMessage) -> DnsMessage:
+    """The answer as unicast DNS knows it: the question's id, the question itself, no bits of ours, a short life."""
+
+    def plain(records: Iterable[DnsRecord]) -> tuple[DnsRecord, ...]:
+        return tuple(replace(each, ttl_s=min(each.ttl_s, LEGACY_TTL_S), replaces=False) for each in records)
+
+    questions = tuple(replace(each, wants_unicast=False) for each in query.questions)
+    return replace(
+        answer,
+        id=query.id,
+        questions=questions,
+        answers=plain(answer.answers),
+        additionals=plain(answer.additionals),
+    )
+
+
+# Sockets
+
+
+_IP_MULTICAST_ALL = {socket.AF_INET: 49, socket.AF_INET6: 29}  # Linux: hear only the groups that this socket joined
+
+
+def open_mdns_socket(interface: NetworkInterface, family: int, port: int = MDNS_PORT) -> socket.socket:
+    """A socket that speaks to the multicast group on this interface and hears it there; OSError.
+
+    The port is shared with every other responder that lets us. Port 0: hears answers to itself alone.
+    """
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "SO_REUSEPORT"):
+                with contextlib.suppress(OSError):  # an old kernel knows the name alone
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        group = socket.inet_pton(family, MDNS_GROUPS[socket.AddressFamily(family)])
+        if family == socket.AF_INET:
+            own = interface.ipv4[0].ip.packed
+            sock.bind(("", port))
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 255)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+            join, level = (socket.IP_ADD_MEMBERSHIP, group + own), socket.IPPROTO_IP
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(("", port))
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, interface.index)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
+            join, level = (socket.IPV6_JOIN_GROUP, group + struct.pack("@I", interface.index)), socket.IPPROTO_IPV6
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, _IP_MULTICAST_ALL[socket.AddressFamily(family)], 0)
+        if port:
+            sock.setsockopt(level, *join)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@record(slots=True)
+class LinkTraffic:
+    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure.
+
+    `failed`: how many of the packets sent never left.
+    """
+
+    sent: int = 0
+    failed: int = 0
+    received: int = 0
+    own_copies: int = 0
+    dropped: int = 0
+    speakers: set[IpAddress] = field(default_factory=set)
+    error: str | None = None
+
+
+SPEAKERS_LIMIT = 64  # addresses that are remembered to be shown
+EXPECTED_COPIES_LIMIT = 16  # packets of ours that never come back
+
+# Of a link: data, the sender's socket address, and how to answer it alone.
+OnPacket = Callable[["MdnsLink", bytes, "tuple[Any, ...]", asyncio.DatagramTransport], None]
+
+
+class MdnsLink:
+    """The sockets of one interface, one for each kind of address it has.
+
+    `is_shared`: they hear the group; otherwise another program keeps port 5353 to itself, and only answers to our own
+    questions arrive.
+    """
+
+    def __init__(self, interface: NetworkInterface, on_packet: OnPacket) -> None:
+        self.interface = interface
+        self.responder = Responder()
+        self.traffic = LinkTraffic()
+        self.is_shared = True
+        self._on_packet = on_packet
+        self._transports: dict[int, asyncio.DatagramTransport] = {}
+        self._expected: deque[bytes] = deque(maxlen=EXPECTED_COPIES_LIMIT)
+        self._second, self._second_packets = 0, 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a socket."""
+        return bool(self._transports)
+
+    async def open(self) -> None:
+        """Opens what can be opened; `traffic.error` says what could not."""
+        loop = asyncio.get_running_loop()
+        for family, addresses in ((socket.AF_INET, self.interface.ipv4), (socket.AF_INET6, self.interface.ipv6)):
+            if not addresses:
+                continue
+            try:
+                sock = self._open_socket(family)
+            except OSError as exc:
+                self.traffic.error = exc.strerror or str(exc)
+                discovery_log.debug("%s: no socket for multicast DNS: %s", self.interface.name, exc)
+                continue
+            make_protocol = functools.partial(_MdnsProtocol, self, "IPv4" if family == socket.AF_INET else "IPv6")
+            transport, _ = await loop.create_datagram_endpoint(make_protocol, sock=sock)
+            self._transports[family] = transport
+
+    def _open_socket(self, family: int) -> socket.socket:
+        try:
+            return open_mdns_socket(self.interface, family)
+        except OSError as exc:
+            if exc.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EPERM):
+                raise
+            self.is_shared = False
+            return open_mdns_socket(self.interface, family, port=0)
+
+    def send(self, message: DnsMessage) -> None:
+        """To all on this interface. A failure is counted, not raised: networks come and go."""
+        data = encode_dns_message(message)
+        for family, transport in self._transports.items():
+            host = MDNS_GROUPS[socket.AddressFamily(family)]
+            is_ipv4 = family == socket.AF_INET
+            self._expected.append(data)
+            self.traffic.sent += 1
+            transport.sendto(data, (host, MDNS_PORT) if is_ipv4 else (host, MDNS_PORT, 0, self.interface.index))
+
+    def receive(self, data: bytes, address: tuple[Any, ...], transport: asyncio.DatagramTransport) -> None:
+        """One packet from anywhere; on to `on_packet` if it came from this link and is not our own."""
+        source = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        is_of_this_link = not (source.version == 6 and source.is_link_local and address[3] != self.interface.index)
+        if not is_of_this_link or not self.interface.is_on_link(source):
+            return
+        if source in self.interface.addresses and data in self._expected:
+            self._expected.remove(data)
+            self.traffic.own_copies += 1
+            return
+        self.traffic.received += 1
+        if self._is_flooded() or len(data) > MDNS_PACKET_LIMIT_BYTES:
+            self.traffic.dropped += 1
+            return
+        if len(self.traffic.speakers) < SPEAKERS_LIMIT:
+            self.traffic.speakers.add(source)
+        self._on_packet(self, data, address, transport)
+
+    def _is_flooded(self) -> bool:
+        second = int(asyncio.get_running_loop().time())
+        if second != self._second:
+            self._second, self._second_packets = second, 0
+        self._second_packets += 1
+        return self._second_packets > PACKETS_PER_S_LIMIT
+
+    def close(self) -> None:
+        """Closes the sockets; what was sent is on its way."""
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+
+
+class _MdnsProtocol(asyncio.DatagramProtocol):
+    def __init__(self, link: MdnsLink, family_name: str) -> None:
+        self._link = link
+        self._family_name = family_name
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self._link.receive(data, addr, self._transport)
+
+    def error_received(self, exc: Exception) -> None:
+        reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+        self._link.traffic.error = f"{self._family_name}: {reason}"
+        self._link.traffic.failed += 1
+
+
+# Discovery
+
+
+class Discovery(Protocol):
+    """Finds peers on the local network, tells them of us, or both."""
+
+    async def start(self) -> None:
+        """Begins. That there is no network is no error: one may come."""
+
+    async def stop(self) -> None:
+        """Says goodbye and ends; nothing is reported any more."""
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: nothing."""
+
+    def describe(self) -> list[str]:
+        """How it works here, a line for each interface."""
+
+
+OnPeer = Callable[[Peer], None]
+
+
+def build_discovery(
+    *,
+    device_id: str,
+    on_found: OnPeer | None,
+    on_lost: OnPeer | None,
+    announcement: Announcement | None = None,
+    own_port: int | None = None,
+    interfaces: Collection[str] | None = None,
+    backend: str = "auto",
+) -> Discovery:
+    """Discovery by `backend`: `own`, `zeroconf`, or `auto`.
+
+    `on_found` None: nobody is looked for. Otherwise it is called with a peer that is found, has changed, or is seen
+    again, `on_lost` with one that said goodbye or was silent for too long; both on the loop. `device_id`, `own_port`:
+    by which we know ourselves. `interfaces`: names of those to use; None: all but loopback.
+
+    `auto` is our own where the system tells its networks (all but Windows), even if zeroconf is installed: ours knows
+    from where a packet came, so that a peer which names no address is found, none off-link is, and no single sender
+    fills the table; and it follows networks that come and go.
+    """
+    if backend == "zeroconf" or (backend == "auto" and os.name != "posix" and _has_zeroconf()):
+        kind: type[ZeroconfDiscovery] | type[MdnsDiscovery] = ZeroconfDiscovery
+    else:
+        kind = MdnsDiscovery
+    return kind(
+        device_id=device_id,
+        on_found=on_found,
+        on_lost=on_lost,
+        announcement=announcement,
+        own_port=own_port,
+        interfaces=interfaces,
+    )
+
+
+def _has_zeroconf() -> bool:
+    return any(optional.module == "zeroconf" and version for optional, version in find_packages())
+
+
+def _report(callback: OnPeer | None, peers: Iterable[Peer]) -> None:
+    for peer in peers:
+        if callback is not None:
+            try:
+                callback(peer)
+            except Exception:
+                discovery_log.exception("reporting the peer %s", display_name(peer.device_name))
+
+
+class MdnsDiscovery:
+    """Discovery on sockets of our own (see `build_discovery` for the arguments)."""
+
+    def __init__(
+        self,
+        *,
+        device_id: str,
+        on_found: OnPeer | None,
+        on_lost: OnPeer | None,
+        announcement: Announcement | None = None,
+        own_port: int | None = None,
+        interfaces: Collection[str] | None = None,
+    ) -> None:
+        self.links: dict[str, MdnsLink] = {}
+        self._announcement = announcement
+        self._on_found = on_found
+        self._on_lost = on_lost
+        self._names = interfaces
+        self._browser = Browser(device_id=device_id, own_port=own_port, draw=random.random) if on_found else None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens the sockets; questions and announcements follow by themselves."""
+        await self._look_at_interfaces()
+        self._task = asyncio.create_task(self._run(), name="discovery")
+
+    async def stop(self) -> None:
+        """Says goodbye where something was announced, and closes the sockets."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self.update(None)
+        for link in self.links.values():
+            link.close()
+        self.links.clear()
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: says goodbye."""
+        self._announcement = announcement
+        for link in self.links.values():
+            self._set_records(link)
+        self._wake.set()
+
+    def describe(self) -> list[str]:
+        """A line for each interface: what was opened there, or why nothing was."""
+        return [
+            f"{link.interface.name}: "
+            + (
+                f"no multicast DNS ({link.traffic.error})"
+                if not link.is_open
+                else "multicast DNS"
+                if link.is_shared
+                else "finds peers, but cannot announce: another program keeps UDP port 5353 to itself"
+            )
+            for link in self.links.values()
+        ]
+
+    def _set_records(self, link: MdnsLink) -> None:
+        records: tuple[DnsRecord, ...] = ()
+        if self._announcement is not None and link.is_shared:
+            records = build_announcement(self._announcement, link.interface.addresses)
+        goodbye = link.responder.set_records(records, asyncio.get_running_loop().time())
+        if goodbye is not None:
+            link.send(goodbye)
+
+    async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception:
+            discovery_log.exception("discovery has ended")
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        look_s = loop.time() + INTERFACES_LOOK_S
+        while True:
+            if loop.time() >= look_s:
+                await self._look_at_interfaces()
+                look_s = loop.time() + INTERFACES_LOOK_S
+            self._work(loop.time())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(look_s, self._due_s())):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    def _due_s(self) -> float:
+        times = [link.responder.due_s() for link in self.links.values()]
+        return min(*times, self._browser.due_s() if self._browser else math.inf, math.inf)
+
+    def _work(self, now_s: float) -> None:
+        """Says what is due and reports what has changed."""
+        for link in self.links.values():
+            for message in link.responder.take_due(now_s):
+                link.send(message)
+        if self._browser is not None:
+            found, lost = self._browser.take_changes(now_s)
+            for interface, query in self._browser.take_queries(now_s):
+                self.links[interface.name].send(query)
+            _report(self._on_lost, lost)
+            _report(self._on_found, found)
+
+    async def _look_at_interfaces(self) -> None:
+        """Opens links on interfaces that are new or changed, closes those that are gone or changed."""
+        try:
+            found = choose_interfaces(await asyncio.to_thread(probe_interfaces), self._names)
+        except OSError as exc:
+            discovery_log.warning("the network interfaces cannot be listed: %s", exc)
+            return
+        wanted = {each.name: each for each in found}
+        for name, link in list(self.links.items()):
+            if wanted.get(name) != link.interface or not link.is_open:
+                link.close()
+                del self.links[name]
+        for name, interface in wanted.items():
+            if name not in self.links:
+                link = self.links[name] = MdnsLink(interface, self._receive)
+                await link.open()
+                self._set_records(link)
+        if self._browser is not None:
+            self._browser.set_interfaces(found, asyncio.get_running_loop().time())
+
+    def _receive(
+        self, link: MdnsLink, data: bytes, address: tuple[Any, ...], transport: asyncio.DatagramTransport
+    ) -> None:
+        try:
+            message = parse_dns_message(data)
+        except DnsError as exc:
+            link.traffic.dropped += 1
+            discovery_log.debug("%s: %s", link.interface.name, exc)
+            return
+        now_s = asyncio.get_running_loop().time()
+        if not message.is_plain:
+            return
+        if not message.is_response:
+            self._answer(link, message, address, transport, now_s)
+        elif self._browser is not None and address[1] == MDNS_PORT:
+            source = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            floor_s = 0 if link.is_shared else ANNOUNCED_TTL_S
+            now_ms = int(time.time() * 1000)
+            self._browser.receive(message, link.interface, source, now_s=now_s, now_ms=now_ms, ttl_floor_s=floor_s)
+        self._wake.set()
+
+    def _answer(
+        self,
+        link: MdnsLink,
+        query: DnsMessage,
+        address: tuple[Any, ...],
+        transport: asyncio.DatagramTransport,
+        now_s: float,
+    ) -> None:
+        is_legacy = address[1] != MDNS_PORT
+        delay_s = random.uniform(*ANSWER_DELAYS_S)
+        answer = link.responder.receive(query, is_legacy=is_legacy, now_s=now_s, delay_s=delay_s)
+        if answer is not None:
+            link.traffic.sent += 1
+            transport.sendto(encode_dns_message(answer, compress_srv=not is_legacy), address)
+
+
+ZEROCONF_TYPE = "_dvai-bridge._tcp.local."
+ZEROCONF_RESOLVE_TIMEOUT_S = 3.0
+_NOWHERE = ipaddress.IPv4Address(0)
+
+
+class ZeroconfDiscovery:
+    """Discovery by the package zeroconf (see `build_discovery` for the arguments).
+
+    zeroconf tells neither interface nor source of what it heard: a peer must name an address on one of our networks.
+    The networks are those of the start.
+    """
+
+    def __init__(
+        self,
+        *,
+        device_id: str,
+        on_found: OnPeer | None,
+        on_lost: OnPeer | None,
+        announcement: Announcement | None = None,
+        own_port: int | None = None,
+        interfaces: Collection[str] | None = None,
+    ) -> None:
+        self._device_id = device_id
+        self._own_port = own_port
+        self._on_found = on_found
+        self._on_lost = on_lost
+        self._names = interfaces
+        self._announcement = announcement
+        self._interfaces: list[NetworkInterface] = []
+        self._zeroconf: Any = None
+        self._browser: Any = None
+        self._registered: Any = None
+        self._seen: dict[str, None] = {}  # names to look up, bounded as the peers are
+        self._peers: dict[str, Peer] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens zeroconf's sockets; UsageError if the package is not there."""
+        try:
+            package, flavour = (importlib.import_module(name) for name in ("zeroconf", "zeroconf.asyncio"))
+        except ImportError:
+            raise UsageError("the package zeroconf is not installed: pip install zeroconf") from None
+        self._package, self._flavour = package, flavour
+        self._interfaces = choose_interfaces(await asyncio.to_thread(probe_interfaces), self._names)
+        chosen: list[str | int] = [str(each.ipv4[0].ip) for each in self._interfaces if each.ipv4]
+        chosen += [each.index for each in self._interfaces if each.ipv6]
+        try:
+            self._zeroconf = flavour.AsyncZeroconf(interfaces=chosen or package.InterfaceChoice.All)
+        except OSError as exc:
+            discovery_log.warning("no multicast DNS: %s", exc)
+            return
+        if self._on_found is not None:
+            self._browser = flavour.AsyncServiceBrowser(
+                self._zeroconf.zeroconf, ZEROCONF_TYPE, handlers=[self._note_change]
+            )
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name="discovery")
+
+    async def stop(self) -> None:
+        """Says goodbye and closes; at most a few seconds."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        if self._zeroconf is not None:
+            if self._browser is not None:
+                await self._browser.async_cancel()
+            await self._zeroconf.async_unregister_all_services()
+            await self._zeroconf.async_close()
+            self._zeroconf = None
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: says goodbye."""
+        self._announcement = announcement
+        self._wake.set()
+
+    def describe(self) -> list[str]:
+        """A line for each interface."""
+        return [f"{each.name}: multicast DNS by zeroconf" for each in self._interfaces]
+
+    def _note_change(self, *, name: str, state_change: Any, **_: Any) -> None:
+        if state_change is self._package.ServiceStateChange.Removed:
+            self._seen.pop(name, None)
+            peer = self._peers.pop(name, None)
+            _report(self._on_lost, [peer] if peer and peer not in self._peers.values() else [])
+        elif name in self._peers or len(self._seen) + len(self._peers) < PEERS_KEPT_LIMIT:
+            self._seen[name] = None
+            self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._announce()
+                seen, self._seen = list(self._seen), {}
+                await asyncio.gather(*map(self._look_up, seen))
+            except Exception as exc:  # whatever it is, the next change is tried again
+                discovery_log.warning("zeroconf: %s", exc, exc_info=not isinstance(exc, self._package.Error | OSError))
+
+    async def _announce(self) -> None:
+        """Brings what zeroconf announces in line with what it should."""
+        wanted = self._build_info(self._announcement) if self._announcement else None
+        known, self._registered = self._registered, wanted
+        if wanted == known and (wanted is None or wanted.text == known.text):
+            self._registered = known
+        elif wanted is None or (known and known.name != wanted.name):
+            await (await self._zeroconf.async_unregister_service(known))
+            if wanted:
+                await (await self._zeroconf.async_register_service(wanted))
+        elif known is None:
+            await (await self._zeroconf.async_register_service(wanted))
+        else:
+            await (await self._zeroconf.async_update_service(wanted))
+
+    def _build_info(self, announcement: Announcement) -> Any:
+        addresses = [address for each in self._interfaces for address in each.addresses]
+        records = build_announcement(announcement, addresses)
+        return self._flavour.AsyncServiceInfo(
+            ZEROCONF_TYPE,
+            f"{announcement.device_id}.{ZEROCONF_TYPE}",
+            port=announcement.port,
+            properties=b"".join(bytes((len(each),)) + each for each in build_txt(announcement)),
+            server=f"{announcement.device_id}.local.",
+            addresses=[each.data.packed for each in records if isinstance(each.data, IpAddress)],
+            host_ttl=ANNOUNCED_TTL_S,
+            other_ttl=ANNOUNCED_TTL_S,
+        )
+
+    async def _look_up(self, name: str) -> None:
+        info = self._flavour.AsyncServiceInfo(ZEROCONF_TYPE, name)
+        if not await info.async_request(self._zeroconf.zeroconf, ZEROCONF_RESOLVE_TIMEOUT_S * 1000):
+            discovery_log.debug("%s was announced and does not say where it is", display_name(name))
+            return
+        peer = self._build_peer(name.removesuffix("." + ZEROCONF_TYPE), info)
+        known = self._peers.pop(name, None)
+        if peer is not None:
+            self._peers[name] = peer
+            _report(self._on_found, [peer])
+        if known is not None and known.device_id not in {each.device_id for each in self._peers.values()}:
+            _report(self._on_lost, [known])
+
+    def _build_peer(self, instance: str, info: Any) -> Peer | None:
+        named = [ipaddress.ip_address(each.partition("%")[0]) for each in info.parsed_scoped_addresses()]
+        for interface in self._interfaces:
+            address = choose_target_address(named, interface, _NOWHERE)
+            if address is None:
+                continue
+            host = interface.format_address(address)
+            now_ms = int(time.time() * 1000)
+            try:
+                strings = _split_strings(info.text or b"")
+                peer = parse_announcement(instance, strings, srv_port=info.port or 0, host=host, now_ms=now_ms)
+            except (ValueError, DnsError) as exc:
+                discovery_log.debug("%s is no peer: %s", display_name(instance), exc)
+                return None
+            is_own_socket = info.port == self._own_port and any(address in each.addresses for each in self._interfaces)
+            return None if is_own_socket or peer.device_id == self._device_id else peer
+        return None
+
+
+# Diagnosis
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class InterfaceDiagnosis:
+    """What one interface carried while we asked. `speakers`: other devices that speak multicast DNS there.
+
+    `is_open`, `is_shared`: whether there is a socket, and whether it hears the group. `causes`: what probably blocks.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    is_open: bool
+    is_shared: bool
+    sent: int
+    failed: int
+    received: int
+    own_copies: int
+    dropped: int
+    speakers: tuple[str, ...]
+    peers: tuple[str, ...]
+    error: str | None
+    causes: tuple[str, ...] = ()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DiscoveryDiagnosis:
+    """What `peers --diagnose` found. `causes`: those that concern the machine as a whole."""
+
+    duration_s: float
+    interfaces: tuple[InterfaceDiagnosis, ...]
+    causes: tuple[str, ...]
+
+
+async def diagnose_discovery(duration_s: float = 5.0, interfaces: Collection[str] | None = None) -> DiscoveryDiagnosis:
+    """Asks on every interface, by sockets of our own, and says what came back within `duration_s`."""
+    peers: dict[str, Peer] = {}
+    discovery = MdnsDiscovery(
+        device_id="",
+        on_found=lambda peer: peers.update({peer.device_id: peer}),
+        on_lost=None,
+        interfaces=interfaces,
+    )
+    await discovery.start()
+    try:
+        everything = DnsMessage(questions=(DnsQuestion(SERVICE_ENUMERATION, DnsType.PTR),))
+        for _ in range(2):  # one packet may be lost
+            for link in discovery.links.values():
+                link.send(everything)
+            await asyncio.sleep(duration_s / 2)
+        found = [_describe_link(link, peers.values()) for link in discovery.links.values()]
+    finally:
+        await discovery.stop()
+    container = probe_container()
+    return DiscoveryDiagnosis(
+        duration_s=duration_s,
+        interfaces=tuple(replace(each, causes=explain_interface(each)) for each in found),
+        causes=explain_machine(found, container),
+    )
+
+
+def _describe_link(link: MdnsLink, peers: Iterable[Peer]) -> InterfaceDiagnosis:
+    interface, traffic = link.interface, link.traffic
+    seen = [peer for peer in peers if interface.is_on_link(_parse_url_address(peer.base_url))]
+    return InterfaceDiagnosis(
+        name=interface.name,
+        addresses=tuple(map(str, interface.addresses)),
+        is_open=link.is_open,
+        is_shared=link.is_shared,
+        sent=traffic.sent,
+        failed=traffic.failed,
+        received=traffic.received,
+        own_copies=traffic.own_copies,
+        dropped=traffic.dropped,
+        speakers=tuple(str(each) for each in traffic.speakers if each not in interface.addresses),
+        peers=tuple(f"{display_name(peer.device_name)} at {peer.base_url}" for peer in seen),
+        error=traffic.error,
+    )
+
+
+def _parse_url_address(base_url: str) -> IpAddress:
+    return ipaddress.ip_address((urllib.parse.urlsplit(base_url).hostname or "").partition("%")[0])
+
+
+def probe_container() -> bool:
+    """Whether this looks like the inside of a container."""
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
+
+
+def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
+    """What probably keeps peers from being found here, the surest first; () if some were."""
+    if not seen.is_open:
+        return (f"no socket for multicast could be opened: {seen.error}",)
+    causes = []
+    if seen.failed:
+        advice = "" if seen.own_copies else f"; is there a route for multicast on {seen.name}?"
+        causes.append(f"{seen.failed} of {seen.sent} packets could not be sent, {seen.error}{advice}")
+    if not seen.is_shared:
+        causes.append(
+            "another program keeps UDP port 5353 to itself: peers can be found, but this device cannot announce "
+            "itself; let it share the port (avahi: disallow-other-stacks=no) or stop it"
+        )
+    elif not seen.own_copies and seen.failed < seen.sent:
+        causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
+    is_deaf = not seen.is_shared or not seen.own_copies
+    if seen.peers or (is_deaf and causes):
+        return tuple(causes)
+    if seen.speakers:
+        causes.append("multicast works here, and no bridge announces itself: start one with `serve --lan`")
+    else:
+        causes.append(
+            "nobody else speaks multicast DNS here: a Wi-Fi that keeps its clients apart (AP isolation, guest "
+            "network), a firewall on the other devices, or no other device"
+        )
+    return tuple(causes)
+
+
+def explain_machine(interfaces: Sequence[InterfaceDiagnosis], is_container: bool) -> tuple[str, ...]:
+    """What probably keeps peers from being found on the machine as a whole."""
+    if not interfaces:
+        return ("no network interface but loopback is up",)
+    if is_container and not any(each.peers for each in interfaces):
+        return ("this is a container: multicast stays inside its network; use the host's network, or --peer URL",)
+    return ()
+
+
+def build_diagnosis_json(diagnosis: DiscoveryDiagnosis) -> dict[str, Any]:
+    """The diagnosis for scripts."""
+    return {
+        "durationSec": diagnosis.duration_s,
+        "causes": list(diagnosis.causes),
+        "interfaces": [
+            {
+                "name": each.name,
+                "addresses": list(each.addresses),
+                "open": each.is_open,
+                "portShared": each.is_shared,
+                "sent": each.sent,
+                "failed": each.failed,
+                "received": each.received,
+                "ownCopies": each.own_copies,
+                "dropped": each.dropped,
+                "otherSpeakers": list(each.speakers),
+                "peers": list(each.peers),
+                "error": each.error,
+                "causes": list(each.causes),
+            }
+            for each in diagnosis.interfaces
+        ],
+    }
+
+
+def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
+    """The diagnosis for people."""
+    lines = [f"asked for {diagnosis.duration_s:g} s by multicast DNS"]
+    for each in diagnosis.interfaces:
+        lines += [
+            "",
+            f"{each.name}  {', '.join(each.addresses)}",
+            f"  packets   {each.sent} sent, {each.own_copies} of them came back, {each.received} from others"
+            + (f", {each.dropped} of these unusable" if each.dropped else ""),
+            f"  speakers  {', '.join(each.speakers) or 'none'}",
+            *(f"  peer      {peer}" for peer in each.peers),
+            *(f"  problem   {cause}" for cause in each.causes),
+        ]
+    return "\n".join([*lines, *(f"\nproblem: {cause}" for cause in diagnosis.causes)])
+
+
+# ---- Peers ----------------------------------------------------------------------------
+# Which other bridges there are, what each can do now, and how this one stands with them.
+#
+# A peer is one device, however many ways lead to it (`PeerWay`). Whoever learns of a way calls `see`. Each peer has a
+# task that asks its health: often while it may be used, rarely while nobody has approved it, with back-off while it is
+# silent. So one that returns is used again, and the queue lengths of the decision are fresh. The states of a peer,
+# and what moves it between them, stand in section Routing.
+#
+# Anybody on the network may claim to be a device that we know, and signing proves us to it, not it to us. So the
+# addresses that the user or a pairing named go first, and what merely claims can neither rename nor unpair a device.
+
+PEERS_LIMIT = 128  # devices that a hostile network makes up
+PEER_WAYS_LIMIT = 4  # addresses that it makes up for one device
+PEER_ANSWER_LIMIT_BYTES = 256 * KIB  # answers to our questions that never end
+PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that strangers take at the same time
+PEER_BACK_OFF_S = 1.0
+PEER_BACK_OFF_FACTOR = 1.5
+PEER_BACK_OFF_LIMIT_S = 60.0
+PEER_SLOTS_LIMIT = 4096  # queues that a peer may claim
+CUSTOM_DISCOVERY_TIMEOUT_S = 10.0
+MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer was seen to do
+
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
+
+peers_log = logging.getLogger("dvai_bridge.peers")
+
+PeerSource = Callable[[], "Iterable[Peer | Mapping[str, Any]] | Awaitable[Iterable[Peer | Mapping[str, Any]]]"]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerIntervals:
+    """How often peers are asked, in seconds."""
+
+    usable_s: float = 10.0  # may be used: so old may the length of its queue be
+    loading_s: float = 2.0
+    unpaired_s: float = 60.0
+    learn_s: float = 300.0  # which models it has, and what it scores
+    custom_s: float = 60.0  # the user's own discovery
+    answer_s: float = 3.0  # the longest that an answer may take
+    back_off_s: float = PEER_BACK_OFF_S
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWord:
+    """What a health answer says; members that are missing or absurd are None."""
+
+    health: PeerHealth
+    device_id: str | None
+    device_name: str | None
+    version: str | None
+    current_model_id: str | None
+    queue: tuple[int, int, int] | None  # running, waiting, slots
+
+
+def parse_health(body: bytes) -> PeerWord:
+    """The health of a peer; ValueError if the body is no JSON object."""
+    health = parse_json(body)
+    if not isinstance(health, dict):
+        raise ValueError("not a JSON object")
+    device_id, name, version = health.get("deviceId"), health.get("deviceName"), health.get("version")
+    model, word = health.get("currentModelId"), health.get("status")
+    return PeerWord(
+        health=next((each for each in PeerHealth if each.value == word), PeerHealth.OK),
+        device_id=device_id if is_peer_id(device_id) else None,
+        device_name=_parse_peer_text(name) or None,
+        version=_parse_peer_text(version) or None,
+        current_model_id=model if is_model_id(model) else None,
+        queue=_parse_queue(health.get("queue")),
+    )
+
+
+def _parse_queue(value: object) -> tuple[int, int, int] | None:
+    if not isinstance(value, dict):
+        return None
+    running, waiting, slots = value.get("running"), value.get("waiting"), value.get("slots")
+    if not (is_count(running) and is_count(waiting) and is_count(slots)):
+        return None
+    return min(running, PEER_SLOTS_LIMIT), min(waiting, PEER_SLOTS_LIMIT), min(max(slots, 1), PEER_SLOTS_LIMIT)
+
+
+def parse_model_list(body: bytes) -> tuple[str, ...]:
+    """The ids in the answer of a peer's `GET /v1/models`; ValueError if it is no such list."""
+    answer = parse_json(body)
+    items = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(items, list):
+        raise ValueError("not a list of models")
+    return parse_model_ids([each.get("id") for each in items[:PEER_MODELS_LIMIT] if isinstance(each, dict)])
+
+
+def build_static_peer(url: str) -> Peer:
+    """A peer of which only the address is known, as `--peer URL` names it; UsageError if that is none.
+
+    Its id is the base URL until the peer tells its own.
+    """
+    try:
+        base_url = parse_base_url(url)
+    except ValueError as exc:
+        raise UsageError(f"--peer {display_name(url)}: {exc}") from None
+    return Peer(
+        device_id=base_url,
+        device_name=urllib.parse.urlsplit(base_url).netloc,
+        dvai_version="",
+        base_url=base_url,
+        via=PeerVia.STATIC,
+        last_seen_ms=0,
+    )
+
+
+def is_telling_id(device_id: str) -> bool:
+    """Whether an id tells one device from all others: it is no base URL, and none that every hub may have."""
+    return "://" not in device_id and not _UNSTABLE_ID.fullmatch(device_id)
+
+
+def average_measurement(known: float | None, measured: float) -> float:
+    """The running average after one more measurement."""
+    return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWay:
+    """One way to a peer. `is_lasting`: the user or a pairing named it, so that it is tried forever."""
+
+    base_url: str
+    via: PeerVia
+    is_lasting: bool
+
+
+class KnownPeer:
+    """One device and what is known of it. No I/O; belongs to the table, whose lock is the event loop.
+
+    `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.device_id = peer.device_id
+        self.answered_by: str | None = None  # base URL of the way that led to it last
+        self.ways: dict[str, PeerWay] = {}
+        self.state = PeerState.SEEN
+        self.has_pairing = False
+        self.handshake = Handshake.NONE
+        self.health = PeerHealth.OK
+        self.models: tuple[str, ...] | None = None
+        self.scores: dict[str, float] = {}
+        self.prefill: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
+        self.current_model_id: str | None = None
+        self.queue = (0, 0, 1)
+        self.cool_down = CoolDown()
+        self.has_failed_requests = False
+        self.failures = 0
+        self.error = ""
+        self.learned_at_s = -math.inf
+
+    @property
+    def told_id(self) -> str | None:
+        """The id, None while it is the base URL that stands in for it."""
+        return self.device_id if is_telling_id(self.device_id) else None
+
+    @property
+    def shown_name(self) -> str:
+        """What to call it in a message."""
+        return display_name(self.peer.device_name)
+
+    def advance(self, event: PeerEvent) -> None:
+        """Move to the next state."""
+        state = advance_peer(self.state, event)
+        if state is not self.state:
+            peers_log.debug("peer %s: %s, now %s", self.shown_name, event.value, state.value)
+        self.state = state
+
+    def list_ways(self) -> list[PeerWay]:
+        """The ways in the order to try them: LAN before relay, those that last, the one that answered last.
+
+        A way that only the network speaks of comes later than those: anybody may claim to be this device.
+        """
+        vias = list(PeerVia)
+        return sorted(
+            self.ways.values(),
+            key=lambda way: (
+                way.via is PeerVia.RENDEZVOUS,
+                not way.is_lasting,
+                way.base_url != self.answered_by,
+                vias.index(way.via),
+            ),
+        )
+
+    def note_word(self, way: PeerWay, word: PeerWord, now_ms: int) -> None:
+        """Health came back by `way`."""
+        self.peer = replace(
+            self.peer,
+            base_url=way.base_url,
+            via=way.via,
+            last_seen_ms=now_ms,
+            device_name=word.device_name or self.peer.device_name,
+            dvai_version=word.version or self.peer.dvai_version,
+        )
+        self.answered_by, self.health, self.failures, self.error = way.base_url, word.health, 0, ""
+        if word.current_model_id != self.current_model_id:
+            self.current_model_id, self.learned_at_s = word.current_model_id, -math.inf
+        if word.queue:
+            self.queue = word.queue
+        if not self.has_failed_requests:
+            self.cool_down = CoolDown()
+        self.advance(PeerEvent.ANSWERED)
+
+    def note_silence(self, error: str) -> None:
+        """No way led to an answer."""
+        self.failures += 1
+        self.error = error
+        if self.handshake is Handshake.FAILED:  # it may go better when it is back
+            self.handshake = Handshake.NONE
+        self.advance(PeerEvent.LOST)
+
+    def note_success(self) -> None:
+        """It served a request."""
+        self.cool_down, self.has_failed_requests = CoolDown(), False
+
+    def note_failure(self, reason: str, now_s: float, *, has_answered: bool, retry_after_s: float) -> None:
+        """It failed a request; one that could not even be reached is lost until it answers again."""
+        self.cool_down = self.cool_down.fail(now_s, retry_after_s)
+        self.has_failed_requests = self.has_failed_requests or has_answered
+        if not has_answered:
+            self.note_silence(reason)
+
+    def note_scores(self, scores: Iterable[Score]) -> None:
+        """What it advertises by its capability route, instead of what it did before."""
+        sound = [each for each in scores if is_model_id(each.model_id) and is_score(each.tok_per_s)][:PEER_MODELS_LIMIT]
+        self.scores = {each.model_id: each.tok_per_s for each in sound}
+        self.prefill.update({each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s})
+
+    def record_measurement(self, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None) -> None:
+        """What a request saw of its speed; bounded like what it advertises."""
+        for averages, measured in ((self.measured, tok_per_s), (self.prefill, prefill_tok_per_s)):
+            has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
+            if measured is not None and is_score(measured) and has_room:
+                averages[model_id] = average_measurement(averages.get(model_id), measured)
+
+    def build_peer(self) -> Peer:
+        """The record of this peer as it is now. What it advertises itself goes before what was measured."""
+        loaded = (self.current_model_id, *self.peer.loaded_models)
+        return replace(
+            self.peer,
+            device_id=self.device_id,
+            loaded_models=tuple(dict.fromkeys(model for model in loaded if model is not None)),
+            capability={**self.measured, **self.peer.capability, **self.scores},
+        )
+
+    def build_candidate(self) -> Candidate:
+        """What the decision looks at."""
+        running, waiting, slots = self.queue
+        return Candidate(
+            peer=self.build_peer(),
+            state=self.state,
+            has_pairing=self.has_pairing,
+            handshake=self.handshake,
+            health=self.health,
+            models=self.models,
+            prefill=dict(self.prefill),
+            running=running,
+            waiting=waiting,
+            slots=slots,
+            cool_down=self.cool_down,
+            route=PeerRoute.RELAY if self.peer.via is PeerVia.RENDEZVOUS else PeerRoute.LAN,
+            error=self.error,
+        )
+
+    def compute_poll_delay_s(self, intervals: PeerIntervals, jitter: float) -> float:
+        """Seconds until health is asked again; `jitter` in [0, 1) spreads those who wait for the same by ± 50 %."""
+        if self.state is PeerState.SEEN:
+            doubled_s = intervals.back_off_s * PEER_BACK_OFF_FACTOR ** min(max(self.failures - 1, 0), 32)
+            base_s = min(doubled_s, PEER_BACK_OFF_LIMIT_S)
+        elif self.health is PeerHealth.LOADING:
+            base_s = intervals.loading_s
+        else:
+            base_s = intervals.unpaired_s if self.state is PeerState.REACHABLE else intervals.usable_s
+        return base_s * (0.5 + jitter)
+
+
+class PeerTable:
+    """The peers that are known, each once. No I/O and no clock.
+
+    Two sightings are one peer if they have the same id, or the same base URL and one of them tells no id.
+    """
+
+    def __init__(self, device_id: str, own_urls: Callable[[], Collection[str]] = tuple) -> None:
+        self._own_id = device_id
+        self._own_urls = own_urls
+        self._peers: dict[str, KnownPeer] = {}
+
+    def __iter__(self) -> Iterator[KnownPeer]:
+        return iter(tuple(self._peers.values()))
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def has(self, known: KnownPeer) -> bool:
+        """Whether this very object is still in the table."""
+        return self._peers.get(known.device_id) is known
+
+    def find(self, device_id: str) -> KnownPeer | None:
+        """The peer with this id, or with this base URL as long as it told none."""
+        return self._peers.get(device_id) or self._find_by_url(device_id)
+
+    def see(self, peer: Peer, *, is_lasting: bool = False) -> KnownPeer | None:
+        """Take in a sighting; the peer it belongs to, None if it is ourselves or there is no room."""
+        if not is_telling_id(peer.device_id):
+            peer = replace(peer, device_id=peer.base_url)
+        if self.is_self(peer):
+            return None
+        known = self._match(peer)
+        if known is None:
+            if len(self._peers) >= PEERS_LIMIT and not self._make_room(is_lasting=is_lasting):
+                return None
+            known = self._peers[peer.device_id] = KnownPeer(peer)
+        else:
+            self._merge(known, peer, is_lasting=is_lasting)
+        self._add_way(known, PeerWay(base_url=peer.base_url, via=peer.via, is_lasting=is_lasting))
+        return known
+
+    def lose(self, device_id: str, via: PeerVia) -> KnownPeer | None:
+        """Forget the ways that this source told of; the peer if nothing leads to it any more."""
+        known = self.find(device_id)
+        if known is None:
+            return None
+        known.ways = {url: way for url, way in known.ways.items() if way.via is not via or way.is_lasting}
+        return None if known.ways else self.remove(known)
+
+    def remove(self, known: KnownPeer) -> KnownPeer:
+        """Forget a peer."""
+        self._peers = {key: each for key, each in self._peers.items() if each is not known}
+        return known
+
+    def identify(self, known: KnownPeer, device_id: str) -> KnownPeer | None:
+        """A peer told its id. Returns the peer that stays when two turn out to be one, None when it is ourselves."""
+        if device_id == self._own_id:
+            self.remove(known)
+            return None
+        if device_id == known.device_id:
+            return known
+        other = self._peers.get(device_id)
+        self.remove(known)
+        if other is not None:
+            for way in known.ways.values():
+                self._add_way(other, way)
+            return other
+        known.device_id = device_id
+        self._peers[device_id] = known
+        return known
+
+    def is_self(self, peer: Peer) -> bool:
+        """Whether a sighting is of this very bridge."""
+        return peer.device_id == self._own_id or peer.base_url in self._own_urls()
+
+    def _match(self, peer: Peer) -> KnownPeer | None:
+        known = self._peers.get(peer.device_id)
+        if known is not None:
+            return known
+        same_url = self._find_by_url(peer.base_url)
+        if same_url is not None and peer.base_url in (peer.device_id, same_url.device_id):
+            return same_url
+        return None
+
+    def _find_by_url(self, base_url: str) -> KnownPeer | None:
+        return next((each for each in self._peers.values() if base_url in each.ways), None)
+
+    def _merge(self, known: KnownPeer, peer: Peer, *, is_lasting: bool) -> None:
+        """Take in what is said of a known peer.
+
+        The network's word neither gives an id to an address that the user named, nor a name to a paired device.
+        """
+        has_lasting = any(way.is_lasting for way in known.ways.values())
+        tells_id = peer.device_id != peer.base_url
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+            del self._peers[known.device_id]
+            known.device_id = peer.device_id
+            self._peers[peer.device_id] = known
+        takes_name = tells_id and (is_lasting or not known.has_pairing)
+        known.peer = replace(
+            known.peer,
+            device_id=known.device_id,
+            device_name=peer.device_name if takes_name else known.peer.device_name,
+            dvai_version=peer.dvai_version or known.peer.dvai_version,
+            app_id=peer.app_id or known.peer.app_id,
+            loaded_models=peer.loaded_models or known.peer.loaded_models,
+            capability=peer.capability or known.peer.capability,
+            secure=peer.secure or known.peer.secure,
+        )
+
+    @staticmethod
+    def _add_way(known: KnownPeer, way: PeerWay) -> None:
+        earlier = known.ways.get(way.base_url)
+        if earlier is not None and earlier.is_lasting and not way.is_lasting:
+            return
+        others = [each for each in known.ways.values() if not each.is_lasting and each.base_url != known.answered_by]
+        if earlier is None and len(known.ways) >= PEER_WAYS_LIMIT and not way.is_lasting:
+            if not others:
+                return
+            del known.ways[others[0].base_url]
+        known.ways[way.base_url] = way
+
+    def _make_room(self, *, is_lasting: bool) -> bool:
+        """Forget the silent stranger that failed most; False if there is none. The user's own peers always fit."""
+        strangers = [
+            each
+            for each in self._peers.values()
+            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
+            if not any(way.is_lasting for way in each.ways.values())
+        ]
+        if strangers:
+            self.remove(max(strangers, key=lambda each: each.failures))
+        return bool(strangers) or is_lasting
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PeerWatch:
+    """The task that asks one peer, and what makes it ask at once."""
+
+    task: asyncio.Task[None]
+    wake: asyncio.Event
+
+
+class PeerMonitor:
+    """Keeps a PeerTable true: asks, pairs, learns. Belongs to one event loop; `close` ends all its tasks.
+
+    `known_peers`: the user's, tried forever. `custom_discovery`: called every minute, sync or async, gives Peers or
+    their JSON form. `own_urls`: base URLs under which this bridge answers. `store` and `initiator` None: pairing is
+    off, and no peer is ever used.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        client: HttpClient,
+        app_id: str | None = None,
+        store: PairingStore | None = None,
+        initiator: PairingInitiator | None = None,
+        known_peers: Iterable[Peer] = (),
+        custom_discovery: PeerSource | None = None,
+        own_urls: Callable[[], Collection[str]] = tuple,
+        intervals: PeerIntervals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.table = PeerTable(identity.device_id, own_urls)
+        self._identity = identity
+        self._app_id = app_id
+        self._client = client
+        self._store = store
+        self._initiator = initiator
+        self._known_peers = tuple(known_peers)
+        self._custom_discovery = custom_discovery
+        self._intervals = intervals or PeerIntervals()
+        self._clock = clock
+        self._clock_ms = clock_ms
+        self._jitter = jitter
+        self._asking = asyncio.Semaphore(PEER_ASKED_AT_ONCE_LIMIT)
+        self._watches: dict[KnownPeer, PeerWatch] = {}
+        self._handshakes: dict[KnownPeer, asyncio.Task[Pairing]] = {}
+        self._custom_task: asyncio.Task[None] | None = None
+        self._unsubscribe: Callable[[], None] | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Begin to watch the user's peers and those of the pairings."""
+        for peer in self._known_peers:
+            self.see(peer, is_lasting=True)
+        if self._store is not None:
+            self._unsubscribe = self._store.subscribe(self._note_pairing)
+            for pairing in self._store.pairings:
+                self._remember(pairing)
+        if self._custom_discovery is not None:
+            self._custom_task = asyncio.create_task(self._discover(self._custom_discovery), name="custom discovery")
+
+    async def close(self) -> None:
+        """End everything that was begun."""
+        self._is_closed = True
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+        tasks: list[asyncio.Task[Any]] = [*(watch.task for watch in self._watches.values()), *self._handshakes.values()]
+        tasks += [self._custom_task] if self._custom_task else []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # What is known
+
+    def now_s(self) -> float:
+        """The clock of the cool-downs, which choose_route wants."""
+        return self._clock()
+
+    def candidates(self) -> list[Candidate]:
+        """Every peer, as the decision looks at it."""
+        return [known.build_candidate() for known in self.table]
+
+    def peers(self) -> list[Peer]:
+        """Every peer, reachable or not."""
+        return [known.build_peer() for known in self.table]
+
+    def list_models(self) -> list[tuple[str, Peer]]:
+        """The models that paired peers have, each with its peer; without their demonstration models."""
+        usable = [each for each in self.candidates() if each.state in (PeerState.PAIRED, PeerState.READY)]
+        pairs = [(model, each.peer) for each in usable for model in each.models or each.peer.loaded_models]
+        return [(model, peer) for model, peer in pairs if not is_same_model(model, BUILTIN_MODEL_ID)]
+
+    # Who learns of peers says so
+
+    def see(self, peer: Peer, *, is_lasting: bool = False) -> None:
+        """A peer was found, or says something new of itself."""
+        known = self.table.see(peer, is_lasting=is_lasting)
+        self._settle()
+        if known is not None:
+            known.has_pairing = self._find_pairing(known) is not None
+            if known not in self._watches or known.state is PeerState.SEEN:
+                self._watch(known)
+
+    def lose(self, peer: Peer) -> None:
+        """Whoever found a peer finds it no more."""
+        known = self.table.find(peer.device_id)
+        self.table.lose(peer.device_id, peer.via)
+        self._settle()
+        if known is not None and self.table.has(known):
+            self._watch(known)
+
+    async def _discover(self, source: PeerSource) -> None:
+        listed: dict[str, Peer] = {}
+        while True:
+            found = await self._ask_source(source)
+            if found is not None:
+                for peer in found.values():
+                    self.see(peer)
+                for device_id in listed.keys() - found.keys():
+                    self.lose(listed[device_id])
+                listed = found
+            await asyncio.sleep(self._intervals.custom_s)
+
+    async def _ask_source(self, source: PeerSource) -> dict[str, Peer] | None:
+        """The peers that the user's own discovery lists; None if it failed, which is logged and changes nothing."""
+        try:
+            async with asyncio.timeout(CUSTOM_DISCOVERY_TIMEOUT_S):
+                answer = source()
+                items = await answer if isinstance(answer, Awaitable) else answer
+            peers = [
+                parse_peer_json(build_peer_json(each) if isinstance(each, Peer) else each, PeerVia.CUSTOM)
+                for each in itertools.islice(items, PEERS_LIMIT)
+            ]
+        except Exception:
+            peers_log.warning("custom discovery failed", exc_info=True)
+            return None
+        return {peer.device_id: peer for peer in peers}
+
+    # What requests teach
+
+    def note_success(self, device_id: str) -> None:
+        """A request was served by this peer: the pairing is in use, and any cool-down is over."""
+        known = self.table.find(device_id)
+        if known is not None:
+            known.note_success()
+            pairing = self._find_pairing(known)
+            if pairing is not None and self._store is not None:
+                self._store.note_use(pairing, self._clock_ms())
+
+    def note_failure(self, device_id: str, reason: str, *, has_answered: bool, retry_after_s: float = 0.0) -> None:
+        """A request failed before its first content.
+
+        `has_answered` False: there was no connection, so the next sign of life ends the cool-down. True: it answered
+        with an error, or took the request and stayed silent; that its health route answers proves nothing then.
+        """
+        known = self.table.find(device_id)
+        if known is not None:
+            known.note_failure(reason, self._clock(), has_answered=has_answered, retry_after_s=retry_after_s)
+            if not has_answered:
+                self._watch(known)
+
+    def note_unauthorized(self, device_id: str) -> None:
+        """The peer answered 401 to a signed request: it does not know the pairing any more."""
+        known = self.table.find(device_id)
+        if known is not None:
+            self._mark_unauthorized(known)
+
+    def record_measurement(
+        self, device_id: str, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None = None
+    ) -> None:
+        """What a request saw of the peer's speed; counts where the peer advertises none."""
+        known = self.table.find(device_id)
+        if known is not None:
+            known.record_measurement(model_id, tok_per_s, prefill_tok_per_s)
+
+    # Pairing
+
+    def begin_pairing(self, peer: Peer) -> None:
+        """Ask the peer's user in the background, unless that was done: once refused, only the user asks again."""
+        known = self.table.find(peer.device_id)
+        if known is not None and known.handshake is Handshake.NONE and not known.has_pairing and not self._is_closed:
+            self._start_handshake(known, is_explicit=False)
+
+    async def wait_for_approval(self, peer: Peer, timeout_s: float) -> bool:
+        """Whether the peer may be used, after waiting for the handshake with it where one is under way."""
+        self.begin_pairing(peer)
+        known = self.table.find(peer.device_id)
+        task = self._handshakes.get(known) if known else None
+        if task is not None:
+            await asyncio.wait({task}, timeout=timeout_s)
+        known = self.table.find(peer.device_id) or self.table.find(peer.base_url)
+        return known is not None and known.state in (PeerState.PAIRED, PeerState.READY)
+
+    async def pair(self, peer: Peer) -> Pairing:
+        """The user asks for this pairing. Raises what PairingInitiator.pair raises."""
+        known = self.table.find(peer.device_id) or self.table.find(peer.base_url)
+        if known is None:
+            self.see(peer)
+            known = self.table.find(peer.device_id)
+        if known is None:
+            raise PairingFailedError(
+                f"{display_name(peer.base_url)} is this bridge itself, or too many peers are known"
+            )
+        return await asyncio.shield(self._handshakes.get(known) or self._start_handshake(known, is_explicit=True))
+
+    def _start_handshake(self, known: KnownPeer, *, is_explicit: bool) -> asyncio.Task[Pairing]:
+        known.handshake = Handshake.ASKING
+        task = asyncio.create_task(self._pair(known, is_explicit=is_explicit), name="pairing")
+        self._handshakes[known] = task
+        task.add_done_callback(functools.partial(self._end_handshake, known))
+        return task
+
+    def _end_handshake(self, known: KnownPeer, task: asyncio.Task[Pairing]) -> None:
+        del self._handshakes[known]
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            known.handshake = Handshake.NONE
+            return
+        is_final = isinstance(error, PairingDeniedError | PairingDisabledError)
+        known.handshake = Handshake.REFUSED if is_final else Handshake.FAILED
+        if isinstance(error, BridgeError):
+            peers_log.warning("not paired with %s: %s", known.shown_name, error.message)
+        else:
+            peers_log.error("pairing with %s failed", known.shown_name, exc_info=error)
+
+    async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
+        if self._initiator is None:
+            raise PairingDisabledError("pairing is off on this device")
+        target = PairingTarget(
+            base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
+        )
+        pairing = await self._initiator.pair(target, is_explicit=is_explicit)
+        found = self.table.find(pairing.device_id) or known
+        await self._poll(found)  # so that whoever waits for the approval finds a peer that is ready
+        return pairing
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """The store changed: a pairing began, ended, or was marked."""
+        if after is not None:
+            self._remember(after)
+        for known in self.table:
+            had_pairing, known.has_pairing = known.has_pairing, self._find_pairing(known) is not None
+            if had_pairing and not known.has_pairing:
+                known.handshake = Handshake.REFUSED
+                known.advance(PeerEvent.UNPAIRED)
+            elif known.has_pairing and known.handshake is not Handshake.ASKING:
+                known.handshake = Handshake.NONE
+            if had_pairing != known.has_pairing or known.state is PeerState.REACHABLE:
+                self._watch(known)
+
+    def _remember(self, pairing: Pairing) -> None:
+        """The address at which a paired peer was last reached is tried for as long as the pairing lives."""
+        if pairing.outbound_key is None or pairing.base_url is None:
+            return
+        try:
+            base_url = parse_base_url(pairing.base_url)
+        except ValueError:
+            return
+        peer = replace(build_static_peer(base_url), device_id=pairing.device_id, device_name=pairing.device_name)
+        self.see(peer, is_lasting=True)
+
+    def _find_pairing(self, known: KnownPeer) -> Pairing | None:
+        """The pairing by which this peer may be used. By its address only while it tells no id: whoever stands at
+        the address of a paired peer and says that it is another, is another."""
+        if self._store is None:
+            return None
+        base_url = known.peer.base_url if known.told_id is None else None
+        pairing = self._store.find_outbound(known.told_id, base_url, self._clock_ms())
+        return None if pairing is None or pairing.is_marked_unauthorized else pairing
+
+    def _mark_unauthorized(self, known: KnownPeer) -> None:
+        pairing = self._find_pairing(known)
+        if pairing is not None and self._store is not None:
+            self._store.note(pairing, is_marked_unauthorized=True)
+            peers_log.warning("%s does not know this device any more: `pair request` asks it again", known.shown_name)
+        known.has_pairing, known.handshake = False, Handshake.REFUSED
+        known.advance(PeerEvent.UNPAIRED)
+
+    # Asking
+
+    def _watch(self, known: KnownPeer) -> None:
+        """Ask this peer now, and from now on."""
+        if self._is_closed:
+            return
+        watch = self._watches.get(known)
+        if watch is None:
+            wake = asyncio.Event()
+            task = asyncio.create_task(self._run(known, wake), name="peer")
+            watch = self._watches[known] = PeerWatch(task=task, wake=wake)
+            task.add_done_callback(lambda _: self._watches.pop(known, None))
+        watch.wake.set()
+
+    def _settle(self) -> None:
+        """End the tasks of peers that are gone from the table."""
+        for known, watch in list(self._watches.items()):
+            if not self.table.has(known):
+                watch.task.cancel()
+
+    async def _run(self, known: KnownPeer, wake: asyncio.Event) -> None:
+        while self.table.has(known):
+            wake.clear()
+            try:
+                async with contextlib.nullcontext() if known.has_pairing else self._asking:
+                    await self._poll(known)
+            except Exception:
+                peers_log.exception("asking %s failed", known.shown_name)
+                known.note_silence("internal error")
+            delay_s = known.compute_poll_delay_s(self._intervals, self._jitter())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await wake.wait()
+
+    async def _poll(self, known: KnownPeer) -> None:
+        """Ask health by each way until one answers, then what else there is to know."""
+        pairing, error, is_refused = self._find_pairing(known), "no address", False
+        known.has_pairing = pairing is not None
+        for way in known.list_ways():
+            try:
+                word = await self._ask_health(known, way, pairing)
+            except AuthenticationError as exc:
+                error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
+            except (BridgeError, ValueError) as exc:
+                error = explain_silence(exc)
+            else:
+                await self._take_in(known, way, word, pairing)
+                return
+        known.note_silence(error)
+        if is_refused:
+            self._mark_unauthorized(known)
+
+    async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
+        known.note_word(way, word, self._clock_ms())
+        told_id = word.device_id or (pairing.device_id if pairing else None)
+        if known.told_id is None and told_id is not None and is_telling_id(told_id):
+            remaining = self.table.identify(known, told_id)
+            self._settle()
+            if remaining is not known:
+                if remaining is not None:
+                    self._watch(remaining)
+                return
+        known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
+        is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
+        if pairing is not None and (is_due or known.state is PeerState.PAIRED):
+            await self._learn(known, way, pairing)
+
+    async def _ask_health(self, known: KnownPeer, way: PeerWay, pairing: Pairing | None) -> PeerWord:
+        status, body = await self._ask(f"{way.base_url}/dvai/health", pairing)
+        if status == 401 and pairing is not None:
+            raise _build_refused_error(body)
+        if status != 200:
+            raise ValueError(f"its health route answered {status}")
+        word = parse_health(body)
+        if None not in (known.told_id, word.device_id) and word.device_id != known.told_id:
+            raise ValueError("another device answers there")
+        return word
+
+    async def _learn(self, known: KnownPeer, way: PeerWay, pairing: Pairing) -> None:
+        """Which models it has, and what it scores; hubs may have neither route."""
+        with contextlib.suppress(BridgeError, ValueError):
+            status, body = await self._ask(f"{way.base_url}/dvai/capability", pairing)
+            if status == 200:
+                known.note_scores(parse_scores_json(parse_json(body)))
+        with contextlib.suppress(BridgeError, ValueError):
+            status, body = await self._ask(f"{way.base_url}/models", pairing)
+            if status == 200:
+                known.models = parse_model_list(body)
+                known.learned_at_s = self._clock()
+                known.advance(PeerEvent.LEARNED)
+
+    async def _ask(self, url: str, pairing: Pairing | None) -> tuple[int, bytes]:
+        """GET with our signature where there is a pairing; marked as forwarded, so that a peer speaks for itself."""
+        headers = [("X-DVAI-Forwarded", "1"), ("Accept", "application/json")]
+        if pairing is not None:
+            headers += sign_request(
+                pairing,
+                self._identity,
+                app_id=self._app_id,
+                method="GET",
+                path=urllib.parse.urlsplit(url).path,
+                body=b"",
+                now_ms=self._clock_ms(),
+            )
+        budgets = HttpBudgets(total_s=self._intervals.answer_s)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
+
+
+def explain_silence(error: Exception) -> str:
+    """Why a peer did not answer, in a few words and without what it may have written itself."""
+    if isinstance(error, JsonError):
+        return "its answer is not JSON"
+    return error.message if isinstance(error, BridgeError) else str(error)
+
+
+def build_handshake_post(client: HttpClient) -> HandshakePost:
+    """How a PairingInitiator sends its request."""
+
+    async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]], timeout_s: float) -> tuple[int, bytes]:
+        fields = [("Content-Type", "application/json"), *headers]
+        budgets = HttpBudgets(first_byte_s=timeout_s, total_s=timeout_s)
+        async with client.request("POST", url, headers=fields, body=body, budgets=budgets) as response:
+            return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
+
+    return post
+
+
+def _build_refused_error(body: bytes) -> AuthenticationError:
+    """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
+    with contextlib.suppress(ValueError, AttributeError):
+        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
+            return AuthenticationError("the clocks of the two devices differ too much")
+    return SignatureError("it does not know this device any more")
+
+
+def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
+    """A peer as `peers` lists it: the compatible members, and how this bridge stands with it."""
+    return {
+        **build_peer_json(candidate.peer),
+        "state": candidate.state.value,
+        "paired": candidate.has_pairing,
+        "route": candidate.route.value,
+        **({} if candidate.has_pairing else {"pairing": candidate.handshake.value}),
+        "models": None if candidate.models is None else list(candidate.models),
+        "queue": {"running": candidate.running, "waiting": candidate.waiting, "slots": candidate.slots},
+        **({"error": display_name(candidate.error)} if candidate.error else {}),
+    }
+
+
+# ---- Offload --------------------------------------------------------------------------
+# A request served by a peer: who is asked in turn, when an answer counts as begun, and how it is put in order.
+#
+#     client          bridge                    peer A          peer B
+#       |--- request --->|--- POST, stream: true -->|               |
+#       |                |<-- 503, torn, silent ----|               |     before the commit point: the next one
+#       |                |--- POST, stream: true ------------------>|
+#       |                |<-- role, comments -----------------------|     still before it
+#       |<-- 200, role --|<-- first content ------------------------|     the commit point
+#       |<-- content ----|<-- content ------------------------------|     from here nothing is tried again:
+#       |<-- [DONE] -----|<-- finish_reason, usage, [DONE] ---------|     an end like this, or an error event
+
+PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow one
+PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
+FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
+LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
+PEER_URLS_LIMIT = 64  # memory taken by addresses that change
+JSON_HEADER = ("Content-Type", "application/json")
+PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
+TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+
+
+class ForwardForm(enum.Enum):
+    """The routes that peers can serve; the value is their path below a peer's base URL."""
+
+    CHAT = "/chat/completions"
+    TEXT = "/completions"
+    EMBEDDINGS = "/embeddings"
+
+
+SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method, path, body) → the fields that sign it
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardTarget:
+    """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
+
+    `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
+    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned.
+    """
+
+    device_id: str
+    device_name: str
+    base_url: str
+    model_id: str
+    route: str = "lan"
+    reason: str = ""
+    substituted_for: str | None = None
+    prefill_tok_per_s: float | None = None
+    sign: SignRequest | None = field(default=None, repr=False)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardRequest:
+    """What the client asked: its JSON as it was parsed. `request_id` travels along."""
+
+    form: ForwardForm
+    body: Mapping[str, Any]
+    request_id: str
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the client wants a stream."""
+        return self.form is not ForwardForm.EMBEDDINGS and self.body.get("stream") is True
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the client wants the usage at the end of its stream."""
+        options = self.body.get("stream_options")
+        return self.is_stream and isinstance(options, dict) and options.get("include_usage") is True
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardBudgets:
+    """How long a peer may take, in seconds. `silence_s`: between two signs of life once it has begun."""
+
+    connect_s: float = CONNECT_DEADLINE_S
+    first_content_s: float = 30.0
+    first_content_limit_s: float = 600.0
+    silence_s: float = 60.0
+
+
+class AttemptOutcome(enum.Enum):
+    """How asking one peer went. Only COMMITTED and REFUSED are answers; after any other the next peer is asked."""
+
+    COMMITTED = "its answer has begun"
+    REFUSED = "it refused the request itself, which is the client's answer (other 4xx)"
+    UNREACHABLE = "no connection"
+    UNAUTHORIZED = "it does not know our pairing any more (401)"
+    NO_MODEL = "it does not have the model (404)"
+    TIMEOUT = "no content in time, or 408"
+    BUSY = "its queue is full (429)"
+    SERVER_ERROR = "it failed (5xx, or an error event)"
+    BROKEN = "not an answer: torn, or not what was asked for"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none."""
+
+    target: ForwardTarget
+    outcome: AttemptOutcome
+    reason: str
+    retry_after_s: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardAnswer:
+    """What the client gets. A body that is an iterator ends the peer's work when it is closed."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes | AsyncIterator[bytes]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Forwarded:
+    """`answer` None: none of the peers gave one, and `attempts` says why of each."""
+
+    answer: ForwardAnswer | None
+    attempts: tuple[Attempt, ...]
+
+
+class ForwardOutcome(enum.Enum):
+    """How a request that a peer had begun to answer ended."""
+
+    COMPLETED = "completed"
+    REFUSED = "refused by the peer"
+    PEER_FAILED = "the peer failed in the middle"
+    CLIENT_LEFT = "the client left"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ForwardReport:
+    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second."""
+
+    target: ForwardTarget
+    outcome: ForwardOutcome
+    duration_s: float
+    first_content_s: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prefill_tok_per_s: float | None = None
+    decode_tok_per_s: float | None = None
+
+
+class AttemptError(UpstreamError):
+    """A peer gave no answer, so the next one is asked; never shown to a client."""
+
+    def __init__(self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.outcome = outcome
+
+
+# What is sent
+
+
+def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
+    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
+    body = {**request.body, "model": model_id}
+    if not model_id:
+        del body["model"]
+    if request.form is not ForwardForm.EMBEDDINGS:
+        options = request.body.get("stream_options")
+        body["stream"] = True
+        body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+    return body
+
+
+def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill_tok_per_s: float | None) -> float:
+    """Seconds until the first content must have come: a fixed part, and the time that the prompt takes."""
+    prefill_s = body_bytes / PROMPT_BYTES_PER_TOKEN / (prefill_tok_per_s or PREFILL_ASSUMED_TOK_PER_S)
+    return min(budgets.first_content_s + prefill_s, budgets.first_content_limit_s)
+
+
+def build_forward_headers(request: ForwardRequest) -> list[tuple[str, str]]:
+    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
+    accept = "text/event-stream" if request.form is not ForwardForm.EMBEDDINGS else "application/json"
+    return [
+        ("Content-Type", "application/json"),
+        ("Accept", accept),
+        ("X-Request-Id", request.request_id),
+        ("X-DVAI-Forwarded", "1"),
+    ]
+
+
+def build_served_by_headers(target: ForwardTarget) -> tuple[tuple[str, str], ...]:
+    """Who served, by which way and why; foreign text as ASCII."""
+    fields = (
+        ("X-DVAI-Served-By", target.device_id),
+        ("X-DVAI-Route", target.route),
+        ("X-DVAI-Reason", target.reason),
+        ("X-DVAI-Substituted-For", target.substituted_for or ""),
+    )
+    return tuple((name, value.encode("unicode_escape").decode("ascii")) for name, value in fields if value)
+
+
+# What comes back
+
+
+_FINISH_REASONS = {
+    **{reason: reason for reason in ("stop", "length", "tool_calls", "content_filter", "function_call")},
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+}
+_DELTA_TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
+
+
+def read_peer_text(value: Any) -> str:
+    """Text of a delta: a string, null, or a list of parts as some servers have it; UpstreamError for anything else."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return "".join(read_peer_text(part.get("text")) for part in value)
+    raise UpstreamError("the peer sent text that is none")
+
+
+def parse_peer_usage(value: Any) -> dict[str, Any] | None:
+    """A peer's `usage` with the counts that clients rely on, None if it has none."""
+    if not isinstance(value, dict):
+        return None
+    counts = [as_integer(value.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")]
+    if not all(count is not None and 0 <= count <= MAX_COUNT for count in counts) or not any(counts):
+        return None
+    prompt, completion = cast("list[int]", counts)
+    details = {
+        name: value[name]
+        for name in ("prompt_tokens_details", "completion_tokens_details")
+        if isinstance(value.get(name), dict)
+    }
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        **details,
+    }
+
+
+def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
+    """The body of a peer's error answer as clients expect it, whatever form the peer gave it."""
+    try:
+        value = parse_json(data)
+    except JsonError:
+        value = None
+    error = value.get("error", value) if isinstance(value, dict) else None
+    if isinstance(error, str):
+        error = {"message": error}
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        error = {"message": f"the peer refused the request (HTTP {status})"}
+    return {"error": {"type": "invalid_request_error", "param": None, "code": None, **error}}
+
+
+class ChoiceState:
+    """One choice of a peer's stream: whether it has begun and ended, and which tool calls it has."""
+
+    def __init__(self, call_id_prefix: str) -> None:
+        self.has_begun = False
+        self.finish_reason: str | None = None
+        self._call_id_prefix = call_id_prefix
+        self._calls: list[tuple[int | None, str]] = []  # the peer's index and id of each call; ours is the position
+
+    def read_finish_reason(self, value: Any) -> str | None:
+        """One of the words that clients know, None while the choice goes on."""
+        if not isinstance(value, str) or value in ("", "null"):
+            return None
+        reason = _FINISH_REASONS.get(value, "stop")
+        return "tool_calls" if reason == "stop" and self._calls else reason
+
+    def read_tool_call(self, value: Any) -> dict[str, Any]:
+        """A fragment of a tool call with its index; the first one of a call has id, type and name."""
+        if not isinstance(value, dict):
+            raise UpstreamError("the peer sent a tool call that is none")
+        function = value.get("function")
+        function = function if isinstance(function, dict) else {}
+        name = read_peer_text(function.get("name"))
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else "" if arguments is None else encode_json(arguments).decode()
+        position = self._find_call(as_integer(value.get("index")), read_peer_text(value.get("id")), bool(name))
+        if position is not None:
+            return {"index": position, "function": {"arguments": text}}
+        position = len(self._calls) - 1
+        call_id = self._calls[position][1]
+        return {"index": position, "id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+    def _find_call(self, index: int | None, call_id: str, has_name: bool) -> int | None:
+        """The position of the call that a fragment continues; None after it was entered as a new one.
+
+        Servers that number none of their calls, or all of them 0, still give each an id or name it once.
+        """
+        for position, (known_index, known_id) in enumerate(self._calls):
+            if (call_id == known_id) if call_id else (index == known_index and index is not None and not has_name):
+                return position
+        if index is None and not call_id and not has_name and self._calls:
+            return len(self._calls) - 1
+        if len(self._calls) >= MAX_CHOICES:
+            raise UpstreamError("the peer sent too many tool calls")
+        self._calls.append((index, call_id or f"call_{self._call_id_prefix}{len(self._calls)}"))
+        return None
+
+
+class ChunkNormalizer:
+    """A peer's chunks in the form that clients depend on. Pure.
+
+    Id, created and model are the same on every chunk; each choice begins with its role, once, and ends with one
+    chunk that has a finish reason and nothing else; usage stands apart. Nothing comes out before there is content.
+    What comes out of `normalize` are the chunks' choices; `encode` makes events of them.
+    """
+
+    def __init__(self, form: ForwardForm, head: AnswerHead, *, include_usage: bool) -> None:
+        self.head = head
+        self.usage: dict[str, Any] | None = None
+        self.timings: dict[str, Any] | None = None
+        self.choices: dict[int, ChoiceState] = {}
+        self._is_chat = form is ForwardForm.CHAT
+        self._object = "chat.completion.chunk" if self._is_chat else "text_completion"
+        self._include_usage = include_usage
+        self._has_model = False
+        self._around: tuple[bytes, bytes] | None = None  # what stands before and behind the choice in an event
+
+    def normalize(self, value: Any) -> list[dict[str, Any]]:
+        """One choice for each chunk that the client gets for the peer's, or for a whole answer that is not streamed.
+
+        AttemptError for an error in the peer's words, UpstreamError for what is no chunk.
+        """
+        if not isinstance(value, dict):
+            raise UpstreamError("the peer sent something that is no chunk")
+        if value.get("error"):
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR)
+        self._note_model(value.get("model"))
+        self.usage = parse_peer_usage(value.get("usage")) or self.usage
+        self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
+        choices = value.get("choices")
+        if not isinstance(choices, list):
+            choices = []
+        self._has_model = self._has_model or bool(choices)
+        return [piece for choice in choices for piece in self._normalize_choice(choice)]
+
+    def encode(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of the chunk with this choice."""
+        before, after = self.around
+        return b"%b%b%b" % (before, encode_json(choice), after)
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        """The bytes of every event before its choice and behind it; the peer's model is known by then."""
+        if self._around is None:
+            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
+            before, _, after = event.rpartition(b"{}")
+            self._around = before, after
+        return self._around
+
+    def build_choice(self, index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice that goes on."""
+        return self._build_choice(index, delta, None, None)
+
+    def build_tail(self) -> dict[str, Any] | None:
+        """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
+        if not self.choices or not all(state.finish_reason for state in self.choices.values()):
+            raise UpstreamLostError("the peer stopped in the middle of its answer")
+        if not self._include_usage or self.usage is None:
+            return None
+        timings = {} if self.timings is None else {"timings": self.timings}
+        return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
+
+    def _note_model(self, model: Any) -> None:
+        """The first name that the peer gives, with its first choice at the latest, is what served."""
+        if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
+            self._has_model = True
+            self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
+
+    def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
+        index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
+        if index is None or not 0 <= index < MAX_CHOICES:
+            raise UpstreamError("the peer sent a choice that is none")
+        state = self.choices.get(index)
+        if state is None:
+            state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
+        if state.finish_reason is not None:
+            return
+        delta = self._read_delta(choice, state)
+        logprobs = choice.get("logprobs") if isinstance(choice.get("logprobs"), dict) else None
+        state.finish_reason = state.read_finish_reason(choice.get("finish_reason"))
+        if (delta or logprobs or state.finish_reason) and not state.has_begun:
+            state.has_begun = True
+            if self._is_chat:
+                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
+        if delta or logprobs:
+            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
+        if state.finish_reason is not None:
+            yield self._build_choice(index, {}, state.finish_reason, None)
+
+    def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
+        delta = choice.get("delta", choice.get("message"))
+        if delta is None:
+            delta = {"content": choice.get("text")}
+        if not isinstance(delta, dict):
+            raise UpstreamError("the peer sent a delta that is none")
+        read: dict[str, Any] = {name: text for name in _DELTA_TEXTS if (text := read_peer_text(delta.get(name)))}
+        calls = delta.get("tool_calls")
+        if isinstance(calls, list) and calls:
+            read["tool_calls"] = [state.read_tool_call(call) for call in calls]
+        if isinstance(delta.get("function_call"), dict):
+            read["function_call"] = delta["function_call"]
+        return read
+
+    def _build_choice(
+        self, index: int, delta: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        content = {"delta": dict(delta)} if self._is_chat else {"text": delta.get("content", "")}
+        return {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+class AnswerAssembler:
+    """Gathers normalized choices into the answer for a client that did not stream. Pure."""
+
+    def __init__(self, form: ForwardForm) -> None:
+        self._is_chat = form is ForwardForm.CHAT
+        self._texts: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self._calls: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        self._functions: dict[int, dict[str, str]] = defaultdict(lambda: {"name": "", "arguments": ""})
+        self._logprobs: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+        self._finish_reasons: dict[int, str] = {}
+
+    def add_text(self, index: int, name: str, text: str) -> None:
+        """More of one text of choice `index`."""
+        self._texts[index][name].append(text)
+
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """A normalized choice."""
+        index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
+        for name, value in delta.items():
+            if name == "tool_calls":
+                self._add_calls(self._calls[index], value)
+            elif name == "function_call":
+                for part in ("name", "arguments"):
+                    self._functions[index][part] += read_peer_text(value.get(part))
+            elif name != "role":
+                self.add_text(index, name, value)
+        for name, values in (choice["logprobs"] or {}).items():
+            if isinstance(values, list):
+                self._logprobs[index][name].extend(values)
+        if choice["finish_reason"] is not None:
+            self._finish_reasons[index] = choice["finish_reason"]
+
+    def build(self, head: AnswerHead, usage: dict[str, Any] | None, timings: dict[str, Any] | None) -> dict[str, Any]:
+        """The whole answer. Its `usage` is missing if the peer gave none."""
+        choices = [
+            {
+                "index": index,
+                **self._build_content(index),
+                "finish_reason": finish_reason,
+                "logprobs": {"refusal": None, **self._logprobs[index]} if index in self._logprobs else None,
+            }
+            for index, finish_reason in sorted(self._finish_reasons.items())
+        ]
+        answer = build_answer(head, "chat.completion" if self._is_chat else "text_completion", choices)
+        return answer | ({"usage": usage} if usage else {}) | ({"timings": timings} if timings else {})
+
+    def _add_calls(self, calls: list[dict[str, Any]], fragments: Sequence[Mapping[str, Any]]) -> None:
+        for fragment in fragments:
+            if fragment["index"] == len(calls):
+                calls.append(
+                    {name: fragment[name] for name in ("id", "type")} | {"function": dict(fragment["function"])}
+                )
+            else:
+                calls[fragment["index"]]["function"]["arguments"] += fragment["function"]["arguments"]
+
+    def _build_content(self, index: int) -> dict[str, Any]:
+        texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
+        if not self._is_chat:
+            return {"text": texts.get("text", "")}
+        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None, **texts}
+        if index in self._calls:
+            message["tool_calls"] = self._calls[index]
+        if index in self._functions:
+            message["function_call"] = self._functions[index]
+        if "content" not in texts or (not texts["content"] and (index in self._calls or index in self._functions)):
+            message["content"] = None
+        return {"message": message}
+
+
+# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
+_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
+
+
+class ChunkTemplate:
+    """Chunks that differ in one text only: how the peer writes them around it, and how we do.
+
+    A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
+    """
+
+    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
+
+    def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
+        self.before, self.after = before, after
+        self.index, self.name = index, name
+        self.state = normalizer.choices[index]
+        event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
+        self.our_before, _, self.our_after = event.rpartition(b"@")
+
+    def find_text(self, event: bytes) -> bytes:
+        """The text within `event`, empty if the event is of another form or its text not plain."""
+        if not event.startswith(self.before) or not event.endswith(self.after):
+            return b""
+        text = event[len(self.before) : len(event) - len(self.after)]
+        if not _PLAIN_STRING.fullmatch(text):
+            return b""
+        if not text.isascii():
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                return b""
+        return text
+
+
+def learn_template(
+    event: bytes, value: dict[str, Any], choices: Sequence[Mapping[str, Any]], normalizer: ChunkNormalizer
+) -> ChunkTemplate | None:
+    """The template of an event that says `value` and became `choices`; None unless another text alone makes the next.
+
+    From a first event, which has a role and no text, the form of those that follow is guessed. That a text stands
+    where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
+    """
+    peers = value.get("choices")
+    if not isinstance(peers, list) or len(peers) != 1:
+        return None
+    delta = peers[0].get("delta")
+    if not choices:
+        role = _ROLE_DELTA.search(event) if delta == CHAT_ROLE_DELTA else None
+        if role is None or event.count(b'"role"') != 1:
+            return None
+        before = b'%b{"content":%b"' % (event[: role.start()], role[1])
+        after, name = b'"}' + event[role.end() :], "content"
+    else:
+        ours = choices[-1]
+        container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
+        name = texts[0] if len(texts) == 1 else ""
+        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+            return None
+        if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
+            return None
+        before, after = event[: found.start(1)], event[found.end(1) :]
+    if b"\\" in before or b"\\" in after:
+        return None
+    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+
+
+class PeerStream:
+    """A peer's event stream put in order: its bytes in, the client's out (none with an assembler). Pure.
+
+    `has_content`: the commit point has come. `is_done`: the end has come, and all that belongs before it.
+    """
+
+    def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
+        self._normalizer = normalizer
+        self._assembler = assembler
+        self._parser = SseParser(is_strict=True)
+        self._template: ChunkTemplate | None = None
+        self._templates_in_vain = 0
+        self._fed_bytes = 0
+        self.has_content = False
+        self.is_done = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets for a piece of the stream. UpstreamError for what no client should see."""
+        self._fed_bytes += len(data)
+        if self._assembler is not None and self._fed_bytes > FORWARD_ANSWER_LIMIT_BYTES:
+            raise UpstreamError(f"the peer's answer is larger than {FORWARD_ANSWER_LIMIT_BYTES // MIB} MiB")
+        pieces = []
+        for event in self._split(data):
+            if self.is_done:
+                break
+            template = self._template
+            text = template.find_text(event) if template is not None else b""
+            if template is None or not text:
+                pieces.append(self._read_event(event))
+                continue
+            self._templates_in_vain = 0
+            if not template.state.has_begun:
+                pieces.append(self._begin(template))
+            if self._assembler is None:
+                pieces += (template.our_before, text, template.our_after)
+            else:
+                self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
+        return b"".join(pieces)
+
+    def _begin(self, template: ChunkTemplate) -> bytes:
+        """The first text of a choice comes by a template that was guessed."""
+        template.state.has_begun = self.has_content = True
+        if self._assembler is not None:
+            return b""
+        return self._normalizer.encode(self._normalizer.build_choice(template.index, CHAT_ROLE_DELTA))
+
+    def feed_whole(self, data: bytes) -> bytes:
+        """The same for the answer of a peer that does not stream."""
+        try:
+            return self._put_in_order(parse_json(data))[0] + self._finish()
+        except JsonError as exc:
+            raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
+
+    def _split(self, data: bytes) -> list[bytes]:
+        """The data of each event; quickly where whole events of one line come, as they usually do."""
+        if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
+            events = data[6:-2].split(b"\n\ndata: ")
+            if data.count(b"\n") == 2 * len(events) and b"\r" not in data and len(data) <= SSE_EVENT_LIMIT_BYTES:
+                return events
+        try:
+            return [event.data.encode() for event in self._parser.feed(data)]
+        except SseError as exc:
+            raise UpstreamError(f"the peer's stream has {exc}") from exc
+
+    def _read_event(self, event: bytes) -> bytes:
+        if event == b"[DONE]":
+            return self._finish()
+        try:
+            value = parse_json(event)
+        except JsonError as exc:
+            raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
+        encoded, choices = self._put_in_order(value)
+        self._template = None
+        if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
+            self._template = learn_template(event, value, choices, self._normalizer)
+            self._templates_in_vain += self._template is not None
+        return encoded
+
+    def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
+        choices = self._normalizer.normalize(value)
+        self.has_content = self.has_content or bool(choices)
+        if self._assembler is None:
+            return b"".join(map(self._normalizer.encode, choices)), choices
+        for choice in choices:
+            self._assembler.add(choice)
+        return b"", choices
+
+    def _finish(self) -> bytes:
+        tail = self._normalizer.build_tail()
+        self.is_done = True
+        return (encode_json_event(tail) if tail is not None else b"") + encode_sse_event("[DONE]")
+
+
+def encode_peer_embeddings(data: bytes, model_id: str, count: int, encoding_format: str) -> bytes:
+    """A peer's embeddings as `POST /v1/embeddings` answers: `count` vectors in order, in the format asked for."""
+    try:
+        value = parse_json(data)
+    except JsonError as exc:
+        raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
+    items = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(items, list) or len(items) != count:
+        raise UpstreamError("the peer did not send as many embeddings as it was given inputs")
+    model, usage = value.get("model"), parse_peer_usage(value.get("usage"))
+    model_id = model if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS else model_id
+    prompt_tokens = usage["prompt_tokens"] if usage else 0
+    answer = build_embeddings(model_id, [parse_peer_vector(item) for item in items], prompt_tokens, encoding_format)
+    if not prompt_tokens:
+        del answer["usage"]
+    return encode_json(answer)
+
+
+def parse_peer_vector(item: Any) -> Sequence[float]:
+    """One embedding, numbers or base64 of little-endian float32."""
+    vector = item.get("embedding") if isinstance(item, dict) else None
+    if isinstance(vector, str):
+        try:
+            packed = base64.b64decode(vector, validate=True)
+            vector = struct.unpack(f"<{len(packed) // 4}f", packed)
+        except (ValueError, struct.error) as exc:
+            raise UpstreamError("the peer sent an embedding that is no base64 of floats") from exc
+    is_sound = isinstance(vector, list | tuple) and all(type(number) in (int, float) for number in vector)
+    if not vector or not is_sound or not all(map(math.isfinite, vector)):
+        raise UpstreamError("the peer sent an embedding that is none")
+    return cast("Sequence[float]", vector)
+
+
+# Asking
+
+
+def judge_status(status: int) -> AttemptOutcome:
+    """What a status other than 200 means for the next step."""
+    named = {
+        401: AttemptOutcome.UNAUTHORIZED,
+        404: AttemptOutcome.NO_MODEL,
+        408: AttemptOutcome.TIMEOUT,
+        429: AttemptOutcome.BUSY,
+    }
+    if status in named:
+        return named[status]
+    if status >= 500:
+        return AttemptOutcome.SERVER_ERROR
+    return AttemptOutcome.REFUSED if status >= 400 else AttemptOutcome.BROKEN
+
+
+def judge_error(error: UpstreamError) -> AttemptOutcome:
+    """What an error before the commit point means for the next step."""
+    if isinstance(error, AttemptError):
+        return error.outcome
+    if isinstance(error, UpstreamConnectError):
+        return AttemptOutcome.UNREACHABLE
+    return AttemptOutcome.TIMEOUT if isinstance(error, UpstreamTimeoutError) else AttemptOutcome.BROKEN
+
+
+def parse_retry_after(headers: Headers) -> int:
+    """A peer's `Retry-After` in seconds, 0 if it gave none that is a number."""
+    try:
+        return parse_decimal(headers.get("retry-after"), maximum=3600)
+    except ValueError:
+        return 0
+
+
+class PeerExchange:
+    """A request that was sent to a peer: reads its answer piece by piece, measures, and ends exactly once."""
+
+    def __init__(
+        self,
+        exchange: ClientExchange,
+        request: ForwardRequest,
+        target: ForwardTarget,
+        *,
+        started_at: float,
+        content_by: float,
+        silence_s: float,
+        on_end: Callable[[ForwardReport], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
+        self._request = request
+        self.target = target
+        self._started_at = self._written_at = started_at  # all in loop time
+        self._content_by = content_by
+        self._content_at: float | None = None  # when the first content came
+        self._silence_s = silence_s
+        self._on_end = on_end
+        self._has_ended = False
+        prefix = "chatcmpl-" if request.form is ForwardForm.CHAT else "cmpl-"
+        head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
+        self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
+        self.assembler = None if request.is_stream else AnswerAssembler(request.form)
+        self.stream = PeerStream(self.normalizer, self.assembler)
+
+    async def read_head(self) -> ClientResponse:
+        """The answer's head, if it is a 200 or the client's own fault; AttemptError otherwise."""
+        self._response = response = await self._exchange.receive()
+        response.end_within(self._content_by - self._loop.time())
+        if response.status != 200:
+            outcome = judge_status(response.status)
+            if outcome is not AttemptOutcome.REFUSED:
+                retry_after_s = parse_retry_after(response.headers)
+                raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
+        return response
+
+    async def read_first(self) -> bytes:
+        """What the client gets first: content, or for a long prefill a sign of life (then `has_content` is False)."""
+        media_type = self._response.headers.get("content-type").partition(";")[0].strip().lower()
+        if media_type == "application/json":
+            first = self.stream.feed_whole(await self._response.read(FORWARD_ANSWER_LIMIT_BYTES))
+            self._note_content()
+            self.end(ForwardOutcome.COMPLETED)
+            return first
+        if media_type != "text/event-stream":
+            raise UpstreamError("the peer sent neither events nor JSON")
+        return await self.read()
+
+    async def read(self) -> bytes:
+        """What the client gets next; an empty piece when there is nothing for it yet but content has come."""
+        while True:
+            data = await self._response.read_piece()
+            if not data:
+                raise UpstreamLostError("the peer ended its stream too early")
+            piece = self.stream.feed(data)
+            if self.stream.has_content:
+                if self._content_at is None:
+                    self._note_content()
+                if self.stream.is_done:
+                    self._response.leave_rest()
+                    self.end(ForwardOutcome.COMPLETED)
+                if piece or self.assembler is not None:
+                    self._written_at = self._loop.time()
+                    return piece
+            if self.assembler is None and self._loop.time() - self._written_at >= PING_INTERVAL_S:
+                self._written_at = self._loop.time()
+                return PING
+
+    async def read_embeddings(self) -> bytes:
+        """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
+        parsed = parse_embeddings_request(self._request.body)
+        data = await self._response.read(FORWARD_ANSWER_LIMIT_BYTES)
+        arguments = (data, self.target.model_id, len(parsed.embedding.inputs), parsed.encoding_format)
+        if len(data) > LARGE_ANSWER_BYTES:
+            answer = await asyncio.to_thread(encode_peer_embeddings, *arguments)
+        else:
+            answer = encode_peer_embeddings(*arguments)
+        self._note_content()
+        return answer
+
+    def end(self, outcome: ForwardOutcome) -> None:
+        """Gives up the connection and reports, the first time only."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._exchange.release()
+            self._on_end(self._build_report(outcome))
+
+    def abandon(self) -> None:
+        """Ends without a report: the answer was none."""
+        self._has_ended = True
+        self._exchange.release()
+
+    def _note_content(self) -> None:
+        """The commit point."""
+        self._content_at = self._loop.time()
+        self._response.end_within(None)
+        self._response.idle_s = self._silence_s
+
+    def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
+        now, content_at = self._loop.time(), self._content_at
+        usage = self.normalizer.usage or {}
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        first_content_s = None if content_at is None else content_at - self._started_at
+        rates = [read_rate(self.normalizer.timings, name) for name in ("prompt_per_second", "predicted_per_second")]
+        if rates[0] is None and prompt and first_content_s:
+            rates[0] = prompt / first_content_s
+        if rates[1] is None and completion and content_at is not None and completion > 1 and now > content_at:
+            rates[1] = (completion - 1) / (now - content_at)
+        return ForwardReport(
+            target=self.target,
+            outcome=outcome,
+            duration_s=now - self._started_at,
+            first_content_s=first_content_s,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            prefill_tok_per_s=rates[0],
+            decode_tok_per_s=rates[1],
+        )
+
+
+def read_rate(timings: Mapping[str, Any] | None, name: str) -> float | None:
+    """A rate that llama-server's `timings` give, None if it is none."""
+    rate: Any = (timings or {}).get(name)
+    return float(rate) if type(rate) in (int, float) and 0 < rate < 1e6 else None
+
+
+class ForwardedStream:
+    """The bytes of a stream that a peer serves; closing it ends the peer's work.
+
+    When the peer fails, an error is the last event, nothing says [DONE], and the iteration raises PeerError.
+    """
+
+    def __init__(self, exchange: PeerExchange, first: bytes) -> None:
+        self._exchange = exchange
+        self._first = first
+        self._error: PeerError | None = None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        if self._error is not None:
+            raise self._error
+        if self._exchange.stream.is_done:
+            raise StopAsyncIteration
+        try:
+            return await self._exchange.read()
+        except UpstreamError as exc:
+            self._exchange.end(ForwardOutcome.PEER_FAILED)
+            self._error = build_peer_failure(self._exchange.target, exc)
+            return encode_json_event(build_error_body(self._error))
+
+    async def aclose(self) -> None:
+        self._exchange.end(ForwardOutcome.CLIENT_LEFT)
+
+
+def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError:
+    """The client's error for a peer that failed after the commit point."""
+    name = display_name(target.device_name or target.device_id)
+    return PeerError(f"{name} began to answer and failed: {error.message}; what came before is incomplete")
+
+
+class Forwarder:
+    """Asks peers in turn until one answers. Reports every attempt when it is decided, every answer when it ends."""
+
+    def __init__(
+        self,
+        client: HttpClient,
+        *,
+        on_attempt: Callable[[Attempt], None],
+        on_end: Callable[[ForwardReport], None],
+        budgets: ForwardBudgets | None = None,
+    ) -> None:
+        self._client = client
+        self._on_attempt = on_attempt
+        self._on_end = on_end
+        self._budgets = budgets or ForwardBudgets()
+        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
+
+    async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
+        """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
+
+        Cancelling ends the peer's work. A streamed answer is begun at its first content; only where a peer shows
+        signs of life without any for PING_INTERVAL_S it is begun then, and can no longer change its peer.
+        """
+        attempts: list[Attempt] = []
+        for target in targets:
+            exchange: PeerExchange | None = None
+            try:
+                exchange = await self._send(request, target)
+                answer = await self._ask(exchange, request, attempts)
+            except UpstreamError as exc:
+                if exchange is not None:
+                    exchange.abandon()
+                if isinstance(exc, PeerError):
+                    raise
+                outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
+                self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
+                continue
+            except BaseException:
+                if exchange is not None:
+                    exchange.end(ForwardOutcome.CLIENT_LEFT)
+                raise
+            return Forwarded(answer=answer, attempts=tuple(attempts))
+        return Forwarded(answer=None, attempts=tuple(attempts))
+
+    async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
+        """Sends the request; what its answer needs is made while it is on its way."""
+        budgets, started_at = self._budgets, asyncio.get_running_loop().time()
+        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        url = self._parse_url(target.base_url + request.form.value)
+        headers = build_forward_headers(request)
+        if target.sign is not None:
+            headers += target.sign("POST", url.target, body)
+        budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
+        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        await exchange.start()
+        return PeerExchange(
+            exchange,
+            request,
+            target,
+            started_at=started_at,
+            content_by=started_at + budget_s,
+            silence_s=budgets.silence_s,
+            on_end=self._on_end,
+        )
+
+    def _parse_url(self, url: str) -> HttpUrl:
+        parsed = self._urls.get(url)
+        if parsed is None:
+            if len(self._urls) >= PEER_URLS_LIMIT:
+                self._urls.clear()
+            parsed = self._urls[url] = parse_http_url(url)
+        return parsed
+
+    def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
+        attempts.append(attempt)
+        self._on_attempt(attempt)
+
+    def _commit(self, attempts: list[Attempt], target: ForwardTarget) -> None:
+        outcome = AttemptOutcome.COMMITTED
+        self._note(attempts, Attempt(target=target, outcome=outcome, reason=outcome.value))
+
+    async def _ask(self, exchange: PeerExchange, request: ForwardRequest, attempts: list[Attempt]) -> ForwardAnswer:
+        response = await exchange.read_head()
+        target = exchange.target
+        if response.status != 200:
+            return await self._refuse(exchange, response, attempts)
+        if request.form is ForwardForm.EMBEDDINGS:
+            body = await exchange.read_embeddings()
+            self._commit(attempts, target)
+            exchange.end(ForwardOutcome.COMPLETED)
+            return ForwardAnswer(status=200, headers=(JSON_HEADER, *build_served_by_headers(target)), body=body)
+        first = await exchange.read_first()
+        self._commit(attempts, target)
+        if request.is_stream:
+            headers = SSE_HEADERS + build_served_by_headers(target)
+            return ForwardAnswer(status=200, headers=headers, body=ForwardedStream(exchange, first))
+        body = await self._read_whole(exchange)
+        return ForwardAnswer(status=200, headers=(JSON_HEADER, *build_served_by_headers(target)), body=body)
+
+    async def _read_whole(self, exchange: PeerExchange) -> bytes:
+        try:
+            while not exchange.stream.is_done:
+                await exchange.read()
+        except UpstreamError as exc:
+            exchange.end(ForwardOutcome.PEER_FAILED)
+            raise build_peer_failure(exchange.target, exc) from exc
+        normalizer, assembler = exchange.normalizer, exchange.assembler
+        assert assembler is not None  # the client did not stream
+        return encode_json(assembler.build(normalizer.head, normalizer.usage, normalizer.timings))
+
+    async def _refuse(self, exchange: PeerExchange, response: ClientResponse, attempts: list[Attempt]) -> ForwardAnswer:
+        """The peer's refusal of the request itself, which every other peer would repeat."""
+        data = await response.read(PEER_ERROR_LIMIT_BYTES)
+        reason = f"it answered {response.status}"
+        self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
+        exchange.end(ForwardOutcome.REFUSED)
+        retry_after_s = parse_retry_after(response.headers)
+        should_retry = response.headers.get("x-should-retry", "false")
+        headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
+        if retry_after_s:
+            headers.append(("Retry-After", str(min(retry_after_s, 60))))
+        headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
+        body = encode_json(build_peer_error(response.status, data))
+        return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+
+
 # ---- HTTP server ----------------------------------------------------------------------
 # Connections: limits, deadlines, who may speak (Host, Origin, keys), graceful stop.
 
@@ -13560,6 +18524,7 @@ class Caller(enum.Enum):
 
     LOOPBACK = "this machine, with the API key if one is set"
     KEY_HOLDER = "another machine, with an API key"
+    PAIRED = "a device whose signature proves that it is paired"
     STRANGER = "anybody else"
 
 
@@ -13590,6 +18555,14 @@ ACCESS_TABLE: Mapping[Caller, Mapping[RouteClass, Access]] = {
     },
     Caller.KEY_HOLDER: {
         **dict.fromkeys(RouteClass, Access.ALLOWED),
+        RouteClass.CONTROL: Access.REFUSED,
+    },
+    Caller.PAIRED: {
+        RouteClass.INFERENCE: Access.ALLOWED,
+        RouteClass.CAPABILITY: Access.ALLOWED,
+        RouteClass.PEERS: Access.REFUSED,
+        RouteClass.HEALTH: Access.ALLOWED,
+        RouteClass.HANDSHAKE: Access.ALLOWED,
         RouteClass.CONTROL: Access.REFUSED,
     },
     Caller.STRANGER: {
@@ -13645,7 +18618,10 @@ class AccessPolicy:
 
 @record(frozen=True, kw_only=True, slots=True)
 class AccessDecision:
-    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer."""
+    """`refusal` None: go on as `caller`. `origin`: the allowed page's, to be named in the answer.
+
+    PAIRED is what the request claims: its signature covers the body, so that it is verified once that is here.
+    """
 
     caller: Caller
     refusal: BridgeError | None = None
@@ -13657,16 +18633,18 @@ def choose_access(policy: AccessPolicy, head: RequestHead, *, is_loopback: bool,
     """Whether a request may go on to its route; decided before its body is read.
 
     The order matters: a name that is not ours (DNS rebinding) and a foreign page (drive-by) are refused whatever
-    they ask for and whoever they are; then keys; then what the route needs.
+    they ask for and whoever they are; then keys; then what the route needs. A signature decides alone: an Origin or
+    an Authorization beside it was copied from the client's client.
     """
+    is_signed = any(name in head.headers for name in SIGNATURE_FIELDS)
     try:
         _verify_host(policy, head, local_address)
-        origin = _verify_origin(policy, head.headers)
+        origin = None if is_signed else _verify_origin(policy, head.headers)
     except BridgeError as refusal:
         return AccessDecision(caller=Caller.STRANGER, refusal=refusal)
     if origin is not None and head.method == "OPTIONS" and "access-control-request-method" in head.headers:
         return AccessDecision(caller=Caller.STRANGER, origin=origin, is_preflight=True)
-    caller = choose_caller(policy, head.headers, is_loopback=is_loopback)
+    caller = Caller.PAIRED if is_signed else choose_caller(policy, head.headers, is_loopback=is_loopback)
     try:
         _verify_route(policy, head, caller, is_page=origin is not None)
         _verify_media_type(head)
@@ -13747,7 +18725,10 @@ def _verify_media_type(head: RequestHead) -> None:
 
 @record(frozen=True, kw_only=True, slots=True)
 class HttpRequest:
-    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers."""
+    """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers.
+
+    `pairing`: of a PAIRED caller, the one whose key signed the request.
+    """
 
     method: str
     path: str
@@ -13760,6 +18741,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    pairing: Pairing | None = None
 
     @property
     def is_known_caller(self) -> bool:
@@ -13791,6 +18773,7 @@ class HttpResponse:
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+Identify = Callable[[HttpRequest], Pairing]  # whose signature a request has; raises what is answered instead
 
 
 def build_json_response(value: Any, *, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
@@ -13951,7 +18934,7 @@ class HttpExchange:
     def __init__(
         self, request: HttpRequest, head: RequestHead, writer: TransportWriter, common_fields: Sequence[tuple[str, str]]
     ) -> None:
-        self._request = request
+        self.request = request
         self._head = head
         self._writer = writer
         self._common_fields = common_fields
@@ -13974,13 +18957,13 @@ class HttpExchange:
     async def _answer(self, handler: Handler) -> HttpResponse:
         """What the handler returns or raises, with its head prepared."""
         try:
-            response = await handler(self._request)
+            response = await handler(self.request)
             self._prepare(response)
             return response
         except BridgeError as error:
             response = build_error_response(error)
         except Exception:
-            _http_logger.exception("internal error in request %s", self._request.request_id)
+            _http_logger.exception("internal error in request %s", self.request.request_id)
             response = build_error_response(InternalError("internal error"))
         self._prepare(response)
         return response
@@ -14014,7 +18997,7 @@ class HttpExchange:
             self._writer.write(body[start : start + WRITE_BUFFER_LIMIT_BYTES])
 
     def _build_fields(self, response: HttpResponse, framing: BodyFraming) -> list[tuple[str, str]]:
-        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self._request.request_id)]
+        fields = [*response.headers, *self._common_fields, ("X-Request-Id", self.request.request_id)]
         if isinstance(response.body, bytes) and response.status != 204 and response.status >= 200:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
@@ -14033,20 +19016,21 @@ class HttpExchange:
                     self._writer.write(encode_chunk(data) if is_chunked else data)
                     await self._writer.drain()
         except BridgeError as error:
-            _http_logger.info("answer of request %s torn off: %s", self._request.request_id, error.code or error.type)
+            _http_logger.info("answer of request %s torn off: %s", self.request.request_id, error.code or error.type)
             self.keep_alive = False
         except Exception:
             if self._writer.is_lost:
                 raise
-            _http_logger.exception("internal error while answering request %s", self._request.request_id)
+            _http_logger.exception("internal error while answering request %s", self.request.request_id)
             self.keep_alive = False
         else:
             if is_chunked:
                 self._writer.write(LAST_CHUNK)
 
     def _log(self, status: int, elapsed_s: float) -> None:
-        request = self._request
-        _http_logger.info(
+        request = self.request
+        _http_logger.log(
+            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
             request.method,
@@ -14246,6 +19230,11 @@ class HttpConnection(asyncio.Protocol):
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
         )
+        if decision.caller is Caller.PAIRED and decision.refusal is None:
+            try:
+                request = replace(request, pairing=self._server.identify(request))
+            except BridgeError as refusal:
+                decision = replace(decision, refusal=refusal)
         self._exchange = HttpExchange(request, head, self._writer, self._server.build_common_fields(decision.origin))
         self._exchange.keep_alive &= not self._is_stopping
         self._task = self._server.own(self._exchange.run(_choose_handler(decision, self._server.handler)))
@@ -14329,6 +19318,11 @@ class HttpConnection(asyncio.Protocol):
 
     # -- what the server calls --
 
+    @property
+    def request(self) -> HttpRequest | None:
+        """The request that is being answered."""
+        return self._exchange.request if self._exchange is not None else None
+
     def abort(self) -> None:
         """Ends the connection now, whatever it does."""
         self._transport.abort()
@@ -14363,12 +19357,20 @@ def _keep_probing(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-class HttpServer:
-    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once."""
+def _refuse_signature(request: HttpRequest) -> Pairing:
+    raise SignatureError()
 
-    def __init__(self, options: HttpServerOptions, handler: Handler) -> None:
+
+class HttpServer:
+    """Listens, admits connections and owns their tasks. `start`, then `stop`; a second `stop` ends at once.
+
+    `identify` verifies signed requests, once their body is here; it may not wait.
+    """
+
+    def __init__(self, options: HttpServerOptions, handler: Handler, *, identify: Identify = _refuse_signature) -> None:
         self.options = options
         self.handler = handler
+        self.identify = identify
         self.policy = build_access_policy(options, socket.gethostname())
         self.tls_context: ssl.SSLContext | None = None
         self._acceptors: list[asyncio.Task[None]] = []
@@ -14386,10 +19388,17 @@ class HttpServer:
         return self.addresses[0][1]
 
     @property
+    def is_wildcard(self) -> bool:
+        """Whether it listens on every address of this machine."""
+        return any(host in ("0.0.0.0", "::") for host, _ in self.addresses)
+
+    @property
     def base_url(self) -> str:
         """What a client on this machine is given, as in `http://127.0.0.1:38883/v1`."""
         host, port = self.addresses[0]
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        if host in ("0.0.0.0", "::"):  # the latter takes both families where it can
+            host = "127.0.0.1" if host == "0.0.0.0" or socket.has_dualstack_ipv6() else "::1"
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self.tls_context else 'http'}://{host}:{port}/v1"
 
     @property
@@ -14455,6 +19464,12 @@ class HttpServer:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._all_closed.wait(), timeout_s)
 
+    def end_requests(self, is_affected: Callable[[HttpRequest], bool]) -> None:
+        """Ends at once the connections on which such a request is being answered: its sender may no longer ask."""
+        for connection in list(self._connections):
+            if connection.request is not None and is_affected(connection.request):
+                connection.abort()
+
     # -- what connections call --
 
     def admit(self, connection: HttpConnection) -> bool:
@@ -14500,17 +19515,22 @@ class HttpServer:
 # ---- Routes ---------------------------------------------------------------------------
 # The OpenAI routes and our own, over an engine with a bounded queue.
 
-PING = encode_sse_comment("ping")
-PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
 LARGE_BODY_BYTES = MIB
 RETRY_AFTER_LIMITS_S = (1, 60)  # what SDKs accept
 DURATION_WEIGHT = 0.3  # of the newest request in the average that Retry-After is made from
-SSE_HEADERS = (
-    ("Content-Type", "text/event-stream"),
-    ("Cache-Control", "no-cache"),
-    ("X-Accel-Buffering", "no"),
-)
 LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
+PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
+PEER_WAITING = 8  # and so many waiting
+PEER_TOKENS_LIMIT = 8192  # answers of paired devices that never end
+CALLBACKS_LIMIT = 64  # on_offload callbacks that never return
+CALLBACK_END_S = 1.0  # those that do not end with the bridge
+APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+AUDIT_CALLERS = {
+    Caller.LOOPBACK: AuditCaller.LOCAL,
+    Caller.KEY_HOLDER: AuditCaller.KEY,
+    Caller.PAIRED: AuditCaller.PEER,
+    Caller.STRANGER: AuditCaller.ANONYMOUS,
+}
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -14519,6 +19539,9 @@ HEALTH_WORDS = {
     EngineState.RESTARTING: "degraded",
     EngineState.FAILED: "degraded",
 }
+
+
+routes_log = logging.getLogger("dvai_bridge.routes")
 
 
 class AdmissionQueue:
@@ -14705,6 +19728,43 @@ class AnswerEncoder:
         return tail + encode_sse_event("[DONE]")
 
 
+def build_answer_form(
+    form: ForwardForm, body: Mapping[str, Any], *, features: frozenset[str], tenant: str, model: ServedModel
+) -> AnswerForm:
+    """How a generating route's body is read and its answer worded."""
+    created, nonce = int(time.time()), os.urandom(12).hex()
+    if form is ForwardForm.CHAT:
+        chat = parse_chat_request(body, features=features, tenant=tenant)
+        return ChatForm(head=AnswerHead(id=f"chatcmpl-{nonce}", created=created, model=model.model_id), parsed=chat)
+    text = parse_completion_request(body, features=features, tenant=tenant)
+    return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
+
+
+def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for a request that no engine could serve, whatever it can do."""
+    if form is ForwardForm.CHAT:
+        parse_chat_request(body, features=frozenset(ENGINE_PARAMETERS))
+    elif form is ForwardForm.TEXT:
+        parse_completion_request(body, features=frozenset(ENGINE_PARAMETERS))
+    else:
+        parse_embeddings_request(body)
+
+
+def may_offload(request: HttpRequest) -> bool:
+    """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
+    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
+    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+
+
+def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
+    """What a paired device asks for, with PEER_TOKENS_LIMIT as the longest answer."""
+    if pairing is None:
+        return generations
+    return [
+        replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
+    ]
+
+
 async def read_json(request: HttpRequest) -> dict[str, Any]:
     """The body's JSON object; a large one is parsed in a thread, so that others are answered meanwhile."""
     if len(request.body) > LARGE_BODY_BYTES:
@@ -14713,7 +19773,9 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
 
 
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: those of the same credentials, of which only a hash is kept."""
+    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed)."""
+    if request.pairing is not None:
+        return f"pairing {request.pairing.pairing_id}"
     credentials = request.headers.get("authorization")
     return hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
 
@@ -14721,11 +19783,6 @@ def build_tenant(request: HttpRequest) -> str:
 def count_choices(parsed: ChatRequest | CompletionRequest) -> int:
     """How many choices each prompt has."""
     return parsed.n if isinstance(parsed, CompletionRequest) else len(parsed.generations)
-
-
-def encode_json_event(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event whose data is JSON."""
-    return encode_sse_event(encode_json(value).decode())
 
 
 class EventStreamBody:
@@ -14777,85 +19834,339 @@ class ServedModel:
     owned_by: str
 
 
-class Service:
-    """Answers the requests that the HTTP server let in. One engine, one queue."""
+class InferenceAccount:
+    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
 
-    def __init__(self, *, engine: Engine, model: ServedModel, queue: AdmissionQueue, timeout_s: float) -> None:
-        self.model = model
-        self._engine = engine
-        self._queue = queue
-        self._timeout_s = timeout_s
+    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+        self.route: str | None = None
+        self.engine: str | None = None
+        self.served_by: str | None = None
+        self.model_asked: str | None = None
+        self.model_served: str | None = None
+        self._request = request
+        self._record: Callable[[AuditEntry], None] | None = record
         self._started = time.monotonic()
-        self._routes: dict[str, dict[str, Handler]] = {
-            "/chat/completions": {"POST": self.create_chat_completion},
-            "/completions": {"POST": self.create_completion},
-            "/embeddings": {"POST": self.create_embeddings},
-            "/models": {"GET": self.list_models},
-            "/health": {"GET": self.show_health},
-            "/dvai/health": {"GET": self.show_health},
-        }
+        self._prompt_tokens: int | None = None
+        self._completion_tokens: int | None = None
 
-    async def handle(self, request: HttpRequest) -> HttpResponse:
-        """Route a request. Raises RouteNotFoundError, MethodNotAllowedError, or what the route raises."""
-        path = request.path.removeprefix("/v1")
-        methods = self._routes.get(path)
-        if methods is None and path.startswith("/models/"):
-            methods = {"GET": self.show_model}
+    def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
+        """Adds the tokens of one generation; None: nobody said how many."""
+        if prompt_tokens is not None:
+            self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
+        if completion_tokens is not None:
+            self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def close(self, status: int, outcome: str) -> None:
+        """The request has ended; what comes after the first end is not an end."""
+        if self._record is None:
+            return
+        request, pairing, record, self._record = self._request, self._request.pairing, self._record, None
+        duration_s = time.monotonic() - self._started
+        record(
+            AuditEntry(
+                time_ms=int(time.time() * 1000),
+                request_id=request.request_id,
+                caller=AUDIT_CALLERS[request.caller],
+                device_id=pairing.device_id if pairing is not None else None,
+                app_id=pairing.app_id if pairing is not None else None,
+                path=request.path,
+                status=status,
+                outcome=outcome,
+                duration_ms=int(duration_s * 1000),
+                route=self.route,
+                engine=self.engine,
+                model_asked=self.model_asked,
+                model_served=self.model_served,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                served_by=self.served_by,
+            )
+        )
+
+
+class AccountedBody:
+    """A streamed answer whose end closes its account: whole, torn off by an error, or left by the client."""
+
+    def __init__(self, body: AsyncIterator[bytes], account: InferenceAccount, status: int) -> None:
+        self._body = body
+        self._account = account
+        self._status = status
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except StopAsyncIteration:
+            self._account.close(self._status, "ok")
+            raise
+        except Exception as exc:
+            self._account.close(self._status, name_outcome(exc))
+            raise
+
+    async def aclose(self) -> None:
+        self._account.close(self._status, "cancelled")
+        close = getattr(self._body, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def name_outcome(exc: BaseException) -> str:
+    """How the audit names what a request ended with."""
+    if isinstance(exc, asyncio.CancelledError):
+        return "cancelled"
+    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+
+
+class PeerQuotas:
+    """What paired devices may take of this one at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, AdmissionQueue] = {}
+
+    @contextlib.asynccontextmanager
+    async def place(self, pairing: Pairing | None) -> AsyncIterator[None]:
+        """Hold one of the device's places; everybody else has no quota. Raises OverloadedError."""
+        if pairing is None:
+            yield
+            return
+        queue = self._queues.setdefault(pairing.pairing_id, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
+        try:
+            async with queue.place():
+                yield
+        finally:
+            if not queue.running and not queue.waiting:
+                self._queues.pop(pairing.pairing_id, None)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LocalEngine:
+    """A model that this device serves itself, with the queue before its engine.
+
+    `observe` is told what each generation took that ran alone: how fast the engine is.
+    """
+
+    model: ServedModel
+    engine: Engine
+    queue: AdmissionQueue
+    watch: RequestWatch
+    observe: Callable[[Usage], None] = lambda usage: None
+
+    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them."""
+        async with self.queue.place():
+            account.engine = (await self.engine.ready()).engine
+            for index, request in enumerate(requests):
+                ticket, usage = self.watch.enter(), None
+                try:
+                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                        async for event in events:
+                            if isinstance(event, Finished):
+                                usage = event.usage
+                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                            yield index, event
+                finally:
+                    if self.watch.leave(ticket) and usage is not None:
+                        self.observe(usage)
+
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+        """The vectors of a request's inputs."""
+        async with self.queue.place():
+            info = await self.engine.ready()
+            account.engine = info.engine
+            parsed.verify_dimensions(info.n_embd)
+            embedded = await self.engine.embed(parsed.embedding)
+            account.count(embedded.prompt_tokens, 0)
+            return embedded
+
+    def verify_model(self, model: str | None) -> None:
+        """Raises ModelNotFoundError for any name but this model's."""
+        if model is not None and not is_same_model(model, self.model.model_id):
+            raise ModelNotFoundError(
+                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                "`python3 dvai_bridge.py models` lists what this machine could serve",
+                param="model",
+            )
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class InterceptorContext:
+    """What a chat_completion_interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller."""
+
+    request_id: str
+    client_address: str
+    caller: Caller
+    device_id: str | None
+    app_id: str | None
+    model_id: str | None
+
+
+Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any]
+
+
+async def intercept(
+    interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], model: ServedModel | None
+) -> HttpResponse | None:
+    """The answer of an interceptor, or None. Its error is ours to answer: a BridgeError as it is, others with a 500."""
+    pairing = request.pairing
+    context = InterceptorContext(
+        request_id=request.request_id,
+        client_address=request.client_address,
+        caller=request.caller,
+        device_id=pairing.device_id if pairing else None,
+        app_id=pairing.app_id if pairing else None,
+        model_id=model.model_id if model else None,
+    )
+    answer = await call_back(interceptor, body, context, {name.lower(): value for name, value in request.headers})
+    if answer is None or isinstance(answer, HttpResponse):
+        return answer
+    raise TypeError(f"an interceptor returns None or an HttpResponse, not {type(answer).__name__}")
+
+
+RouteTable = Mapping[str, Mapping[str, Handler]]  # path without `/v1`, perhaps ending in `/*` → method → handler
+
+
+def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
+    """The handler of a request. Raises RouteNotFoundError or MethodNotAllowedError."""
+    path = request.path.removeprefix("/v1")
+    method = "GET" if request.method == "HEAD" else request.method
+    for table in tables:
+        methods = table.get(path) or next(
+            (table[each] for each in table if each.endswith("/*") and path.startswith(each[:-1])), None
+        )
         if methods is None:
-            raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
-        method = "GET" if request.method == "HEAD" else request.method
+            continue
         if method not in methods:
             raise MethodNotAllowedError(f"{request.path} does not take {request.method}", allow=tuple(methods))
-        return await methods[method](request)
+        return methods[method]
+    raise RouteNotFoundError(f"there is no {request.path}; the API is under /v1, e.g. /v1/chat/completions")
 
-    # Generating
 
-    async def create_chat_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/chat/completions`."""
-        parsed = parse_chat_request(await read_json(request), features=self._features, tenant=build_tenant(request))
-        return await self._answer(ChatForm(head=self._build_head("chatcmpl-", parsed.model), parsed=parsed))
+class Service:
+    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
 
-    async def create_completion(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/completions`, the legacy route."""
-        parsed = parse_completion_request(
-            await read_json(request), features=self._features, tenant=build_tenant(request)
-        )
-        return await self._answer(TextForm(head=self._build_head("cmpl-", parsed.model), parsed=parsed))
+    `local` None: offload-only mode. `record` takes the audit's entry of each inference request when it has ended.
+    """
 
-    async def create_embeddings(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/embeddings`."""
-        parsed = parse_embeddings_request(await read_json(request), tenant=build_tenant(request))
-        self._verify_model(parsed.model)
+    def __init__(
+        self,
+        *,
+        local: LocalEngine | None,
+        offload: Offloading | None = None,
+        interceptor: Interceptor | None = None,
+        record: Callable[[AuditEntry], None] = lambda entry: None,
+        timeout_s: float,
+    ) -> None:
+        self._local = local
+        self._offload = offload
+        self._interceptor = interceptor
+        self._record = record
+        self._timeout_s = timeout_s
+        self._quotas = PeerQuotas()
+        self.routes: RouteTable = {
+            "/chat/completions": {"POST": functools.partial(self._infer, ForwardForm.CHAT)},
+            "/completions": {"POST": functools.partial(self._infer, ForwardForm.TEXT)},
+            "/embeddings": {"POST": functools.partial(self._infer, ForwardForm.EMBEDDINGS)},
+            "/models": {"GET": self.list_models},
+            "/models/*": {"GET": self.show_model},
+        }
+
+    # Inference
+
+    async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
+        """One inference request, from its body to its entry in the audit."""
+        account = InferenceAccount(request, self._record)
         try:
-            async with asyncio.timeout(self._timeout_s), self._queue.place():
-                parsed.verify_dimensions((await self._engine.ready()).n_embd)
-                embedded = await self._engine.embed(parsed.embedding)
+            response = await self._answer(form, request, account)
+        except BaseException as exc:
+            account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
+            raise
+        if isinstance(response.body, bytes):
+            account.close(response.status, "ok" if response.status < 400 else "refused")
+            return response
+        return replace(response, body=AccountedBody(response.body, account, response.status))
+
+    async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
+        """The interceptor's answer, else a peer's, else the local engine's."""
+        body = await read_json(request)
+        model = body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise InvalidRequestError("model must be a string", param="model")
+        account.model_asked = model
+        if self._interceptor is not None and form is ForwardForm.CHAT:
+            answer = await intercept(self._interceptor, request, body, self._local.model if self._local else None)
+            if answer is not None:
+                return answer
+        headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        if self._offload is not None:
+            placement = await self._offload.place(form, request, body, account)
+            forwarded = placement.answer
+            if forwarded is not None:
+                return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
+            headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
+        if self._local is None:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        self._local.verify_model(model)
+        account.route, account.served_by = "local", "local"
+        account.model_served = self._local.model.model_id
+        if form is ForwardForm.EMBEDDINGS:
+            return await self._embed(self._local, request, body, account, headers)
+        return await self._generate(self._local, form, request, body, account, headers)
+
+    async def _embed(
+        self,
+        local: LocalEngine,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        try:
+            async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
+                embedded = await local.embed(parsed, account)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
-        answer = build_embeddings(self.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format)
-        return build_json_response(answer, headers=LOCAL_HEADERS)
+        answer = build_embeddings(
+            local.model.model_id, embedded.vectors, embedded.prompt_tokens, parsed.encoding_format
+        )
+        return build_json_response(answer, headers=headers)
 
-    async def _answer(self, form: AnswerForm) -> HttpResponse:
-        generation = self._generate(form.parsed.generations)
+    async def _generate(
+        self,
+        local: LocalEngine,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        headers: Sequence[tuple[str, str]],
+    ) -> HttpResponse:
+        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
+        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
+        parsed = answer_form.parsed
+        generation = self._run(local, limit_generations(parsed.generations, request.pairing), request.pairing, account)
         first = await self._read_first(generation)
-        if form.parsed.stream:
-            body = EventStreamBody(generation, first, AnswerEncoder(form))
-            return HttpResponse(headers=SSE_HEADERS + LOCAL_HEADERS, body=body)
-        collector = AnswerCollector(form)
+        if parsed.stream:
+            body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
+            return HttpResponse(headers=(*SSE_HEADERS, *headers), body=body_stream)
+        collector = AnswerCollector(answer_form)
         collector.add(*first)
         async with contextlib.aclosing(generation):
             async for index, event in generation:
                 collector.add(index, event)
-        return build_json_response(collector.build(), headers=LOCAL_HEADERS)
+        return build_json_response(collector.build(), headers=headers)
 
-    async def _generate(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, EngineEvent], None]:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self._queue.place():
-            await self._engine.ready()
-            for index, request in enumerate(requests):
-                async with contextlib.aclosing(self._engine.generate(request)) as events:
-                    async for event in events:
-                        yield index, event
+    async def _run(
+        self,
+        local: LocalEngine,
+        generations: Sequence[GenerationRequest],
+        pairing: Pairing | None,
+        account: InferenceAccount,
+    ) -> Generation:
+        async with self._quotas.place(pairing), contextlib.aclosing(local.generate(generations, account)) as events:
+            async for event in events:
+                yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
         """The event that decides that the answer is a 200: text, or progress after PING_INTERVAL_S."""
@@ -14870,59 +20181,317 @@ class Service:
             raise self._build_timeout() from exc
         raise EngineError("the engine ended without an answer")
 
-    # Saying what there is
+    def _build_timeout(self) -> GatewayTimeoutError:
+        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+
+    # Models
 
     async def list_models(self, request: HttpRequest) -> HttpResponse:
-        """`GET /v1/models`."""
-        return build_json_response(build_model_list([self._build_model()]))
+        """`GET /v1/models`: what is served here, then what paired devices have, which only callers of ours are told."""
+        return build_json_response(build_model_list(self._build_models(request)))
 
     async def show_model(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/models/{id}`."""
-        self._verify_model(request.path.removeprefix("/v1").removeprefix("/models/"))
-        return build_json_response(self._build_model())
+        asked = request.path.removeprefix("/v1").removeprefix("/models/")
+        models = self._build_models(request)
+        found = next((model for model in models if is_same_model(model["id"], asked)), None)
+        if found is None:
+            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
+            raise ModelNotFoundError(
+                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
+            )
+        return build_json_response(found)
+
+    def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
+        served = [self._local.model] if self._local is not None else []
+        if self._offload is not None and may_offload(request):
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
+        return [build_model(model.model_id, model.created, model.owned_by) for model in served]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a request ended up: with a peer's `answer`, or here (None), for `reason`, as a request for `model`."""
+
+    answer: ForwardAnswer | None = None
+    model: str | None = None
+    reason: str = ""
+
+
+class Offloading:
+    """Takes each request to whoever should serve it: the decision, the handshake it may need, the forwarding."""
+
+    def __init__(
+        self,
+        *,
+        policy: OffloadPolicy,
+        monitor: PeerMonitor,
+        client: HttpClient,
+        list_local: Callable[[], Sequence[LocalModel]],
+        sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
+        on_offload: Callable[[Peer], Any] | None = None,
+    ) -> None:
+        self._policy = policy
+        self._monitor = monitor
+        self._list_local = list_local
+        self._sign = sign
+        self._on_offload = on_offload
+        self._client = client
+        self._callbacks: set[asyncio.Task[None]] = set()
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of paired devices, each once under its own name."""
+        return [
+            ServedModel(model_id=model_id, created=0, owned_by=display_name(peer.device_name))
+            for model_id, peer in self._monitor.list_models()
+        ]
+
+    async def place(
+        self, form: ForwardForm, request: HttpRequest, body: Mapping[str, Any], account: InferenceAccount
+    ) -> Placement:
+        """A peer's answer, or leave to answer here. NoCapableDeviceError when nobody can serve."""
+        asked = RouteRequest(
+            model=body.get("model"),
+            preference=parse_preference(request.headers.get("x-dvai-offload")),
+            is_forwarded=not may_offload(request),
+        )
+        decision = self._decide(asked)
+        if decision.pair_with is not None:
+            self._monitor.begin_pairing(decision.pair_with)
+        if not decision.targets and decision.awaited is not None:
+            await self._monitor.wait_for_approval(decision.awaited, APPROVAL_WAIT_S)
+            decision = self._decide(asked)
+        attempts: Sequence[Attempt] = ()
+        targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
+        if targets:
+            note_end = functools.partial(self._note_end, account)
+            forwarder = Forwarder(self._client, on_attempt=self._note_attempt, on_end=note_end)
+            forwarded = await forwarder.forward(
+                ForwardRequest(form=form, body=body, request_id=request.request_id), targets
+            )
+            if forwarded.answer is not None:
+                return Placement(answer=forwarded.answer)
+            attempts = forwarded.attempts
+        here = next((each for each in decision.targets if each.peer is None), None)
+        if here is None:
+            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
+            failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
+            raise build_refusal(decision, request.request_id, failures)
+        reason = f"{len(attempts)} peers failed" if attempts else decision.reason
+        return Placement(model=here.model_id, reason=reason)
+
+    async def close(self) -> None:
+        """Wait for the callbacks that run."""
+        if self._callbacks:
+            await asyncio.wait(self._callbacks, timeout=CALLBACK_END_S)
+
+    def _decide(self, asked: RouteRequest) -> RouteDecision:
+        monitor = self._monitor
+        return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
+
+    def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
+        peer, route = target.peer, target.route
+        assert peer is not None and route is not None  # those of this device are not forwarded
+        return ForwardTarget(
+            device_id=peer.device_id,
+            device_name=peer.device_name,
+            base_url=peer.base_url,
+            model_id=target.model_id or "",
+            route=route.value,
+            reason=reason,
+            substituted_for=target.substituted_for,
+            prefill_tok_per_s=target.prefill_tok_per_s,
+            sign=functools.partial(self._sign, peer),
+        )
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        """What an attempt says of its peer."""
+        monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
+        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+            monitor.note_success(device_id)
+        elif outcome is AttemptOutcome.UNAUTHORIZED:
+            monitor.note_unauthorized(device_id)
+        else:
+            has_answered = outcome is not AttemptOutcome.UNREACHABLE
+            monitor.note_failure(
+                device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
+            )
+        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
+            self._tell(attempt.target.device_id)
+
+    def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
+        target = report.target
+        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
+        account.count(report.prompt_tokens, report.completion_tokens)
+        if report.decode_tok_per_s is not None and target.model_id:
+            self._monitor.record_measurement(
+                target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
+            )
+
+    def _tell(self, device_id: str) -> None:
+        """Call `on_offload`, whose error is logged and breaks nothing."""
+        peer = next((each for each in self._monitor.peers() if each.device_id == device_id), None)
+
+        async def call() -> None:
+            try:
+                await call_back(cast(Callable[..., Any], self._on_offload), peer)
+            except Exception:
+                routes_log.exception("on_offload failed")
+
+        if peer is not None and len(self._callbacks) < CALLBACKS_LIMIT:
+            task = asyncio.create_task(call(), name="on_offload")
+            self._callbacks.add(task)
+            task.add_done_callback(self._callbacks.discard)
+
+
+def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
+    """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
+    if "://" in named:
+        try:
+            return build_static_peer(named)
+        except ValueError as exc:
+            raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
+    found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
+    if len(found) == 1:
+        return found[0]
+    trouble = "is the name of several devices: give its id" if found else "is no device that is known: give its URL"
+    raise InvalidRequestError(f"{display_name(named)!r} {trouble} (see `peers`)", param="peer")
+
+
+class DeviceService:
+    """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
+
+    `get_speed` gives the local model's speed. `initiator`, `store` None: there are no pairings.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        local: LocalEngine | None,
+        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        desk: PairingDesk,
+        store: PairingStore | None,
+        monitor: PeerMonitor | None,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._identity = identity
+        self._local = local
+        self._get_speed = get_speed
+        self._desk = desk
+        self._store = store
+        self._monitor = monitor
+        self._clock_ms = clock_ms
+        self._started = time.monotonic()
+        self.routes: RouteTable = {
+            "/health": {"GET": self.show_health},
+            "/dvai/health": {"GET": self.show_health},
+            "/dvai/capability": {"GET": self.show_capability},
+            "/dvai/peers": {"GET": self.list_peers},
+            "/dvai/probe": {"POST": self.probe},
+            "/dvai/handshake": {"POST": self.shake_hands},
+            "/dvai/pairings": {"GET": self.list_pairings, "POST": self.request_pairing},
+            "/dvai/pairings/*": {"POST": self.answer_pairing, "DELETE": self.revoke_pairing},
+        }
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
+        local = self._local
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[self._engine.state],
+            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": self.model.model_id,
+            "currentModelId": local.model.model_id if local else None,
         }
         if request.is_known_caller:
-            queue = self._queue
+            health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+        if request.is_known_caller and local is not None:
+            queue = local.queue
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-            health["loadProgress"] = round(self._engine.progress, 3)
-            if self._engine.error is not None:
-                health["error"] = self._engine.error.message
+            health["loadProgress"] = round(local.engine.progress, 3)
+            if local.engine.error is not None:
+                health["error"] = local.engine.error.message
         return build_json_response(health)
 
-    @property
-    def _features(self) -> frozenset[str]:
-        return self._engine.info.features if self._engine.info else SAMPLING_FEATURES
+    async def show_capability(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
+        speed = await self._get_speed()
+        scores = [] if speed is None else [speed.score]
+        if request.caller is Caller.PAIRED:
+            scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
+        return build_json_response(build_scores_json(scores))
 
-    def _build_model(self) -> dict[str, Any]:
-        return build_model(self.model.model_id, self.model.created, self.model.owned_by)
+    async def list_peers(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/peers`."""
+        candidates = self._monitor.candidates() if self._monitor is not None else []
+        return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
-    def _build_head(self, prefix: str, model: str | None) -> AnswerHead:
-        self._verify_model(model)
-        return AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=self.model.model_id)
+    async def probe(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/probe`: measure the model now."""
+        model = request.parse_body().get("modelId")
+        local, speed = self._local, await self._get_speed()
+        if local is None or speed is None:
+            raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
+        if model is not None and not isinstance(model, str):
+            raise MissingModelIdError("modelId must be a string", param="modelId")
+        local.verify_model(model)
+        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return build_json_response({"score": build_score_json(score)})
 
-    def _verify_model(self, model: str | None) -> None:
-        if model is not None and not is_same_model(model, self.model.model_id):
-            raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
-                "`python3 dvai_bridge.py models` lists what this machine could serve",
-                param="model",
-            )
+    # Pairing
 
-    def _build_timeout(self) -> GatewayTimeoutError:
-        return GatewayTimeoutError(f"no answer within {self._timeout_s:.0f} s (--timeout)")
+    async def shake_hands(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/handshake`: another device asks to use this one; ends when its user hangs up."""
+        return build_json_response(
+            await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
+        )
+
+    async def list_pairings(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
+        pairings: list[dict[str, Any]] = []
+        if self._store is not None:
+            await self._store.refresh()
+            now_ms = self._clock_ms()
+            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        pending = [build_pairing_request_json(each) for each in self._desk.pending]
+        return build_json_response({"pairings": pairings, "pending": pending})
+
+    async def request_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings {peer}`: ask a device, by its URL, id or name, for leave to use it."""
+        peer = request.parse_body().get("peer")
+        if not isinstance(peer, str) or not peer:
+            raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
+        if self._monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
+        assert self._store is not None
+        return build_json_response(
+            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
+        )
+
+    async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
+        request_id, _, word = request.path.rpartition("/pairings/")[2].partition("/")
+        if word not in ("approve", "deny"):
+            raise RouteNotFoundError(f"there is no {request.path}; a request to pair takes /approve and /deny")
+        if not self._desk.respond(request_id, word == "approve"):
+            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        return build_json_response({"id": request_id, "approved": word == "approve"})
+
+    async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
+        """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
+        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        if pairing is None:
+            raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
+        return build_json_response({"id": pairing.pairing_id, "revoked": True})
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
+CONTROL_TOKEN_BYTES = 32
+ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -15059,6 +20628,293 @@ def load_api_keys(config: Config) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def parse_control_token(data: bytes) -> str:
+    """The token in its file; ValueError if it is none."""
+    token = data.decode("ascii")
+    if len(parse_base64url(token)) != CONTROL_TOKEN_BYTES:
+        raise ValueError("the control token has another length")
+    return token
+
+
+def load_control_token(directory: Path) -> str:
+    """The token that the owner's commands show to the bridge, made at the first start. Blocks for the disk."""
+    path = directory / "control-token"
+    try:
+        token = load_file(path, parse_control_token)
+    except StorageError:  # damaged: nothing but the running bridge knew it
+        token = None
+    if token is None:
+        token = encode_base64url(os.urandom(CONTROL_TOKEN_BYTES))
+        save_file(path, token.encode())
+    return token
+
+
+def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
+    """A model's quantisation, and what one token of it costs; the demonstration model has neither. Blocks."""
+    if path is None:
+        return "", None
+    try:
+        with open_gguf(path) as gguf:
+            return summarize_gguf(gguf).quantization, compute_model_cost(gguf)
+    except ModelFileError:  # loading it will say why
+        return "", None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DeviceState:
+    """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
+
+    identity: Identity
+    control_token: str = field(repr=False)
+    pairings: PairingStore | None
+
+
+def load_device_state(directories: Directories, offload: OffloadConfig, foreign_pairings: Path | None) -> DeviceState:
+    """Blocks for the disk. A disk that keeps nothing costs pairings, not answers: this run is somebody new then.
+
+    `foreign_pairings`: the file of existing software, taken over once.
+    """
+    hostname = offload.device_name or socket.gethostname().partition(".")[0] or "a device"
+    try:
+        identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
+        token = load_control_token(directories.data)
+    except StorageError as exc:
+        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
+        return DeviceState(
+            identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
+        )
+    if offload.device_name is not None:
+        identity = replace(identity, device_name=offload.device_name)
+    pairings = PairingStore(
+        directories.data,
+        device_id=identity.device_id,
+        expire_after_days=offload.expire_after_days,
+    )
+    try:
+        pairings.load(foreign_pairings)
+    except StorageError as exc:
+        bridge_log.error("pairing is off: %s", exc)
+        return DeviceState(identity=identity, control_token=token, pairings=None)
+    return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def choose_lan_host() -> str:
+    """All interfaces, of both families where the system has sockets for both at once."""
+    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+
+
+class Devices:
+    """This device among others: who may use it, and whom it uses.
+
+    Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: DeviceState,
+        *,
+        is_operated: bool,
+        list_local: Callable[[], Sequence[LocalModel]],
+    ) -> None:
+        offload = config.offload
+        self._list_local = list_local
+        self._own_hosts: tuple[str, ...] = ()
+        self._announced: Announcement | None = None
+        self.identity = state.identity
+        self.store = state.pairings
+        self.is_open = config.lan or offload.advertise_lan
+        self.desk = PairingDesk(
+            identity=state.identity,
+            store=state.pairings if self.is_open else None,
+            policy=PairingPolicy(offload.pairing),
+            legacy_policy=PairingPolicy(offload.legacy_pairing),
+            clock_ms=read_clock_ms,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
+        self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
+        self._offload = offload
+        self._server: HttpServer | None = None
+        self._client: HttpClient | None = None
+        self._initiator: PairingInitiator | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._discovery: Discovery | None = None
+        self.monitor: PeerMonitor | None = None
+        self.offloading: Offloading | None = None
+        if offload.is_active:
+            self._build_outbound(list_local)
+
+    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+        """What uses other devices."""
+        offload = self._offload
+        self._client = client = HttpClient()
+        if self.store is not None:
+            self._initiator = PairingInitiator(
+                identity=self.identity,
+                app_id=offload.app_id,
+                store=self.store,
+                post=build_handshake_post(client),
+                clock_ms=read_clock_ms,
+                legacy_policy=PairingPolicy(offload.legacy_pairing),
+            )
+        self.monitor = PeerMonitor(
+            identity=self.identity,
+            app_id=offload.app_id,
+            client=client,
+            store=self.store,
+            initiator=self._initiator,
+            known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
+            custom_discovery=offload.custom_discovery,
+            own_urls=self._list_own_urls,
+        )
+        self.offloading = Offloading(
+            policy=OffloadPolicy(
+                enabled=True,
+                min_local_capability=offload.min_local_capability,
+                substitute_quant=offload.substitute_quant,
+            ),
+            monitor=self.monitor,
+            client=client,
+            list_local=list_local,
+            sign=self._sign,
+            on_offload=offload.on_offload,
+        )
+
+    def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
+        """The fields that prove to a peer who asks; none for one that we are not paired with."""
+        now_ms = read_clock_ms()
+        pairing = None if self.store is None else self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
+        if pairing is None or self.store is None:
+            return ()
+        self.store.note_use(pairing, now_ms)
+        return sign_request(
+            pairing,
+            self.identity,
+            app_id=self._offload.app_id,
+            method=method,
+            path=path,
+            body=body,
+            now_ms=now_ms,
+        )
+
+    def _list_own_urls(self) -> list[str]:
+        """Base URLs under which this bridge answers: a peer there is ourselves."""
+        if self._server is None:
+            return []
+        scheme = self._server.base_url.partition(":")[0]
+        bound = (host for host, _ in self._server.addresses)
+        hosts = dict.fromkeys(("127.0.0.1", "localhost", "::1", *bound, *self._own_hosts))
+        bracketed = (f"[{host}]" if ":" in host else host for host in hosts)
+        return [f"{scheme}://{host}:{self._server.port}/v1" for host in bracketed]
+
+    def list_lan_urls(self) -> list[str]:
+        """Base URLs by which other devices reach this one, where it listens for them."""
+        here = ("127.", "localhost", "[::1]", "[fe80", "[::]", "0.0.0.0")
+        return [url for url in self._list_own_urls() if not url.partition("://")[2].startswith(here)]
+
+    def identify(self, request: HttpRequest) -> Pairing:
+        """Whose signature a request has. Raises SignatureError."""
+        signature = parse_signature_headers(request.headers)
+        if signature is None or self._verifier is None:
+            raise SignatureError
+        return self._verifier.verify(
+            signature,
+            method=request.method,
+            path=request.raw_path,
+            query=request.query,
+            body=request.body,
+            now_ms=read_clock_ms(),
+        )
+
+    async def start(self, server: HttpServer) -> None:
+        """Begin to look for devices, and to be found."""
+        self._server = server
+        if self.store is not None:
+            self.store.subscribe(self._end_revoked)
+            self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
+        if server.is_wildcard:
+            interfaces = await asyncio.to_thread(probe_interfaces)
+            self._own_hosts = tuple(each.format_address(address) for each in interfaces for address in each.addresses)
+        if self.monitor is not None:
+            self.monitor.start()
+        await self._start_discovery(server)
+
+    async def _start_discovery(self, server: HttpServer) -> None:
+        """Look for devices with offload on; announce this one where others can reach it."""
+        offload, monitor = self._offload, self.monitor
+        self._announced = self._build_announcement(server)
+        does_browse = monitor is not None and offload.discover_lan
+        if not does_browse and self._announced is None:
+            return
+        self._discovery = build_discovery(
+            device_id=self.identity.device_id,
+            on_found=monitor.see if monitor is not None and does_browse else None,
+            on_lost=monitor.lose if monitor is not None and does_browse else None,
+            announcement=self._announced,
+            own_port=server.port,
+            backend=offload.mdns,
+        )
+        await self._discovery.start()
+        for line in self._discovery.describe():
+            bridge_log.info("%s", line)
+        if self._announced is not None:
+            self._tasks.append(asyncio.create_task(self._keep_announcement(server), name="announcement"))
+
+    def _build_announcement(self, server: HttpServer) -> Announcement | None:
+        """What to say of this device; None if it is not open to others, or they cannot reach it."""
+        if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
+            return None
+        models = [each for each in self._list_local() if not each.is_demonstration]
+        return Announcement(
+            device_id=self.identity.device_id,
+            device_name=self.identity.device_name,
+            dvai_version=__version__,
+            port=server.port,
+            models=tuple(each.model_id for each in models),
+            capability={each.model_id: each.score for each in models if each.score is not None},
+            secure=server.tls_context is not None,
+            has_ipv6=any(":" in host for host, _ in server.addresses),
+        )
+
+    async def _keep_announcement(self, server: HttpServer) -> None:
+        """Announce again what has changed."""
+        while self._discovery is not None:
+            await asyncio.sleep(ANNOUNCEMENT_CHECK_S)
+            announced = self._build_announcement(server)
+            if announced != self._announced:
+                self._announced = announced
+                self._discovery.update(announced)
+
+    async def close(self) -> None:
+        """Say goodbye, end what was begun, write what is not yet written."""
+        self.desk.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._discovery is not None:
+            await self._discovery.stop()
+        if self.monitor is not None:
+            await self.monitor.close()
+        if self._initiator is not None:
+            await self._initiator.close()
+        if self.offloading is not None:
+            await self.offloading.close()
+        if self._client is not None:
+            await self._client.close()
+        if self.store is not None:
+            await self.store.close()
+
+    def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
+        if before is None or self._server is None or not has_lost_access(before, after):
+            return
+        ended = before.pairing_id
+        self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
+
+
 def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -> LoadRequest:
     """What the engine's process is to load. Reads the file that --chat-template names."""
     template = config.chat_template
@@ -15080,13 +20936,17 @@ def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -
 
 
 class DVAI:
-    """A bridge: an engine in a process of its own, behind an HTTP server.
+    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
 
-        async with DVAI(build_config(flags={"model": "x.gguf"})) as dvai:
+        async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
 
-    The server answers before the model is loaded (health says "loading", requests wait). All methods belong to one
-    event loop; several bridges may live in one process. `environ`: where caches are and what tools are configured.
+    Without an event loop, `with DVAI(…) as dvai:` does the same from a thread of its own: see BlockingDVAI.
+    The keyword arguments are the fields of Config; `config`, if given, has the others. The server answers before the
+    model is loaded (health says "loading", requests wait). All methods belong to one event loop; several bridges may
+    live in one process, each with a home of its own. `environ`: where caches are and what tools are configured.
+    `chat_completion_interceptor(body, context, headers)` sees every chat completion after authentication and before
+    routing (headers lower-cased); it returns None, or the HttpResponse to answer with. It may be a coroutine function.
     """
 
     def __init__(
@@ -15095,40 +20955,51 @@ class DVAI:
         *,
         environ: Mapping[str, str] | None = None,
         on_progress: Callable[[float], None] | None = None,
+        chat_completion_interceptor: Interceptor | None = None,
+        is_operated: bool = False,
+        **options: Any,
     ) -> None:
-        environ = os.environ if environ is None else environ
-        config = config or build_config(environ=environ)
+        self._environ = environ = os.environ if environ is None else environ
+        config = replace(config or build_config(environ=environ), **options)
         self.directories = choose_directories(environ, sys.platform, config.home)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
-        self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-        self.engine_choice = choose_engine(config, self.serving)
-        self.engine = EngineProcess(self._build_load_request(), on_progress=on_progress)
-        service = Service(
-            engine=self.engine,
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            queue=AdmissionQueue(config.parallel, config.queue_size),
-            timeout_s=config.timeout,
-        )
-        self._server = HttpServer(self._build_server_options(), service.handle)
+        self.serving: Serving | None = None
+        self.engine: EngineProcess | None = None
+        self.engine_choice: EngineChoice | None = None
+        self.devices: Devices | None = None
+        if not config.offload.only:
+            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
+            self.engine_choice = choose_engine(config, self.serving)
+            load = build_load_request(config, self.serving, self.engine_choice)
+            self.engine = EngineProcess(load, on_progress=on_progress)
+        self._local: LocalEngine | None = None
+        self._api_keys = load_api_keys(config)
+        self._interceptor = chat_completion_interceptor
+        self._is_operated = is_operated
+        self._meter: CapabilityMeter | None = None
+        self._speed: asyncio.Task[LocalSpeed | None] | None = None
+        self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
-        self._claim: asyncio.Task[None] | None = None
+        self._server: HttpServer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._blocking: BlockingDVAI | None = None
 
     @property
     def port(self) -> int:
         """The port that the server listens on."""
-        return self._server.port
+        return self._get_server().port
 
     @property
     def base_url(self) -> str:
         """What OpenAI clients take as `base_url`."""
-        return self._server.base_url
+        return self._get_server().base_url
 
     @property
-    def model_id(self) -> str:
-        """The id under which the model is served."""
-        return self.serving.model_id
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self.serving.model_id if self.serving is not None else None
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -15137,54 +21008,329 @@ class DVAI:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
+    def __enter__(self) -> BlockingDVAI:
+        self._blocking = BlockingDVAI(self)
+        return self._blocking
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._blocking is not None:
+            self._blocking.close()
+
+    # Its life
+
     async def initialize(self) -> None:
         """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again."""
         try:
             await self.start()
-            await self.engine.ready()
+            if self.engine is not None:
+                await self.engine.ready()
         except BaseException:
             await self.close()
             raise
 
     async def start(self) -> None:
-        """Listen and begin to load the model."""
-        await self._server.start()
-        self.engine.start()
-        running = RunningBridge(
-            pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=int(time.time() * 1000)
+        """Listen, begin to load the model, and look for other devices."""
+        offload = self.config.offload
+        foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
+        state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
+        await self._leave_weak_hardware()
+        self._local = local = self._build_local()
+        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=self._list_local)
+        service = Service(
+            local=local,
+            offload=devices.offloading,
+            interceptor=self._interceptor,
+            record=self._audit.record,
+            timeout_s=self.config.timeout,
         )
-        self._claim = asyncio.create_task(self._claim_state(running), name="running record")
+        device_service = DeviceService(
+            identity=state.identity,
+            local=local,
+            get_speed=self._get_speed,
+            desk=devices.desk,
+            store=devices.store,
+            monitor=devices.monitor,
+            clock_ms=read_clock_ms,
+        )
 
-    async def _claim_state(self, running: RunningBridge) -> None:
+        async def handle(request: HttpRequest) -> HttpResponse:
+            return await find_route((service.routes, device_service.routes), request)(request)
+
+        self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
+        await self._server.start()
+        self._audit.start()
+        if self.engine is not None:
+            self.engine.start()
+        await devices.start(self._server)
+        self._tasks = [
+            asyncio.create_task(self._claim_state(), name="running record"),
+            asyncio.create_task(self._measure(), name="measuring"),
+        ]
+
+    async def unload(self) -> None:
+        """End the engine and give its memory back; requests that need it are answered with an error from then on."""
+        if self.engine is not None:
+            await self.engine.close()
+
+    async def close(self) -> None:
+        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
+        if self.devices is not None:
+            self.devices.desk.close()
+        if self._server is not None:
+            await self._server.stop()
+        for task in self._tasks[1:]:
+            task.cancel()
+        if self._speed is not None:
+            await asyncio.wait([self._speed])  # soon: it looks at files, and at the machine for a moment
+        if self._meter is not None:
+            await self._meter.close()
+        if self.devices is not None:
+            await self.devices.close()
+        if self.engine is not None:
+            await self.engine.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.to_thread(self._audit.close)
+        self._record.release()
+
+    # What it knows and can be told
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        monitor = self._get_devices().monitor
+        return tuple(monitor.peers()) if monitor is not None else ()
+
+    async def probe_capability(self) -> Score | None:
+        """Measure the local model, once it is idle; None with offload off, or without a local model."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        local = self._local
+        if speed is None or local is None:
+            return None
+        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+
+    async def get_capability(self, model_id: str | None = None) -> Score | None:
+        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
+        speed = await self._get_speed() if self.config.offload.is_active else None
+        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
+            return None
+        return speed.score
+
+    async def assess_hardware(self) -> HardwareAssessment:
+        """How well this hardware runs models, by the thresholds of the offload config."""
+        offload = self.config.offload
+        return await asyncio.to_thread(assess_hardware, offload.hardware_minimum, offload.min_local_capability)
+
+    async def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """Ask a device (a Peer, its base URL, id or name) for leave to use it, and wait for its user: up to 300 s."""
+        monitor = self._get_devices().monitor
+        if monitor is None:
+            raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
+        return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
+        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
+        return self._get_devices().desk.requests()
+
+    # Parts
+
+    def _get_server(self) -> HttpServer:
+        if self._server is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self._server
+
+    def _get_devices(self) -> Devices:
+        if self.devices is None:
+            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        return self.devices
+
+    async def _leave_weak_hardware(self) -> None:
+        """Load nothing where nothing would run well, unless the user named the model."""
+        offload = self.config.offload
+        if not offload.enabled or self.config.model is not None or self.engine is None:
+            return
+        assessment = await self.assess_hardware()
+        if assessment.mode is HardwareMode.TOO_WEAK:
+            bridge_log.warning("loading no model: %s", assessment.reason)
+            self.engine = self.serving = None
+
+    def _build_local(self) -> LocalEngine | None:
+        if self.engine is None or self.serving is None:
+            return None
+        return LocalEngine(
+            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
+            engine=self.engine,
+            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
+            watch=RequestWatch(),
+            observe=self._observe,
+        )
+
+    def _list_local(self) -> list[LocalModel]:
+        """What the decision needs to know of the local model."""
+        if self.serving is None:
+            return []
+        speed = self._find_speed()
+        return [
+            LocalModel(
+                model_id=self.serving.model_id,
+                score=speed.score.tok_per_s if speed is not None else None,
+                is_demonstration=self.serving.path is None,
+            )
+        ]
+
+    def _find_speed(self) -> LocalSpeed | None:
+        """What is known of the local model's speed, without waiting."""
+        speed = self._speed
+        return speed.result() if speed is not None and speed.done() and not speed.cancelled() else None
+
+    def _observe(self, usage: Usage) -> None:
+        speed = self._find_speed()
+        if speed is not None:
+            speed.observe(usage)
+
+    async def _get_speed(self) -> LocalSpeed | None:
+        """The local model's speed, found out at first use; None without a local model."""
+        if self._speed is None:
+            self._speed = asyncio.create_task(self._build_speed(), name="speed")
+        return await asyncio.shield(self._speed)
+
+    async def _build_speed(self) -> LocalSpeed | None:
+        serving, choice, devices = self.serving, self.engine_choice, self._get_devices()
+        if serving is None or choice is None:
+            return None
+        self._meter = CapabilityMeter(
+            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
+        )
+        await self._meter.start()
+        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
+        key = ScoreKey(
+            model_id=serving.model_id,
+            engine=choice.engine,
+            quantization=quantization,
+            n_gpu_layers=self.config.n_gpu_layers or 0,
+        )
+        return LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    async def _measure(self) -> None:
+        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
+        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
+        speed = await self._get_speed() if local is not None and is_needed else None
+        if local is None or speed is None:
+            return
+        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
+            await local.engine.ready()
+            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+
+    async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
+        running = RunningBridge(pid=os.getpid(), port=self.port, url=self.base_url, started_at_ms=read_clock_ms())
         try:
             if not await asyncio.to_thread(self._record.claim, running):
                 bridge_log.warning("another bridge runs with this state; give this one a --home of its own")
         except StorageError as exc:
             bridge_log.warning("`status` will not find this bridge: %s", exc)
 
-    async def close(self) -> None:
-        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
-        await self._server.stop()
-        await self.engine.close()
-        if self._claim is not None:
-            await self._claim
-        self._record.release()
-
-    def _build_load_request(self) -> LoadRequest:
-        return build_load_request(self.config, self.serving, self.engine_choice)
-
-    def _build_server_options(self) -> HttpServerOptions:
+    def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
+        host = config.host or (choose_lan_host() if config.lan else "127.0.0.1")
         return HttpServerOptions(
-            host=config.host,
+            host=host,
             port=config.port,
-            api_keys=load_api_keys(config),
+            api_keys=self._api_keys,
+            control_token=state.control_token,
             cors_origins=config.cors_origins,
-            allowed_hosts=config.allowed_hosts,
+            allowed_hosts=(*config.allowed_hosts, f"{state.identity.device_id}.local"),
+            allow_anonymous_lan=config.offload.allow_anonymous_lan,
             ssl_cert_file=config.ssl_cert_file,
             ssl_key_file=config.ssl_key_file,
         )
+
+
+class BlockingDVAI:
+    """A running DVAI for programs without an event loop: its own thread runs one, and every method waits for it.
+
+    Made by `with DVAI(…) as dvai:`. Callbacks run on that thread. The methods raise what those of DVAI raise.
+    """
+
+    def __init__(self, bridge: DVAI) -> None:
+        self._bridge = bridge
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dvai-bridge", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(bridge.initialize())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI clients take as `base_url`."""
+        return self._bridge.base_url
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return self._bridge.port
+
+    @property
+    def model_id(self) -> str | None:
+        """The id under which this device serves a model; None if it serves none."""
+        return self._bridge.model_id
+
+    def get_peers(self) -> tuple[Peer, ...]:
+        """The other devices that are known now."""
+        return self._call(self._bridge.get_peers)
+
+    def probe_capability(self) -> Score | None:
+        """See DVAI.probe_capability."""
+        return self._wait(self._bridge.probe_capability())
+
+    def get_capability(self, model_id: str | None = None) -> Score | None:
+        """See DVAI.get_capability."""
+        return self._wait(self._bridge.get_capability(model_id))
+
+    def assess_hardware(self) -> HardwareAssessment:
+        """See DVAI.assess_hardware."""
+        return self._wait(self._bridge.assess_hardware())
+
+    def initiate_pairing(self, peer: Peer | str) -> Pairing:
+        """See DVAI.initiate_pairing."""
+        return self._wait(self._bridge.initiate_pairing(peer))
+
+    def pairing_requests(self) -> Iterator[PairingRequest]:
+        """See DVAI.pairing_requests."""
+        requests = self._bridge.pairing_requests()
+        try:
+            while (request := self._wait(anext(requests, None))) is not None:
+                yield request
+        finally:
+            self._wait(requests.aclose())
+
+    def unload(self) -> None:
+        """See DVAI.unload."""
+        self._wait(self._bridge.unload())
+
+    def close(self) -> None:
+        """End the bridge, then its loop and thread. A second call does nothing."""
+        if self._thread.is_alive():
+            try:
+                self._wait(self._bridge.close())
+            finally:
+                self._end_loop()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        async def call() -> T:
+            return function()
+
+        return self._wait(call())
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 # ---- Command line ---------------------------------------------------------------------
@@ -15204,15 +21350,12 @@ examples:
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (
-    *("--lan", "--offload", "--offload-only", "--peer", "--discover-lan", "--advertise-lan", "--rendezvous-url"),
-    *("--pairing", "--min-local-capability", "--hardware-minimum"),
-    *("--models-dir", "--metrics"),
-)
-PLANNED_COMMANDS = ("peers", "pair", "identity", "provider")
+PLANNED_OPTIONS = ("--rendezvous-url", "--models-dir", "--metrics")
+PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
+PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -15255,14 +21398,23 @@ def add_config_options(parser: argparse.ArgumentParser, groups: Collection[str])
     for name, opt in get_options(Config).items():
         if opt.group not in sections:
             continue
-        details: dict[str, Any] = {"action": "store_const", "const": "true"} if opt.is_switch else {}
+        default = get_default(Config, name)
+        details: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         if opt.metavar:
             details["metavar"] = opt.metavar
-        default = getattr(Config, name)
-        shown = "" if default in (None, (), False) else f" (default: {default})"
-        sections[opt.group].add_argument(
-            *opt.flags, dest=name, default=argparse.SUPPRESS, help=(opt.help + shown).replace("%", "%%"), **details
-        )
+        if opt.is_repeated:
+            details["action"] = "append"
+        if opt.is_switch:
+            details |= {"action": "store_const", "const": "true"}
+        help = (opt.help + format_default(default)).replace("%", "%%")
+        sections[opt.group].add_argument(*opt.flags, help=help, **details)
+        if default is True:
+            details["const"] = "false"
+            sections[opt.group].add_argument(f"--no-{opt.name}", help=argparse.SUPPRESS, **details)
+
+
+SELECT = ("server", "files")  # the options by which commands find a running bridge
+PAIR_ACTIONS = ("list", "request", "approve", "deny", "revoke")
 
 
 def build_parser() -> CommandParser:
@@ -15305,6 +21457,13 @@ def build_parser() -> CommandParser:
     pull = add("pull", "download a model from Hugging Face or a URL, unless it is here already", ("files",))
     pull.add_argument("target", metavar="USER/REPO[:QUANT]|URL", help="model to download; QUANT may also be a file")
     pull.add_argument("--json", action="store_true", help="print JSON")
+    peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
+    peers.add_argument("--json", action="store_true", help="print JSON")
+    peers.add_argument("--diagnose", action="store_true", help="ask by multicast DNS, and say what probably blocks it")
+    pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
+    pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
+    pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -15319,9 +21478,9 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
-    for word in (words[0], *(word.partition("=")[0] for word in words[1:])):
-        if word in PLANNED_OPTIONS or (word is words[0] and word in PLANNED_COMMANDS):
-            raise UsageError(f"{word} is not in this version yet, which only serves models on this machine")
+    for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
+        if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
+            raise UsageError(f"{word} is not in this version yet")
     arguments, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")
@@ -15331,7 +21490,11 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {name: value for name, value in vars(arguments).items() if name in known}
+    flags = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in known
+    }
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -15422,7 +21585,7 @@ class PullProgress:
     def _describe(self, received: int, total: int, rate: float) -> str:
         done = PROGRESS_BAR_CHARS * received // total
         bar = f" [{'#' * done}{' ' * (PROGRESS_BAR_CHARS - done)}]" if self._terminal else ""
-        return f"{bar} {format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s"
+        return f"{bar} ({format_size(received)} of {format_size(total)}, {format_size(int(rate))}/s)"
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -15491,7 +21654,7 @@ def fetch_model(command: Command, target: str) -> PulledModel:
         found = find_downloaded(reference, places) if reference else None
         if found is None:
             raise
-        progress.say(f"{exc.message}; taking what is here: {found.path}")
+        progress.say(f"{exc.message.partition(':')[0]}; taking what is here: {found.path}")
         return found
     finally:
         progress.end()
@@ -15523,7 +21686,8 @@ def run_pull(command: Command) -> int:
         )
         return 0
     parts = f", {len(pulled.files)} files" if len(pulled.files) > 1 else ""
-    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {'was' if pulled.was_present else 'is'} here")
+    state = "was here already" if pulled.was_present else "is here now"
+    print(f"{pulled.model_id} ({format_size(pulled.size_bytes)}{parts}) {state}")
     print(f"    {command.program} serve --model {quote_argument(str(pulled.path), sys.platform)}")
     return 0
 
@@ -15541,16 +21705,19 @@ def run_serve(command: Command) -> int:
 async def serve_until_stopped(command: Command) -> int:
     """Listen, load, say what is there, wait for a signal. Raises what makes serving impossible."""
     progress = ProgressLine("loading the model")
-    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show)
+    bridge = DVAI(command.config, environ=command.environ, on_progress=progress.show, is_operated=True)
     signals = StopSignals()
     stopping = asyncio.create_task(signals.first.wait(), name="stop signal")
     tasks: list[asyncio.Task[Any]] = [stopping]
     try:
         await bridge.start()
         print(f"listening on {bridge.base_url}", flush=True)
-        loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-        tasks.append(loading)
-        await wait_first(loading, stopping)
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
+        if bridge.engine is not None:
+            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
+            tasks.append(loading)
+            await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -15565,12 +21732,64 @@ async def serve_until_stopped(command: Command) -> int:
     return 0
 
 
+class TerminalLines:
+    """What the user types, line by line, read by a thread that the program's end does not wait for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+        threading.Thread(target=self._read, name="terminal", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # the loop or the terminal is gone
+            for line in sys.stdin:
+                self._loop.call_soon_threadsafe(self._lines.put_nowait, line.strip())
+
+    def drop(self) -> None:
+        """Forget what was typed before there was a question."""
+        while not self._lines.empty():
+            self._lines.get_nowait()
+
+    async def read(self) -> str:
+        """The next line."""
+        return await self._lines.get()
+
+
+async def ask_on_terminal(bridge: DVAI) -> None:
+    """Ask whoever sits at the terminal about each device that wants to pair; an answer from elsewhere counts, too."""
+    lines = TerminalLines()
+    async for request in bridge.pairing_requests():
+        lines.drop()
+        print(f"{build_pairing_question(request)} [y/N] ", end="", flush=True)
+        typing = asyncio.create_task(lines.read(), name="answer")
+        elsewhere = asyncio.create_task(wait_over(request), name="other answer")
+        try:
+            await asyncio.wait((typing, elsewhere), return_when=asyncio.FIRST_COMPLETED)
+            if typing.done():
+                request.respond(typing.result().lower() in ("y", "yes"))
+            else:
+                print("(answered)", flush=True)
+        finally:
+            await finish_tasks(typing, elsewhere)
+
+
+async def wait_over(request: PairingRequest) -> None:
+    """Until a request to pair has been answered, has run out, or was withdrawn."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await request.wait()
+
+
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
-    serving = bridge.serving
+    serving, choice = bridge.serving, bridge.engine_choice
+    for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
+        print(f"other devices reach it at {url}")
+    if serving is None or choice is None:
+        print("serving no model here: paired devices answer", flush=True)
+        return
     if serving.path is not None:
         print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""))
-        print(f"engine: {bridge.engine_choice.engine} ({bridge.engine_choice.reason})", flush=True)
+        print(f"engine: {choice.engine} ({choice.reason})", flush=True)
         return
     print(
         f"serving {serving.model_id}, the built-in demonstration model, which knows this program and nothing else"
@@ -15662,7 +21881,14 @@ def fetch_health(url: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def ask_bridge(
-    url: str, path: str, keys: Sequence[str], body: Any = None, timeout_s: float = STATUS_TIMEOUT_S
+    url: str,
+    path: str,
+    keys: Sequence[str],
+    body: Any = None,
+    timeout_s: float = STATUS_TIMEOUT_S,
+    *,
+    method: str | None = None,
+    control_token: str | None = None,
 ) -> tuple[int, Any]:
     """Status and JSON of an answer of the bridge at a base URL on this machine; a POST if there is a `body`.
 
@@ -15679,9 +21905,11 @@ def ask_bridge(
         connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
         keys = ()
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    if control_token is not None:
+        headers["X-DVAI-Control"] = control_token
     try:
         if body is None:
-            connection.request("GET", f"/v1{path}", headers=headers)
+            connection.request(method or "GET", f"/v1{path}", headers=headers)
         else:
             connection.request("POST", f"/v1{path}", encode_json(body), headers | {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -15710,6 +21938,144 @@ class Finding:
     mend: str | None = None
 
 
+def read_bridge_answer(status: int, answer: Any, what: str) -> dict[str, Any]:
+    """The object of a 200; BridgeError with what the bridge said instead."""
+    if status == 200 and isinstance(answer, dict):
+        return answer
+    error = answer.get("error") if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    raise BridgeError(f"{what}: {message or f'the bridge answered {status}'}")
+
+
+def run_peers(command: Command) -> int:
+    """`peers`: the devices that the running bridge knows."""
+    if command.arguments.diagnose:
+        diagnosis = asyncio.run(diagnose_discovery())
+        if command.json:
+            show_json(build_diagnosis_json(diagnosis))
+        else:
+            print(format_diagnosis(diagnosis))
+        return 0
+    url = find_bridge_url(command)
+    if url is None:
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --offload` starts one")
+    status, answer = ask_bridge(url, "/dvai/peers", load_api_keys(command.config))
+    peers = read_bridge_answer(status, answer, "peers").get("peers", [])
+    if command.json:
+        show_json(peers)
+        return 0
+    if not peers:
+        print("no other device is known; one that runs `serve --lan` is found by itself, or by --peer URL")
+    for peer in peers:
+        print("\n".join(describe_peer(peer)))
+    return 0
+
+
+def describe_peer(peer: Mapping[str, Any]) -> list[str]:
+    """A peer in two lines: who and how it stands; what it has."""
+    name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
+    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({peer.get('via')}, {peer.get('deviceId')})"]
+    if peer.get("error") and state == "seen":
+        lines.append(f"    does not answer: {display_name(str(peer['error']))}")
+    elif not peer.get("paired"):
+        lines.append(f"    {peer.get('pairing', 'not paired')}")
+    scores = peer.get("capability") or {}
+    for model in peer.get("models") or ():
+        score = next((value for known, value in scores.items() if is_same_model(known, model)), None)
+        lines.append(f"    {display_name(model)}" + (f": {format_rate(score)}" if score is not None else ""))
+    return lines
+
+
+def run_pair(command: Command) -> int:
+    """`pair`: what the running bridge keeps and waits for; without one, `list` and `revoke` use the file."""
+    action, target = command.arguments.action, command.arguments.target
+    url = find_bridge_url(command)
+    if url is None:
+        return pair_without_bridge(command)
+    token = load_file(command.directories.data / "control-token", parse_control_token)
+    if token is None:
+        raise NotRunningError(f"the bridge at {url} has another home than this command: give --home")
+
+    def ask(path: str, body: Any = None, method: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> Any:
+        keys = load_api_keys(command.config)
+        status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
+        return read_bridge_answer(status, answer, f"pair {action}")
+
+    if action == "request" and target:
+        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
+        return show_pairings(
+            command, [ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S)["pairing"]], []
+        )
+    listed = ask("/dvai/pairings")
+    if action == "list":
+        return show_pairings(command, listed["pairings"], listed["pending"])
+    if action == "request":
+        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
+    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    if action == "revoke":
+        answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
+    else:
+        answer = ask(f"/dvai/pairings/{chosen}/{action}", {})
+    if command.json:
+        show_json(answer)
+    else:
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+    return 0
+
+
+def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
+    """The id that `target` (an id, or a device's id or name) means; the only one there is when it is not given."""
+    if target is None and len(listed) == 1 and action != "revoke":
+        return str(listed[0]["id"])
+    fitting = [each for each in listed if target in (each["id"], each["deviceId"], each["deviceName"])]
+    if len(fitting) == 1:
+        return str(fitting[0]["id"])
+    if not listed:
+        raise BridgeError(f"pair {action}: there is nothing to {action}")
+    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+
+
+def pair_without_bridge(command: Command) -> int:
+    """`pair list` and `pair revoke` upon the file."""
+    action, target = command.arguments.action, command.arguments.target
+    if action not in ("list", "revoke"):
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --lan` starts one")
+    store = PairingStore(
+        command.directories.data, device_id="", expire_after_days=command.config.offload.expire_after_days
+    )
+    store.load()
+    now_ms = int(time.time() * 1000)
+    listed = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
+    if action == "list":
+        return show_pairings(command, listed, [])
+    revoked = asyncio.run(store.revoke(choose_pairing_id(listed, action, target)))
+    assert revoked is not None  # it was in the list
+    print(f"revoked {display_name(revoked.device_name)}")
+    return 0
+
+
+def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pending: Sequence[Mapping[str, Any]]) -> int:
+    """What is paired and what waits."""
+    if command.json:
+        show_json({"pairings": pairings, "pending": pending})
+        return 0
+    for each in pending:
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
+            f"`pair approve {each['id']}`"
+        )
+    for each in pairings:
+        rights = {(True, True): "each may use the other", (True, False): "may use this device"}
+        right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
+        marks = ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
+        print(
+            f"{each['id']}  {display_name(each['deviceName'])}  {each['state']}, {right}{marks}  ({each['deviceId']})"
+        )
+    if not (pairings or pending):
+        print("nothing is paired with this device")
+    return 0
+
+
 def run_doctor(command: Command) -> int:
     """`doctor`: what works here. Exit code 1 if something that should does not."""
     findings = [
@@ -15718,6 +22084,7 @@ def run_doctor(command: Command) -> int:
         probe_port(),
         *probe_packages(),
         probe_memory(),
+        probe_hardware(),
         asyncio.run(probe_builtin_engine()),
         *probe_survey(command),
     ]
@@ -15774,6 +22141,13 @@ def probe_memory() -> Finding:
     return Finding(
         subject="memory", verdict="ok", detail=f"{format_size(memory.free_bytes)} free ({memory.limit_source})"
     )
+
+
+def probe_hardware() -> Finding:
+    """What the machine is good for, whatever the model."""
+    assessment = assess_hardware()
+    verdict = "ok" if assessment.mode is HardwareMode.OK else "note"
+    return Finding(subject="hardware", verdict=verdict, detail=f"{assessment.mode.value}: {assessment.reason}")
 
 
 async def probe_builtin_engine() -> Finding:
@@ -16006,11 +22380,11 @@ def run_audit(command: Command) -> int:
 
 
 def describe_audit_entry(entry: Mapping[str, Any]) -> str:
-    """One request on one line. Everything is shown escaped: whoever can write the file is not trusted more."""
+    """One request on one line. Names were escaped when they were written; a file that was edited is escaped again."""
 
-    def text(name: str, default: str = "-") -> str:
-        value = entry.get(name)
-        return default if value is None else display_name(str(value))
+    def text(name: str) -> str:
+        shown = "-" if entry.get(name) is None else str(entry[name])
+        return shown if shown.isprintable() else display_name(shown)
 
     who = text("deviceId")
     if entry.get("caller") == "peer":
@@ -16033,6 +22407,8 @@ COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "assess": run_assess,
     "probe": run_probe,
     "audit": run_audit,
+    "peers": run_peers,
+    "pair": run_pair,
 }
 
 

@@ -15,12 +15,17 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package numpy",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
+    "needs node",
     "needs node and the npm package openai (make test-all installs them)",
+    "needs chromium (make test-all)",
     "needs curl",
+    "needs network namespaces (make test-all)",
+    "needs the package zeroconf",
     "needs bash",
 }
 SKIPPED_BY_SYSTEM = {
     "finds the worker in /proc",
+    "looks for tools of systems that this is not",
     "looks at process ids the POSIX way",
     "needs a file system that takes any byte in names",
     "needs a second loopback address",

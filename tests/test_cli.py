@@ -1,5 +1,9 @@
 """The command line's own logic; its commands run for real in test_end_to_end.py."""
 
+import contextlib
+import http.server
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,16 +12,24 @@ import dvai_bridge
 from dvai_bridge import (
     PLANNED_COMMANDS,
     PLANNED_OPTIONS,
+    AuditCaller,
+    AuditEntry,
+    AuditLog,
+    MachineSpeed,
     ProgressLine,
     UsageError,
     build_program_name,
     build_survey,
     build_survey_json,
+    describe_audit_entry,
+    describe_estimates,
     load_config,
     parse_command_line,
+    parse_since,
     summarize_usages,
 )
 from dvai_bridge import Usage as EngineUsage
+from tests.support_worker import build_byte_model
 from tests.test_bridge import found
 from tests.test_engine import INFO
 
@@ -114,3 +126,196 @@ def test_rates_leave_out_what_the_cache_gave():
     measured = summarize_usages(INFO, 1.5, usages, None)
     assert (measured.prefill_tok_per_s, measured.decode_tok_per_s) == (100.0, 20.0)
     assert (measured.prompt_tokens, measured.completion_tokens) == (20, 10)
+
+
+# ---- assess, probe, audit -------------------------------------------------------------
+
+
+def run_here(home, *words):
+    """Run a command in this process; its exit code."""
+    return dvai_bridge.run_command_line(
+        list(words), {"DVAI_HOME": str(home), "HOME": str(home)}, load_builtin_model=bytes
+    )
+
+
+def test_assess_prints_the_shape_of_every_platform(tmp_path, capsys):
+    assert run_here(tmp_path, "assess", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown.keys() == {"mode", "tokPerSec", "reason", "hints"}
+    assert shown["mode"] in ("ok", "offload-only", "too-weak") and f"{shown['tokPerSec']:g} tok/s" in shown["reason"]
+
+
+def test_assess_estimates_each_model_that_is_here(tmp_path, capsys, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").write_bytes(build_byte_model())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dvai_bridge, "BANDWIDTH_BUFFER_BYTES", 1 << 20)
+    assert run_here(tmp_path, "assess") == 0
+    text = capsys.readouterr().out
+    assert "tok/s" in text.splitlines()[0] and "tiny: about " in text and "with builtin" in text
+
+
+def test_doctor_has_the_assessment():
+    finding = dvai_bridge.probe_hardware()
+    assert finding.verdict in ("ok", "note") and "tok/s" in finding.detail and finding.mend is None
+
+
+def test_estimates_for_people():
+    speed = MachineSpeed(memory_bytes_per_s=20e9, multiply_adds_per_s=500e6, cores=1)
+    model = dvai_bridge.replace(found(Path("/m/a.gguf"), "a"), n_params=1_000_000_000, size_bytes=600_000_000)
+    assert describe_estimates(model, speed) == "about 20 tokens/s with llama, 0.40 tokens/s with builtin"
+    obstructed = dvai_bridge.replace(model, obstacle="needs about 9 GB")
+    assert describe_estimates(obstructed, speed) == "about 20 tokens/s with llama"
+    assert "not known" in describe_estimates(dvai_bridge.replace(model, n_params=None), speed)
+
+
+SCORE = {
+    "modelId": "m",
+    "deviceId": "d",
+    "libraryVersion": "1",
+    "tokPerSec": 12.3,
+    "source": "probe",
+    "measuredAt": 5,
+    "prefillTokPerSec": 80.0,
+}
+
+
+@contextlib.contextmanager
+def answer_with(status, body):
+    """The port of a server that answers everything so, and the (method, path, body, headers) that it was asked."""
+    asked = []
+
+    class Answering(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((self.command, self.path, json.loads(data), dict(self.headers)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port, asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_probe_asks_the_running_bridge(tmp_path, capsys):
+    with answer_with(200, json.dumps({"score": SCORE}).encode()) as (port, asked):
+        assert run_here(tmp_path, "probe", "--port", str(port)) == 0
+        assert capsys.readouterr().out == "m: 12 tokens/s, prompts 80 tokens/s (measured)\n"
+        assert run_here(tmp_path, "probe", "other", "--json", "--port", str(port)) == 0
+        assert json.loads(capsys.readouterr().out) == SCORE
+    assert [request[:3] for request in asked] == [
+        ("POST", "/v1/dvai/probe", {}),
+        ("POST", "/v1/dvai/probe", {"modelId": "other"}),
+    ]
+    assert "Authorization" not in asked[0][3] and asked[0][3]["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (503, b'{"error": {"message": "no engine here", "code": "no_backend"}}', "(503): no engine here"),
+        (404, b'{"error": "not found"}', "(404): it gave no reason"),
+        (200, b'{"score": {"modelId": 5}}', "no bridge of this version"),
+        (200, b"[]", "no bridge of this version"),
+        (200, b"hello", "no bridge answers"),
+    ],
+)
+def test_probe_says_what_went_wrong(tmp_path, capsys, status, body, words):
+    with answer_with(status, body) as (port, _):
+        assert run_here(tmp_path, "probe", "--port", str(port)) == 1
+    shown = capsys.readouterr()
+    assert words in shown.err and shown.out == "" and shown.err.count("\n") == 1
+
+
+def test_probe_without_a_bridge_says_what_to_do(tmp_path, capsys):
+    assert run_here(tmp_path, "probe") == 1
+    error = capsys.readouterr().err
+    assert "serve" in error and "bench --model" in error
+
+
+NOW_MS = 1_795_262_400_000  # 2026-11-21T12:00:00Z
+
+
+@pytest.mark.parametrize(
+    ("text", "since_ms"),
+    [
+        ("90s", NOW_MS - 90_000),
+        ("90m", NOW_MS - 5_400_000),
+        ("24h", NOW_MS - 86_400_000),
+        ("7d", NOW_MS - 604_800_000),
+        ("2026-11-21", NOW_MS - 43_200_000),
+        ("2026-11-21T12:00", NOW_MS),
+        ("2026-11-21T13:00+01:00", NOW_MS),
+        ("2026-11-21T12:00:00Z", NOW_MS),
+    ],
+)
+def test_since_when(text, since_ms):
+    assert parse_since(text, NOW_MS) == since_ms
+
+
+@pytest.mark.parametrize("words", [["--since", "yesterday"], ["--since", "5w"], ["-n", "-1"], ["-n", "x"], ["-n", "٣"]])
+def test_what_audit_does_not_take(tmp_path, capsys, words):
+    assert run_here(tmp_path, "audit", *words) == 2
+    assert capsys.readouterr().err.startswith(f"dvai_bridge.py: {words[0]} ")
+
+
+def write_audit(home):
+    audit = AuditLog(Path(home) / "data" / "audit")
+    for n in range(60):
+        audit.record(
+            AuditEntry(
+                time_ms=NOW_MS + n * 1000,
+                request_id=f"r{n}",
+                caller=AuditCaller.PEER,
+                device_id="phone",
+                app_id="com.example",
+                path="/v1/chat/completions",
+                status=200,
+                outcome="ok",
+                duration_ms=1234.0,
+                route="local",
+                model_asked="M",
+                model_served="m",
+                prompt_tokens=12,
+                completion_tokens=48,
+            )
+        )
+    audit.flush()
+
+
+def test_audit_shows_the_last_requests(tmp_path, capsys):
+    write_audit(tmp_path)
+    assert run_here(tmp_path, "audit") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == dvai_bridge.AUDIT_SHOWN
+    assert lines[-1] == (
+        "2026-11-21T12:00:59.000Z  peer phone (com.example)  /v1/chat/completions  M -> m  local  "
+        "ok 200  12+48 tokens  1234.0 ms"
+    )
+    assert run_here(tmp_path, "audit", "--json", "-n", "0") == 0
+    assert [entry["requestId"] for entry in json.loads(capsys.readouterr().out)] == [f"r{n}" for n in range(60)]
+    assert run_here(tmp_path, "audit", "--json", "-n", "2", "--since", "2026-11-21T12:00:30") == 0
+    assert [entry["requestId"] for entry in json.loads(capsys.readouterr().out)] == ["r58", "r59"]
+
+
+def test_an_empty_audit_is_no_failure(tmp_path, capsys):
+    assert run_here(tmp_path, "audit") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and "no requests in" in shown.err
+    assert run_here(tmp_path, "audit", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_an_audit_that_somebody_edited_cannot_harm_the_terminal():
+    line = describe_audit_entry({"time": "\x1b[2J", "deviceId": {"a": 1}, "route": "x\ny", "promptTokens": [1]})
+    assert line.isprintable()

@@ -6,9 +6,11 @@ import pytest
 
 from dvai_bridge import (
     Config,
+    OffloadConfig,
     UsageError,
     build_config,
     build_options_table,
+    build_parser,
     get_options,
     parse_integer,
     parse_list,
@@ -18,7 +20,7 @@ from dvai_bridge import (
 
 def test_defaults_need_nothing():
     config = build_config()
-    assert config.host == "127.0.0.1" and config.port is None and config.model is None
+    assert config.host is None and config.port is None and config.model is None
 
 
 def test_precedence_is_flag_environment_file_default():
@@ -85,10 +87,49 @@ def test_switches_and_lists():
 
 def test_every_field_is_an_option_with_its_own_names():
     options = get_options(Config)
-    assert set(options) == {f.name for f in dataclasses.fields(Config)}
+    fields = {f.name for f in dataclasses.fields(Config)} | {
+        f"offload.{f.name}" for f in dataclasses.fields(OffloadConfig)
+    }
+    assert fields - set(options) == {"offload"} | {
+        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery")
+    }
     flags = [flag for opt in options.values() for flag in opt.flags]
     assert len(flags) == len(set(flags))
-    assert all(opt.name.replace("-", "_") == name for name, opt in options.items())
+    renamed = {"offload.enabled": "offload", "offload.only": "offload_only", "offload.known_peers": "peer"}
+    for name, opt in options.items():
+        assert opt.name.replace("-", "_") == renamed.get(name, name.removeprefix("offload."))
+
+
+def test_offload_options_make_a_config_of_their_own():
+    config = build_config(
+        flags={
+            "offload.enabled": "true",
+            "offload.discover_lan": "false",
+            "offload.known_peers": "http://a:1,http://b/v1",
+        },
+        environ={"DVAI_MIN_LOCAL_CAPABILITY": "2.5", "DVAI_DISCOVER_LAN": "true"},
+    )
+    offload = config.offload
+    assert offload.is_active and not offload.only and not offload.discover_lan
+    assert offload.known_peers == ("http://a:1", "http://b/v1") and offload.min_local_capability == 2.5
+
+
+@pytest.mark.parametrize(
+    "url", ["a", "ftp://a", "http://", "http://u:p@a", "http://a/?x", "http://a:99999", "http://a:x"]
+)
+def test_a_peer_is_a_base_url(url):
+    with pytest.raises(UsageError, match="--peer"):
+        build_config(flags={"offload.known_peers": url})
+
+
+def test_a_switch_that_is_on_can_be_turned_off():
+    parse = build_parser().parse_args
+    assert vars(parse(["serve", "--no-discover-lan"]))["offload.discover_lan"] == "false"
+    assert vars(parse(["serve", "--peer", "http://a", "--peer", "http://b"]))["offload.known_peers"] == [
+        "http://a",
+        "http://b",
+    ]
+    assert "`--no-discover-lan`" in build_options_table(Config, "offload")
 
 
 def test_the_table_lists_each_option_of_its_group():

@@ -6,7 +6,7 @@ import h11
 import pytest
 
 import dvai_bridge as dvai
-from dvai_bridge import BodyFraming, BridgeError, RequestBody, RequestHead, RequestParser
+from dvai_bridge import BodyFraming, BridgeError, RequestBody, RequestHead, RequestParser, ResponseParser
 
 HOST = b"Host: localhost\r\n"
 GET = b"GET / HTTP/1.1\r\n"
@@ -363,13 +363,18 @@ PIECES = [
 
 def mutate_requests(rng, count):
     """Requests with up to three small changes each."""
+    return mutate(rng, SEEDS, PIECES, count)
+
+
+def mutate(rng, seeds, pieces, count):
+    """Messages of `seeds` with up to three small changes each: a piece more, bytes less, another byte, a repetition."""
     for _ in range(count):
-        data = bytearray(rng.choice(SEEDS))
+        data = bytearray(rng.choice(seeds))
         for _ in range(rng.randrange(4)):
             at = rng.randrange(len(data) + 1)
             kind = rng.randrange(4)
             if kind == 0:
-                data[at:at] = rng.choice(PIECES)
+                data[at:at] = rng.choice(pieces)
             elif kind == 1:
                 del data[at : at + rng.randrange(1, 4)]
             elif kind == 2 and at < len(data):
@@ -505,3 +510,170 @@ def test_framing(method, minor, status, is_stream, framing):
 def test_date_is_the_one_of_the_rfc():
     assert dvai.encode_http_date(784111777) == "Sun, 06 Nov 1994 08:49:37 GMT"
     assert dvai.encode_http_date(0) == "Thu, 01 Jan 1970 00:00:00 GMT"
+
+
+# -- answers --
+
+OK = b"HTTP/1.1 200 OK\r\n"
+OK_CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def read_answer(data, cuts=(), method="GET", closes=False):
+    """(status, minor, body, end, reusable) of an answer; end: "whole", "more" or the error's code."""
+    parser, body, start = ResponseParser(method), b"", 0
+    for cut in [*cuts, len(data)]:
+        body += parser.receive(data[start:cut])
+        start = cut
+    if closes:
+        parser.receive_eof()
+    end = parser.error.code if parser.error else "whole" if parser.is_complete else "more"
+    head = parser.head
+    return (head and head.status, head and head.http_minor, body, end, parser.can_reuse)
+
+
+ANSWERS = [
+    (OK + b"Content-Length: 5\r\n\r\nhello", (200, 1, b"hello", "whole", True)),
+    (b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", (200, 1, b"", "whole", True)),
+    (b"HTTP/1.1 404\r\nContent-Length: 2\r\n\r\n{}", (404, 1, b"{}", "whole", True)),
+    (b"HTTP/1.1 200 Tr\xc3\xa8s bien\r\nContent-Length: 0\r\n\r\n", (200, 1, b"", "whole", True)),
+    (OK + b"Connection: Close\r\nContent-Length: 1\r\n\r\nx", (200, 1, b"x", "whole", False)),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\nx", (200, 0, b"x", "whole", False)),
+    (
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 1\r\n\r\nx",
+        (200, 0, b"x", "whole", True),
+    ),
+    (OK_CHUNKED + b"5\r\nhello\r\n1;a=b\r\n\n\r\n0\r\nX-Sum: 1\r\n\r\n", (200, 1, b"hello\n", "whole", True)),
+    (OK_CHUNKED + b"005\r\nhello\r\n", (200, 1, b"hello", "more", False)),
+    (OK_CHUNKED + b"5\r\nhel", (200, 1, b"hel", "more", False)),
+    (OK + b"Content-Length: 5\r\n\r\nhel", (200, 1, b"hel", "more", False)),
+    (OK + b"Content-Length: 5\r\n\r\nhelloHTTP/1.1", (200, 1, b"hello", "whole", False)),
+    (OK + b"\r\nuntil the end", (200, 1, b"until the end", "more", False)),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", (204, 1, b"", "whole", True)),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", (304, 1, b"", "whole", True)),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"Content-Length: 1\r\n\r\nx", (200, 1, b"x", "whole", True)),
+    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" * 8 + OK + b"Content-Length: 0\r\n\r\n", (200, 1, b"", "whole", True)),
+    (OK + b"A: b\r\n", (None, None, b"", "more", False)),
+]
+
+BROKEN = (None, None, b"", "upstream_failed", False)
+BROKEN_ANSWERS = [
+    *(
+        (line + b"\r\nContent-Length: 0\r\n\r\n", BROKEN)
+        for line in (
+            b"", b"HTTP/1.1", b"HTTP/1.1 20", b"HTTP/1.1 2000 OK", b"HTTP/1.1 600 OK", b"HTTP/1.1 099 OK",
+            b"HTTP/1.1  200 OK", b"HTTP/1.1 200\tOK", b"HTTP/1.1 +20 OK", b"HTTP/1.2 200 OK", b"HTTP/2.0 200 OK",
+            b"http/1.1 200 OK", b"HTTP/1.1 200 O\x00K", b" HTTP/1.1 200 OK", b"ICY 200 OK", b"\x15\x03\x01",
+            b"HTTP/1.1 101 Switching Protocols", b"HTTP/1.1 2\xb20 OK", b"220 smtp.example.org ESMTP",
+        )
+    ),
+    (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", BROKEN),
+    (OK + b"A : b\r\n\r\n", BROKEN),
+    (OK + b"A: b\r\n c\r\n\r\n", BROKEN),
+    (OK + b"A: b\n\r\n", BROKEN),
+    (OK + b"A: \x00\r\n\r\n", BROKEN),
+    (OK + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", BROKEN),
+    (OK + b"Content-Length: 5, 5\r\n\r\nhello", BROKEN),
+    (OK + b"Content-Length: +5\r\n\r\nhello", BROKEN),
+    (OK + b"Content-Length: " + b"9" * 20 + b"\r\n\r\n", BROKEN),
+    (OK + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", BROKEN),
+    (OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n", BROKEN),
+    (OK + b"Transfer-Encoding: gzip\r\n\r\n", BROKEN),
+    (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", BROKEN),
+    (b"HTTP/1.1 103 Early\r\n\r\n" * 9, BROKEN),
+    (OK + b"A: " + b"b" * 8190, BROKEN),
+    (OK + (b"A: " + b"b" * 4000 + b"\r\n") * 9, BROKEN),
+    (OK + b"A:\r\n" * 101, BROKEN),
+    (b"HTTP/1.1 200 " + b"a" * 8190, BROKEN),
+    *(
+        (OK_CHUNKED + b"2\r\nhi\r\n" + rest, (200, 1, b"hi" + more, "upstream_failed", False))
+        for rest, more in (
+            (b"+5\r\nhello\r\n", b""), (b" 5\r\n", b""), (b"5_0\r\n", b""), (b"0x5\r\n", b""), (b"g\r\n", b""),
+            (b"\r\n", b""), (b"5\nhello", b""), (b"0" * 17 + b"\r\n", b""), (b"5\r\nhelloX\r\n", b"hello"),
+            (b"5\r\nhello\n0\r\n\r\n", b"hello"), (b"0\r\nContent-Length: 1\r\n\r\n", b""), (b"0\r\nA : b\r\n", b""),
+            (b"1;" + b"x" * 5000, b""), (b"0\r\n" + b"A:\r\n" * 101, b""),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "answer"), ANSWERS + BROKEN_ANSWERS, ids=lambda x: repr(x)[-60:])
+def test_answers(data, answer):
+    assert read_answer(data) == answer
+    assert read_answer(data, range(len(data))) == answer
+    for cut in range(0, len(data), max(1, len(data) // 40)):
+        assert read_answer(data, [cut]) == answer
+
+
+def test_answers_that_end_with_the_connection():
+    assert read_answer(OK + b"\r\nall", closes=True) == (200, 1, b"all", "whole", False)
+    for data in (
+        b"",
+        b"HTTP/1.1 2",
+        OK,
+        OK + b"Content-Length: 5\r\n\r\nhell",
+        OK_CHUNKED,
+        OK_CHUNKED + b"1\r\nx\r\n0\r\n",
+    ):
+        assert read_answer(data, closes=True)[3] == "upstream_lost", data
+    whole = OK + b"Content-Length: 1\r\n\r\nx"
+    assert read_answer(whole, closes=True)[3] == "whole"
+    assert read_answer(OK + b"Content-Length: 5\r\n\r\n", method="HEAD") == (200, 1, b"", "whole", True)
+    assert read_answer(OK + b"Transfer-Encoding: chunked\r\n\r\n", method="HEAD")[3] == "whole"
+
+
+def test_a_header_block_in_many_segments_keeps_its_limit():
+    parser = ResponseParser("GET")
+    parser.receive(OK)
+    for _ in range(20):
+        parser.receive(b"A: " + b"b" * 4000 + b"\r\n")
+    assert parser.error is not None and parser.head is None
+
+
+def test_a_long_stream_is_not_kept():
+    parser = ResponseParser("GET")
+    parser.receive(OK_CHUNKED)
+    for _ in range(100):
+        assert parser.receive(b"1000\r\n" + b"x" * 4096) == b"x" * 4096
+        assert parser.receive(b"\r\n") == b""
+        assert parser.buffered_bytes == 0
+
+
+# -- the same answers, read by h11 --
+
+ANSWER_SEEDS = [data for data, _ in ANSWERS + BROKEN_ANSWERS if len(data) < 400]
+ANSWER_PIECES = [*PIECES, b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 C\r\n\r\n", b"Connection: close\r\n", b"204", b"304"]
+
+
+def read_answer_with_h11(data):
+    """(status, body, whole), or None for what h11 refuses; the server closes behind the data."""
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=1 << 20)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "localhost")]))
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(data)
+    connection.receive_data(b"")
+    status, body = None, b""
+    try:
+        while True:
+            event = connection.next_event()
+            if isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return status, body
+            elif not isinstance(event, h11.InformationalResponse):
+                return None
+    except h11.RemoteProtocolError:
+        return None
+
+
+def test_answers_are_never_read_otherwise_than_by_h11():
+    rng, agreed = random.Random(7), 0
+    for data in mutate(rng, ANSWER_SEEDS, ANSWER_PIECES, 20_000):
+        status, _, body, end, _ = read_answer(data, closes=True)
+        cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 6)))
+        assert read_answer(data, cuts, closes=True) == read_answer(data, closes=True), data
+        if end == "whole":
+            agreed += 1
+            assert read_answer_with_h11(data) == (status, body), data
+    assert agreed > 2_000

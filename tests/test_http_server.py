@@ -56,8 +56,9 @@ class Recorder(logging.Handler):
 class Running:
     """A server in a thread of its own, with routes for these tests."""
 
-    def __init__(self, **options):
+    def __init__(self, identify=None, **options):
         self.options = HttpServerOptions(port=0, **options)
+        self.identify = identify
         self.log = Recorder()
         self.cancelled = []
         self.closed = []
@@ -79,7 +80,7 @@ class Running:
         return self
 
     async def make_server(self):
-        server = HttpServer(self.options, self.answer)
+        server = HttpServer(self.options, self.answer, **({"identify": self.identify} if self.identify else {}))
         await server.start()
         return server
 
@@ -713,6 +714,7 @@ def status_of(decision):
     return 200 if decision.refusal is None else decision.refusal.status
 
 
+SIGNED = {f"x_dvai_{name}": "x" for name in ("peer_device_id", "app_id", "nonce", "signature")}
 KEYED = AccessPolicy(api_keys=(b"k1", "schlüssel".encode()), control_token=b"token")
 PATHS = {
     RouteClass.INFERENCE: ["/v1/chat/completions", "/models", "/v1/models/a/b", "/nothing", "/v1/dvai/nothing", "/"],
@@ -741,6 +743,14 @@ TABLE = [
     ("elsewhere without", KEYED, False, {}, [401, 401, 401, 200, 200, 403], False),
     ("elsewhere, no key set", AccessPolicy(), False, {"authorization": "Bearer x"},
      [401, 401, 401, 200, 200, 403], False),
+    ("paired", AccessPolicy(), False, SIGNED, [200, 200, 403, 200, 200, 403], True),
+    ("paired, on loopback", KEYED, True, SIGNED, [200, 200, 403, 200, 200, 403], True),
+    ("paired, with what it copied", KEYED, False,
+     {**SIGNED, "authorization": "Bearer wrong", "origin": "http://evil", "sec_fetch_site": "cross-site"},
+     [200, 200, 403, 200, 200, 403], True),
+    ("paired, control token", KEYED, True, {**SIGNED, "x_dvai_control": "token"}, [200, 200, 403, 200, 200, 403], True),
+    ("paired, wrong host", KEYED, False, {**SIGNED, "host": "evil.example"}, [403] * 6, False),
+    ("one field of a signature", KEYED, False, {"x_dvai_nonce": "x"}, [200, 200, 403, 200, 200, 403], True),
     ("anonymous LAN", AccessPolicy(allow_anonymous_lan=True), False, {}, [200, 401, 401, 200, 200, 403], False),
     ("page allowed", AccessPolicy(cors_origins=frozenset(["http://app"])), True, {"origin": "http://app"},
      [200, 200, 403, 200, 403, 403], True),
@@ -765,6 +775,51 @@ def test_access_table(policy, loopback, fields, statuses, full):
             assert status_of(decision) == status, path
             if route is RouteClass.HEALTH and status == 200:
                 assert (dvai.ACCESS_TABLE[decision.caller][RouteClass.CAPABILITY] is Access.ALLOWED) == full
+
+
+def test_a_signature_is_verified_when_the_body_is_here():
+    seen = []
+
+    def identify(request):
+        seen.append(request.body)
+        if request.headers.get("x-dvai-signature") != "good":
+            raise dvai.SignatureError
+        return dvai.Pairing(device_id="phone", app_id="app", device_name="Phone", paired_at_ms=1, last_used_at_ms=1)
+
+    fields = {"X-DVAI-Peer-Device-Id": "phone", "X-DVAI-App-Id": "app", "X-DVAI-Nonce": "n"}
+    with Running(identify=identify, api_keys=("k",)) as server:
+        for signature, expected in (("good", 200), ("bad", 401)):
+            signed = fields | {"X-DVAI-Signature": signature, "Origin": "http://copied.example"}
+            status, _, body = server.request("POST", "/json", b'{"a": 1}', signed)
+            assert status == expected and seen.pop() == b'{"a": 1}'
+            if expected == 401:
+                assert error_of(body)["code"] == "invalid_signature"
+        status, _, body = server.request("GET", "/who", headers=fields | {"X-DVAI-Signature": "good"})
+        assert (status, json.loads(body)["caller"]) == (200, "PAIRED")
+        assert server.request("GET", "/who", headers={"X-DVAI-App-Id": "app"})[0] == 401
+        assert server.request("GET", "/v1/dvai/peers", headers=fields | {"X-DVAI-Signature": "good"})[0] == 403
+
+
+def test_signed_requests_are_refused_where_nobody_can_be_paired():
+    with Running() as server:
+        assert server.request("GET", "/who", headers={"X-DVAI-Nonce": "n", "X-DVAI-Signature": "s"})[0] == 401
+
+
+def test_what_a_revoked_device_runs_ends():
+    pairing = dvai.Pairing(device_id="phone", app_id="app", device_name="Phone", paired_at_ms=1, last_used_at_ms=1)
+    with Running(identify=lambda request: pairing) as server:
+        signed = b"GET /first-then-never HTTP/1.1\r\n" + HOST + b"X-DVAI-Nonce: n\r\n\r\n"
+        unsigned = b"GET /first-then-never HTTP/1.1\r\n" + HOST + b"\r\n"
+        with server.connect(signed) as mine, server.connect(unsigned) as other:
+            for client in (mine, other):
+                assert client.recv(10) == b"HTTP/1.1 2"
+
+            async def revoke():
+                server.server.end_requests(lambda request: request.pairing is pairing)
+
+            server.call(revoke())
+            wait_for(lambda: server.cancelled == ["first-then-never"], 5, "the device's answer ends")
+            assert server.server.connection_count == 1
 
 
 def test_control_needs_loopback_and_token():
