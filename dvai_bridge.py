@@ -13934,7 +13934,7 @@ class PooledEngine:
     def __init__(self, pool: ModelPool, model_id: str, load: LoadRequest) -> None:
         self.model_id = model_id
         self.load = load
-        self.on_progress: Callable[[float], None] | None = None
+        self.on_progress: Callable[[float], None] | None = None  # of its next load
         self.info: ModelInfo | None = None  # since it was loaded for the first time
         self.process: EngineProcess | None = None
         self.rest = ModelState.UNLOADED  # the state without a process: UNLOADED, SLEEPING or STOPPED
@@ -14096,6 +14096,9 @@ class ModelPool:
                     await asyncio.shield(engine.ending)
                     continue
                 self._verify_may_load(engine, terms)
+                if engine.process is not None:  # it failed, long ago
+                    await self._end(engine, ModelState.UNLOADED)
+                    continue
                 decision = await self._decide(engine)
                 if decision.step is RoomStep.REFUSE:
                     raise ModelFileError(decision.reason)
@@ -14110,13 +14113,12 @@ class ModelPool:
                     await self._end_for_another(decision)
 
     def _verify_may_load(self, engine: PooledEngine, terms: UseTerms) -> None:
-        """Raises why nobody, or not this user, gets the model loaded; forgets a failure that is old enough."""
+        """Raises why nobody, or not this user, gets the model loaded."""
         if self._is_closed or engine.state is ModelState.STOPPED:
             raise EngineUnavailableError("the engine is stopped")
-        if engine.state is ModelState.FAILED and engine.process is not None and engine.error is not None:
+        if engine.state is ModelState.FAILED and engine.error is not None:
             if engine.failed_at_s is None or self._clock() - engine.failed_at_s < FAILED_LOAD_KEPT_S:
                 raise engine.error
-            engine.process, engine.failed_at_s = None, None
         if not terms.may_load and engine.state is ModelState.UNLOADED:
             raise ModelNotFoundError(
                 f"the model {engine.model_id!r} is not loaded, and a request of another device loads none",
@@ -14176,6 +14178,7 @@ class ModelPool:
     def _begin(self, engine: PooledEngine) -> None:
         """Start a process for a model that has none."""
         engine.process = self._build_process(engine.load, on_progress=engine.on_progress)
+        engine.on_progress = None
         engine.rest, engine.failed_at_s = ModelState.UNLOADED, None
         engine.keep_alive_s, engine.last_used_s = self.keep_alive_s, self._clock()
         engine.process.start()
@@ -18329,8 +18332,8 @@ class ModelHost:
         for serving in servings:
             self._offer(serving)
         self._default = self.models.get(None)
-        if self._default is not None:
-            self._default.engine.on_progress = on_progress
+        for engine in self._list_first():
+            engine.on_progress = on_progress
         self._meter: CapabilityMeter | None = None
         self._speeds: dict[str, LocalSpeed] = {}
         self._looking: asyncio.Task[None] | None = None
