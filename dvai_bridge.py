@@ -12060,7 +12060,7 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    built-in engine cannot serve it; None: it can.
+    built-in engine cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can see.
     """
 
     model_id: str
@@ -12073,6 +12073,7 @@ class FoundModel:
     n_ctx_train: int | None
     has_chat_template: bool
     obstacle: str | None
+    is_whole: bool = True
 
 
 # Memory. Files are read below `root`, so that a whole fake system can stand there.
@@ -12276,7 +12277,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
     )
     if len(candidate.files) < candidate.part_count:
         missing = candidate.part_count - len(candidate.files)
-        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing")
+        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing", is_whole=False)
     try:
         with open_gguf(first.path) as gguf:
             summary = summarize_gguf(gguf)
@@ -12288,6 +12289,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
                 obstacle=explain_obstacle(gguf, memory),
+                is_whole=summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors),
             )
     except ModelFileError as exc:
         return replace(found, obstacle=exc.message)
@@ -18155,21 +18157,14 @@ def choose_servings(
 
 
 def list_models_directory(directory: str) -> list[FoundModel]:
-    """The models below a directory, at most MODELS_LIMIT; what is no whole model is left out. Blocks for the disk."""
+    """The models below a directory, at most MODELS_LIMIT. Blocks for the disk.
+
+    What is no whole model is left out; a damaged one is not: who asks for it is told what is wrong with it.
+    """
     if not os.path.isdir(directory):
         raise UsageError(f"--models-dir {directory}: there is no such directory")
     found = find_models([ModelPlace(source="--models-dir", path=Path(directory))])
-    return [model for model in found if is_whole_model(model.path)][:MODELS_LIMIT]
-
-
-def is_whole_model(path: Path) -> bool:
-    """Whether a file could be a model by itself. A damaged one could: who asks for it is told what is wrong."""
-    try:
-        with open_gguf(path) as gguf:
-            summary = summarize_gguf(gguf)
-            return summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors)
-    except ModelFileError:
-        return True
+    return [model for model in found if model.is_whole][:MODELS_LIMIT]
 
 
 def _choose_named(named: str | None, alias: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -18331,7 +18326,6 @@ class ModelHost:
         )
         for serving in servings:
             self._offer(serving)
-        self._default = self.models.get(None)
         for engine in self._list_first():
             engine.on_progress = on_progress
         self._meter: CapabilityMeter | None = None
@@ -18344,7 +18338,8 @@ class ModelHost:
     @property
     def default(self) -> PooledEngine | None:
         """The engine of the model that is meant by requests that name none; None if nothing is served here."""
-        return self._default.engine if self._default is not None else None
+        local = self.models.get(None)
+        return local.engine if local is not None else None
 
     def start(self, device_id: str, *, is_measured: bool) -> None:
         """Begin to load the default model. `is_measured`: it matters to somebody how fast the models are."""
@@ -18360,7 +18355,7 @@ class ModelHost:
 
     def _list_first(self) -> list[PooledEngine]:
         is_named = bool(self._config.models) or self._config.models_dir is None
-        return [self._default.engine] if self._default is not None and is_named else []
+        return [self.default] if self.default is not None and is_named else []
 
     async def close(self) -> None:
         """End the engines, and what measures them."""
@@ -18410,7 +18405,7 @@ class ModelHost:
         """Serve nothing after all; before the start."""
         for local in list(self.models):
             self.models.remove(local)
-        self.servings, self._default = [], None
+        self.servings = []
 
     def _offer(self, serving: Serving) -> LocalEngine:
         load = build_load_request(self._config, serving)
@@ -18426,6 +18421,7 @@ class ModelHost:
 
     async def _withdraw(self, local: LocalEngine) -> None:
         self.models.remove(local)
+        self._speeds.pop(local.model.model_id, None)
         await self._pool.stop(local.engine)
         self._pool.discard(local.engine)
 
@@ -18444,7 +18440,7 @@ class ModelHost:
 
     async def get_speeds(self) -> Mapping[str, LocalSpeed]:
         """The speeds of the local models by id, found out at first use."""
-        if any(local.model.model_id not in self._speeds for local in self.models):
+        while any(local.model.model_id not in self._speeds for local in self.models):
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
             await asyncio.shield(self._looking)
@@ -18855,16 +18851,16 @@ class DVAI:
     @property
     def model_id(self) -> str | None:
         """The id under which this device serves its first model; None if it serves none."""
-        return self.serving.model_id if self.serving is not None else None
+        return self.engine.model_id if self.engine is not None else None
 
     @property
     def serving(self) -> Serving | None:
-        """What that model is."""
+        """What the first model of the config is."""
         return self.host.servings[0] if self.host.servings else None
 
     @property
     def engine(self) -> PooledEngine | None:
-        """The engine of that model."""
+        """The engine of the first model."""
         return self.host.default
 
     async def __aenter__(self) -> DVAI:
@@ -19220,6 +19216,7 @@ examples:
   python3 dvai_bridge.py                              serve the built-in demonstration model
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
+  python3 dvai_bridge.py serve --models-dir models    offer all of a directory, each loaded when asked for
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """

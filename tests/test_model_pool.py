@@ -128,7 +128,7 @@ async def start_pool(directory, *names, free_bytes=None, **options):
 async def until(condition, what):
     """Poll until `condition()` is true."""
     async with asyncio.timeout(60):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0.005)
     assert condition(), what
 
