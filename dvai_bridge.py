@@ -21359,7 +21359,7 @@ def estimate_load_bytes(load: LoadRequest) -> int:
     try:
         with open_gguf(load.model) as gguf:
             if load.engine == "llama":
-                return estimate_llama_memory_bytes(gguf, os.path.getsize(load.model), load)
+                return estimate_llama_memory_bytes(gguf, measure_model_files(load.model), load)
             return estimate_memory_bytes(gguf, load.n_ctx, load.slots)
     except ModelFileError as exc:
         raise ModelFileError(f"{load.model}: {exc.message}") from exc
