@@ -8126,6 +8126,13 @@ class ClientExchange:
             self._connection = None
 
 
+def explain_connect_error(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words; asyncio's own are of calls and of tuples."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
+    return getattr(error, "strerror", None) or display_name(str(error))
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -8223,8 +8230,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or display_name(str(exc))
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -14540,10 +14546,16 @@ def build_handshake_post(client: HttpClient) -> HandshakePost:
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
     """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
-    with contextlib.suppress(ValueError, AttributeError):
-        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
-            return AuthenticationError("the clocks of the two devices differ too much")
+    if is_clock_skew(body):
+        return AuthenticationError("the clocks of the two devices differ too much")
     return SignatureError("it does not know this device any more")
+
+
+def is_clock_skew(body: bytes) -> bool:
+    """Whether the body of a peer's 401 holds that the pairing is good and a clock is wrong."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(parse_json(body).get("error", {}).get("code") == ClockSkewError.code)
+    return False
 
 
 def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
@@ -15275,6 +15287,8 @@ class PeerExchange:
         response.end_within(self._started_at + self._budget_s - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status)
+            if outcome is AttemptOutcome.UNAUTHORIZED and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+                raise AttemptError(AttemptOutcome.BROKEN, "the clocks of the two devices differ too much")
             if outcome is not AttemptOutcome.REFUSED:
                 raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
         return response
@@ -17281,9 +17295,12 @@ class Offloading:
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
-        """What an attempt says of its peer."""
+        """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
-        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+        if outcome is AttemptOutcome.COMMITTED:
+            if self._on_offload is not None:
+                self._tell(device_id)
+        elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
             monitor.note_unauthorized(device_id)
@@ -17292,15 +17309,17 @@ class Offloading:
             monitor.note_failure(
                 device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
             )
-        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
-            self._tell(attempt.target.device_id)
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
-        target = report.target
+        target, monitor = report.target, self._monitor
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
+        elif report.first_content_s is not None:
+            monitor.note_success(target.device_id)
         if report.decode_tok_per_s is not None and target.model_id:
-            self._monitor.record_measurement(
+            monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import json
 import re
 
@@ -29,6 +30,7 @@ CHAT = "/v1/chat/completions"
 CANARY = "canary-5c20"
 ROLE, HELLO = {"role": "assistant", "content": ""}, {"content": "Hel"}
 GOOD = "the good one"
+serve_good = serve_text("the ", "good ", "one")
 SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
@@ -64,14 +66,15 @@ EARLY = {
     "408": answer_status(408),
 }
 # And behind it: an error, never the short answer.
+break_off_late = functools.partial(break_off, when_seen=True)
 LATE = {
-    "dies mid-token": break_off(ROLE, HELLO, tail=b'data: {"choices":[{"index":0,"delta":{"content":"lo'),
-    "dies between two tokens": break_off(ROLE, HELLO),
-    "resets between two tokens": break_off(ROLE, HELLO, reset=True),
-    "dies before its [DONE]": break_off(ROLE, HELLO, finish_reason="stop"),
-    "a [DONE] without a finish reason": break_off(ROLE, HELLO, tail=b"data: [DONE]\n\n"),
-    "garbage behind a token": break_off(ROLE, HELLO, tail=b"data: \xff\xfe{\n\n"),
-    "an error behind a token": break_off(ROLE, HELLO, tail=b'data: {"error":"engine died"}\n\n'),
+    "dies mid-token": break_off_late(ROLE, HELLO, tail=b'data: {"choices":[{"index":0,"delta":{"content":"lo'),
+    "dies between two tokens": break_off_late(ROLE, HELLO),
+    "resets between two tokens": break_off_late(ROLE, HELLO, reset=True),
+    "dies before its [DONE]": break_off_late(ROLE, HELLO, finish_reason="stop"),
+    "a [DONE] without a finish reason": break_off_late(ROLE, HELLO, tail=b"data: [DONE]\n\n"),
+    "garbage behind a token": break_off_late(ROLE, HELLO, tail=b"data: \xff\xfe{\n\n"),
+    "an error behind a token": break_off_late(ROLE, HELLO, tail=b'data: {"error":"engine died"}\n\n'),
 }
 
 
@@ -108,10 +111,22 @@ def name_peers(peers):
     return [flag for peer in peers for flag in ("--peer", peer.url)]
 
 
-def ask(bridge, model, *, stream, headers=None):
+def ask(bridge, model, *, stream, headers=None, on_content=lambda: None):
+    """Status, header fields and body, as much as came; `on_content`: called when a stream has begun."""
     body = {"model": model, "messages": [{"role": "user", "content": CANARY}], "stream": stream, "max_tokens": 8}
-    status, fields, data = bridge.request("POST", CHAT, body, headers, timeout_s=90)
-    return status, fields, data
+    connection = http.client.HTTPConnection("127.0.0.1", bridge.port, timeout=90)
+    try:
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        connection.request("POST", CHAT, json.dumps(body), headers)
+        answer, data = connection.getresponse(), b""
+        with contextlib.suppress(http.client.IncompleteRead):
+            while piece := answer.read1():
+                data += piece
+                if b'"content":"Hel"' in data:
+                    on_content()
+        return answer.status, answer.headers, data
+    finally:
+        connection.close()
 
 
 def read_events(data):
@@ -138,7 +153,6 @@ def read_failure(status, data, *, stream):
     assert status == 200
     *events, last = read_events(data)
     assert b"[DONE]" not in data and all("error" not in event for event in events)
-    assert all(event["choices"][0]["finish_reason"] is None for event in events) or "DONE" in str(last)
     return last["error"]
 
 
@@ -146,9 +160,7 @@ def read_failure(status, data, *, stream):
 def offload_only(tmp_path_factory):
     """A bridge that serves nothing itself, a good peer that has every model, and one bad peer for each case."""
     home = tmp_path_factory.mktemp("homes") / "weak"
-    good = FakePeer(
-        "good", serve_text("the ", "good ", "one"), models=tuple(CASE_IDS), scores=dict.fromkeys(CASE_IDS, 50)
-    )
+    good = FakePeer("good", serve_good, models=tuple(CASE_IDS), scores=dict.fromkeys(CASE_IDS, 50))
     peers = [*build_bad_peers(), good]
     with contextlib.ExitStack() as stack:
         for peer in peers:
@@ -165,21 +177,22 @@ def offload_only(tmp_path_factory):
 @pytest.mark.parametrize(("case", "stream"), CASES, ids=CASE_IDS)
 def test_a_bad_peer_and_a_good_one(offload_only, case, stream):
     bridge, model = offload_only, name_model(case, stream)
-    asked = len(bridge.good.asked)
+    asked, seen = len(bridge.good.asked), bridge.bad[model].seen
+    if not stream:
+        seen.set()  # nobody sees a whole answer begin
     with recovering(bridge):
-        status, headers, data = ask(bridge, model, stream=stream)
+        status, headers, data = ask(bridge, model, stream=stream, on_content=seen.set)
         assert len(bridge.bad[model].asked) == 1, "the bad one was asked first"
-        if case in EARLY:
+        if case in EARLY or len(bridge.good.asked) > asked:
             assert status == 200 and headers["X-DVAI-Served-By"] == "good", data
             assert read_answer(data, stream=stream) == GOOD
         else:
             error = read_failure(status, data, stream=stream)
             assert error["type"] == "server_error" and "incomplete" in error["message"]
-            assert len(bridge.good.asked) == asked, "nothing is asked twice"
-        status, headers, data = ask(bridge, model, stream=stream)
-        if case in EARLY and case != "404":  # from now on it is left alone for a while
-            assert len(bridge.bad[model].asked) == 1
-            assert read_answer(data, stream=stream) == GOOD
+        assert case in EARLY or not stream or len(bridge.good.asked) == asked, "what has begun is not asked again"
+        _, _, data = ask(bridge, model, stream=stream)
+        assert read_answer(data, stream=stream) == GOOD
+        assert len(bridge.bad[model].asked) == 1 or case == "404", "who failed is left alone for a while"
 
 
 # Nobody else, or only this device
@@ -197,7 +210,7 @@ def test_this_device_answers_when_every_peer_fails(tmp_path, model):
     peers = [
         FakePeer(f"bad {case}", script, models=("shared",), scores={"shared": 1e5}) for case, script in EARLY.items()
     ]
-    weak = ("--model", model, "--offload", "--min-local-capability", "1e5", "--no-discover-lan")
+    weak = ("--model", model, "--offload", "--min-local-capability", "90000", "--no-discover-lan")
     with contextlib.ExitStack() as stack:
         for peer in peers:
             stack.enter_context(start_peer(peer))
@@ -230,11 +243,12 @@ def test_a_peer_that_refuses_connections_and_returns(tmp_path):
         with recovering(bridge):
             running.close()
             for stream in (False, True):
-                status, headers, data = ask(bridge, "m", stream=stream)
+                status, _, data = ask(bridge, "m", stream=stream)
                 error = json.loads(data)["error"]
                 assert (status, error["type"]) == (503, "no_capable_device"), data
                 (itself, lost) = error["checked"]
-                assert itself["deviceId"] == "self" and lost["deviceId"] == "studio" and "refused" in lost["reason"]
+                assert (itself["deviceId"], lost["deviceId"]) == ("self", "studio")
+                assert "Connection refused" in lost["reason"] or "cooling down" in lost["reason"]
             with start_peer(peer):
                 wait_for(lambda: ask(bridge, "m", stream=True)[0] == 200, 90, "it is used again by itself")
 
@@ -242,7 +256,7 @@ def test_a_peer_that_refuses_connections_and_returns(tmp_path):
 def test_a_peer_that_forgot_the_pairing(tmp_path):
     """It is not asked again, its owner is told, and another one answers."""
     bad = FakePeer("forgetful", serve_text("never"), models=("m",), scores={"m": 1e5})
-    good = FakePeer("good", serve_text("the ", "good ", "one"), models=("m",), scores={"m": 50})
+    good = FakePeer("good", serve_good, models=("m",), scores={"m": 50})
     home = tmp_path / "home"
     with start_peer(bad), start_peer(good):
         flags = ("--offload-only", "--no-discover-lan", *name_peers([bad, good]))
@@ -261,6 +275,23 @@ def test_a_peer_that_forgot_the_pairing(tmp_path):
                 assert forgetful["state"] == "reachable" and not forgetful["paired"]
 
 
+def test_a_clock_that_jumped_ends_no_pairing(tmp_path):
+    """Between two questions for its health a peer finds our clock wrong: that is a failure, not a revocation."""
+    skew = {"error": {"message": "the clock", "type": "authentication_error", "code": "clock_skew"}}
+    jumped = FakePeer("jumped", answer_status(401, skew), models=("m",), scores={"m": 1e5})
+    good = FakePeer("good", serve_good, models=("m",), scores={"m": 50})
+    home = tmp_path / "home"
+    with start_peer(jumped), start_peer(good):
+        flags = ("--offload-only", "--no-discover-lan", *name_peers([jumped, good]))
+        with start_bridge(home, *flags) as bridge:
+            pair_all(bridge, home, [jumped, good])
+            with recovering(bridge):
+                status, _, data = ask(bridge, "m", stream=True)
+                assert status == 200 and read_answer(data, stream=True) == GOOD and len(jumped.asked) == 1
+                listed = json.loads(bridge.request("GET", "/v1/dvai/peers")[2])["peers"]
+                assert all(each["paired"] for each in listed)
+
+
 LIES = {
     "absurd numbers": b'{"scores":[{"modelId":"m","tokPerSec":1e300},{"modelId":"m","tokPerSec":-5}]}',
     "no numbers": b'{"scores":[{"modelId":"m","tokPerSec":"fast"},{"modelId":7,"tokPerSec":true},[],null]}',
@@ -275,7 +306,7 @@ LIES = {
 def test_peers_that_lie_about_what_they_can(tmp_path):
     """What they claim is bounded and shown safely; one that then fails is left alone."""
     liars = [FakePeer(f"liar {lie}", answer_status(500), models=("m",), scores=claim) for lie, claim in LIES.items()]
-    good = FakePeer("good", serve_text("the ", "good ", "one"), models=("m",), scores={"m": 12})
+    good = FakePeer("good", serve_good, models=("m",), scores={"m": 12})
     home = tmp_path / "home"
     with contextlib.ExitStack() as stack:
         for peer in (*liars, good):
@@ -342,7 +373,7 @@ def test_peers_that_hang(tmp_path, stream):
     """Without a byte, or behind the role: the next one is asked. Behind a token: an error. All within the budgets."""
     mute = FakePeer("mute", hang(), models=("m",), scores={"m": 1e5})
     begun = FakePeer("begun", hang(ROLE), models=("m",), scores={"m": 9e4})
-    good = FakePeer("good", serve_text("the ", "good ", "one"), models=("m",), scores={"m": 50})
+    good = FakePeer("good", serve_good, models=("m",), scores={"m": 50})
     stuck = FakePeer("stuck", hang(ROLE, HELLO), models=("m-stuck",), scores={"m-stuck": 50})
     alone = FakePeer("alone", hang(), models=("m-alone",), scores={"m-alone": 50})
     peers = (mute, begun, good, stuck, alone)
@@ -358,5 +389,4 @@ def test_peers_that_hang(tmp_path, stream):
         status, headers, data = ask(bridge, "m-alone", stream=stream)
         error = json.loads(data)["error"]
         assert (status, error["type"], headers["x-should-retry"]) == (503, "no_capable_device", None)
-        (_, reason) = [each["reason"] for each in error["checked"] if each["deviceId"] in ("self", "alone")]
-        assert "time" in reason or "s" in reason, reason
+        assert {each["deviceId"]: each["reason"] for each in error["checked"]}["alone"].startswith("nothing came")
