@@ -4576,7 +4576,9 @@ def parse_foreign_pairings(data: bytes) -> PairingRecords:
     rows = document.values() if isinstance(document, dict) else document
     if not isinstance(rows, list | type({}.values())):
         raise ValueError("not a list of pairings")
-    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    pairings = list(filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT))))
+    if rows and not pairings:
+        raise ValueError("nothing in it is a pairing")
     return {each.key: each for each in pairings}
 
 
@@ -5006,6 +5008,7 @@ HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusa
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
@@ -5254,7 +5257,9 @@ class PairingDesk:
         """
         store = self._store
         if store is None or self._is_closed:
-            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
         request = parse_handshake_request(body)
         if signer is not None:
             if signer.key != (request.app_id, request.device_id):
@@ -5415,7 +5420,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
     if status == 429:
         return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
     if status == 503:
-        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+        return PairingDisabledError(
+            f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
+        )
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -14365,7 +14372,7 @@ class PeerMonitor:
 
     async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
         if self._initiator is None:
-            raise PairingDisabledError("pairing is off on this device")
+            raise PairingDisabledError(PAIRING_OFF)
         target = PairingTarget(
             base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
         )
@@ -17443,11 +17450,10 @@ class DeviceService:
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
-        pairings: list[dict[str, Any]] = []
-        if self._store is not None:
-            await self._store.refresh()
-            now_ms = self._clock_ms()
-            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        store = self._get_store()
+        await store.refresh()
+        now_ms = self._clock_ms()
+        pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
         pending = [build_pairing_request_json(each) for each in self._desk.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
@@ -17458,11 +17464,10 @@ class DeviceService:
             raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
         if self._monitor is None:
             raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        store = self._get_store()
         pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
-        assert self._store is not None
-        return build_json_response(
-            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
-        )
+        state = store.get_state(pairing, self._clock_ms())
+        return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
@@ -17475,10 +17480,15 @@ class DeviceService:
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
         """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
-        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        pairing = await self._get_store().revoke(request.path.rpartition("/")[2])
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    def _get_store(self) -> PairingStore:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        return self._store
 
 
 # ---- Bridge ---------------------------------------------------------------------------
@@ -17640,7 +17650,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
-        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
         return DeviceState(
             identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
