@@ -7515,7 +7515,7 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
         name = display_name(refused.candidate.peer.device_name)
-        return f"{name} refused to pair: `pair request` asks it again."
+        return f"{name} does not let this device use it: `pair request` asks again."
     if not offers:
         return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
     return "`peers` says what each of them lacks."
@@ -13884,6 +13884,11 @@ class KnownPeer:
         self.learned_at_s = -math.inf
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether the user or a pairing named this peer."""
+        return any(way.is_lasting for way in self.ways.values())
+
+    @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
         return self.device_id if is_telling_id(self.device_id) else None
@@ -14001,10 +14006,10 @@ class KnownPeer:
         if self.state is PeerState.SEEN:
             doubled_s = intervals.back_off_s * PEER_BACK_OFF_FACTOR ** min(max(self.failures - 1, 0), 32)
             base_s = min(doubled_s, PEER_BACK_OFF_LIMIT_S)
-        elif self.state is PeerState.REACHABLE:
-            base_s = intervals.unpaired_s
+        elif self.health is PeerHealth.LOADING and (self.state is not PeerState.REACHABLE or self.is_lasting):
+            base_s = intervals.loading_s
         else:
-            base_s = intervals.loading_s if self.health is PeerHealth.LOADING else intervals.usable_s
+            base_s = intervals.unpaired_s if self.state is PeerState.REACHABLE else intervals.usable_s
         return base_s * (0.5 + jitter)
 
 
@@ -14100,9 +14105,8 @@ class PeerTable:
 
         The network's word neither gives an id to an address that the user named, nor a name to a paired device.
         """
-        has_lasting = any(way.is_lasting for way in known.ways.values())
         tells_id = peer.device_id != peer.base_url
-        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not known.is_lasting):
             del self._peers[known.device_id]
             known.device_id = peer.device_id
             self._peers[peer.device_id] = known
@@ -14135,8 +14139,7 @@ class PeerTable:
         strangers = [
             each
             for each in self._peers.values()
-            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
-            if not any(way.is_lasting for way in each.ways.values())
+            if not (each.has_pairing or each.is_lasting) and each.state is PeerState.SEEN and each.failures
         ]
         if strangers:
             self.remove(max(strangers, key=lambda each: each.failures))
@@ -16913,7 +16916,9 @@ def name_outcome(exc: BaseException) -> str:
     """How the audit names what a request ended with."""
     if isinstance(exc, asyncio.CancelledError):
         return "cancelled"
-    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+    if not isinstance(exc, BridgeError):
+        return "internal_error"
+    return exc.code if isinstance(exc.code, str) else exc.type  # a code may be the status, as existing software has it
 
 
 class PeerQuotas:
@@ -17273,7 +17278,8 @@ class Offloading:
         here = next((each for each in decision.targets if each.peer is None), None)
         if here is None:
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            raise build_refusal(decision, request.request_id, failures)
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
 
@@ -18893,7 +18899,8 @@ def run_pair(command: Command) -> int:
         return show_pairings(command, listed["pairings"], listed["pending"])
     if action == "request":
         raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
-    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    fitting = listed["pairings"] if action == "revoke" else listed["pending"]
+    chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
@@ -18901,7 +18908,8 @@ def run_pair(command: Command) -> int:
     if command.json:
         show_json(answer)
     else:
-        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+        name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
 
 
@@ -18913,8 +18921,10 @@ def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: 
     if len(fitting) == 1:
         return str(fitting[0]["id"])
     if not listed:
-        raise BridgeError(f"pair {action}: there is nothing to {action}")
-    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+        nothing = "nothing is paired" if action == "revoke" else "no device waits for an answer"
+        raise BridgeError(f"pair {action}: {nothing}")
+    names = ", ".join(f"{each['id']} ({display_name(str(each['deviceName']))})" for each in listed)
+    raise UsageError(f"pair {action} ID: one of {names}")
 
 
 def pair_without_bridge(command: Command) -> int:
@@ -18942,9 +18952,8 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         show_json({"pairings": pairings, "pending": pending})
         return 0
     for each in pending:
-        print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
-        )
+        print(f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device:")
+        print(f"    `pair approve {each['id']}` or `pair deny {each['id']}`")
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}
         right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
@@ -19277,9 +19286,10 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
     if entry.get("caller") == "peer":
         who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
     asked, served = text("modelAsked"), text("modelServed")
-    model = asked if asked == served else f"{asked} -> {served}"
-    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
-    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    model = asked if served in (asked, "-") else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") not in (None, entry.get("route")) else "")
+    has_tokens = entry.get("promptTokens") is not None or entry.get("completionTokens") is not None
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens" if has_tokens else "no tokens"
     end = f"{text('outcome')} {text('status')}"
     return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
 

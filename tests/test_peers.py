@@ -273,6 +273,10 @@ def test_peers_are_asked_as_often_as_they_matter():
     assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().usable_s
     known.health = PeerHealth.LOADING
     assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().loading_s
+    known.state = PeerState.REACHABLE  # one that the user named is paired as soon as it can serve; a stranger can wait
+    assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().unpaired_s
+    known.ways = {WAY.base_url: replace(WAY, is_lasting=True)}
+    assert known.is_lasting and known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().loading_s
 
 
 def test_a_sign_of_life_ends_the_cool_down_of_a_peer_that_was_gone():
