@@ -22,13 +22,18 @@ from dvai_bridge import (
     ModelNotFoundError,
     ModelState,
     NoLocalBackendError,
+    NoCapableDeviceError,
     OverloadedError,
+    Pairing,
     PrefillProgress,
     RequestWatch,
     ServedModel,
+    SignatureError,
     TextDelta,
     TextForm,
     Usage,
+    limit_generations,
+    name_outcome,
     parse_chat_request,
     parse_completion_request,
 )
@@ -63,6 +68,29 @@ def read_events(data):
 def encode_all(form, events):
     encoder = AnswerEncoder(form)
     return read_events(b"".join(encoder.encode(*event) for event in events) + encoder.finish())
+
+
+# What the audit calls an end
+
+
+def test_ends_are_named_by_words():
+    """The refusal's code is its status, as existing software has it."""
+    assert name_outcome(NoCapableDeviceError("nobody")) == "no_capable_device"
+    assert name_outcome(OverloadedError("full")) == "queue_full"
+    assert name_outcome(SignatureError()) == "invalid_signature"
+    assert (name_outcome(ValueError()), name_outcome(asyncio.CancelledError())) == ("internal_error", "cancelled")
+
+
+# What a paired device may ask for
+
+
+@pytest.mark.parametrize(("asked", "granted"), [(5, 5), (8192, 8192), (8193, 8192), (10**9, 8192), (None, 8192)])
+def test_a_paired_device_gets_answers_of_bounded_length(asked, granted):
+    more = {} if asked is None else {"max_tokens": asked}
+    generations = chat_form(n=2, **more).parsed.generations
+    pairing = Pairing(device_id="d", app_id="a", device_name="n", paired_at_ms=0, last_used_at_ms=0)
+    assert [each.max_tokens for each in limit_generations(generations, pairing)] == [granted] * 2
+    assert limit_generations(generations, None) is generations
 
 
 # The queue
