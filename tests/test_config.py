@@ -50,7 +50,7 @@ def test_toml_types_mean_what_text_means():
         ({"environ": {"LLAMA_ARG_N_PARALLEL": "x"}}, ["LLAMA_ARG_N_PARALLEL"]),
         ({"file": {"prot": 1}}, ["config file", "'prot'"]),
         ({"file": {"port": {"a": 1}}}, ["config file: port", "dict"]),
-        ({"file": {"port": 1.5}}, ["config file: port", "float"]),
+        ({"file": {"port": 1.5}}, ["config file: port", "whole number"]),
         ({"flags": {"engine": "cuda"}}, ["--engine", "auto, builtin"]),
         ({"flags": {"allowed_hosts": "a,,b"}}, ["--allowed-hosts"]),
     ],
@@ -91,7 +91,7 @@ def test_every_field_is_an_option_with_its_own_names():
         f"offload.{f.name}" for f in dataclasses.fields(OffloadConfig)
     }
     assert fields - set(options) == {"offload"} | {
-        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery")
+        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery", "rendezvous_url")
     }
     flags = [flag for opt in options.values() for flag in opt.flags]
     assert len(flags) == len(set(flags))
