@@ -17239,7 +17239,7 @@ class Service:
         """The answer of an interceptor, or None; what it changes in `body` counts. Its error ends the request."""
         local = self._find_local()
         context = build_interceptor_context(request, local.model.model_id if local else None)
-        headers = {name.lower(): value for name, value in request.headers}
+        headers = {name: request.headers.get(name) for name, _ in request.headers}
         try:
             async with asyncio.timeout(self._timeout_s) as deadline:
                 answer = await call_back(interceptor, body, context, headers)
