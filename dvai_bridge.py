@@ -17457,7 +17457,7 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
     """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
     if "://" in named:
         try:
-            return build_static_peer(named)
+            return build_static_peer(parse_base_url(named))
         except ValueError as exc:
             raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
     found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
