@@ -11,12 +11,12 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         peers
+    peers         discovery, peers, offload: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -552,8 +552,9 @@ OPTIONAL_PACKAGES = (
         module="zeroconf",
         package="zeroconf",
         extra="discovery",
-        gives="a complete mDNS stack",
-        without="our small responder and browser",
+        gives="multicast DNS where the system does not tell its networks (Windows), or with `--mdns zeroconf`",
+        without="our own responder and browser, which on Windows guess the networks",
+        is_used=True,
     ),
     OptionalPackage(
         module="websockets",
@@ -778,6 +779,14 @@ class OffloadConfig:
         parse=parse_switch,
         is_switch=True,
     )
+    mdns: str = option(
+        "--mdns",
+        "auto",
+        "who speaks multicast DNS: our `own`, or the package `zeroconf`; `auto` takes ours where it sees the networks",
+        "offload",
+        parse=parse_choice("auto", "own", "zeroconf"),
+        metavar="auto|own|zeroconf",
+    )
     min_local_capability: float = option(
         "--min-local-capability",
         10.0,
@@ -951,10 +960,11 @@ class Config:
         parse=parse_switch,
         is_switch=True,
     )
-    host: str = option(
+    host: str | None = option(
         "--host",
-        "127.0.0.1",
-        "address to listen on; on any other than loopback clients need a pairing or an API key",
+        None,
+        "address to listen on, by default 127.0.0.1, or with --lan all; on any other than loopback clients need a "
+        "pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -1359,6 +1369,8 @@ def display_name(text: str) -> str:
     Control, bidirectional, invisible and line-breaking characters are all "not printable" to Unicode; they come out
     as `\\x1b` or `\\u202e`, a backslash as two. A longer text ends in an ellipsis, never inside an escape.
     """
+    if len(text) <= DISPLAY_NAME_LIMIT_CHARS and text.isprintable() and "\\" not in text:
+        return text
     shown, size = [], 0
     for char in text:
         piece = char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
@@ -2100,6 +2112,15 @@ class LineReader:
 
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
+        start = self._line_start
+        end = self._buffer.find(b"\r\n\r\n", start, start + HEADER_LINE_LIMIT_BYTES)
+        is_block = end >= 0 and start == self._block_start and self._buffer[start] != 13
+        if is_block:  # the usual case: the whole block is there, small and not empty
+            lines = self._buffer[start:end].decode("latin-1").split("\r\n")
+            if len(lines) <= HEADER_COUNT_LIMIT:
+                self._fields = [parse_field_line(line) for line in lines]
+                self._line_start = self._searched = end + 4
+                return True
         while True:
             block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
             line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
@@ -2537,13 +2558,12 @@ def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 
 def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    lines = [first_line]
-    for name, value in fields:
-        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f"not a header field: {display_name(name)}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    fields = list(fields)
+    names = [name for name, _ in fields]
+    is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+        raise ValueError("a header field that would break out of its line")
+    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -2607,11 +2627,13 @@ class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
     `feed` returns the events that the segment completed. Bytes that are no UTF-8 come out as U+FFFD, as that
-    standard asks. A line or an event beyond `limit_bytes` raises SseError, after which the parser is of no use.
+    standard asks, unless `is_strict`: then they raise SseError, as does a line or an event beyond `limit_bytes`. After
+    an error the parser is of no use.
     """
 
-    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES) -> None:
+    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES, is_strict: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._errors = "strict" if is_strict else "replace"
         self._tail: list[bytes] = []  # of an incomplete line
         self._tail_bytes = 0
         self._after_cr = False  # a line feed at the start of the next segment belongs to the line before
@@ -2629,10 +2651,13 @@ class SseParser:
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
         events = []
-        for line in self._take_lines(data):
-            event = self._read_line(line)
-            if event is not None:
-                events.append(event)
+        try:
+            for line in self._take_lines(data):
+                event = self._read_line(line)
+                if event is not None:
+                    events.append(event)
+        except UnicodeDecodeError as exc:
+            raise SseError("a line that is not UTF-8") from exc
         return events
 
     def _take_lines(self, data: bytes) -> list[bytes]:
@@ -2663,11 +2688,11 @@ class SseParser:
             self._data_bytes += len(value) + 1
             if self._data_bytes > self._limit_bytes:
                 raise SseError(f"an event of more than {self._limit_bytes} bytes")
-            self._data.append(value.decode(errors="replace"))
+            self._data.append(value.decode(errors=self._errors))
         elif name == b"event":
-            self._event = value.decode(errors="replace")
+            self._event = value.decode(errors=self._errors)
         elif name == b"id" and b"\x00" not in value:
-            self._last_event_id = value.decode(errors="replace")
+            self._last_event_id = value.decode(errors=self._errors)
         return None
 
     def _dispatch(self) -> SseEvent | None:
@@ -2676,6 +2701,395 @@ class SseParser:
         if not data:
             return None
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
+
+
+# ---- DNS ------------------------------------------------------------------------------
+# Messages of multicast DNS and the texts of DNS-SD (RFC 1035, 6762, 6763): bytes in, values out. Pure.
+#
+#     00 00 84 00 00 00 00 01 00 00 00 00            id 0, answer, authoritative; 0 questions, 1 answer, 0, 0
+#     05 _http 04 _tcp 05 local 00                   name, at offset 12
+#     00 0c 00 01 00 00 00 78 00 04 01 a c0 0c       PTR, class IN, 120 s, 4 bytes: `a`, then the name at offset 12
+
+MDNS_PACKET_LIMIT_BYTES = 9000  # RFC 6762 section 17
+DNS_RECORDS_LIMIT = 64  # of one packet, and as many questions: 65,535 that a header may promise
+DNS_NAME_LIMIT_BYTES = 255  # RFC 1035 section 2.3.4, which a chain of compression pointers would pass
+DNS_LABEL_LIMIT_BYTES = 63
+DNS_POINTERS_LIMIT = 32  # pointers to pointers to pointers, in each of many names
+TXT_STRING_LIMIT_BYTES = 255
+
+DNS_CLASS_IN = 1
+DNS_RESPONSE = 0x8000  # flags: an answer …
+DNS_AUTHORITATIVE = 0x0400  # … by who owns the record
+DNS_TRUNCATED = 0x0200  # flag: more known answers follow in the next packet
+_DNS_CLASS_TOP_BIT = 0x8000  # of a question: wants unicast; of a record: replaces all others of its name and type
+_DNS_POINTER_MASK = 0xC0
+_DNS_OFFSET_LIMIT = 0x4000
+
+# A name as its labels, without the empty one of the root: ("DVAI Hub", "_dvai-bridge", "_tcp", "local"). Instance
+# names hold dots and spaces, so that a text with dots would not do. Bytes that are no UTF-8 are surrogate escapes.
+DnsName = tuple[str, ...]
+
+
+class DnsError(ProtocolError):
+    """The bytes are no DNS message, or one that passes a bound; whoever sent it gets no answer."""
+
+
+class DnsType(enum.IntEnum):
+    """The record types that DNS-SD needs."""
+
+    A = 1
+    PTR = 12
+    TXT = 16
+    AAAA = 28
+    SRV = 33
+    NSEC = 47
+    ANY = 255
+
+
+@record(frozen=True, slots=True)
+class PtrData:
+    """A PTR record's name: what is offered under this one."""
+
+    target: DnsName
+
+
+@record(frozen=True, slots=True)
+class SrvData:
+    """An SRV record: the host and port of a service (RFC 2782)."""
+
+    target: DnsName
+    port: int
+    priority: int = 0
+    weight: int = 0
+
+
+@record(frozen=True, slots=True)
+class TxtData:
+    """A TXT record's strings, each of at most 255 bytes."""
+
+    strings: tuple[bytes, ...]
+
+
+@record(frozen=True, slots=True)
+class NsecData:
+    """Which types a name has, and so which it has not (RFC 6762 section 6.1); types from 256 on are left out."""
+
+    next_name: DnsName
+    types: tuple[int, ...]
+
+
+@record(frozen=True, slots=True)
+class OtherData:
+    """The bytes of a record whose type is none of ours."""
+
+    type: int
+    data: bytes
+
+
+DnsData = ipaddress.IPv4Address | ipaddress.IPv6Address | PtrData | SrvData | TxtData | NsecData | OtherData
+
+
+@record(frozen=True, slots=True)
+class DnsQuestion:
+    """A name and type that somebody asks for. `wants_unicast`: the QU bit (RFC 6762 section 5.4)."""
+
+    name: DnsName
+    type: int
+    wants_unicast: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+
+@record(frozen=True, slots=True)
+class DnsRecord:
+    """A resource record. `replaces`: the cache-flush bit, all others of this name and type are outdated."""
+
+    name: DnsName
+    data: DnsData
+    ttl_s: int
+    replaces: bool = False
+    dns_class: int = DNS_CLASS_IN
+
+    @property
+    def type(self) -> int:
+        """The record type, which the data tells."""
+        data = self.data
+        if isinstance(data, OtherData):
+            return data.type
+        if isinstance(data, ipaddress.IPv4Address):
+            return DnsType.A
+        if isinstance(data, ipaddress.IPv6Address):
+            return DnsType.AAAA
+        if isinstance(data, PtrData):
+            return DnsType.PTR
+        if isinstance(data, SrvData):
+            return DnsType.SRV
+        return DnsType.TXT if isinstance(data, TxtData) else DnsType.NSEC
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DnsMessage:
+    """A whole message, with its four sections."""
+
+    id: int = 0
+    flags: int = 0
+    questions: tuple[DnsQuestion, ...] = ()
+    answers: tuple[DnsRecord, ...] = ()
+    authorities: tuple[DnsRecord, ...] = ()
+    additionals: tuple[DnsRecord, ...] = ()
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it answers instead of asking."""
+        return bool(self.flags & DNS_RESPONSE)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether operation and result code are 0; others are to be ignored (RFC 6762 sections 18.3 and 18.11)."""
+        return not self.flags & 0x780F
+
+
+def fold_dns_name(name: DnsName) -> DnsName:
+    """The name in the form in which equal names are equal: A to Z in lower case, nothing else changed."""
+    return tuple(_ASCII_LOWER.sub(lambda match: match[0].lower(), label) for label in name)
+
+
+_ASCII_LOWER = re.compile("[A-Z]+")
+
+
+def parse_dns_message(data: bytes) -> DnsMessage:
+    """A message as it came in one packet; what follows its last record is ignored. DnsError.
+
+    Every pointer must point back, before the run of labels in which it stands: so no chain of them can loop.
+    """
+    if len(data) > MDNS_PACKET_LIMIT_BYTES:
+        raise DnsError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    reader = _DnsReader(data)
+    message_id, flags, *counts = (reader.take_number(2) for _ in range(6))
+    if counts[0] > DNS_RECORDS_LIMIT or sum(counts[1:]) > DNS_RECORDS_LIMIT:
+        raise DnsError(f"a DNS message of more than {DNS_RECORDS_LIMIT} records or questions")
+    questions = tuple(_read_question(reader) for _ in range(counts[0]))
+    answers, authorities, additionals = (tuple(_read_record(reader) for _ in range(count)) for count in counts[1:])
+    return DnsMessage(
+        id=message_id,
+        flags=flags,
+        questions=questions,
+        answers=answers,
+        authorities=authorities,
+        additionals=additionals,
+    )
+
+
+class _DnsReader:
+    """A place in a message, and what can be read there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        """The next bytes."""
+        start, self.position = self.position, self.position + size
+        if self.position > len(self._data):
+            raise DnsError("a DNS message that ends too early")
+        return self._data[start : self.position]
+
+    def take_number(self, size: int) -> int:
+        """The next bytes as an unsigned number."""
+        return int.from_bytes(self.take(size), "big")
+
+    def take_name(self) -> DnsName:
+        """The name here, wherever its pointers lead; reading goes on behind the first pointer."""
+        labels: list[str] = []
+        size, run_start, end, pointers = 1, self.position, None, 0
+        while length := self.take_number(1):
+            if length >= _DNS_POINTER_MASK:
+                target = (length - _DNS_POINTER_MASK) << 8 | self.take_number(1)
+                end = self.position if end is None else end
+                pointers += 1
+                if target >= run_start or pointers > DNS_POINTERS_LIMIT:
+                    raise DnsError("a compression pointer that does not lead back to a name")
+                self.position = run_start = target
+                continue
+            size += 1 + length
+            if length > DNS_LABEL_LIMIT_BYTES or size > DNS_NAME_LIMIT_BYTES:
+                raise DnsError("a DNS name or label that is too long")
+            labels.append(self.take(length).decode(errors="surrogateescape"))
+        if end is not None:
+            self.position = end
+        return tuple(labels)
+
+
+def _read_question(reader: _DnsReader) -> DnsQuestion:
+    name, question_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    wants_unicast = bool(dns_class & _DNS_CLASS_TOP_BIT)
+    return DnsQuestion(name, question_type, wants_unicast, dns_class & ~_DNS_CLASS_TOP_BIT)
+
+
+def _read_record(reader: _DnsReader) -> DnsRecord:
+    name, record_type, dns_class = reader.take_name(), reader.take_number(2), reader.take_number(2)
+    ttl_s, size = reader.take_number(4), reader.take_number(2)
+    start = reader.position
+    reader.take(size)
+    reader.position = start
+    data = _read_data(reader, record_type, size)
+    if reader.position != start + size:
+        raise DnsError("a DNS record whose data is not as long as it says")
+    # The top bit means something else in the classes of other protocols, such as EDNS.
+    replaces = dns_class == DNS_CLASS_IN | _DNS_CLASS_TOP_BIT
+    return DnsRecord(name, data, ttl_s, replaces, DNS_CLASS_IN if replaces else dns_class)
+
+
+def _read_data(reader: _DnsReader, record_type: int, size: int) -> DnsData:
+    if record_type == DnsType.A and size == 4:
+        return ipaddress.IPv4Address(reader.take(4))
+    if record_type == DnsType.AAAA and size == 16:
+        return ipaddress.IPv6Address(reader.take(16))
+    if record_type == DnsType.PTR:
+        return PtrData(reader.take_name())
+    if record_type == DnsType.SRV:
+        priority, weight, port = (reader.take_number(2) for _ in range(3))
+        return SrvData(reader.take_name(), port, priority, weight)
+    if record_type == DnsType.TXT:
+        return TxtData(_split_strings(reader.take(size)))
+    if record_type == DnsType.NSEC:
+        end = reader.position + size
+        next_name = reader.take_name()
+        return NsecData(next_name, _parse_type_map(reader.take(max(0, end - reader.position))))
+    if record_type in (DnsType.A, DnsType.AAAA):
+        raise DnsError("an address record of the wrong size")
+    return OtherData(record_type, reader.take(size))
+
+
+def _split_strings(data: bytes) -> tuple[bytes, ...]:
+    strings, at = [], 0
+    while at < len(data):
+        end = at + 1 + data[at]
+        if end > len(data):
+            raise DnsError("a TXT record that ends within a string")
+        strings.append(data[at + 1 : end])
+        at = end
+    return tuple(strings)
+
+
+def _parse_type_map(data: bytes) -> tuple[int, ...]:
+    """The types below 256 in a type bit map (RFC 4034 section 4.1.2): blocks of window, length, bits."""
+    types: tuple[int, ...] = ()
+    at = 0
+    while at < len(data):
+        window, bits = data[at], data[at + 2 : at + 2 + data[at + 1]] if at + 1 < len(data) else b""
+        if not 1 <= len(bits) <= 32 or len(bits) != data[at + 1]:
+            raise DnsError("an NSEC record with a broken bit map")
+        if window == 0:
+            types = tuple(8 * i + bit for i, byte in enumerate(bits) for bit in range(8) if byte & (0x80 >> bit))
+        at += 2 + len(bits)
+    return types
+
+
+def encode_dns_message(message: DnsMessage, *, compress_srv: bool = True) -> bytes:
+    """The message with its names compressed; ValueError for what DNS cannot carry.
+
+    `compress_srv` False: for answers to resolvers that know unicast DNS only (RFC 6762 section 18.14).
+    """
+    writer = _DnsWriter(compress_srv)
+    sections = (message.answers, message.authorities, message.additionals)
+    writer.data += struct.pack("!6H", message.id, message.flags, len(message.questions), *map(len, sections))
+    for question in message.questions:
+        writer.put_name(question.name)
+        top_bit = _DNS_CLASS_TOP_BIT if question.wants_unicast else 0
+        writer.data += struct.pack("!2H", question.type, question.dns_class | top_bit)
+    for each in itertools.chain(*sections):
+        writer.put_record(each)
+    if len(writer.data) > MDNS_PACKET_LIMIT_BYTES:
+        raise ValueError(f"a DNS message of more than {MDNS_PACKET_LIMIT_BYTES} bytes")
+    return bytes(writer.data)
+
+
+class _DnsWriter:
+    """A message as far as it is written, and where each name stands in it."""
+
+    def __init__(self, compress_srv: bool) -> None:
+        self.data = bytearray()
+        self._compress_srv = compress_srv
+        self._offsets: dict[DnsName, int] = {}
+
+    def put_name(self, name: DnsName, *, compress: bool = True) -> None:
+        """The name, its tail as a pointer where it was written before."""
+        encoded = [label.encode(errors="surrogateescape") for label in name]
+        if any(not 0 < len(label) <= DNS_LABEL_LIMIT_BYTES for label in encoded):
+            raise ValueError(f"a label of a DNS name has 1 to {DNS_LABEL_LIMIT_BYTES} bytes")
+        if sum(map(len, encoded)) + len(encoded) + 1 > DNS_NAME_LIMIT_BYTES:
+            raise ValueError(f"a DNS name has at most {DNS_NAME_LIMIT_BYTES} bytes")
+        for i, label in enumerate(encoded):
+            offset = self._offsets.get(name[i:])
+            if compress and offset is not None:
+                self.data += struct.pack("!H", _DNS_POINTER_MASK << 8 | offset)
+                return
+            if len(self.data) < _DNS_OFFSET_LIMIT:
+                self._offsets.setdefault(name[i:], len(self.data))
+            self.data.append(len(label))
+            self.data += label
+        self.data.append(0)
+
+    def put_record(self, each: DnsRecord) -> None:
+        """The record, and then its length where it belongs."""
+        self.put_name(each.name)
+        top_bit = _DNS_CLASS_TOP_BIT if each.replaces else 0
+        self.data += struct.pack("!2HI", each.type, each.dns_class | top_bit, each.ttl_s)
+        start = len(self.data)
+        self.data += b"\0\0"
+        self._put_data(each.data)
+        struct.pack_into("!H", self.data, start, len(self.data) - start - 2)
+
+    def _put_data(self, data: DnsData) -> None:
+        if isinstance(data, ipaddress.IPv4Address | ipaddress.IPv6Address):
+            self.data += data.packed
+        elif isinstance(data, PtrData):
+            self.put_name(data.target)
+        elif isinstance(data, SrvData):
+            self.data += struct.pack("!3H", data.priority, data.weight, data.port)
+            self.put_name(data.target, compress=self._compress_srv)
+        elif isinstance(data, TxtData):
+            for string in data.strings or (b"",):  # an empty TXT record is one empty string
+                self.data += bytes((len(string),)) + string
+        elif isinstance(data, NsecData):
+            self.put_name(data.next_name)
+            self.data += _encode_type_map(data.types)
+        else:
+            self.data += data.data
+
+
+def _encode_type_map(types: tuple[int, ...]) -> bytes:
+    bits = bytearray(max(types) // 8 + 1)
+    for each in types:
+        bits[each // 8] |= 0x80 >> each % 8
+    return bytes((0, len(bits))) + bits
+
+
+def parse_txt(strings: Iterable[bytes]) -> dict[str, bytes | None]:
+    """The attributes in the strings of a TXT record, by key in lower case (RFC 6763 section 6.4).
+
+    Keys differ ignoring case and the first of equals counts; without `=` the value is None. Strings without a key,
+    or with a key that is not printable ASCII, are ignored.
+    """
+    attributes: dict[str, bytes | None] = {}
+    for string in strings:
+        raw_key, separator, value = string.partition(b"=")
+        if raw_key and all(0x20 <= byte <= 0x7E for byte in raw_key):
+            attributes.setdefault(raw_key.decode("ascii").lower(), value if separator else None)
+    return attributes
+
+
+def encode_txt(attributes: Mapping[str, str | None]) -> tuple[bytes, ...]:
+    """The strings of a TXT record, keys as given; ValueError for a key or a string that cannot be one."""
+    strings = []
+    for key, value in attributes.items():
+        if not key or "=" in key or not all(" " <= char <= "~" for char in key):
+            raise ValueError("a key of a TXT record is printable ASCII without `=`")
+        string = key.encode() if value is None else f"{key}={value}".encode()
+        if len(string) > TXT_STRING_LIMIT_BYTES:
+            raise ValueError(f"a string of a TXT record has at most {TXT_STRING_LIMIT_BYTES} bytes")
+        strings.append(string)
+    return tuple(strings)
 
 
 # ---- GGUF -----------------------------------------------------------------------------
@@ -6800,7 +7214,8 @@ class AuditLog:
         line = encode_audit_line(entry)
         with self._changed:
             self._lines.append((format_utc(entry.time_ms)[:10], line))
-            self._changed.notify()
+            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+                self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
@@ -7243,7 +7658,7 @@ class Checked:
 
 @record(frozen=True, kw_only=True, slots=True)
 class RouteTarget:
-    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for, None for its default.
+    """One place to try. `peer` and `route` None: here. `model_id`: what to ask it for; None, here only: the default.
 
     `substituted_for`: the model that was asked for, when the peer serves another quantisation of it. `score`: the
     effective one. `prefill_tok_per_s`: how fast the peer reads prompts, None while unknown.
@@ -7465,7 +7880,7 @@ def _build_offer(policy: OffloadPolicy, model: str | None, candidate: Candidate,
         via = "mDNS" if candidate.peer.via is PeerVia.MDNS else candidate.peer.via.value
         return _Offer(candidate=candidate, obstacle=f"discovered via {via} but unreachable ({candidate.error})")
     found = _find_peer_model(candidate, model, can_differ=policy.substitute_quant)
-    if found is None and candidate.models is not None:
+    if found is None and (candidate.models is not None or model is None):
         return _Offer(candidate=candidate, obstacle="does not have the model")
     known = next((score for each, score in candidate.peer.capability.items() if is_same_model(each, found or "")), None)
     score = policy.min_local_capability if known is None else known
@@ -8160,6 +8575,7 @@ class ClientExchange:
         self._url = url
         self._data = data
         self._budgets = budgets
+        self._ends_at: float | None = None
         self._connection: ClientConnection | None = None
         self._response: ClientResponse | None = None
 
@@ -8167,28 +8583,42 @@ class ClientExchange:
         return await self.open()
 
     async def open(self) -> ClientResponse:
-        """Sends the request and waits for the answer's head. Whoever calls this must call `release`."""
-        total_s = self._budgets.total_s
-        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
-        connection = self._client.take_idle(self._url)
-        if connection is not None:
-            try:
-                return await self._ask(connection, ends_at)
-            except UpstreamLostError:
-                if connection.has_received:
-                    raise  # else the server had closed it before our request came: that is no failure
-        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
 
-    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+    async def start(self) -> None:
+        """The first half of `open`: finds a connection and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        self._send(self._client.take_idle(self._url) or await self._client.connect(self._url, self._budgets))
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
         try:
-            connection.send(self._method, self._data, ends_at)
-            head = await connection.read_head(self._budgets.first_byte_s)
-            if head.headers.get("content-encoding", "identity").lower() != "identity":
-                raise UpstreamError("the server sent an encoding that was not asked for")
+            try:
+                return await self._read_head()
+            except UpstreamLostError:
+                if self._connection is None or not self._connection.is_reused or self._connection.has_received:
+                    raise
+            # The server had closed a kept connection before our request came: that is no failure.
+            self._send(await self._client.connect(self._url, self._budgets))
+            return await self._read_head()
         except BaseException:
-            connection.close()
+            self.release()
             raise
-        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+
+    def _send(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        connection.send(self._method, self._data, self._ends_at)
+
+    async def _read_head(self) -> ClientResponse:
+        connection = self._connection
+        assert connection is not None  # `start` came before
+        head = await connection.read_head(self._budgets.first_byte_s)
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamError("the server sent an encoding that was not asked for")
+        self._response = ClientResponse(connection, head, self._budgets)
         return self._response
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8196,9 +8626,9 @@ class ClientExchange:
 
     def release(self) -> None:
         """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
-        if self._connection is not None and self._response is not None:
-            self._connection.release(may_linger=self._response.may_linger)
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
 class HttpClient:
@@ -13791,6 +14221,1557 @@ class LocalSpeed:
         self.meter.observe(self.key, usage)
 
 
+# ---- Discovery ------------------------------------------------------------------------
+# Peers on the local network: DNS-SD over multicast DNS, by sockets of our own or the package zeroconf.
+#
+# Browser (whom we know) and Responder (what we answer) are machines without I/O: packets and `now` in, packets and
+# changes out. MdnsDiscovery drives them, with the sockets of one MdnsLink per network interface:
+#
+#     interface ──packet──▶ MdnsLink ──message──▶ Browser ──▶ on_found, on_lost
+#                              ▲  └────query────▶ Responder
+#                              └──queries, answers, announcements, goodbye
+#
+# What is heard proves nothing: a record only names an address to try, and a peer is known by its pairing.
+#
+# Names are announced without probing for others that have them (RFC 6762 section 8.1): ours are 16 random bytes.
+
+MDNS_PORT = 5353
+MDNS_GROUPS = {socket.AF_INET: "224.0.0.251", socket.AF_INET6: "ff02::fb"}
+SERVICE_TYPE: DnsName = ("_dvai-bridge", "_tcp", "local")
+SERVICE_ENUMERATION: DnsName = ("_services", "_dns-sd", "_udp", "local")  # RFC 6763 section 9
+ANNOUNCED_TTL_S = 120
+LEGACY_TTL_S = 10  # RFC 6762 section 6.7
+RECORD_TTL_LIMIT_S = 4500  # a peer that wants to be remembered for ever
+ANNOUNCEMENTS = 2  # RFC 6762 section 8.3: one packet may be lost
+ANSWER_INTERVAL_S = 1.0  # between two answers about one name on one interface: amplification
+ANSWER_DELAYS_S = (0.02, 0.12)  # before an answer that others may give as well (RFC 6762 section 6)
+GOODBYE_S = 1.0  # after a goodbye a record lives on for this long (RFC 6762 section 10.1)
+QUERY_INTERVALS_S = (1.0, 3600.0)  # first and longest; each is twice the one before (RFC 6762 section 5.2)
+REFRESH_AT = (0.80, 0.85, 0.90, 0.95)  # parts of a record's life after which it is asked for again
+REFRESH_JITTER = 0.02  # so that not all who heard a record ask at once
+MISSING_ASKED_AFTER_S = (0.0, 1.0, 3.0)  # what an announcement left out is asked for, thrice
+INCOMPLETE_LIMIT_S = 10.0  # names that are announced and never described
+PEERS_KEPT_LIMIT = 128  # peers that one packet after another invents …
+PEERS_PER_SOURCE_LIMIT = 4  # … and those of one address
+ADDRESSES_PER_PEER_LIMIT = 8  # likewise, and of those that we announce
+SEEN_AGAIN_S = 1.0  # a peer that announces itself all the time is reported once in this
+PACKETS_PER_S_LIMIT = 256  # processor time that a flood on one interface may take; the rest is dropped
+QUESTIONS_LIMIT = 16  # of one query: long names that would pass the packet's limit
+KNOWN_ANSWERS_LIMIT = 24  # likewise; usual names then still fit an Ethernet frame
+INTERFACES_LIMIT = 32  # sockets, on machines with a bridge per container
+INTERFACES_LOOK_S = 5.0  # how soon another network is noticed
+TARGET_PORTS = range(1024, 65536)  # a record that makes us connect to a system service
+
+discovery_log = logging.getLogger("dvai_bridge.discovery")
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+# Network interfaces
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class NetworkInterface:
+    """An interface that is up, with its addresses and networks. `index`: the system's number of it."""
+
+    name: str
+    index: int
+    ipv4: tuple[ipaddress.IPv4Interface, ...] = ()
+    ipv6: tuple[ipaddress.IPv6Interface, ...] = ()
+    is_loopback: bool = False
+
+    @property
+    def addresses(self) -> tuple[IpAddress, ...]:
+        """Its own addresses, IPv4 first."""
+        return (*(each.ip for each in self.ipv4), *(each.ip for each in self.ipv6))
+
+    def is_on_link(self, address: IpAddress) -> bool:
+        """Whether the address is reached here without a router."""
+        if isinstance(address, ipaddress.IPv4Address):
+            return any(address in each.network for each in self.ipv4)
+        return bool(self.ipv6) and (address.is_link_local or any(address in each.network for each in self.ipv6))
+
+    def format_address(self, address: IpAddress) -> str:
+        """The address as a URL's host or a socket wants it, a link-local one with the interface as its scope."""
+        if isinstance(address, ipaddress.IPv6Address) and address.is_link_local:
+            return f"{address}%{self.index if os.name == 'nt' else self.name}"
+        return str(address)
+
+
+def probe_interfaces() -> list[NetworkInterface]:
+    """The interfaces that are up, have an address and can multicast, and loopback; in the system's order.
+
+    By getifaddrs where there is one. Elsewhere (Windows) the addresses of the own host name stand in, one interface
+    for each, with networks that are guessed: /24 and /64.
+    """
+    try:
+        found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    except (ImportError, AttributeError):  # no ctypes, or a C library without getifaddrs
+        found = _guess_interfaces()
+    return [interface for interface in found if interface.addresses][: 2 * INTERFACES_LIMIT]
+
+
+def choose_interfaces(found: Iterable[NetworkInterface], names: Collection[str] | None) -> list[NetworkInterface]:
+    """The interfaces to use: those named, else all but loopback."""
+    chosen = [each for each in found if (not each.is_loopback if names is None else each.name in names)]
+    return chosen[:INTERFACES_LIMIT]
+
+
+_IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
+_IFF_MULTICAST = 0x1000 if sys.platform.startswith(("linux", "android")) else 0x8000
+_HAS_SOCKADDR_LENGTH = not sys.platform.startswith(("linux", "android", "win"))  # BSD's struct sockaddr, macOS's too
+
+
+@functools.cache
+def _load_getifaddrs() -> tuple[Any, Any]:
+    """The C library and its struct ifaddrs, the same on Linux, macOS and BSD. Once: ctypes never forgets a type."""
+    import ctypes
+
+    class Entry(ctypes.Structure):
+        pass
+
+    pointers = [(name, ctypes.c_void_p) for name in ("address", "netmask", "destination", "data")]
+    Entry._fields_ = [("next", ctypes.POINTER(Entry)), ("name", ctypes.c_char_p), ("flags", ctypes.c_uint), *pointers]
+    return ctypes.CDLL(None, use_errno=True), Entry
+
+
+def _read_interfaces() -> list[NetworkInterface]:
+    """What getifaddrs(3) lists: an entry for each address."""
+    import ctypes
+
+    libc, entry_type = _load_getifaddrs()
+    head = ctypes.POINTER(entry_type)()
+    if libc.getifaddrs(ctypes.byref(head)):
+        raise OSError(ctypes.get_errno(), "getifaddrs")
+    found: dict[str, NetworkInterface] = {}
+    try:
+        entry = head
+        while entry:
+            raw, entry = entry.contents, entry.contents.next
+            if raw.address and raw.netmask and raw.flags & _IFF_UP and raw.flags & (_IFF_MULTICAST | _IFF_LOOPBACK):
+                copy = functools.partial(_copy_sockaddr, ctypes.string_at)
+                _note_interface(found, os.fsdecode(raw.name), raw.flags, copy(raw.address), copy(raw.netmask))
+    finally:
+        libc.freeifaddrs(head)
+    return list(found.values())
+
+
+def _copy_sockaddr(read: Callable[[int, int], bytes], pointer: int) -> tuple[int, bytes]:
+    """Family and bytes of a struct sockaddr; those that a short netmask leaves out are zeros."""
+    start = read(pointer, 2)
+    family = start[1] if _HAS_SOCKADDR_LENGTH else int.from_bytes(start, sys.byteorder)
+    size = 28 if family == socket.AF_INET6 else 16
+    if _HAS_SOCKADDR_LENGTH:
+        size = min(size, start[0])
+    return family, read(pointer, size).ljust(28, b"\0")
+
+
+def _note_interface(
+    found: dict[str, NetworkInterface],
+    name: str,
+    flags: int,
+    address: tuple[int, bytes],
+    netmask: tuple[int, bytes],
+) -> None:
+    family, raw = address
+    if family not in MDNS_GROUPS:
+        return
+    start, end = (4, 8) if family == socket.AF_INET else (8, 24)
+    prefix = sum(map(int.bit_count, netmask[1][start:end]))
+    with contextlib.suppress(OSError):  # it went away meanwhile
+        index = socket.if_nametoindex(name)
+        known = found.get(name) or NetworkInterface(name=name, index=index, is_loopback=bool(flags & _IFF_LOOPBACK))
+        if family == socket.AF_INET:
+            found[name] = replace(known, ipv4=(*known.ipv4, ipaddress.IPv4Interface((raw[start:end], prefix))))
+        else:
+            packed = raw[start:end]
+            if packed[:2] == b"\xfe\x80":  # BSD kernels keep the scope in the third and fourth byte
+                packed = packed[:2] + b"\0\0" + packed[4:]
+            found[name] = replace(known, ipv6=(*known.ipv6, ipaddress.IPv6Interface((packed, prefix))))
+
+
+def _guess_interfaces() -> list[NetworkInterface]:
+    found = [NetworkInterface(name="127.0.0.1", index=0, ipv4=(_LOOPBACK,), is_loopback=True)]
+    for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM):
+        host = str(address[0]).partition("%")[0]
+        if family == socket.AF_INET and not host.startswith("127."):
+            found.append(NetworkInterface(name=host, index=0, ipv4=(ipaddress.IPv4Interface(f"{host}/24"),)))
+        elif family == socket.AF_INET6 and len(address) == 4 and address[3]:
+            ipv6 = (ipaddress.IPv6Interface(f"{host}/64"),)
+            found.append(NetworkInterface(name=host, index=int(address[3]), ipv6=ipv6))
+    return found
+
+
+_LOOPBACK = ipaddress.IPv4Interface("127.0.0.1/8")
+
+
+# Announcements: what a bridge says of itself, ours and the dialects of others
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """What we tell the network. `address`: under which this device takes delegated work, base64url.
+
+    `has_ipv6`: whether the server listens on IPv6 too; otherwise no IPv6 address is told. `secure`: over TLS.
+    """
+
+    device_id: str
+    device_name: str
+    dvai_version: str
+    port: int
+    models: tuple[str, ...] = ()
+    capability: Mapping[str, float] = field(default_factory=dict)
+    secure: bool = False
+    address: str | None = None
+    has_ipv6: bool = True
+
+
+def build_announcement(announcement: Announcement, addresses: Iterable[IpAddress]) -> tuple[DnsRecord, ...]:
+    """The records that announce a bridge at these addresses, PTR first.
+
+    Instance and host carry the device id: some dial `<instance>.local`, whatever SRV says.
+    """
+    instance, host = (announcement.device_id, *SERVICE_TYPE), (announcement.device_id, "local")
+    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4][:ADDRESSES_PER_PEER_LIMIT]
+
+    def own(name: DnsName, data: DnsData) -> DnsRecord:
+        return DnsRecord(name, data, ANNOUNCED_TTL_S, replaces=True)
+
+    return (
+        DnsRecord(SERVICE_TYPE, PtrData(instance), ANNOUNCED_TTL_S),
+        own(instance, SrvData(host, announcement.port)),
+        own(instance, TxtData(build_txt(announcement))),
+        *(own(host, address) for address in told),
+        DnsRecord(SERVICE_ENUMERATION, PtrData(SERVICE_TYPE), ANNOUNCED_TTL_S),
+    )
+
+
+def build_txt(announcement: Announcement) -> tuple[bytes, ...]:
+    """The TXT strings: existing software's keys, and `device_id` for those who read only that.
+
+    Models and scores are left out from where they would no longer fit a string; paired peers ask for all of them.
+    """
+    attributes = {
+        "dvaiVersion": announcement.dvai_version,
+        "deviceId": announcement.device_id,
+        "deviceName": _cut_utf8(announcement.device_name, TXT_STRING_LIMIT_BYTES - len("deviceName=")),
+        "models": _join_models(announcement.models, TXT_STRING_LIMIT_BYTES - len("models=")),
+        "capability": _join_scores(announcement.capability, TXT_STRING_LIMIT_BYTES - len("capability=")),
+        "port": str(announcement.port),
+        "secure": "1" if announcement.secure else "0",
+        "device_id": announcement.device_id,
+    }
+    if announcement.address is not None:
+        attributes["addr"] = announcement.address
+    return encode_txt(attributes)
+
+
+def _cut_utf8(text: str, limit_bytes: int) -> str:
+    return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
+
+
+def _join_models(models: Iterable[str], limit_bytes: int) -> str:
+    joined = ""
+    for model in models:
+        longer = f"{joined},{model}" if joined else model
+        if "," in model or len(longer.encode()) > limit_bytes:
+            continue
+        joined = longer
+    return joined
+
+
+def _join_scores(scores: Mapping[str, float], limit_bytes: int) -> str:
+    told: dict[str, float] = {}
+    for model, score in scores.items():
+        if len(encode_json({**told, model: score})) <= limit_bytes:
+            told[model] = score
+    return encode_json(told).decode()
+
+
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")
+_SCORE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,19})?")
+
+
+def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int, host: str, now_ms: int) -> Peer:
+    """The peer that an instance's SRV port and TXT strings describe, in any of the dialects; ValueError if none.
+
+    `host`: the address chosen for it. The id of a macOS hub names its port alone, which other hubs have too: the
+    base URL stands in, as for a peer of which nothing else is known.
+    """
+    attributes = parse_txt(strings)
+
+    def text(*keys: str) -> str:
+        values = (attributes.get(key) for key in keys)
+        return next((value.decode(errors="replace") for value in values if value), "")
+
+    port = srv_port if srv_port in TARGET_PORTS else parse_decimal(text("port"), minimum=1024, maximum=65535)
+    secure = text("secure").lower() in ("1", "true")
+    base_url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    device_id = parse_device_id(text("deviceid", "device_id") or instance)
+    return Peer(
+        device_id=base_url if _UNSTABLE_ID.fullmatch(device_id) else device_id,
+        device_name=text("devicename", "device_name") or instance,
+        dvai_version=text("dvaiversion", "dvai_version"),
+        base_url=base_url,
+        via=PeerVia.MDNS,
+        last_seen_ms=now_ms,
+        loaded_models=parse_model_ids([each.strip() for each in text("models", "loaded_models").split(",")]),
+        capability=_parse_capability(text("capability")),
+        secure=secure,
+    )
+
+
+def _parse_capability(text: str) -> dict[str, float]:
+    """Scores as a JSON object, or as `id:score,id:score` with ids that may hold colons."""
+    if text.startswith("{"):
+        try:
+            return parse_scores(parse_json(text.encode()))
+        except JsonError:
+            return {}
+    pairs = (each.strip().rpartition(":") for each in text.split(","))
+    return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
+
+
+# Addresses of cloud machines where their credentials are read.
+_METADATA_ADDRESSES = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "fd00:ec2::254")))
+
+
+def is_target_allowed(address: IpAddress, interface: NetworkInterface, source: IpAddress) -> bool:
+    """Whether a record that came from `source` on `interface` may send us to this address.
+
+    It must be on-link there, or the source itself. Loopback only for what came in on loopback, which is listened to
+    when it is asked for by name and never otherwise.
+    """
+    if address in _METADATA_ADDRESSES or address.is_unspecified or address.is_multicast:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return False
+    if address.is_loopback and not interface.is_loopback:
+        return False
+    return address == source or interface.is_on_link(address)
+
+
+def choose_target_address(
+    addresses: Collection[IpAddress], interface: NetworkInterface, source: IpAddress
+) -> IpAddress | None:
+    """The best of the addresses that a peer's records name; without any, where the packet came from.
+
+    IPv4 first, since existing hubs listen on nothing else, and the source first of its kind: it is known to work.
+    """
+    allowed = [each for each in addresses or (source,) if is_target_allowed(each, interface, source)]
+    return min(allowed, key=lambda each: (each.version, each != source, each.is_link_local, int(each)), default=None)
+
+
+# The browser: whom we know
+
+
+@record(slots=True)
+class CachedRecord:
+    """A record heard, with its remaining life. `asks`: how often it was asked for again."""
+
+    data: DnsData
+    ttl_s: float
+    received_s: float
+    jitter: float
+    asks: int = 0
+
+    @property
+    def expires_s(self) -> float:
+        """When it is no longer true."""
+        return self.received_s + self.ttl_s
+
+    @property
+    def ask_s(self) -> float:
+        """When it is to be asked for again."""
+        if self.asks >= len(REFRESH_AT):
+            return math.inf
+        return self.received_s + self.ttl_s * (REFRESH_AT[self.asks] + REFRESH_JITTER * self.jitter)
+
+
+@record(kw_only=True, slots=True)
+class Sighting:
+    """An instance of the service as one interface shows it.
+
+    `begun_s`: when its name was first heard; `gone_s`: when a goodbye ends it. `asks`: how often we asked for what is
+    missing since `asked_s`. `peer`: None while records are missing, no address may be tried, or it is ourselves.
+    """
+
+    instance: str
+    interface: NetworkInterface
+    source: IpAddress
+    pointer: CachedRecord
+    begun_s: float
+    service: CachedRecord | None = None
+    text: CachedRecord | None = None
+    addresses: dict[IpAddress, CachedRecord] = field(default_factory=dict)
+    gone_s: float = math.inf
+    asks: int = 0
+    asked_s: float
+    peer: Peer | None = None
+
+    @property
+    def name(self) -> DnsName:
+        """The instance's whole name."""
+        return (self.instance, *SERVICE_TYPE)
+
+    @property
+    def host(self) -> DnsName | None:
+        """The SRV target."""
+        data = self.service.data if self.service else None
+        return data.target if isinstance(data, SrvData) else None
+
+    @property
+    def records(self) -> list[tuple[DnsName, int, CachedRecord]]:
+        """Name, type and record of all that is known."""
+        known: list[tuple[DnsName, int, CachedRecord]] = [(SERVICE_TYPE, DnsType.PTR, self.pointer)]
+        if self.service:
+            known.append((self.name, DnsType.SRV, self.service))
+        if self.text:
+            known.append((self.name, DnsType.TXT, self.text))
+        if self.host:
+            types = {4: DnsType.A, 6: DnsType.AAAA}
+            known += [(self.host, types[address.version], cached) for address, cached in self.addresses.items()]
+        return known
+
+    @property
+    def missing(self) -> list[tuple[DnsName, int]]:
+        """What an announcement should have told and did not."""
+        if self.gone_s < math.inf:
+            return []
+        if not self.service or not self.text:
+            return [(self.name, DnsType.SRV), (self.name, DnsType.TXT)]
+        return [(self.host, DnsType.A), (self.host, DnsType.AAAA)] if self.host and not self.addresses else []
+
+    @property
+    def ask_missing_s(self) -> float:
+        """When to ask for it."""
+        is_due = self.asks < len(MISSING_ASKED_AFTER_S) and self.missing
+        return self.asked_s + MISSING_ASKED_AFTER_S[self.asks] if is_due else math.inf
+
+    @property
+    def expires_s(self) -> float:
+        """When it is over unless something is heard of it."""
+        needed = (self.pointer, self.service, self.text)
+        useless_s = math.inf if self.peer else self.begun_s + INCOMPLETE_LIMIT_S
+        return min(self.gone_s, useless_s, *(each.expires_s for each in needed if each is not None))
+
+
+SightingKey = tuple[str, str]  # name of the interface, folded instance
+
+
+class Browser:
+    """Knows who announces the service, on every interface; asks again before it forgets.
+
+    Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new: a flood displaces nobody.
+    """
+
+    def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
+        self._device_id = device_id
+        self._own_port = own_port
+        self._draw = draw
+        self._interfaces: dict[str, NetworkInterface] = {}
+        self._queries: dict[str, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
+        self._sightings: dict[SightingKey, Sighting] = {}
+        self._reported: dict[str, tuple[SightingKey, Peer]] = {}  # by device id
+
+    def set_interfaces(self, interfaces: Iterable[NetworkInterface], now_s: float) -> None:
+        """Which interfaces there are; on a new one questions begin, with one that is gone its peers go."""
+        self._interfaces = {each.name: each for each in interfaces}
+        first, last = ANSWER_DELAYS_S
+        for name in self._interfaces.keys() - self._queries.keys():
+            self._queries[name] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
+        for name in self._queries.keys() - self._interfaces.keys():
+            del self._queries[name]
+        for key, sighting in list(self._sightings.items()):
+            if key[0] in self._interfaces:
+                sighting.interface = self._interfaces[key[0]]
+            else:
+                del self._sightings[key]
+
+    def receive(
+        self,
+        message: DnsMessage,
+        interface: NetworkInterface,
+        source: IpAddress,
+        *,
+        now_s: float,
+        now_ms: int,
+        ttl_floor_s: int = 0,
+    ) -> None:
+        """Takes a response in. `ttl_floor_s`: for answers whose short life is only meant for simple resolvers."""
+        records = [each for each in (*message.answers, *message.additionals) if each.dns_class == DNS_CLASS_IN]
+        touched: dict[SightingKey, Sighting] = {}
+        # In this order, since each makes sense only with the one before, wherever they stand in the packet.
+        for kind in (PtrData, SrvData | TxtData, IpAddress):
+            fresh_hosts: set[tuple[DnsName, int]] = set()
+            for each in records:
+                if isinstance(each.data, kind):
+                    life_s = min(max(each.ttl_s, ttl_floor_s if each.ttl_s else 0), RECORD_TTL_LIMIT_S)
+                    cached = CachedRecord(each.data, life_s, now_s, self._draw())
+                    touched.update(self._note(each, cached, interface, source, fresh_hosts))
+        for sighting in touched.values():
+            if sighting.gone_s == math.inf:
+                sighting.peer = self._resolve(sighting, now_ms)
+
+    def _note(
+        self,
+        each: DnsRecord,
+        cached: CachedRecord,
+        interface: NetworkInterface,
+        source: IpAddress,
+        fresh_hosts: set[tuple[DnsName, int]],
+    ) -> dict[SightingKey, Sighting]:
+        """The sightings that the record says something about."""
+        name = fold_dns_name(each.name)
+        if isinstance(each.data, PtrData):
+            return self._note_pointer(name, each.data, cached, interface, source)
+        if isinstance(each.data, IpAddress):
+            found = {
+                key: sighting
+                for key, sighting in self._sightings.items()
+                if key[0] == interface.name and sighting.host and fold_dns_name(sighting.host) == name
+            }
+            for sighting in found.values():
+                _note_address(sighting, each, cached, is_first=(name, each.type) not in fresh_hosts)
+            fresh_hosts.add((name, each.type))
+            return found
+        key = (interface.name, name[0]) if name[1:] == SERVICE_TYPE else None
+        noted = self._sightings.get(key) if key else None
+        if not key or not noted:
+            return {}
+        _note_description(noted, cached, source)
+        return {key: noted}
+
+    def _note_pointer(
+        self, name: DnsName, data: PtrData, cached: CachedRecord, interface: NetworkInterface, source: IpAddress
+    ) -> dict[SightingKey, Sighting]:
+        target = fold_dns_name(data.target)
+        if name != SERVICE_TYPE or len(target) != len(SERVICE_TYPE) + 1 or target[1:] != SERVICE_TYPE:
+            return {}
+        key, now_s = (interface.name, target[0]), cached.received_s
+        sighting = self._sightings.get(key)
+        if not cached.ttl_s:
+            if sighting:
+                sighting.gone_s = min(sighting.gone_s, now_s + GOODBYE_S)
+            return {}
+        if sighting:
+            sighting.pointer, sighting.gone_s = cached, math.inf
+        elif self._has_room(source):
+            sighting = Sighting(
+                instance=data.target[0],
+                interface=interface,
+                source=source,
+                pointer=cached,
+                begun_s=now_s,
+                asked_s=now_s,
+            )
+            self._sightings[key] = sighting
+        return {key: sighting} if sighting else {}
+
+    def _has_room(self, source: IpAddress) -> bool:
+        from_source = sum(each.source == source for each in self._sightings.values())
+        return len(self._sightings) < PEERS_KEPT_LIMIT and from_source < PEERS_PER_SOURCE_LIMIT
+
+    def _resolve(self, sighting: Sighting, now_ms: int) -> Peer | None:
+        service, text = (each.data if each else None for each in (sighting.service, sighting.text))
+        address = choose_target_address(sighting.addresses, sighting.interface, sighting.source)
+        if not isinstance(service, SrvData) or not isinstance(text, TxtData) or address is None:
+            return None
+        host = sighting.interface.format_address(address)
+        try:
+            peer = parse_announcement(sighting.instance, text.strings, srv_port=service.port, host=host, now_ms=now_ms)
+        except ValueError as exc:
+            discovery_log.debug("%s is no peer: %s", display_name(sighting.instance), exc)
+            return None
+        own_addresses = {own for interface in self._interfaces.values() for own in interface.addresses}
+        is_own_socket = address in own_addresses and urllib.parse.urlsplit(peer.base_url).port == self._own_port
+        return None if is_own_socket or peer.device_id == self._device_id else peer
+
+    def take_changes(self, now_s: float) -> tuple[list[Peer], list[Peer]]:
+        """Peers found, changed or seen again, and peers lost, since the last call.
+
+        A device that is seen on several interfaces is one peer: the first of them, for as long as it lasts.
+        """
+        self._forget(now_s)
+        present: dict[str, tuple[SightingKey, Peer]] = {}
+        for key, sighting in self._sightings.items():
+            if sighting.peer:
+                device_id = sighting.peer.device_id
+                reported = self._reported.get(device_id)
+                if device_id not in present or (reported and reported[0] == key):
+                    present[device_id] = (key, sighting.peer)
+        lost = [peer for device_id, (_, peer) in self._reported.items() if device_id not in present]
+        found = []
+        for device_id, (key, peer) in present.items():
+            known = self._reported.get(device_id)
+            if known and _is_same_peer(known[1], peer):
+                present[device_id] = (key, known[1])
+            else:
+                found.append(peer)
+        self._reported = present
+        return found, lost
+
+    def _forget(self, now_s: float) -> None:
+        """Drops what has expired: instances, and single addresses of others."""
+        for key, sighting in list(self._sightings.items()):
+            expired = [address for address, cached in sighting.addresses.items() if cached.expires_s <= now_s]
+            for address in expired:
+                del sighting.addresses[address]
+            if expired and sighting.peer:
+                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
+            if sighting.expires_s <= now_s:
+                del self._sightings[key]
+
+    def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
+        """The queries that are due, and on which interface; mostly one packet each."""
+        queries = []
+        for name, interface in self._interfaces.items():
+            questions: dict[tuple[DnsName, int], None] = {}
+            due_s, pause_s = self._queries[name]
+            if due_s <= now_s:
+                questions[SERVICE_TYPE, DnsType.PTR] = None
+                self._queries[name] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
+            sightings = [sighting for key, sighting in self._sightings.items() if key[0] == name]
+            for sighting in sightings:
+                questions.update(_take_questions(sighting, now_s))
+            wanted = [DnsQuestion(*each) for each in questions]
+            for start in range(0, len(wanted), QUESTIONS_LIMIT):
+                part = tuple(wanted[start : start + QUESTIONS_LIMIT])
+                known = _build_known_answers(sightings, now_s) if part[0].name == SERVICE_TYPE else ()
+                queries.append((interface, DnsMessage(questions=part, answers=known)))
+        return queries
+
+    def due_s(self) -> float:
+        """When there is something to do next, if nothing is received."""
+        times = [due_s for due_s, _ in self._queries.values()]
+        for sighting in self._sightings.values():
+            times += [sighting.expires_s, sighting.ask_missing_s]
+            times += [min(cached.ask_s, cached.expires_s) for _, _, cached in sighting.records]
+        return min(times, default=math.inf)
+
+
+def _is_same_peer(known: Peer, peer: Peer) -> bool:
+    """Whether nothing has changed, and it was reported a moment ago."""
+    is_recent = peer.last_seen_ms - known.last_seen_ms < SEEN_AGAIN_S * 1000
+    return is_recent and replace(known, last_seen_ms=peer.last_seen_ms) == peer
+
+
+def _note_description(sighting: Sighting, cached: CachedRecord, source: IpAddress) -> None:
+    """SRV or TXT of a known instance."""
+    if not cached.ttl_s:
+        sighting.gone_s = min(sighting.gone_s, cached.received_s + GOODBYE_S)
+    elif isinstance(cached.data, SrvData):
+        host = sighting.host
+        sighting.service = cached
+        if sighting.host != host:
+            sighting.addresses.clear()
+            sighting.asks, sighting.asked_s = 0, cached.received_s
+        if source.version <= sighting.source.version:  # a device may speak both; IPv4 is what reaches most servers
+            sighting.source = source
+    else:
+        sighting.text = cached
+
+
+def _note_address(sighting: Sighting, each: DnsRecord, cached: CachedRecord, *, is_first: bool) -> None:
+    """An address of a known host; the first of a packet that says so ends all others of its kind."""
+    address = each.data
+    if not isinstance(address, IpAddress):
+        return
+    if each.replaces and is_first:
+        for known in [known for known in sighting.addresses if known.version == address.version]:
+            del sighting.addresses[known]
+    if not cached.ttl_s:
+        if address in sighting.addresses:
+            sighting.addresses[address] = replace(cached, ttl_s=GOODBYE_S, asks=len(REFRESH_AT))
+    elif address in sighting.addresses or len(sighting.addresses) < ADDRESSES_PER_PEER_LIMIT:
+        sighting.addresses[address] = cached
+
+
+def _build_known_answers(sightings: Iterable[Sighting], now_s: float) -> tuple[DnsRecord, ...]:
+    """What nobody need tell us: the instances that we know for longer than half their life."""
+    known = []
+    for each in sightings:
+        left_s = each.pointer.expires_s - now_s
+        if each.peer and left_s > each.pointer.ttl_s / 2:
+            known.append(DnsRecord(SERVICE_TYPE, each.pointer.data, int(left_s)))
+    return tuple(known[:KNOWN_ANSWERS_LIMIT])
+
+
+def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[DnsName, int], None]]:
+    """What must be asked about an instance now."""
+    if sighting.ask_missing_s <= now_s:
+        yield from ((wanted, None) for wanted in sighting.missing)
+    while sighting.ask_missing_s <= now_s:  # once, however many of its times have passed
+        sighting.asks += 1
+    for name, kind, cached in sighting.records:
+        if cached.ask_s <= now_s:
+            yield (name, kind), None
+        while cached.ask_s <= now_s:
+            cached.asks += 1
+
+
+# The responder: what we answer
+
+
+class Responder:
+    """Announces our own records on one interface and answers questions about them.
+
+    Owner's contract: `receive` for every query, `take_due` when `due_s` is reached. Nothing is said about a name more
+    than once a second: answers to all wait for that, and go out together; an answer to one asker becomes one to all.
+    """
+
+    def __init__(self) -> None:
+        self._records: tuple[DnsRecord, ...] = ()
+        self._announcements = 0  # still to be made, the next one at …
+        self._announce_s = -math.inf
+        self._waiting: dict[DnsRecord, float] = {}  # when each answer is due; bounded by our own records
+        self._answered_s: dict[DnsName, float] = {}
+
+    def set_records(self, records: tuple[DnsRecord, ...], now_s: float) -> DnsMessage | None:
+        """Other records from now on, announced if there is news; the goodbye that the old ones call for."""
+        if records == self._records:
+            return None
+        kept = {(each.name, each.type) for each in records}
+        goodbye = [replace(each, ttl_s=0) for each in self._told if (each.name, each.type) not in kept]
+        self._records = records
+        self._waiting.clear()
+        self._announcements = ANNOUNCEMENTS if records else 0
+        self._announce_s = max(now_s, self._announce_s)
+        if not goodbye:
+            return None
+        return DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=tuple(goodbye))
+
+    @property
+    def _told(self) -> tuple[DnsRecord, ...]:
+        """What is announced: all but the record that the whole network has, which types of service there are."""
+        return tuple(each for each in self._records if each.name != SERVICE_ENUMERATION)
+
+    def due_s(self) -> float:
+        """When something is to be said to all."""
+        announce_s = self._announce_s if self._announcements else math.inf
+        return min(announce_s, *self._waiting.values(), math.inf)
+
+    def take_due(self, now_s: float) -> list[DnsMessage]:
+        """What is due for all."""
+        messages = []
+        if self._announcements and self._announce_s <= now_s:
+            self._announcements -= 1
+            self._announce_s = now_s + ANSWER_INTERVAL_S
+            self._answered_s.update((fold_dns_name(each.name), now_s) for each in self._told)
+            messages.append(DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=self._told))
+            for each in self._told:
+                self._waiting.pop(each, None)
+        due = [each for each, due_s in self._waiting.items() if due_s <= now_s]
+        for each in due:
+            del self._waiting[each]
+        if due:
+            messages.append(self._build_answer(due, now_s))
+        return messages
+
+    def receive(self, query: DnsMessage, *, is_legacy: bool, now_s: float, delay_s: float) -> DnsMessage | None:
+        """The answer to the asker alone, if there is one. `delay_s`: how long answers that others may give wait.
+
+        `is_legacy`: a resolver that knows unicast DNS only, and so not what is said to all.
+        """
+        alone: dict[DnsRecord, None] = {}
+        for question in query.questions:
+            for each in self._find(question):
+                if any(_is_known_answer(known, each) for known in query.answers):
+                    continue
+                free_s = self._answered_s.get(fold_dns_name(each.name), -math.inf) + ANSWER_INTERVAL_S
+                if (question.wants_unicast or is_legacy) and free_s <= now_s:
+                    alone[each] = None
+                elif not is_legacy:
+                    due_s = max(free_s, now_s if each.replaces else now_s + delay_s)
+                    self._waiting[each] = min(due_s, self._waiting.get(each, math.inf))
+        if not alone:
+            return None
+        answer = self._build_answer(list(alone), now_s)
+        return _build_legacy_answer(query, answer) if is_legacy else answer
+
+    def _find(self, question: DnsQuestion) -> list[DnsRecord]:
+        name = fold_dns_name(question.name)
+        if question.dns_class not in (DNS_CLASS_IN, DnsType.ANY):
+            return []
+        named = [each for each in self._records if fold_dns_name(each.name) == name]
+        found = [each for each in named if question.type in (each.type, DnsType.ANY)]
+        if named and not found and named[0].replaces:
+            types = tuple(sorted({each.type for each in named}))
+            found = [DnsRecord(named[0].name, NsecData(named[0].name, types), ANNOUNCED_TTL_S, replaces=True)]
+        return found
+
+    def _build_answer(self, answers: list[DnsRecord], now_s: float) -> DnsMessage:
+        """The answers, and beside a PTR or SRV what its target will be asked for next (RFC 6763 section 12)."""
+        self._answered_s.update((fold_dns_name(each.name), now_s) for each in answers)
+        beside: dict[DnsRecord, None] = {}
+        for each in (*answers, *(each for each in self._records if each.type == DnsType.SRV)):
+            is_said = each.name != SERVICE_ENUMERATION and (each in answers or each in beside)
+            if isinstance(each.data, PtrData | SrvData) and is_said:
+                beside.update((other, None) for other in self._records if other.name == each.data.target)
+        additionals = tuple(each for each in beside if each not in answers)
+        return DnsMessage(flags=DNS_RESPONSE | DNS_AUTHORITATIVE, answers=tuple(answers), additionals=additionals)
+
+
+def _is_known_answer(known: DnsRecord, ours: DnsRecord) -> bool:
+    """Whether the asker has this record for long enough (RFC 6762 section 7.1)."""
+    return (
+        fold_dns_name(known.name) == fold_dns_name(ours.name)
+        and known.data == ours.data
+        and known.ttl_s >= ours.ttl_s / 2
+    )
+
+
+def _build_legacy_answer(query: DnsMessage, answer: DnsMessage) -> DnsMessage:
+    """The answer as unicast DNS knows it: the question's id, the question itself, no bits of ours, a short life."""
+
+    def plain(records: Iterable[DnsRecord]) -> tuple[DnsRecord, ...]:
+        return tuple(replace(each, ttl_s=min(each.ttl_s, LEGACY_TTL_S), replaces=False) for each in records)
+
+    questions = tuple(replace(each, wants_unicast=False) for each in query.questions)
+    return replace(
+        answer,
+        id=query.id,
+        questions=questions,
+        answers=plain(answer.answers),
+        additionals=plain(answer.additionals),
+    )
+
+
+# Sockets
+
+
+_IP_MULTICAST_ALL = {socket.AF_INET: 49, socket.AF_INET6: 29}  # Linux: hear only the groups that this socket joined
+
+
+def open_mdns_socket(interface: NetworkInterface, family: int, port: int = MDNS_PORT) -> socket.socket:
+    """A socket that speaks to the multicast group on this interface and hears it there; OSError.
+
+    The port is shared with every other responder that lets us. Port 0: hears answers to itself alone.
+    """
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "SO_REUSEPORT"):
+                with contextlib.suppress(OSError):  # an old kernel knows the name alone
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        group = socket.inet_pton(family, MDNS_GROUPS[socket.AddressFamily(family)])
+        if family == socket.AF_INET:
+            own = interface.ipv4[0].ip.packed
+            sock.bind(("", port))
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 255)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+            join, level = (socket.IP_ADD_MEMBERSHIP, group + own), socket.IPPROTO_IP
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(("", port))
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, interface.index)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 1)
+            join, level = (socket.IPV6_JOIN_GROUP, group + struct.pack("@I", interface.index)), socket.IPPROTO_IPV6
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, _IP_MULTICAST_ALL[socket.AddressFamily(family)], 0)
+        if port:
+            sock.setsockopt(level, *join)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@record(slots=True)
+class LinkTraffic:
+    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure.
+
+    `failed`: how many of the packets sent never left.
+    """
+
+    sent: int = 0
+    failed: int = 0
+    received: int = 0
+    own_copies: int = 0
+    dropped: int = 0
+    speakers: set[IpAddress] = field(default_factory=set)
+    error: str | None = None
+
+
+SPEAKERS_LIMIT = 64  # addresses that are remembered to be shown
+EXPECTED_COPIES_LIMIT = 16  # packets of ours that never come back
+
+# Of a link: data, the sender's socket address, and how to answer it alone.
+OnPacket = Callable[["MdnsLink", bytes, "tuple[Any, ...]", asyncio.DatagramTransport], None]
+
+
+class MdnsLink:
+    """The sockets of one interface, one for each kind of address it has.
+
+    `is_shared`: they hear the group; otherwise another program keeps port 5353 to itself, and only answers to our own
+    questions arrive.
+    """
+
+    def __init__(self, interface: NetworkInterface, on_packet: OnPacket) -> None:
+        self.interface = interface
+        self.responder = Responder()
+        self.traffic = LinkTraffic()
+        self.is_shared = True
+        self._on_packet = on_packet
+        self._transports: dict[int, asyncio.DatagramTransport] = {}
+        self._expected: deque[bytes] = deque(maxlen=EXPECTED_COPIES_LIMIT)
+        self._second, self._second_packets = 0, 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a socket."""
+        return bool(self._transports)
+
+    async def open(self) -> None:
+        """Opens what can be opened; `traffic.error` says what could not."""
+        loop = asyncio.get_running_loop()
+        for family, addresses in ((socket.AF_INET, self.interface.ipv4), (socket.AF_INET6, self.interface.ipv6)):
+            if not addresses:
+                continue
+            try:
+                sock = self._open_socket(family)
+            except OSError as exc:
+                self.traffic.error = exc.strerror or str(exc)
+                discovery_log.debug("%s: no socket for multicast DNS: %s", self.interface.name, exc)
+                continue
+            make_protocol = functools.partial(_MdnsProtocol, self, "IPv4" if family == socket.AF_INET else "IPv6")
+            transport, _ = await loop.create_datagram_endpoint(make_protocol, sock=sock)
+            self._transports[family] = transport
+
+    def _open_socket(self, family: int) -> socket.socket:
+        try:
+            return open_mdns_socket(self.interface, family)
+        except OSError as exc:
+            if exc.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EPERM):
+                raise
+            self.is_shared = False
+            return open_mdns_socket(self.interface, family, port=0)
+
+    def send(self, message: DnsMessage) -> None:
+        """To all on this interface. A failure is counted, not raised: networks come and go."""
+        data = encode_dns_message(message)
+        for family, transport in self._transports.items():
+            host = MDNS_GROUPS[socket.AddressFamily(family)]
+            is_ipv4 = family == socket.AF_INET
+            self._expected.append(data)
+            self.traffic.sent += 1
+            transport.sendto(data, (host, MDNS_PORT) if is_ipv4 else (host, MDNS_PORT, 0, self.interface.index))
+
+    def receive(self, data: bytes, address: tuple[Any, ...], transport: asyncio.DatagramTransport) -> None:
+        """One packet from anywhere; on to `on_packet` if it came from this link and is not our own."""
+        source = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        is_of_this_link = not (source.version == 6 and source.is_link_local and address[3] != self.interface.index)
+        if not is_of_this_link or not self.interface.is_on_link(source):
+            return
+        if source in self.interface.addresses and data in self._expected:
+            self._expected.remove(data)
+            self.traffic.own_copies += 1
+            return
+        self.traffic.received += 1
+        if self._is_flooded() or len(data) > MDNS_PACKET_LIMIT_BYTES:
+            self.traffic.dropped += 1
+            return
+        if len(self.traffic.speakers) < SPEAKERS_LIMIT:
+            self.traffic.speakers.add(source)
+        self._on_packet(self, data, address, transport)
+
+    def _is_flooded(self) -> bool:
+        second = int(asyncio.get_running_loop().time())
+        if second != self._second:
+            self._second, self._second_packets = second, 0
+        self._second_packets += 1
+        return self._second_packets > PACKETS_PER_S_LIMIT
+
+    def close(self) -> None:
+        """Closes the sockets; what was sent is on its way."""
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
+
+
+class _MdnsProtocol(asyncio.DatagramProtocol):
+    def __init__(self, link: MdnsLink, family_name: str) -> None:
+        self._link = link
+        self._family_name = family_name
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self._link.receive(data, addr, self._transport)
+
+    def error_received(self, exc: Exception) -> None:
+        reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+        self._link.traffic.error = f"{self._family_name}: {reason}"
+        self._link.traffic.failed += 1
+
+
+# Discovery
+
+
+class Discovery(Protocol):
+    """Finds peers on the local network, tells them of us, or both."""
+
+    async def start(self) -> None:
+        """Begins. That there is no network is no error: one may come."""
+
+    async def stop(self) -> None:
+        """Says goodbye and ends; nothing is reported any more."""
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: nothing."""
+
+    def describe(self) -> list[str]:
+        """How it works here, a line for each interface."""
+
+
+OnPeer = Callable[[Peer], None]
+
+
+def build_discovery(
+    *,
+    device_id: str,
+    on_found: OnPeer | None,
+    on_lost: OnPeer | None,
+    announcement: Announcement | None = None,
+    own_port: int | None = None,
+    interfaces: Collection[str] | None = None,
+    backend: str = "auto",
+) -> Discovery:
+    """Discovery by `backend`: `own`, `zeroconf`, or `auto`.
+
+    `on_found` None: nobody is looked for. Otherwise it is called with a peer that is found, has changed, or is seen
+    again, `on_lost` with one that said goodbye or was silent for too long; both on the loop. `device_id`, `own_port`:
+    by which we know ourselves. `interfaces`: names of those to use; None: all but loopback.
+
+    `auto` is our own where the system tells its networks (all but Windows), even if zeroconf is installed: ours knows
+    from where a packet came, so that a peer which names no address is found, none off-link is, and no single sender
+    fills the table; and it follows networks that come and go.
+    """
+    if backend == "zeroconf" or (backend == "auto" and os.name != "posix" and _has_zeroconf()):
+        kind: type[ZeroconfDiscovery] | type[MdnsDiscovery] = ZeroconfDiscovery
+    else:
+        kind = MdnsDiscovery
+    return kind(
+        device_id=device_id,
+        on_found=on_found,
+        on_lost=on_lost,
+        announcement=announcement,
+        own_port=own_port,
+        interfaces=interfaces,
+    )
+
+
+def _has_zeroconf() -> bool:
+    return any(optional.module == "zeroconf" and version for optional, version in find_packages())
+
+
+def _report(callback: OnPeer | None, peers: Iterable[Peer]) -> None:
+    for peer in peers:
+        if callback is not None:
+            try:
+                callback(peer)
+            except Exception:
+                discovery_log.exception("reporting the peer %s", display_name(peer.device_name))
+
+
+class MdnsDiscovery:
+    """Discovery on sockets of our own (see `build_discovery` for the arguments)."""
+
+    def __init__(
+        self,
+        *,
+        device_id: str,
+        on_found: OnPeer | None,
+        on_lost: OnPeer | None,
+        announcement: Announcement | None = None,
+        own_port: int | None = None,
+        interfaces: Collection[str] | None = None,
+    ) -> None:
+        self.links: dict[str, MdnsLink] = {}
+        self._announcement = announcement
+        self._on_found = on_found
+        self._on_lost = on_lost
+        self._names = interfaces
+        self._browser = Browser(device_id=device_id, own_port=own_port, draw=random.random) if on_found else None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens the sockets; questions and announcements follow by themselves."""
+        await self._look_at_interfaces()
+        self._task = asyncio.create_task(self._run(), name="discovery")
+
+    async def stop(self) -> None:
+        """Says goodbye where something was announced, and closes the sockets."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self.update(None)
+        for link in self.links.values():
+            link.close()
+        self.links.clear()
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: says goodbye."""
+        self._announcement = announcement
+        for link in self.links.values():
+            self._set_records(link)
+        self._wake.set()
+
+    def describe(self) -> list[str]:
+        """A line for each interface: what was opened there, or why nothing was."""
+        return [
+            f"{link.interface.name}: "
+            + (
+                f"no multicast DNS ({link.traffic.error})"
+                if not link.is_open
+                else "multicast DNS"
+                if link.is_shared
+                else "finds peers, but cannot announce: another program keeps UDP port 5353 to itself"
+            )
+            for link in self.links.values()
+        ]
+
+    def _set_records(self, link: MdnsLink) -> None:
+        records: tuple[DnsRecord, ...] = ()
+        if self._announcement is not None and link.is_shared:
+            records = build_announcement(self._announcement, link.interface.addresses)
+        goodbye = link.responder.set_records(records, asyncio.get_running_loop().time())
+        if goodbye is not None:
+            link.send(goodbye)
+
+    async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception:
+            discovery_log.exception("discovery has ended")
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        look_s = loop.time() + INTERFACES_LOOK_S
+        while True:
+            if loop.time() >= look_s:
+                await self._look_at_interfaces()
+                look_s = loop.time() + INTERFACES_LOOK_S
+            self._work(loop.time())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(look_s, self._due_s())):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    def _due_s(self) -> float:
+        times = [link.responder.due_s() for link in self.links.values()]
+        return min(*times, self._browser.due_s() if self._browser else math.inf, math.inf)
+
+    def _work(self, now_s: float) -> None:
+        """Says what is due and reports what has changed."""
+        for link in self.links.values():
+            for message in link.responder.take_due(now_s):
+                link.send(message)
+        if self._browser is not None:
+            found, lost = self._browser.take_changes(now_s)
+            for interface, query in self._browser.take_queries(now_s):
+                self.links[interface.name].send(query)
+            _report(self._on_lost, lost)
+            _report(self._on_found, found)
+
+    async def _look_at_interfaces(self) -> None:
+        """Opens links on interfaces that are new or changed, closes those that are gone or changed."""
+        try:
+            found = choose_interfaces(await asyncio.to_thread(probe_interfaces), self._names)
+        except OSError as exc:
+            discovery_log.warning("the network interfaces cannot be listed: %s", exc)
+            return
+        wanted = {each.name: each for each in found}
+        for name, link in list(self.links.items()):
+            if wanted.get(name) != link.interface or not link.is_open:
+                link.close()
+                del self.links[name]
+        for name, interface in wanted.items():
+            if name not in self.links:
+                link = self.links[name] = MdnsLink(interface, self._receive)
+                await link.open()
+                self._set_records(link)
+        if self._browser is not None:
+            self._browser.set_interfaces(found, asyncio.get_running_loop().time())
+
+    def _receive(
+        self, link: MdnsLink, data: bytes, address: tuple[Any, ...], transport: asyncio.DatagramTransport
+    ) -> None:
+        try:
+            message = parse_dns_message(data)
+        except DnsError as exc:
+            link.traffic.dropped += 1
+            discovery_log.debug("%s: %s", link.interface.name, exc)
+            return
+        now_s = asyncio.get_running_loop().time()
+        if not message.is_plain:
+            return
+        if not message.is_response:
+            self._answer(link, message, address, transport, now_s)
+        elif self._browser is not None and address[1] == MDNS_PORT:
+            source = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            floor_s = 0 if link.is_shared else ANNOUNCED_TTL_S
+            now_ms = int(time.time() * 1000)
+            self._browser.receive(message, link.interface, source, now_s=now_s, now_ms=now_ms, ttl_floor_s=floor_s)
+        self._wake.set()
+
+    def _answer(
+        self,
+        link: MdnsLink,
+        query: DnsMessage,
+        address: tuple[Any, ...],
+        transport: asyncio.DatagramTransport,
+        now_s: float,
+    ) -> None:
+        is_legacy = address[1] != MDNS_PORT
+        delay_s = random.uniform(*ANSWER_DELAYS_S)
+        answer = link.responder.receive(query, is_legacy=is_legacy, now_s=now_s, delay_s=delay_s)
+        if answer is not None:
+            link.traffic.sent += 1
+            transport.sendto(encode_dns_message(answer, compress_srv=not is_legacy), address)
+
+
+ZEROCONF_TYPE = "_dvai-bridge._tcp.local."
+ZEROCONF_RESOLVE_TIMEOUT_S = 3.0
+_NOWHERE = ipaddress.IPv4Address(0)
+
+
+class ZeroconfDiscovery:
+    """Discovery by the package zeroconf (see `build_discovery` for the arguments).
+
+    zeroconf tells neither interface nor source of what it heard: a peer must name an address on one of our networks.
+    The networks are those of the start.
+    """
+
+    def __init__(
+        self,
+        *,
+        device_id: str,
+        on_found: OnPeer | None,
+        on_lost: OnPeer | None,
+        announcement: Announcement | None = None,
+        own_port: int | None = None,
+        interfaces: Collection[str] | None = None,
+    ) -> None:
+        self._device_id = device_id
+        self._own_port = own_port
+        self._on_found = on_found
+        self._on_lost = on_lost
+        self._names = interfaces
+        self._announcement = announcement
+        self._interfaces: list[NetworkInterface] = []
+        self._zeroconf: Any = None
+        self._browser: Any = None
+        self._registered: Any = None
+        self._seen: dict[str, None] = {}  # names to look up, bounded as the peers are
+        self._peers: dict[str, Peer] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens zeroconf's sockets; UsageError if the package is not there."""
+        try:
+            package, flavour = (importlib.import_module(name) for name in ("zeroconf", "zeroconf.asyncio"))
+        except ImportError:
+            raise UsageError("the package zeroconf is not installed: pip install zeroconf") from None
+        self._package, self._flavour = package, flavour
+        self._interfaces = choose_interfaces(await asyncio.to_thread(probe_interfaces), self._names)
+        chosen: list[str | int] = [str(each.ipv4[0].ip) for each in self._interfaces if each.ipv4]
+        chosen += [each.index for each in self._interfaces if each.ipv6]
+        try:
+            self._zeroconf = flavour.AsyncZeroconf(interfaces=chosen or package.InterfaceChoice.All)
+        except OSError as exc:
+            discovery_log.warning("no multicast DNS: %s", exc)
+            return
+        if self._on_found is not None:
+            self._browser = flavour.AsyncServiceBrowser(
+                self._zeroconf.zeroconf, ZEROCONF_TYPE, handlers=[self._note_change]
+            )
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name="discovery")
+
+    async def stop(self) -> None:
+        """Says goodbye and closes; at most a few seconds."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        if self._zeroconf is not None:
+            if self._browser is not None:
+                await self._browser.async_cancel()
+            await self._zeroconf.async_unregister_all_services()
+            await self._zeroconf.async_close()
+            self._zeroconf = None
+
+    def update(self, announcement: Announcement | None) -> None:
+        """Announces this from now on; None: says goodbye."""
+        self._announcement = announcement
+        self._wake.set()
+
+    def describe(self) -> list[str]:
+        """A line for each interface."""
+        return [f"{each.name}: multicast DNS by zeroconf" for each in self._interfaces]
+
+    def _note_change(self, *, name: str, state_change: Any, **_: Any) -> None:
+        if state_change is self._package.ServiceStateChange.Removed:
+            self._seen.pop(name, None)
+            peer = self._peers.pop(name, None)
+            _report(self._on_lost, [peer] if peer and peer not in self._peers.values() else [])
+        elif name in self._peers or len(self._seen) + len(self._peers) < PEERS_KEPT_LIMIT:
+            self._seen[name] = None
+            self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._announce()
+                seen, self._seen = list(self._seen), {}
+                await asyncio.gather(*map(self._look_up, seen))
+            except Exception as exc:  # whatever it is, the next change is tried again
+                discovery_log.warning("zeroconf: %s", exc, exc_info=not isinstance(exc, self._package.Error | OSError))
+
+    async def _announce(self) -> None:
+        """Brings what zeroconf announces in line with what it should."""
+        wanted = self._build_info(self._announcement) if self._announcement else None
+        known, self._registered = self._registered, wanted
+        if wanted == known and (wanted is None or wanted.text == known.text):
+            self._registered = known
+        elif wanted is None or (known and known.name != wanted.name):
+            await (await self._zeroconf.async_unregister_service(known))
+            if wanted:
+                await (await self._zeroconf.async_register_service(wanted))
+        elif known is None:
+            await (await self._zeroconf.async_register_service(wanted))
+        else:
+            await (await self._zeroconf.async_update_service(wanted))
+
+    def _build_info(self, announcement: Announcement) -> Any:
+        addresses = [address for each in self._interfaces for address in each.addresses]
+        records = build_announcement(announcement, addresses)
+        return self._flavour.AsyncServiceInfo(
+            ZEROCONF_TYPE,
+            f"{announcement.device_id}.{ZEROCONF_TYPE}",
+            port=announcement.port,
+            properties=b"".join(bytes((len(each),)) + each for each in build_txt(announcement)),
+            server=f"{announcement.device_id}.local.",
+            addresses=[each.data.packed for each in records if isinstance(each.data, IpAddress)],
+            host_ttl=ANNOUNCED_TTL_S,
+            other_ttl=ANNOUNCED_TTL_S,
+        )
+
+    async def _look_up(self, name: str) -> None:
+        info = self._flavour.AsyncServiceInfo(ZEROCONF_TYPE, name)
+        if not await info.async_request(self._zeroconf.zeroconf, ZEROCONF_RESOLVE_TIMEOUT_S * 1000):
+            discovery_log.debug("%s was announced and does not say where it is", display_name(name))
+            return
+        peer = self._build_peer(name.removesuffix("." + ZEROCONF_TYPE), info)
+        known = self._peers.pop(name, None)
+        if peer is not None:
+            self._peers[name] = peer
+            _report(self._on_found, [peer])
+        if known is not None and known.device_id not in {each.device_id for each in self._peers.values()}:
+            _report(self._on_lost, [known])
+
+    def _build_peer(self, instance: str, info: Any) -> Peer | None:
+        named = [ipaddress.ip_address(each.partition("%")[0]) for each in info.parsed_scoped_addresses()]
+        for interface in self._interfaces:
+            address = choose_target_address(named, interface, _NOWHERE)
+            if address is None:
+                continue
+            host = interface.format_address(address)
+            now_ms = int(time.time() * 1000)
+            try:
+                strings = _split_strings(info.text or b"")
+                peer = parse_announcement(instance, strings, srv_port=info.port or 0, host=host, now_ms=now_ms)
+            except (ValueError, DnsError) as exc:
+                discovery_log.debug("%s is no peer: %s", display_name(instance), exc)
+                return None
+            is_own_socket = info.port == self._own_port and any(address in each.addresses for each in self._interfaces)
+            return None if is_own_socket or peer.device_id == self._device_id else peer
+        return None
+
+
+# Diagnosis
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class InterfaceDiagnosis:
+    """What one interface carried while we asked. `speakers`: other devices that speak multicast DNS there.
+
+    `is_open`, `is_shared`: whether there is a socket, and whether it hears the group. `causes`: what probably blocks.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    is_open: bool
+    is_shared: bool
+    sent: int
+    failed: int
+    received: int
+    own_copies: int
+    dropped: int
+    speakers: tuple[str, ...]
+    peers: tuple[str, ...]
+    error: str | None
+    causes: tuple[str, ...] = ()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DiscoveryDiagnosis:
+    """What `peers --diagnose` found. `causes`: those that concern the machine as a whole."""
+
+    duration_s: float
+    interfaces: tuple[InterfaceDiagnosis, ...]
+    causes: tuple[str, ...]
+
+
+async def diagnose_discovery(duration_s: float = 5.0, interfaces: Collection[str] | None = None) -> DiscoveryDiagnosis:
+    """Asks on every interface, by sockets of our own, and says what came back within `duration_s`."""
+    peers: dict[str, Peer] = {}
+    discovery = MdnsDiscovery(
+        device_id="",
+        on_found=lambda peer: peers.update({peer.device_id: peer}),
+        on_lost=None,
+        interfaces=interfaces,
+    )
+    await discovery.start()
+    try:
+        everything = DnsMessage(questions=(DnsQuestion(SERVICE_ENUMERATION, DnsType.PTR),))
+        for _ in range(2):  # one packet may be lost
+            for link in discovery.links.values():
+                link.send(everything)
+            await asyncio.sleep(duration_s / 2)
+        found = [_describe_link(link, peers.values()) for link in discovery.links.values()]
+    finally:
+        await discovery.stop()
+    container = probe_container()
+    return DiscoveryDiagnosis(
+        duration_s=duration_s,
+        interfaces=tuple(replace(each, causes=explain_interface(each)) for each in found),
+        causes=explain_machine(found, container),
+    )
+
+
+def _describe_link(link: MdnsLink, peers: Iterable[Peer]) -> InterfaceDiagnosis:
+    interface, traffic = link.interface, link.traffic
+    seen = [peer for peer in peers if interface.is_on_link(_parse_url_address(peer.base_url))]
+    return InterfaceDiagnosis(
+        name=interface.name,
+        addresses=tuple(map(str, interface.addresses)),
+        is_open=link.is_open,
+        is_shared=link.is_shared,
+        sent=traffic.sent,
+        failed=traffic.failed,
+        received=traffic.received,
+        own_copies=traffic.own_copies,
+        dropped=traffic.dropped,
+        speakers=tuple(str(each) for each in traffic.speakers if each not in interface.addresses),
+        peers=tuple(f"{display_name(peer.device_name)} at {peer.base_url}" for peer in seen),
+        error=traffic.error,
+    )
+
+
+def _parse_url_address(base_url: str) -> IpAddress:
+    return ipaddress.ip_address((urllib.parse.urlsplit(base_url).hostname or "").partition("%")[0])
+
+
+def probe_container() -> bool:
+    """Whether this looks like the inside of a container."""
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
+
+
+def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
+    """What probably keeps peers from being found here, the surest first; () if some were."""
+    if not seen.is_open:
+        return (f"no socket for multicast could be opened: {seen.error}",)
+    causes = []
+    if seen.failed:
+        advice = "" if seen.own_copies else f"; is there a route for multicast on {seen.name}?"
+        causes.append(f"{seen.failed} of {seen.sent} packets could not be sent, {seen.error}{advice}")
+    if not seen.is_shared:
+        causes.append(
+            "another program keeps UDP port 5353 to itself: peers can be found, but this device cannot announce "
+            "itself; let it share the port (avahi: disallow-other-stacks=no) or stop it"
+        )
+    elif not seen.own_copies and seen.failed < seen.sent:
+        causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
+    is_deaf = not seen.is_shared or not seen.own_copies
+    if seen.peers or (is_deaf and causes):
+        return tuple(causes)
+    if seen.speakers:
+        causes.append("multicast works here, and no bridge announces itself: start one with `serve --lan`")
+    else:
+        causes.append(
+            "nobody else speaks multicast DNS here: a Wi-Fi that keeps its clients apart (AP isolation, guest "
+            "network), a firewall on the other devices, or no other device"
+        )
+    return tuple(causes)
+
+
+def explain_machine(interfaces: Sequence[InterfaceDiagnosis], is_container: bool) -> tuple[str, ...]:
+    """What probably keeps peers from being found on the machine as a whole."""
+    if not interfaces:
+        return ("no network interface but loopback is up",)
+    if is_container and not any(each.peers for each in interfaces):
+        return ("this is a container: multicast stays inside its network; use the host's network, or --peer URL",)
+    return ()
+
+
+def build_diagnosis_json(diagnosis: DiscoveryDiagnosis) -> dict[str, Any]:
+    """The diagnosis for scripts."""
+    return {
+        "durationSec": diagnosis.duration_s,
+        "causes": list(diagnosis.causes),
+        "interfaces": [
+            {
+                "name": each.name,
+                "addresses": list(each.addresses),
+                "open": each.is_open,
+                "portShared": each.is_shared,
+                "sent": each.sent,
+                "failed": each.failed,
+                "received": each.received,
+                "ownCopies": each.own_copies,
+                "dropped": each.dropped,
+                "otherSpeakers": list(each.speakers),
+                "peers": list(each.peers),
+                "error": each.error,
+                "causes": list(each.causes),
+            }
+            for each in diagnosis.interfaces
+        ],
+    }
+
+
+def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
+    """The diagnosis for people."""
+    lines = [f"asked for {diagnosis.duration_s:g} s by multicast DNS"]
+    for each in diagnosis.interfaces:
+        lines += [
+            "",
+            f"{each.name}  {', '.join(each.addresses)}",
+            f"  packets   {each.sent} sent, {each.own_copies} of them came back, {each.received} from others"
+            + (f", {each.dropped} of these unusable" if each.dropped else ""),
+            f"  speakers  {', '.join(each.speakers) or 'none'}",
+            *(f"  peer      {peer}" for peer in each.peers),
+            *(f"  problem   {cause}" for cause in each.causes),
+        ]
+    return "\n".join([*lines, *(f"\nproblem: {cause}" for cause in diagnosis.causes)])
+
+
 # ---- Peers ----------------------------------------------------------------------------
 # Which other bridges there are, what each can do now, and how this one stands with them.
 #
@@ -14063,10 +16044,10 @@ class KnownPeer:
         if self.state is PeerState.SEEN:
             doubled_s = intervals.back_off_s * PEER_BACK_OFF_FACTOR ** min(max(self.failures - 1, 0), 32)
             base_s = min(doubled_s, PEER_BACK_OFF_LIMIT_S)
-        elif self.state is PeerState.REACHABLE:
-            base_s = intervals.unpaired_s
+        elif self.health is PeerHealth.LOADING:
+            base_s = intervals.loading_s
         else:
-            base_s = intervals.loading_s if self.health is PeerHealth.LOADING else intervals.usable_s
+            base_s = intervals.unpaired_s if self.state is PeerState.REACHABLE else intervals.usable_s
         return base_s * (0.5 + jitter)
 
 
@@ -14650,7 +16631,8 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
 PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow one
 PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
 FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
-LARGE_ANSWER_BYTES = MIB
+LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
+PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
@@ -14939,6 +16921,7 @@ class ChunkNormalizer:
 
     Id, created and model are the same on every chunk; each choice begins with its role, once, and ends with one
     chunk that has a finish reason and nothing else; usage stands apart. Nothing comes out before there is content.
+    What comes out of `normalize` are the chunks' choices; `encode` makes events of them.
     """
 
     def __init__(self, form: ForwardForm, head: AnswerHead, *, include_usage: bool) -> None:
@@ -14950,9 +16933,10 @@ class ChunkNormalizer:
         self._object = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._include_usage = include_usage
         self._has_model = False
+        self._around: tuple[bytes, bytes] | None = None  # what stands before and behind the choice in an event
 
     def normalize(self, value: Any) -> list[dict[str, Any]]:
-        """The chunks that the client gets for one of the peer's, or for its whole answer if it does not stream.
+        """One choice for each chunk that the client gets for the peer's, or for a whole answer that is not streamed.
 
         AttemptError for an error in the peer's words, UpstreamError for what is no chunk.
         """
@@ -14966,7 +16950,26 @@ class ChunkNormalizer:
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
-        return [chunk for choice in choices for chunk in self._normalize_choice(choice)]
+        self._has_model = self._has_model or bool(choices)
+        return [piece for choice in choices for piece in self._normalize_choice(choice)]
+
+    def encode(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of the chunk with this choice."""
+        before, after = self.around
+        return b"%b%b%b" % (before, encode_json(choice), after)
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        """The bytes of every event before its choice and behind it; the peer's model is known by then."""
+        if self._around is None:
+            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
+            before, _, after = event.rpartition(b"{}")
+            self._around = before, after
+        return self._around
+
+    def build_choice(self, index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice that goes on."""
+        return self._build_choice(index, delta, None, None)
 
     def build_tail(self) -> dict[str, Any] | None:
         """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
@@ -14978,10 +16981,10 @@ class ChunkNormalizer:
         return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
 
     def _note_model(self, model: Any) -> None:
-        """The first name that the peer gives is what served."""
+        """The first name that the peer gives, with its first choice at the latest, is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
-            self.head = replace(self.head, model=model)
+            self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
     def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
@@ -14998,11 +17001,11 @@ class ChunkNormalizer:
         if (delta or logprobs or state.finish_reason) and not state.has_begun:
             state.has_begun = True
             if self._is_chat:
-                yield self._build_chunk(index, CHAT_ROLE_DELTA, None, None)
+                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
         if delta or logprobs:
-            yield self._build_chunk(index, delta or {"content": ""}, None, logprobs)
+            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
         if state.finish_reason is not None:
-            yield self._build_chunk(index, {}, state.finish_reason, None)
+            yield self._build_choice(index, {}, state.finish_reason, None)
 
     def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
         delta = choice.get("delta", choice.get("message"))
@@ -15018,16 +17021,15 @@ class ChunkNormalizer:
             read["function_call"] = delta["function_call"]
         return read
 
-    def _build_chunk(
+    def _build_choice(
         self, index: int, delta: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
     ) -> dict[str, Any]:
         content = {"delta": dict(delta)} if self._is_chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
-        return build_chunk(self.head, self._object, choice, self._include_usage)
+        return {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
 
 
 class AnswerAssembler:
-    """Gathers normalized chunks into the answer for a client that did not stream. Pure."""
+    """Gathers normalized choices into the answer for a client that did not stream. Pure."""
 
     def __init__(self, form: ForwardForm) -> None:
         self._is_chat = form is ForwardForm.CHAT
@@ -15041,23 +17043,22 @@ class AnswerAssembler:
         """More of one text of choice `index`."""
         self._texts[index][name].append(text)
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        """A normalized chunk."""
-        for choice in chunk["choices"]:
-            index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
-            for name, value in delta.items():
-                if name == "tool_calls":
-                    self._add_calls(self._calls[index], value)
-                elif name == "function_call":
-                    for part in ("name", "arguments"):
-                        self._functions[index][part] += read_peer_text(value.get(part))
-                elif name != "role":
-                    self.add_text(index, name, value)
-            for name, values in (choice["logprobs"] or {}).items():
-                if isinstance(values, list):
-                    self._logprobs[index][name].extend(values)
-            if choice["finish_reason"] is not None:
-                self._finish_reasons[index] = choice["finish_reason"]
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """A normalized choice."""
+        index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
+        for name, value in delta.items():
+            if name == "tool_calls":
+                self._add_calls(self._calls[index], value)
+            elif name == "function_call":
+                for part in ("name", "arguments"):
+                    self._functions[index][part] += read_peer_text(value.get(part))
+            elif name != "role":
+                self.add_text(index, name, value)
+        for name, values in (choice["logprobs"] or {}).items():
+            if isinstance(values, list):
+                self._logprobs[index][name].extend(values)
+        if choice["finish_reason"] is not None:
+            self._finish_reasons[index] = choice["finish_reason"]
 
     def build(self, head: AnswerHead, usage: dict[str, Any] | None, timings: dict[str, Any] | None) -> dict[str, Any]:
         """The whole answer. Its `usage` is missing if the peer gave none."""
@@ -15096,19 +17097,25 @@ class AnswerAssembler:
         return {"message": message}
 
 
+# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
+_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
+
+
 class ChunkTemplate:
     """Chunks that differ in one text only: how the peer writes them around it, and how we do.
 
     A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
     """
 
-    __slots__ = ("after", "before", "index", "name", "our_after", "our_before")
+    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
 
-    def __init__(self, event: bytes, start: int, end: int, our_before: bytes, our_after: bytes) -> None:
-        self.before, self.after = event[:start], event[end:]
-        self.our_before, self.our_after = our_before, our_after
-        self.index = 0
-        self.name = ""
+    def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
+        self.before, self.after = before, after
+        self.index, self.name = index, name
+        self.state = normalizer.choices[index]
+        event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
+        self.our_before, _, self.our_after = event.rpartition(b"@")
 
     def find_text(self, event: bytes) -> bytes:
         """The text within `event`, empty if the event is of another form or its text not plain."""
@@ -15125,33 +17132,37 @@ class ChunkTemplate:
         return text
 
 
-# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
-_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+def learn_template(
+    event: bytes, value: dict[str, Any], choices: Sequence[Mapping[str, Any]], normalizer: ChunkNormalizer
+) -> ChunkTemplate | None:
+    """The template of an event that says `value` and became `choices`; None unless another text alone makes the next.
 
-
-def learn_template(event: bytes, value: dict[str, Any], chunk: dict[str, Any]) -> ChunkTemplate | None:
-    """The template of an event that says `value` and became `chunk`; None unless they differ in one text only.
-
-    That the text stands where it seems to is proved by parsing the event with another text in its place.
+    From a first event, which has a role and no text, the form of those that follow is guessed. That a text stands
+    where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
-    ours = chunk["choices"][0]
-    container = value["choices"][0] if "text" in ours else value["choices"][0].get("delta")
-    names = ["text"] if "text" in ours else list(ours["delta"])
-    if len(names) != 1 or ours["finish_reason"] or ours["logprobs"] or len(value["choices"]) != 1:
+    peers = value.get("choices")
+    if not isinstance(peers, list) or len(peers) != 1:
         return None
-    name = names[0]
-    found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-    if name not in (*_DELTA_TEXTS, "text") or not isinstance(container, dict) or found is None:
+    delta = peers[0].get("delta")
+    if not choices:
+        role = _ROLE_DELTA.search(event) if delta == CHAT_ROLE_DELTA else None
+        if role is None or event.count(b'"role"') != 1:
+            return None
+        before = b'%b{"content":%b"' % (event[: role.start()], role[1])
+        after, name = b'"}' + event[role.end() :], "content"
+    else:
+        ours = choices[-1]
+        container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
+        name = texts[0] if len(texts) == 1 else ""
+        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+            return None
+        if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
+            return None
+        before, after = event[: found.start(1)], event[found.end(1) :]
+    if b"\\" in before or b"\\" in after:
         return None
-    start, end = found.span(1)
-    container[name] = ""
-    if parse_json(event[:start] + event[end:]) != value:
-        return None
-    (ours if name == "text" else ours["delta"])[name] = ""
-    before, mark, after = encode_json_event(chunk).partition(b'"%b":"' % name.encode())
-    template = ChunkTemplate(event, start, end, before + mark, after)
-    template.index, template.name = ours["index"], name
-    return template
+    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
 
 
 class PeerStream:
@@ -15163,7 +17174,7 @@ class PeerStream:
     def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
         self._normalizer = normalizer
         self._assembler = assembler
-        self._parser = SseParser()
+        self._parser = SseParser(is_strict=True)
         self._template: ChunkTemplate | None = None
         self._templates_in_vain = 0
         self._fed_bytes = 0
@@ -15183,13 +17194,22 @@ class PeerStream:
             text = template.find_text(event) if template is not None else b""
             if template is None or not text:
                 pieces.append(self._read_event(event))
-            elif self._assembler is None:
-                self._templates_in_vain = 0
+                continue
+            self._templates_in_vain = 0
+            if not template.state.has_begun:
+                pieces.append(self._begin(template))
+            if self._assembler is None:
                 pieces += (template.our_before, text, template.our_after)
             else:
-                self._templates_in_vain = 0
                 self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
         return b"".join(pieces)
+
+    def _begin(self, template: ChunkTemplate) -> bytes:
+        """The first text of a choice comes by a template that was guessed."""
+        template.state.has_begun = self.has_content = True
+        if self._assembler is not None:
+            return b""
+        return self._normalizer.encode(self._normalizer.build_choice(template.index, CHAT_ROLE_DELTA))
 
     def feed_whole(self, data: bytes) -> bytes:
         """The same for the answer of a peer that does not stream."""
@@ -15216,21 +17236,21 @@ class PeerStream:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        encoded, chunks = self._put_in_order(value)
+        encoded, choices = self._put_in_order(value)
         self._template = None
-        if len(chunks) == 1 and self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
-            self._template = learn_template(event, value, chunks[0])
-            self._templates_in_vain += 1
+        if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
+            self._template = learn_template(event, value, choices, self._normalizer)
+            self._templates_in_vain += self._template is not None
         return encoded
 
     def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
-        chunks = self._normalizer.normalize(value)
-        self.has_content = self.has_content or bool(chunks)
+        choices = self._normalizer.normalize(value)
+        self.has_content = self.has_content or bool(choices)
         if self._assembler is None:
-            return b"".join(map(encode_json_event, chunks)), chunks
-        for chunk in chunks:
-            self._assembler.add(chunk)
-        return b"", chunks
+            return b"".join(map(self._normalizer.encode, choices)), choices
+        for choice in choices:
+            self._assembler.add(choice)
+        return b"", choices
 
     def _finish(self) -> bytes:
         tail = self._normalizer.build_tail()
@@ -15307,47 +17327,39 @@ def parse_retry_after(headers: Headers) -> int:
 
 
 class PeerExchange:
-    """One peer asked for one request: sends it, reads the answer piece by piece, measures, and ends exactly once."""
+    """A request that was sent to a peer: reads its answer piece by piece, measures, and ends exactly once."""
 
     def __init__(
         self,
-        client: HttpClient,
+        exchange: ClientExchange,
         request: ForwardRequest,
         target: ForwardTarget,
-        budgets: ForwardBudgets,
+        *,
+        started_at: float,
+        content_by: float,
+        silence_s: float,
         on_end: Callable[[ForwardReport], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
         self._request = request
         self.target = target
-        self._budgets = budgets
-        self._on_end = on_end
-        self._started_at = self._loop.time()
+        self._started_at = self._written_at = started_at  # all in loop time
+        self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
-        self._written_at = self._started_at
+        self._silence_s = silence_s
+        self._on_end = on_end
         self._has_ended = False
         prefix = "chatcmpl-" if request.form is ForwardForm.CHAT else "cmpl-"
         head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
         self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
         self.assembler = None if request.is_stream else AnswerAssembler(request.form)
         self.stream = PeerStream(self.normalizer, self.assembler)
-        self._exchange = self._build_exchange(client)
 
-    def _build_exchange(self, client: HttpClient) -> ClientExchange:
-        request, target, budgets = self._request, self.target, self._budgets
-        body = encode_canonical_json(build_forward_body(request, target.model_id))
-        url = parse_http_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request)
-        if target.sign is not None:
-            headers += target.sign("POST", url.target, body)
-        self._budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
-        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=self._budget_s, idle_s=self._budget_s)
-        return client.request("POST", url, headers=headers, body=body, budgets=waits)
-
-    async def open(self) -> ClientResponse:
-        """Sends the request; the answer's head, if it is a 200 or the client's own fault. AttemptError otherwise."""
-        self._response = response = await self._exchange.open()
-        response.end_within(self._started_at + self._budget_s - self._loop.time())
+    async def read_head(self) -> ClientResponse:
+        """The answer's head, if it is a 200 or the client's own fault; AttemptError otherwise."""
+        self._response = response = await self._exchange.receive()
+        response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status)
             if outcome is not AttemptOutcome.REFUSED:
@@ -15414,7 +17426,7 @@ class PeerExchange:
         """The commit point."""
         self._content_at = self._loop.time()
         self._response.end_within(None)
-        self._response.idle_s = self._budgets.silence_s
+        self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
         now, content_at = self._loop.time(), self._content_at
@@ -15498,6 +17510,7 @@ class Forwarder:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
+        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -15507,21 +17520,54 @@ class Forwarder:
         """
         attempts: list[Attempt] = []
         for target in targets:
-            exchange = PeerExchange(self._client, request, target, self._budgets, self._on_end)
+            exchange: PeerExchange | None = None
             try:
+                exchange = await self._send(request, target)
                 answer = await self._ask(exchange, request, attempts)
             except UpstreamError as exc:
-                exchange.abandon()
+                if exchange is not None:
+                    exchange.abandon()
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
                 self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
                 continue
             except BaseException:
-                exchange.end(ForwardOutcome.CLIENT_LEFT)
+                if exchange is not None:
+                    exchange.end(ForwardOutcome.CLIENT_LEFT)
                 raise
             return Forwarded(answer=answer, attempts=tuple(attempts))
         return Forwarded(answer=None, attempts=tuple(attempts))
+
+    async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
+        """Sends the request; what its answer needs is made while it is on its way."""
+        budgets, started_at = self._budgets, asyncio.get_running_loop().time()
+        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        url = self._parse_url(target.base_url + request.form.value)
+        headers = build_forward_headers(request)
+        if target.sign is not None:
+            headers += target.sign("POST", url.target, body)
+        budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
+        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        await exchange.start()
+        return PeerExchange(
+            exchange,
+            request,
+            target,
+            started_at=started_at,
+            content_by=started_at + budget_s,
+            silence_s=budgets.silence_s,
+            on_end=self._on_end,
+        )
+
+    def _parse_url(self, url: str) -> HttpUrl:
+        parsed = self._urls.get(url)
+        if parsed is None:
+            if len(self._urls) >= PEER_URLS_LIMIT:
+                self._urls.clear()
+            parsed = self._urls[url] = parse_http_url(url)
+        return parsed
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
         attempts.append(attempt)
@@ -15532,7 +17578,7 @@ class Forwarder:
         self._note(attempts, Attempt(target=target, outcome=outcome, reason=outcome.value))
 
     async def _ask(self, exchange: PeerExchange, request: ForwardRequest, attempts: list[Attempt]) -> ForwardAnswer:
-        response = await exchange.open()
+        response = await exchange.read_head()
         target = exchange.target
         if response.status != 200:
             return await self._refuse(exchange, response, attempts)
@@ -16100,7 +18146,8 @@ class HttpExchange:
 
     def _log(self, status: int, elapsed_s: float) -> None:
         request = self.request
-        _http_logger.info(
+        _http_logger.log(
+            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
             request.method,
@@ -16458,6 +18505,11 @@ class HttpServer:
         return self.addresses[0][1]
 
     @property
+    def is_wildcard(self) -> bool:
+        """Whether it listens on every address of this machine."""
+        return any(host in ("0.0.0.0", "::") for host, _ in self.addresses)
+
+    @property
     def base_url(self) -> str:
         """What a client on this machine is given, as in `http://127.0.0.1:38883/v1`."""
         host, port = self.addresses[0]
@@ -16802,6 +18854,16 @@ def build_answer_form(
         return ChatForm(head=AnswerHead(id=f"chatcmpl-{nonce}", created=created, model=model.model_id), parsed=chat)
     text = parse_completion_request(body, features=features, tenant=tenant)
     return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
+
+
+def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for a request that no engine could serve, whatever it can do."""
+    if form is ForwardForm.CHAT:
+        parse_chat_request(body, features=frozenset(ENGINE_PARAMETERS))
+    elif form is ForwardForm.TEXT:
+        parse_completion_request(body, features=frozenset(ENGINE_PARAMETERS))
+    else:
+        parse_embeddings_request(body)
 
 
 def may_offload(request: HttpRequest) -> bool:
@@ -17402,6 +19464,7 @@ class Offloading:
             attempts = forwarded.attempts
         here = next((each for each in decision.targets if each.peer is None), None)
         if here is None:
+            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
             raise build_refusal(decision, request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
@@ -17527,7 +19590,7 @@ class DeviceService:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
         speed = await self._get_speed()
         scores = [] if speed is None else [speed.score]
-        if not request.is_loopback:
+        if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
 
@@ -17600,6 +19663,7 @@ class DeviceService:
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
+ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
 bridge_log = logging.getLogger("dvai_bridge")
@@ -17797,6 +19861,9 @@ class Devices:
     ) -> None:
         offload = config.offload
         self._notifier = notifier
+        self._list_local = list_local
+        self._own_hosts: tuple[str, ...] = ()
+        self._announced: Announcement | None = None
         self.identity = state.identity
         self.store = state.pairings
         self.is_open = config.lan or offload.advertise_lan
@@ -17815,7 +19882,7 @@ class Devices:
         self._client: HttpClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._discovery: Any = None
+        self._discovery: Discovery | None = None
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
@@ -17882,8 +19949,16 @@ class Devices:
         """Base URLs under which this bridge answers: a peer there is ourselves."""
         if self._server is None:
             return []
-        hosts = {"127.0.0.1", "localhost", "[::1]", *(host for host, _ in self._server.addresses)}
-        return [f"http://{host}:{self._server.port}/v1" for host in hosts]
+        scheme = self._server.base_url.partition(":")[0]
+        bound = (host for host, _ in self._server.addresses)
+        hosts = dict.fromkeys(("127.0.0.1", "localhost", "::1", *bound, *self._own_hosts))
+        bracketed = (f"[{host}]" if ":" in host else host for host in hosts)
+        return [f"{scheme}://{host}:{self._server.port}/v1" for host in bracketed]
+
+    def list_lan_urls(self) -> list[str]:
+        """Base URLs by which other devices reach this one, where it listens for them."""
+        here = ("127.", "localhost", "[::1]", "[fe80", "[::]", "0.0.0.0")
+        return [url for url in self._list_own_urls() if not url.partition("://")[2].startswith(here)]
 
     def identify(self, request: HttpRequest) -> Pairing:
         """Whose signature a request has. Raises SignatureError."""
@@ -17905,8 +19980,58 @@ class Devices:
         if self.store is not None:
             self.store.subscribe(self._end_revoked)
             self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
+        if server.is_wildcard:
+            interfaces = await asyncio.to_thread(probe_interfaces)
+            self._own_hosts = tuple(each.format_address(address) for each in interfaces for address in each.addresses)
         if self.monitor is not None:
             self.monitor.start()
+        await self._start_discovery(server)
+
+    async def _start_discovery(self, server: HttpServer) -> None:
+        """Look for devices with offload on; announce this one where others can reach it."""
+        offload, monitor = self._offload, self.monitor
+        self._announced = self._build_announcement(server)
+        does_browse = monitor is not None and offload.discover_lan
+        if not does_browse and self._announced is None:
+            return
+        self._discovery = build_discovery(
+            device_id=self.identity.device_id,
+            on_found=monitor.see if monitor is not None and does_browse else None,
+            on_lost=monitor.lose if monitor is not None and does_browse else None,
+            announcement=self._announced,
+            own_port=server.port,
+            backend=offload.mdns,
+        )
+        await self._discovery.start()
+        for line in self._discovery.describe():
+            bridge_log.info("%s", line)
+        if self._announced is not None:
+            self._tasks.append(asyncio.create_task(self._keep_announcement(server), name="announcement"))
+
+    def _build_announcement(self, server: HttpServer) -> Announcement | None:
+        """What to say of this device; None if it is not open to others, or they cannot reach it."""
+        if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
+            return None
+        models = [each for each in self._list_local() if not each.is_demonstration]
+        return Announcement(
+            device_id=self.identity.device_id,
+            device_name=self.identity.device_name,
+            dvai_version=__version__,
+            port=server.port,
+            models=tuple(each.model_id for each in models),
+            capability={each.model_id: each.score for each in models if each.score is not None},
+            secure=server.tls_context is not None,
+            has_ipv6=any(":" in host for host, _ in server.addresses),
+        )
+
+    async def _keep_announcement(self, server: HttpServer) -> None:
+        """Announce again what has changed."""
+        while self._discovery is not None:
+            await asyncio.sleep(ANNOUNCEMENT_CHECK_S)
+            announced = self._build_announcement(server)
+            if announced != self._announced:
+                self._announced = announced
+                self._discovery.update(announced)
 
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
@@ -17915,6 +20040,8 @@ class Devices:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._discovery is not None:
+            await self._discovery.stop()
         if self.monitor is not None:
             await self.monitor.close()
         if self._initiator is not None:
@@ -18305,7 +20432,7 @@ class DVAI:
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
-        host = choose_lan_host() if config.lan and config.host == "127.0.0.1" else config.host
+        host = config.host or (choose_lan_host() if config.lan else "127.0.0.1")
         return HttpServerOptions(
             host=host,
             port=config.port,
@@ -18592,6 +20719,7 @@ def build_parser() -> CommandParser:
     pull.add_argument("--json", action="store_true", help="print JSON")
     peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
     peers.add_argument("--json", action="store_true", help="print JSON")
+    peers.add_argument("--diagnose", action="store_true", help="ask by multicast DNS, and say what probably blocks it")
     pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
     pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
     pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
@@ -18914,6 +21042,8 @@ async def wait_over(request: PairingRequest) -> None:
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
     serving = bridge.serving
+    for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
+        print(f"other devices reach it at {url}")
     if serving is None:
         print("serving no model here: paired devices answer", flush=True)
         return
@@ -19078,6 +21208,13 @@ def read_bridge_answer(status: int, answer: Any, what: str) -> dict[str, Any]:
 
 def run_peers(command: Command) -> int:
     """`peers`: the devices that the running bridge knows."""
+    if command.arguments.diagnose:
+        diagnosis = asyncio.run(diagnose_discovery())
+        if command.json:
+            show_json(build_diagnosis_json(diagnosis))
+        else:
+            print(format_diagnosis(diagnosis))
+        return 0
     url = find_bridge_url(command)
     if url is None:
         raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --offload` starts one")
@@ -19183,7 +21320,8 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         return 0
     for each in pending:
         print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
+            f"`pair approve {each['id']}`"
         )
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}

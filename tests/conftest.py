@@ -17,7 +17,10 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
     "needs node",
     "needs node and the npm package openai (make test-all installs them)",
+    "needs chromium (make test-all)",
     "needs curl",
+    "needs network namespaces (make test-all)",
+    "needs the package zeroconf",
     "needs bash",
 }
 SKIPPED_BY_SYSTEM = {

@@ -16,7 +16,10 @@ say() { printf '\n== %s\n' "$*"; }
 install_programs() {
     local missing=()
     for program in curl openssl; do command -v $program >/dev/null || missing+=($program); done
-    for pair in node:nodejs npm:npm; do command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}"); done
+    for pair in node:nodejs npm:npm ip:iproute2 nft:nftables chromium:chromium avahi-daemon:avahi-daemon \
+        avahi-browse:avahi-utils dbus-daemon:dbus; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+    done
     if ((${#missing[@]})); then
         say "installing ${missing[*]}"
         apt-get update -qq && apt-get install -qq -y "${missing[@]}"

@@ -13,7 +13,7 @@ README = MODULE.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = BLOCK.findall(README.read_text("utf-8"))
 OWN, OTHER = "http://127.0.0.1:38883", "http://192.168.1.20:38883"  # this machine's bridge, and another device
-OTHER_MODEL = "smollm2-135m-instruct-q8_0"  # what the other device has, by name
+OTHER_MODEL = "llama-3.2-3b-instruct-q4_k_m"  # what the other device has, by name
 PRINTED = {
     "AsyncOpenAI": r"paired with \S+\n(.*\n)*\[\S+ answers\]",
     "def approve": r"dvai-demo on http://127\.0\.0\.1:\d+/v1\nthis machine: .+\n(.*\n)+closed: 1 thread is left\n",

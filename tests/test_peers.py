@@ -267,12 +267,13 @@ def test_back_off_grows_to_a_minute_and_is_spread():
 
 
 def test_peers_are_asked_as_often_as_they_matter():
-    known = make_known()
-    assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().unpaired_s
+    known, intervals = make_known(), PeerIntervals()
+    assert known.compute_poll_delay_s(intervals, 0.5) == intervals.unpaired_s
     known.state = PeerState.READY
-    assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().usable_s
-    known.health = PeerHealth.LOADING
-    assert known.compute_poll_delay_s(PeerIntervals(), 0.5) == PeerIntervals().loading_s
+    assert known.compute_poll_delay_s(intervals, 0.5) == intervals.usable_s
+    for known.state in (PeerState.REACHABLE, PeerState.READY):
+        known.health = PeerHealth.LOADING
+        assert known.compute_poll_delay_s(intervals, 0.5) == intervals.loading_s
 
 
 def test_a_sign_of_life_ends_the_cool_down_of_a_peer_that_was_gone():

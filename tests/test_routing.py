@@ -280,6 +280,7 @@ REQUIRE = {"preference": OffloadPreference.REQUIRE}
 FORWARDED = {"is_forwarded": True}
 MAC, PI = make_candidate("mac", 60), make_candidate("pi", 3)
 HUB = make_candidate("hub", None, models=None)
+LOADED_HUB = make_candidate("hub", None, models=None, loaded=True)
 NOTHING = []
 
 DECISIONS = [
@@ -368,7 +369,8 @@ DECISIONS = [
     ("no engine, nobody", NOTHING, [], {}, []),
     # the model that a request does not name
     ("no model named", 4, [MAC], {"model": None}, ["mac", "here"]),
-    ("no model named, a hub", 4, [HUB], {"model": None}, ["hub", "here"]),
+    ("no model named, a hub whose models nobody knows", 4, [HUB], {"model": None}, ["here"]),
+    ("no model named, a hub that has one loaded", 4, [LOADED_HUB], {"model": None}, ["hub", "here"]),
     (
         "the demonstration model stands in for no other",
         [LocalModel(model_id="dvai-demo", score=500, is_demonstration=True)],
@@ -437,7 +439,7 @@ def test_the_best_model_of_a_peer_when_none_was_named():
     assert decide(NOTHING, [mac], model=None).targets[0].model_id == M
     mac = replace(mac, peer=replace(peer, loaded_models=()))
     assert decide(NOTHING, [mac], model=None).targets[0].model_id == OTHER
-    assert decide(NOTHING, [HUB], model=None).targets[0].model_id is None
+    assert decide(NOTHING, [LOADED_HUB], model=None).targets[0].model_id == M
 
 
 def test_another_quantisation_serves_only_by_option():
