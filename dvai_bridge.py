@@ -21523,7 +21523,7 @@ class ModelHost:
             on_loaded=self._note_loaded,
         )
         for serving in servings:
-            self.models.add(self._make(serving))
+            self.models.add(self._make(serving, build_load_request(config, serving)))
         for engine in self._list_first():
             engine.on_progress = on_progress
         self._meter: CapabilityMeter | None = None
@@ -21583,7 +21583,8 @@ class ModelHost:
             (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
         )
         if local is None:
-            local = self._find_or_make(await asyncio.to_thread(_choose_named, model, None, search))
+            serving = await asyncio.to_thread(_choose_named, model, None, search)
+            local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
         self._pool.resume(local.engine)
         local.engine.on_progress = on_progress
         try:
@@ -21605,14 +21606,14 @@ class ModelHost:
             self._unloaded.append(local)
         await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
 
-    def _find_or_make(self, serving: Serving) -> LocalEngine:
+    def _find_or_make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
         """The model that goes by this id, which must be of the same file; else a new one, not yet offered."""
         known = [*self.models, *self._unloaded]
         local = next((each for each in known if is_same_model(each.model.model_id, serving.model_id)), None)
         if local is None:
             if len(known) >= MODELS_LIMIT:
                 raise UsageError(f"at most {MODELS_LIMIT} models can be offered")
-            local = self._make(serving)
+            local = self._make(serving, load)
             self._unloaded.append(local)
         elif local.engine.load.model != serving.path:
             raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
@@ -21623,8 +21624,7 @@ class ModelHost:
         for local in list(self.models):
             self.models.remove(local)
 
-    def _make(self, serving: Serving) -> LocalEngine:
-        load = build_load_request(self._config, serving)
+    def _make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
         self._servings[serving.model_id] = serving
         return LocalEngine(
             model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
