@@ -5156,7 +5156,9 @@ def parse_foreign_pairings(data: bytes) -> PairingRecords:
     rows = document.values() if isinstance(document, dict) else document
     if not isinstance(rows, list | type({}.values())):
         raise ValueError("not a list of pairings")
-    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    pairings = list(filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT))))
+    if rows and not pairings:
+        raise ValueError("nothing in it is a pairing")
     return {each.key: each for each in pairings}
 
 
@@ -5594,6 +5596,7 @@ HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusa
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
@@ -5842,7 +5845,9 @@ class PairingDesk:
         """
         store = self._store
         if store is None or self._is_closed:
-            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
         request = parse_handshake_request(body)
         if signer is not None:
             if signer.key != (request.app_id, request.device_id):
@@ -6003,7 +6008,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
     if status == 429:
         return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
     if status == 503:
-        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+        return PairingDisabledError(
+            f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
+        )
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -8097,7 +8104,7 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
         name = display_name(refused.candidate.peer.device_name)
-        return f"{name} refused to pair: `pair request` asks it again."
+        return f"{name} does not let this device use it: `pair request` asks again."
     if not offers:
         return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
     return "`peers` says what each of them lacks."
@@ -8773,6 +8780,13 @@ class ClientExchange:
             connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
+def explain_connect_error(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words; asyncio's own are of calls and of tuples."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
+    return getattr(error, "strerror", None) or display_name(str(error))
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -8870,8 +8884,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or display_name(str(exc))
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -17410,6 +17423,11 @@ class KnownPeer:
         self.learned_at_s = -math.inf
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether the user or a pairing named this peer."""
+        return any(way.is_lasting for way in self.ways.values())
+
+    @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
         return self.device_id if is_telling_id(self.device_id) else None
@@ -17626,9 +17644,8 @@ class PeerTable:
 
         The network's word neither gives an id to an address that the user named, nor a name to a paired device.
         """
-        has_lasting = any(way.is_lasting for way in known.ways.values())
         tells_id = peer.device_id != peer.base_url
-        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not known.is_lasting):
             del self._peers[known.device_id]
             known.device_id = peer.device_id
             self._peers[peer.device_id] = known
@@ -17661,8 +17678,7 @@ class PeerTable:
         strangers = [
             each
             for each in self._peers.values()
-            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
-            if not any(way.is_lasting for way in each.ways.values())
+            if not (each.has_pairing or each.is_lasting) and each.state is PeerState.SEEN and each.failures
         ]
         if strangers:
             self.remove(max(strangers, key=lambda each: each.failures))
@@ -17898,7 +17914,7 @@ class PeerMonitor:
 
     async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
         if self._initiator is None:
-            raise PairingDisabledError("pairing is off on this device")
+            raise PairingDisabledError(PAIRING_OFF)
         target = PairingTarget(
             base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
         )
@@ -18079,10 +18095,16 @@ def build_handshake_post(client: HttpClient) -> HandshakePost:
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
     """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
-    with contextlib.suppress(ValueError, AttributeError):
-        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
-            return AuthenticationError("the clocks of the two devices differ too much")
+    if is_clock_skew(body):
+        return AuthenticationError("the clocks of the two devices differ too much")
     return SignatureError("it does not know this device any more")
+
+
+def is_clock_skew(body: bytes) -> bool:
+    """Whether the body of a peer's 401 holds that the pairing is good and a clock is wrong."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(parse_json(body).get("error", {}).get("code") == ClockSkewError.code)
+    return False
 
 
 def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
@@ -18845,6 +18867,8 @@ class PeerExchange:
         response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status)
+            if outcome is AttemptOutcome.UNAUTHORIZED and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+                raise AttemptError("the clocks of the two devices differ too much")
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
                 raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
@@ -20557,7 +20581,9 @@ def name_outcome(exc: BaseException) -> str:
     """How the audit names what a request ended with."""
     if isinstance(exc, asyncio.CancelledError):
         return "cancelled"
-    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+    if not isinstance(exc, BridgeError):
+        return "internal_error"
+    return exc.code if isinstance(exc.code, str) else exc.type  # a code may be the status, as existing software has it
 
 
 class PeerQuotas:
@@ -21050,7 +21076,8 @@ class Offloading:
         if here is None:
             verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            raise build_refusal(decision, request.request_id, failures)
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
 
@@ -21074,9 +21101,13 @@ class Offloading:
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
-        """What an attempt says of its peer."""
+        """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
-        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+        if outcome is AttemptOutcome.COMMITTED:
+            for peer in monitor.peers():
+                if peer.device_id == device_id:
+                    self._on_offload(peer)
+        elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
             monitor.note_unauthorized(device_id)
@@ -21085,17 +21116,17 @@ class Offloading:
             monitor.note_failure(
                 device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
             )
-        if outcome is AttemptOutcome.COMMITTED:
-            for peer in monitor.peers():
-                if peer.device_id == device_id:
-                    self._on_offload(peer)
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
-        target = report.target
+        target, monitor = report.target, self._monitor
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
+        elif report.first_content_s is not None:
+            monitor.note_success(target.device_id)
         if report.decode_tok_per_s is not None and target.model_id:
-            self._monitor.record_measurement(
+            monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 
@@ -21206,11 +21237,10 @@ class DeviceService:
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
-        pairings: list[dict[str, Any]] = []
-        if self._store is not None:
-            await self._store.refresh()
-            now_ms = self._clock_ms()
-            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        store = self._get_store()
+        await store.refresh()
+        now_ms = self._clock_ms()
+        pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
         pending = [build_pairing_request_json(each) for each in self._desk.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
@@ -21221,11 +21251,10 @@ class DeviceService:
             raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
         if self._monitor is None:
             raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        store = self._get_store()
         pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
-        assert self._store is not None
-        return build_json_response(
-            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
-        )
+        state = store.get_state(pairing, self._clock_ms())
+        return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
@@ -21238,10 +21267,15 @@ class DeviceService:
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
         """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
-        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        pairing = await self._get_store().revoke(request.path.rpartition("/")[2])
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    def _get_store(self) -> PairingStore:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        return self._store
 
 
 # ---- Bridge ---------------------------------------------------------------------------
@@ -21491,7 +21525,7 @@ def estimate_load_bytes(load: LoadRequest) -> int:
     try:
         with open_gguf(load.model) as gguf:
             if load.engine == "llama":
-                return estimate_llama_memory_bytes(gguf, os.path.getsize(load.model), load)
+                return estimate_llama_memory_bytes(gguf, measure_model_files(load.model), load)
             return estimate_memory_bytes(gguf, load.n_ctx, load.slots)
     except ModelFileError as exc:
         raise ModelFileError(f"{load.model}: {exc.message}") from exc
@@ -21710,7 +21744,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
-        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
         return DeviceState(
             identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
@@ -23300,7 +23334,8 @@ def run_pair(command: Command) -> int:
         return show_pairings(command, listed["pairings"], listed["pending"])
     if action == "request":
         raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
-    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    fitting = listed["pairings"] if action == "revoke" else listed["pending"]
+    chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
@@ -23308,7 +23343,8 @@ def run_pair(command: Command) -> int:
     if command.json:
         show_json(answer)
     else:
-        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+        name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
 
 
@@ -23320,8 +23356,10 @@ def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: 
     if len(fitting) == 1:
         return str(fitting[0]["id"])
     if not listed:
-        raise BridgeError(f"pair {action}: there is nothing to {action}")
-    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+        nothing = "nothing is paired" if action == "revoke" else "no device waits for an answer"
+        raise BridgeError(f"pair {action}: {nothing}")
+    names = ", ".join(f"{each['id']} ({display_name(str(each['deviceName']))})" for each in listed)
+    raise UsageError(f"pair {action} ID: one of {names}")
 
 
 def pair_without_bridge(command: Command) -> int:
@@ -23679,9 +23717,10 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
     if entry.get("caller") == "peer":
         who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
     asked, served = text("modelAsked"), text("modelServed")
-    model = asked if asked == served else f"{asked} -> {served}"
-    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
-    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    model = asked if served in (asked, "-") else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") not in (None, entry.get("route")) else "")
+    has_tokens = entry.get("promptTokens") is not None or entry.get("completionTokens") is not None
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens" if has_tokens else "no tokens"
     end = f"{text('outcome')} {text('status')}"
     return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
 

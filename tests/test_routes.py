@@ -38,6 +38,7 @@ from dvai_bridge import (
     MethodNotAllowedError,
     ModelNotFoundError,
     ModelState,
+    NoCapableDeviceError,
     NoLocalBackendError,
     OffloadConfig,
     OverloadedError,
@@ -47,6 +48,7 @@ from dvai_bridge import (
     RequestWatch,
     RouteNotFoundError,
     ServedModel,
+    SignatureError,
     TextDelta,
     TextForm,
     Usage,
@@ -96,6 +98,28 @@ def read_events(data):
 def encode_all(form, events):
     encoder = AnswerEncoder(form)
     return read_events(b"".join(encoder.encode(*event) for event in events) + encoder.finish())
+
+
+# What the audit calls an end
+
+
+def test_ends_are_named_by_words():
+    """The refusal's code is its status, as existing software has it."""
+    assert name_outcome(NoCapableDeviceError("nobody")) == "no_capable_device"
+    assert name_outcome(OverloadedError("full")) == "queue_full"
+    assert name_outcome(SignatureError()) == "invalid_signature"
+    assert (name_outcome(ValueError()), name_outcome(asyncio.CancelledError())) == ("internal_error", "cancelled")
+
+
+# What a paired device may ask for
+
+
+@pytest.mark.parametrize(("asked", "granted"), [(5, 5), (8192, 8192), (8193, 8192), (10**9, 8192), (None, 8192)])
+def test_a_paired_device_gets_answers_of_bounded_length(asked, granted):
+    more = {} if asked is None else {"max_tokens": asked}
+    generations = chat_form(n=2, **more).parsed.generations
+    assert [each.max_tokens for each in limit_generations(generations, "a guest")] == [granted] * 2
+    assert limit_generations(generations, None) is generations
 
 
 # The queue
