@@ -358,14 +358,6 @@ class ClockSkewError(SignatureError):
 
     code = "clock_skew"
 
-    def __init__(self, skew_ms: int) -> None:
-        seconds = round(skew_ms / 1000)
-        word = "ahead of" if seconds > 0 else "behind"
-        super().__init__(
-            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
-            extra={"skewSeconds": seconds},
-        )
-
 
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
@@ -540,6 +532,7 @@ OPTIONAL_PACKAGES = (
         extra="llama",
         gives="native inference of GGUF models",
         without="the built-in engine for small models; else serve through peers or another engine",
+        is_used=True,
     ),
     OptionalPackage(
         module="cryptography",
@@ -581,19 +574,24 @@ OPTIONAL_PACKAGES = (
 )
 
 
+def is_package_installed(module: str) -> bool:
+    """Whether a module can be imported, as far as can be told without importing it."""
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module put into sys.modules by hand, without a spec
+        return False
+
+
 def find_packages() -> list[tuple[OptionalPackage, str | None]]:
     """Every optional package with its installed version, None when it is absent. Imports none of them."""
     import importlib.metadata  # here: it takes as long to import as all the rest of a start
-    import importlib.util
 
     found: list[tuple[OptionalPackage, str | None]] = []
     for optional in OPTIONAL_PACKAGES:
-        try:
-            spec = importlib.util.find_spec(optional.module)
-        except ValueError:  # a module put into sys.modules by hand, without a spec
-            spec = None
         version = None
-        if spec is not None:
+        if is_package_installed(optional.module):
             try:
                 version = importlib.metadata.version(optional.package)
             except importlib.metadata.PackageNotFoundError:
@@ -911,10 +909,11 @@ class Config:
     engine: str = option(
         "--engine",
         "auto",
-        "what computes: `builtin`, in pure Python, is the one that this version has",
+        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; `auto` "
+        "takes llama.cpp where it is installed and can serve the model",
         "model",
-        parse=parse_choice("auto", "builtin"),
-        metavar="auto|builtin",
+        parse=parse_choice("auto", "builtin", "llama"),
+        metavar="auto|builtin|llama",
     )
     ctx_size: int = option(
         "-c/--ctx-size",
@@ -942,6 +941,43 @@ class Config:
         parse=parse_integer(0, 64),
         metavar="N",
         fallbacks=("LLAMA_ARG_THREADS",),
+    )
+    n_gpu_layers: int | None = option(
+        "-ngl/--n-gpu-layers",
+        None,
+        "layers that the GPU computes (llama engine); default: all where llama-cpp-python is built for a GPU",
+        "model",
+        parse=parse_integer(0, 9999),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_N_GPU_LAYERS",),
+    )
+    batch_size: int = option(
+        "-b/--batch-size",
+        512,
+        "tokens computed in one step at most (llama engine)",
+        "model",
+        parse=parse_integer(1, 1 << 16),
+        metavar="TOKENS",
+        fallbacks=("LLAMA_ARG_BATCH",),
+    )
+    flash_attn: str = option(
+        "-fa/--flash-attn",
+        "auto",
+        "flash attention (llama engine)",
+        "model",
+        parse=parse_choice("auto", "on", "off"),
+        metavar="auto|on|off",
+        fallbacks=("LLAMA_ARG_FLASH_ATTN",),
+    )
+    rpc: tuple[str, ...] = option(
+        "--rpc",
+        (),
+        "llama.cpp RPC servers on other machines that share the model (llama engine); whoever can reach such a "
+        "server controls it, so keep them in a network of their own",
+        "model",
+        parse=parse_list,
+        metavar="HOST:PORT,…",
+        fallbacks=("LLAMA_ARG_RPC",),
     )
     chat_template: str | None = option(
         "--chat-template",
@@ -5365,6 +5401,14 @@ def _apply_changes(
     return changed
 
 
+def build_clock_skew_error(skew_ms: int) -> ClockSkewError:
+    """What the sender of a valid signature is told whose clock differs by `skew_ms` from ours."""
+    seconds = round(skew_ms / 1000)
+    word = "ahead of" if seconds > 0 else "behind"
+    message = f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one"
+    return ClockSkewError(message, extra={"skewSeconds": seconds})
+
+
 class SignatureVerifier:
     """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
 
@@ -5406,7 +5450,7 @@ class SignatureVerifier:
             raise SignatureError
         skew_ms = timed.sent_at_ms - now_ms
         if abs(skew_ms) > SIGNATURE_SKEW_MS:
-            raise ClockSkewError(skew_ms)
+            raise build_clock_skew_error(skew_ms)
         if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
             raise SignatureError
         if not pairing.uses_t1:
@@ -8835,6 +8879,9 @@ class LoadRequest:
 
     `n_ctx` None: as long as the model was trained for, within the engine's own limit. `slots`: sequences that may
     run at the same time. `threads`: processor cores that compute. `chat_template` None: the model's own.
+
+    The rest is for llama.cpp. `n_gpu_layers` None: all where there is a GPU. `batch_size`: tokens of one step.
+    `flash_attn`: auto, on or off. `rpc`: `host:port` of machines that share the work. `verbose`: show its whole log.
     """
 
     engine: str = "builtin"
@@ -8843,6 +8890,11 @@ class LoadRequest:
     slots: int = 2
     threads: int = 1
     chat_template: str | None = None
+    n_gpu_layers: int | None = None
+    batch_size: int = 512
+    flash_attn: str = "auto"
+    rpc: tuple[str, ...] = ()
+    verbose: bool = False
 
 
 class Backend(Protocol):
@@ -9150,7 +9202,8 @@ def encode_load_request(load: LoadRequest) -> dict[str, Any]:
 
 def decode_load_request(message: Mapping[str, Any]) -> LoadRequest:
     """The inverse of encode_load_request."""
-    return LoadRequest(**{name: value for name, value in message.items() if name != "type"})
+    values = {name: value for name, value in message.items() if name != "type"}
+    return LoadRequest(**values | {"rpc": tuple(values["rpc"])})
 
 
 def encode_generation_request(request: GenerationRequest) -> dict[str, Any]:
@@ -9946,6 +9999,15 @@ _CONTROL_TEXTS = _END_TEXTS.union((
 # fmt: on
 
 
+class PlainTextModel(Protocol):
+    """How a vocabulary splits text in which control tokens do not count. `prefixes_space`: to be put before it."""
+
+    @property
+    def prefixes_space(self) -> bool: ...
+    def encode(self, text: str) -> Iterable[int]: ...
+    def token_bytes(self, text: str) -> bytes: ...
+
+
 class Tokenizer:
     """A vocabulary with its rules. `bos_id` and `eos_id` None: the vocabulary has none.
 
@@ -9957,7 +10019,7 @@ class Tokenizer:
         tokens: Sequence[str],
         vocabulary: Mapping[str, int],
         kinds: Sequence[int],
-        model: _ByteLevelBpe | _SentencePieceBpe,
+        model: PlainTextModel,
         special: _SpecialTokens,
     ) -> None:
         self._tokens, self._kinds, self._model = tokens, kinds, model
@@ -10735,6 +10797,191 @@ def _shorten_message(message: object) -> str:
     """What a template or its engine says, fit for an error text: one printable line."""
     text = " ".join(str(message).split()) or type(message).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:TEMPLATE_MESSAGE_LIMIT_CHARS])
+
+
+# ---- Generation -----------------------------------------------------------------------
+# What engines that sample by themselves share: prompts in, slots with their caches, text and counts out.
+
+PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
+PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PromptEncoder:
+    """Requests to the tokens of their prompts. `n_ctx`: what a sequence can hold, the answer included.
+
+    `token_limit_bytes`: no token has more, which tells at once that a huge text cannot fit the context.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    n_ctx: int
+    token_limit_bytes: int
+
+    def encode_request(self, request: GenerationRequest) -> list[int]:
+        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
+        if not request.messages:
+            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
+        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
+        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
+
+    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
+        """The tokens of a text, or those given; fewer than the context holds, else an error."""
+        if not isinstance(text, str):
+            return self._verify_tokens(list(text), param)
+        self._verify_size(text, param, parse_special=parse_special)
+        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
+
+    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
+        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
+        size_bytes = len(text.encode("utf-8", "surrogatepass"))
+        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
+        head = text[: PROBE_CHARS_PER_TOKEN * self.n_ctx]
+        if len(head) < len(text):
+            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
+            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
+
+    def _verify_count(self, count: int, param: str, more: str = "") -> None:
+        n_ctx = self.n_ctx
+        if count >= n_ctx:
+            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
+            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
+
+    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
+        if not tokens:
+            raise InvalidRequestError(f"'{param}' is empty", param=param)
+        self._verify_count(len(tokens), param)
+        if max(tokens) >= self.tokenizer.n_vocab:
+            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
+        return tokens
+
+
+class SequenceCache(Protocol):
+    """Where an engine keeps what it computed of one sequence.
+
+    `truncate` forgets the positions from `length` on, or all where an engine cannot forget a part.
+    """
+
+    @property
+    def length(self) -> int: ...
+    def truncate(self, length: int) -> None: ...
+    def copy_from(self, other: Any) -> None: ...
+
+
+@record(kw_only=True, slots=True)
+class Slot:
+    """A cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
+
+    cache: SequenceCache
+    tokens: list[int] = field(default_factory=list)
+    tenant: str = ""
+    last_used: int = 0
+    busy: bool = False
+
+    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
+        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
+        if tenant != self.tenant:
+            return 0
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+        del self.tokens[self.cache.length :]
+
+
+def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> Slot:
+    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
+
+    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
+    of what its slot holds, is copied to the slot that was not used for longest, if it has `copied_floor` tokens.
+    """
+    free = [slot for slot in slots if not slot.busy]
+    if not free:
+        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
+    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
+    length = donor.count_reusable(prompt, tenant)
+    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
+    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
+    if slot is not donor and length >= copied_floor:
+        slot.cache.copy_from(donor.cache)
+        slot.tokens = donor.tokens.copy()
+    elif slot is not donor:
+        length = 0
+    slot.truncate(length)
+    slot.tenant = tenant
+    return slot
+
+
+# The log probability of a token and those of the best ones, as compute_logprobs gives them.
+ComputeLogprobs = Callable[[int, int], tuple[float, list[tuple[int, float]]]]
+
+
+class AnswerWriter:
+    """What one generation writes: its text, the log probabilities of its tokens, its end and its counts."""
+
+    def __init__(
+        self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
+    ) -> None:
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._request = request
+        self._prompt_tokens = len(prompt)
+        self._encoder = encoder
+        self._clock = clock
+        self._assembler = TextAssembler((*request.stop, *encoder.template.stop) if request.messages else request.stop)
+        self._started_s = clock()
+        self._prefilled_s: float | None = None
+
+    def write(self, token: int, compute: ComputeLogprobs) -> list[EngineEvent]:
+        """What a newly drawn token brings: text, and Finished if it is the last one."""
+        self._prefilled_s = self._prefilled_s or self._clock()
+        self.completion_tokens += 1
+        tokenizer = self._encoder.tokenizer
+        if token in tokenizer.end_of_generation_ids:
+            return self._drop_empty(self._assembler.finish(), self.finish("stop"))
+        delta = self._assembler.push(tokenizer.token_bytes(token), self._describe(token, compute))
+        if self._assembler.stopped:
+            return self._drop_empty(delta, self.finish("stop"))
+        is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
+        if is_full or self.completion_tokens == self._request.max_tokens:
+            return self._drop_empty(delta, self._assembler.finish(), self.finish("length"))
+        return self._drop_empty(delta)
+
+    def finish(self, reason: str) -> Finished:
+        now_s = self._clock()
+        prefilled_s = self._prefilled_s or now_s
+        usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            prompt_ms=(prefilled_s - self._started_s) * 1000,
+            predicted_ms=(now_s - prefilled_s) * 1000,
+        )
+        return Finished(finish_reason=reason, usage=usage)
+
+    @staticmethod
+    def _drop_empty(*events: EngineEvent) -> list[EngineEvent]:
+        return [
+            event for event in events if not (isinstance(event, TextDelta) and not event.text and not event.logprobs)
+        ]
+
+    def _describe(self, token: int, compute: ComputeLogprobs) -> TokenLogprob | None:
+        if self._request.top_logprobs is None:
+            return None
+        logprob, top = compute(token, self._request.top_logprobs)
+        others = tuple(self._build_logprob(other, value) for other, value in top)
+        return replace(self._build_logprob(token, logprob), top=others)
+
+    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
+        data = self._encoder.tokenizer.token_bytes(token)
+        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
+
+
+def normalize(vector: Sequence[float]) -> tuple[float, ...]:
+    """The vector at length 1; a zero vector stays what it is."""
+    length = math.hypot(*vector)
+    return tuple(value / length for value in vector) if length else tuple(vector)
 
 
 # ---- Built-in engine ------------------------------------------------------------------
@@ -11614,11 +11861,9 @@ class KvCache:
         self.length = 0
         self.layers = [[_HeadCache(head_dim) for _ in range(n_head_kv)] for _ in range(n_layer)]
 
-    def copy(self) -> KvCache:
-        """The same positions; either can go on or be truncated without the other."""
-        other = KvCache(0, 0, 0)
-        other.length, other.layers = self.length, [[head.copy() for head in heads] for heads in self.layers]
-        return other
+    def copy_from(self, other: KvCache) -> None:
+        """Hold the same positions; either can go on or be truncated without the other."""
+        self.length, self.layers = other.length, [[head.copy() for head in heads] for heads in other.layers]
 
     def truncate(self, length: int) -> None:
         """Forgets all positions from `length` on."""
@@ -11937,50 +12182,6 @@ SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves mus
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
 SLICE_LIMIT_TOKENS = 256
 SHARED_MODEL_BYTES = 8 * MIB  # a smaller model's matrices are multiplied before another process has heard of them
-PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
-PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
-
-
-@record(kw_only=True, slots=True)
-class Slot:
-    """A KV cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
-
-    cache: KvCache
-    tokens: list[int] = field(default_factory=list)
-    tenant: str = ""
-    last_used: int = 0
-    busy: bool = False
-
-    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
-        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
-        if tenant != self.tenant:
-            return 0
-        pairs = zip(self.tokens, prompt[:-1], strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    def truncate(self, length: int) -> None:
-        self.cache.truncate(length)
-        del self.tokens[length:]
-
-
-def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str) -> Slot:
-    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
-
-    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
-    of what its slot holds, is copied to the slot that was not used for longest.
-    """
-    free = [slot for slot in slots if not slot.busy]
-    if not free:
-        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
-    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
-    length = donor.count_reusable(prompt, tenant)
-    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
-    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
-    if length and slot is not donor:
-        slot.cache, slot.tokens = donor.cache.copy(), donor.tokens.copy()
-    slot.truncate(length)
-    slot.tenant = tenant
-    return slot
 
 
 class SlicePace:
@@ -12003,90 +12204,40 @@ class GenerationJob:
     ) -> None:
         slot.busy = True
         self._slot = slot
+        self._cache = cast(KvCache, slot.cache)
         self._model = model
         self._request = request
         self._prompt = prompt
-        self._cached = len(slot.tokens)
         self._sampler = Sampler(request.sampling, seed, prompt)
-        self._assembler = TextAssembler((*request.stop, *model.template.stop) if request.messages else request.stop)
+        self._writer = AnswerWriter(request, prompt, model.encoder, model.clock)
+        self._writer.cached_tokens = len(slot.tokens)
         self._next = prompt[-1]  # to be decoded when the prompt before it is in the cache
-        self._completion_tokens = 0
-        self._started_s = model.clock()
-        self._prefilled_s: float | None = None
 
     def step(self) -> list[EngineEvent]:
         missing = len(self._prompt) - 1 - len(self._slot.tokens)
         if missing > 0:
             return [self._prefill(missing)]
         if self._request.max_tokens == 0:
-            return [self._finish("length")]
-        logits = self._model.transformer.decode(self._slot.cache, self._next)
+            return [self._writer.finish("length")]
+        logits = self._model.transformer.decode(self._cache, self._next)
         self._slot.tokens.append(self._next)
-        self._prefilled_s = self._prefilled_s or self._model.clock()
         self._next = self._sampler.sample(logits)
-        self._completion_tokens += 1
-        return [event for event in self._emit(logits) if not is_empty_delta(event)]
+        return self._writer.write(self._next, functools.partial(compute_logprobs, logits))
 
     def release(self) -> None:
         """Leave the slot to other jobs."""
-        self._slot.truncate(min(self._slot.cache.length, len(self._slot.tokens)))  # an error may have come between
+        self._slot.truncate(min(self._cache.length, len(self._slot.tokens)))  # an error may have come between
         self._slot.busy = False
 
     def _prefill(self, missing: int) -> PrefillProgress:
         start = len(self._slot.tokens)
         tokens = self._prompt[start : start + min(missing, self._model.pace.tokens)]
         began_s = self._model.clock()
-        self._model.transformer.prefill(self._slot.cache, tokens)
+        self._model.transformer.prefill(self._cache, tokens)
         self._model.pace.learn(len(tokens), self._model.clock() - began_s)
         self._slot.tokens += tokens
-        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=self._cached)
-
-    def _emit(self, logits: Sequence[float]) -> list[EngineEvent]:
-        """What the newly drawn token brings: text, and the end if it is one."""
-        token = self._next
-        if token in self._model.tokenizer.end_of_generation_ids:
-            return [self._assembler.finish(), self._finish("stop")]
-        delta = self._assembler.push(self._model.tokenizer.token_bytes(token), self._describe(logits, token))
-        if self._assembler.stopped:
-            return [delta, self._finish("stop")]
-        context_full = len(self._slot.tokens) >= self._model.transformer.n_ctx
-        if context_full or self._completion_tokens == self._request.max_tokens:
-            return [delta, self._assembler.finish(), self._finish("length")]
-        return [delta]
-
-    def _describe(self, logits: Sequence[float], token: int) -> TokenLogprob | None:
-        if self._request.top_logprobs is None:
-            return None
-        logprob, top = compute_logprobs(logits, token, self._request.top_logprobs)
-        others = tuple(self._build_logprob(other, value) for other, value in top)
-        return replace(self._build_logprob(token, logprob), top=others)
-
-    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
-        data = self._model.tokenizer.token_bytes(token)
-        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
-
-    def _finish(self, reason: str) -> Finished:
-        now_s = self._model.clock()
-        prefilled_s = self._prefilled_s or now_s
-        usage = Usage(
-            prompt_tokens=len(self._prompt),
-            cached_tokens=self._cached,
-            completion_tokens=self._completion_tokens,
-            prompt_ms=(prefilled_s - self._started_s) * 1000,
-            predicted_ms=(now_s - prefilled_s) * 1000,
-        )
-        return Finished(finish_reason=reason, usage=usage)
-
-
-def is_empty_delta(event: EngineEvent) -> bool:
-    """Whether an event is a delta that shows nothing."""
-    return isinstance(event, TextDelta) and not event.text and not event.logprobs
-
-
-def normalize(vector: Sequence[float]) -> tuple[float, ...]:
-    """The vector at length 1; a zero vector stays what it is."""
-    length = math.hypot(*vector)
-    return tuple(value / length for value in vector) if length else tuple(vector)
+        cached = self._writer.cached_tokens
+        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=cached)
 
 
 class EmbeddingJob:
@@ -12120,55 +12271,13 @@ class EmbeddingJob:
 
 @record(frozen=True, kw_only=True, slots=True)
 class BuiltinModel:
-    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none.
-
-    `token_limit_bytes`: the longest token's length, which tells at once that a huge text cannot fit the context.
-    """
+    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
 
     transformer: Transformer
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    token_limit_bytes: int
+    encoder: PromptEncoder
     pace: SlicePace
     clock: Callable[[], float]
     draw_seed: Callable[[], int]
-
-    def encode_prompt(self, request: GenerationRequest) -> list[int]:
-        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
-        if not request.messages:
-            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
-        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
-        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
-
-    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
-        """The tokens of a text, or those given; fewer than the context holds, else an error."""
-        if not isinstance(text, str):
-            return self._verify_tokens(list(text), param)
-        self._verify_size(text, param, parse_special=parse_special)
-        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
-
-    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
-        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
-        size_bytes = len(text.encode("utf-8", "surrogatepass"))
-        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
-        head = text[: PROBE_CHARS_PER_TOKEN * self.transformer.n_ctx]
-        if len(head) < len(text):
-            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
-            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
-
-    def _verify_count(self, count: int, param: str, more: str = "") -> None:
-        n_ctx = self.transformer.n_ctx
-        if count >= n_ctx:
-            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
-            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
-
-    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
-        if not tokens:
-            raise InvalidRequestError(f"'{param}' is empty", param=param)
-        self._verify_count(len(tokens), param)
-        if max(tokens) >= self.transformer.n_vocab:
-            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
-        return tokens
 
 
 class BuiltinBackend:
@@ -12210,7 +12319,7 @@ class BuiltinBackend:
         self._model.transformer.close()
 
     def _build_generation(self, request: GenerationRequest) -> GenerationJob:
-        prompt = self._model.encode_prompt(request)
+        prompt = self._model.encoder.encode_request(request)
         if any(token >= self.info.n_vocab for token in request.sampling.logit_bias):
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         slot = prepare_slot(self._slots, prompt, request.tenant)
@@ -12220,7 +12329,7 @@ class BuiltinBackend:
         return GenerationJob(request, prompt, slot, seed, self._model)
 
     def _build_embedding(self, request: EmbeddingRequest) -> EmbeddingJob:
-        inputs = [self._model.encode_text(item, "input", parse_special=False) for item in request.inputs]
+        inputs = [self._model.encoder.encode_text(item, "input", parse_special=False) for item in request.inputs]
         return EmbeddingJob(inputs, self._model)
 
 
@@ -12249,9 +12358,14 @@ def load_builtin_backend(
         raise ModelFileError(f"{problem}: the file is damaged, use another")
     model = BuiltinModel(
         transformer=transformer,
-        tokenizer=tokenizer,
-        template=template,
-        token_limit_bytes=max(len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)),
+        encoder=PromptEncoder(
+            tokenizer=tokenizer,
+            template=template,
+            n_ctx=transformer.n_ctx,
+            token_limit_bytes=max(
+                len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)
+            ),
+        ),
         pace=SlicePace(),
         clock=time.perf_counter,
         draw_seed=lambda: random.SystemRandom().getrandbits(64),
@@ -12268,6 +12382,851 @@ def load_builtin_backend(
         engine="builtin",
     )
     return BuiltinBackend(info, model)
+
+
+# ---- Llama engine ---------------------------------------------------------------------
+# llama.cpp by llama-cpp-python's low-level calls: one context, many sequences, one batch a step.
+
+LLAMA_VERSION = (0, 3, 36)  # the first version of the package whose calls and structures these are
+LLAMA_INSTALL_COMMAND = "pip install 'llama-cpp-python>=0.3.36'"
+LLAMA_RPC_COMMAND = "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
+UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
+EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
+EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
+STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
+STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
+BURST_RATIO = 6.0  # likewise, of prompts that end within that step
+FIRST_SLICE_TOKENS = 32  # before any speed is known
+SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
+COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
+AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
+PACE_WEIGHT = 0.2  # of the newest measurement in an average
+WORKING_MEMORY_BYTES = 48 * MIB  # of llama.cpp itself, besides weights, caches and one batch's activations
+
+_TOKEN_ATTRIBUTES = {1: TokenKind.UNKNOWN, 2: TokenKind.UNUSED, 4: TokenKind.NORMAL, 8: TokenKind.CONTROL}
+_TOKEN_ATTRIBUTES |= {16: TokenKind.USER_DEFINED, 32: TokenKind.BYTE}
+_TOKEN_ATTRIBUTES_MASK = 63
+_LOG_ERROR, _LOG_CONTINUED = 4, 5
+_FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+
+
+# Before loading: what a file needs, by its header alone
+
+
+def explain_llama_obstacle(gguf: GgufFile | GgufHeader, memory: MemoryInfo | None) -> str | None:
+    """Why llama.cpp cannot serve this file; None if nothing in the header speaks against it. Pure."""
+    summary = summarize_gguf(gguf)
+    if summary.kind == "mmproj" or summary.architecture == "clip":
+        return "it is an image projector (mmproj), which belongs to another model"
+    if summary.kind != "model":
+        return f"it is no whole model but: {display_name(summary.kind)}"
+    if not gguf.tensors:
+        return "it is only a vocabulary, without weights"
+    if not gguf.metadata.get("tokenizer.ggml.tokens"):
+        return "it has no vocabulary"
+    try:
+        needed_bytes = estimate_llama_memory_bytes(gguf, summary.size_bytes, LoadRequest(engine="llama"))
+    except ModelFileError as exc:
+        return exc.message
+    return explain_misfit(needed_bytes, memory)
+
+
+def choose_llama_n_ctx(gguf: GgufFile | GgufHeader, n_ctx: int | None) -> int:
+    """The context of each sequence. ModelFileError when more is asked for than the model was trained on."""
+    trained = summarize_gguf(gguf).context_length or _CONTEXT_LIMIT
+    if n_ctx is not None and n_ctx > trained:
+        raise ModelFileError(f"a context of {n_ctx} tokens is longer than the {trained} that it was trained on")
+    return n_ctx or min(trained, _CONTEXT_LIMIT)
+
+
+def estimate_llama_memory_bytes(gguf: GgufFile | GgufHeader, weights_bytes: int, load: LoadRequest) -> int:
+    """Main memory that llama.cpp takes: weights, the caches of all sequences, one batch's activations. Pure."""
+    metadata, prefix = gguf.metadata, gguf.metadata.get("general.architecture", "")
+
+    def integer(key: str, default: int) -> int:
+        return get_metadata_int(metadata, f"{prefix}.{key}", high=1 << 24, default=default)
+
+    def count_heads(key: str, default: int) -> list[int]:
+        """One number a layer: some models give them all, the others one for all."""
+        value = metadata.get(f"{prefix}.{key}", default)
+        if isinstance(value, int):
+            return [integer(key, default)] * n_layer
+        return [min(count, 1 << 16) for count in value if isinstance(count, int) and count > 0]
+
+    n_embd, n_layer = integer("embedding_length", 0), integer("block_count", 0)
+    n_head = max(count_heads("attention.head_count", 1), default=1) or 1
+    head_dim = n_embd // n_head
+    per_position = 2 * (integer("attention.key_length", head_dim) + integer("attention.value_length", head_dim))
+    n_ctx = -(-choose_llama_n_ctx(gguf, load.n_ctx) // 256) * 256
+    cache_bytes = sum(count_heads("attention.head_count_kv", n_head)) * per_position * n_ctx * load.slots
+    n_vocab = len(metadata.get("tokenizer.ggml.tokens", ()))
+    batch = min(load.batch_size, UBATCH_LIMIT_TOKENS)
+    outputs = max(load.slots, EMBEDDING_SLICE_TOKENS)
+    activations = 4 * (batch * (6 * n_embd + 3 * integer("feed_forward_length", 4 * n_embd)) + 2 * outputs * n_vocab)
+    return weights_bytes + cache_bytes + activations + WORKING_MEMORY_BYTES
+
+
+def measure_model_files(source: str) -> int:
+    """Bytes of a model file and, if it is the first of several parts, of its siblings. ModelFileError if one misses."""
+    path = Path(source)
+    split = parse_split_name(path.name[:-5]) if path.name.lower().endswith(".gguf") else None
+    paths = [path]
+    if split and split[2] > 1:
+        prefix, index, count = split
+        if index != 1:
+            raise ModelFileError(f"it is part {index} of {count}: name the first")
+        paths = [path.with_name(f"{prefix}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
+    try:
+        return sum(part.stat().st_size for part in paths)
+    except OSError as exc:
+        raise ModelFileError(f"{exc.filename}: {exc.strerror}") from exc
+
+
+# llama.cpp's own objects
+
+
+def import_llama() -> Any:
+    """The package, new enough. UsageError says how to install it."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a crash waits for a debugger to be started
+    try:
+        llama = importlib.import_module("llama_cpp")
+    except ImportError as exc:
+        raise UsageError(f"the llama engine needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}") from exc
+    except Exception as exc:  # a library that the system cannot load
+        raise EngineError(f"llama-cpp-python cannot be used here ({exc}): {LLAMA_INSTALL_COMMAND}") from exc
+    version = tuple(int(number) for number in re.findall("[0-9]+", llama.__version__)[:3])
+    if version < LLAMA_VERSION:
+        raise UsageError(f"llama-cpp-python {llama.__version__} is too old: {LLAMA_INSTALL_COMMAND}")
+    return llama
+
+
+class NativeLog:
+    """What llama.cpp says goes to standard error: errors, and with `is_verbose` everything. `error`: the first one."""
+
+    def __init__(self, llama: Any, *, is_verbose: bool) -> None:
+        self.error = ""
+        self._is_verbose = is_verbose
+        self._is_shown = False
+        self._llama = llama
+        self._callback = llama.llama_log_callback(self._write)  # C knows its address only: it must not be collected
+        llama.llama_log_set(self._callback, None)
+
+    def close(self) -> None:
+        """Leave llama.cpp to its own log, before this one is collected."""
+        self._llama.llama_log_set(self._llama.llama_log_callback(), None)
+
+    def _write(self, level: int, text: bytes, _: object) -> None:
+        if level != _LOG_CONTINUED:
+            self._is_shown = self._is_verbose or level == _LOG_ERROR
+        line = text.decode("utf-8", "replace")
+        if level == _LOG_ERROR:
+            self.error = self.error or line.strip()
+        if self._is_shown:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+class NativeContext:
+    """A model and one context of it in llama.cpp: all computing goes through here.
+
+    Sequences are numbered from 0. A row of a batch is a token, its position, its sequence, and whether the logits
+    after it are wanted; they can be read by the row's number until the next batch.
+    """
+
+    def __init__(self, llama: Any, model: Any, context: Any, batch_size: int, log: NativeLog) -> None:
+        self.n_embd: int = llama.llama_model_n_embd_out(model)
+        self.vocabulary = llama.llama_model_get_vocab(model)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocabulary)
+        self.size_bytes: int = llama.llama_model_size(model)
+        self._llama, self._model, self._context = llama, model, context
+        self._log = log
+        self._memory = llama.llama_get_memory(context)
+        self._batch = llama.llama_batch_init(batch_size, 0, 1)
+        self._numpy: Any = importlib.import_module("numpy")
+
+    def compute(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One batch; EngineError when llama.cpp refuses it, and then nothing is known of the sequences in it."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for index, (token, position, sequence, is_wanted) in enumerate(rows):
+            batch.token[index] = token
+            batch.pos[index] = position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequence
+            batch.logits[index] = is_wanted
+        code = self._llama.llama_decode(self._context, batch)
+        if code:
+            raise EngineError(f"llama.cpp could not compute a batch of {len(rows)} tokens (code {code})")
+
+    def compute_states(self, tokens: Sequence[int], position: int, sequence: int) -> Any:
+        """The last hidden state after each token, shape (len(tokens), n_embd)."""
+        llama = self._llama
+        llama.llama_set_embeddings(self._context, True)
+        try:
+            self.compute([(token, position + index, sequence, True) for index, token in enumerate(tokens)])
+            rows = [llama.llama_get_embeddings_ith(self._context, index) for index in range(len(tokens))]
+            return self._numpy.stack([self._numpy.ctypeslib.as_array(row, shape=(self.n_embd,)) for row in rows])
+        finally:
+            llama.llama_set_embeddings(self._context, False)
+
+    def sample(self, sampler: Any, row: int) -> int:
+        """Draw a token by a chain of samplers, which takes note of it."""
+        token: int = self._llama.llama_sampler_sample(sampler, self._context, row)
+        if not math.isfinite(self._llama.llama_get_logits_ith(self._context, row)[token]):
+            raise EngineError("the model's output is not a number")
+        return token
+
+    def compute_logprobs(self, row: int, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+        """As the function compute_logprobs, of the logits of a row."""
+        numpy = self._numpy
+        pointer = self._llama.llama_get_logits_ith(self._context, row)
+        logits = numpy.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).astype("f8")
+        greatest = logits.max()
+        logprobs = numpy.maximum(logits - greatest - math.log(numpy.exp(logits - greatest).sum()), LOGPROB_FLOOR)
+        bound = numpy.partition(logits, -count)[-count] if 0 < count < self.n_vocab else -math.inf
+        best = numpy.flatnonzero(logits >= bound) if count else []
+        ids = sorted(map(int, best), key=lambda each: (-logits[each], each))[:count]
+        return float(logprobs[token]), [(each, float(logprobs[each])) for each in ids]
+
+    def remove(self, sequence: int, start: int) -> bool:
+        """Forget a sequence's positions from `start` on; False if that model can only forget all of a sequence."""
+        is_removed: bool = self._llama.llama_memory_seq_rm(self._memory, sequence, start, -1)
+        return is_removed
+
+    def copy(self, source: int, target: int) -> None:
+        """Make one sequence hold what another one does."""
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def build_sampler(self, params: SamplingParams, seed: int, prompt: Sequence[int]) -> Any:
+        """A chain that draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`."""
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        stages = []
+        if params.logit_bias:
+            biases = (llama.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
+            stages.append(llama.llama_sampler_init_logit_bias(self.n_vocab, len(biases), biases))
+        penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
+        if penalties != (1, 0, 0):
+            stages.append(llama.llama_sampler_init_penalties(self.n_vocab, PENALTY_WINDOW_TOKENS, *penalties))
+        if params.temperature == 0:
+            stages.append(llama.llama_sampler_init_greedy())
+        else:
+            stages += [
+                llama.llama_sampler_init_top_k(params.top_k),
+                llama.llama_sampler_init_top_p(params.top_p, 1),
+                llama.llama_sampler_init_min_p(params.min_p, 1),
+                llama.llama_sampler_init_temp(params.temperature),
+                llama.llama_sampler_init_dist(fold_seed(seed)),
+            ]
+        for stage in stages:
+            llama.llama_sampler_chain_add(chain, stage)
+        for token in prompt[-PENALTY_WINDOW_TOKENS:]:
+            llama.llama_sampler_accept(chain, token)
+        return chain
+
+    def free_sampler(self, sampler: Any) -> None:
+        self._llama.llama_sampler_free(sampler)
+
+    def close(self) -> None:
+        """Free everything; nothing else may be called afterwards."""
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
+        self._log.close()
+
+
+def fold_seed(seed: int) -> int:
+    """The 32 bits that llama.cpp's random stream takes; never those that would let it draw a seed by itself."""
+    folded = (seed ^ seed >> 32) & 0xFFFFFFFF
+    return folded if folded != 0xFFFFFFFF else 0
+
+
+class NativeSequence:
+    """A sequence of a NativeContext as a SequenceCache; `length` is advanced by whoever computes."""
+
+    def __init__(self, context: NativeContext, number: int) -> None:
+        self.number = number
+        self.length = 0
+        self._context = context
+
+    def truncate(self, length: int) -> None:
+        if length < self.length:
+            if not self._context.remove(self.number, length):
+                length = 0
+                self._context.remove(self.number, 0)
+            self.length = length
+
+    def copy_from(self, other: NativeSequence) -> None:
+        self.truncate(0)
+        self._context.copy(other.number, self.number)
+        self.length = other.length
+
+
+# The vocabulary
+
+
+class _NativePlainText:
+    """llama.cpp's rules for text in which control tokens do not count."""
+
+    prefixes_space = False  # llama.cpp does it by itself
+
+    def __init__(self, llama: Any, vocabulary: Any) -> None:
+        self._llama, self._vocabulary = llama, vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenize(text, add_special=False, parse_special=False)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        data = text.encode("utf-8", "replace")
+        tokens = (self._llama.llama_token * (len(data) + 3))()
+        count = self._llama.llama_tokenize(
+            self._vocabulary, data, len(data), tokens, len(tokens), add_special, parse_special
+        )
+        if count < 0:
+            raise EngineError("llama.cpp could not tokenize a text")
+        return list(tokens[:count])
+
+    def token_bytes(self, text: str) -> bytes:
+        raise NotImplementedError  # by id: NativeTokenizer.token_bytes
+
+
+class NativeTokenizer(Tokenizer):
+    """llama.cpp's tokenizer. What messages spell is told from markup as Tokenizer does it, where there is need to."""
+
+    def __init__(self, llama: Any, vocabulary: Any, tokens: Sequence[str]) -> None:
+        self._llama, self._vocabulary = llama, vocabulary
+        self._native = _NativePlainText(llama, vocabulary)
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        attributes = [llama.llama_vocab_get_attr(vocabulary, token) for token in range(len(tokens))]
+        kinds = [_TOKEN_ATTRIBUTES.get(each & _TOKEN_ATTRIBUTES_MASK, TokenKind.UNDEFINED) for each in attributes]
+        bos_id, eos_id = llama.llama_vocab_bos(vocabulary), llama.llama_vocab_eos(vocabulary)
+        special = _SpecialTokens(
+            bos_id=bos_id if bos_id >= 0 else None,
+            eos_id=eos_id if eos_id >= 0 else None,
+            add_bos=llama.llama_vocab_get_add_bos(vocabulary),
+            add_eos=llama.llama_vocab_get_add_eos(vocabulary),
+            end_ids=frozenset(
+                token
+                for token, kind in enumerate(kinds)
+                if (kind is not TokenKind.NORMAL or token == eos_id) and llama.llama_vocab_is_eog(vocabulary, token)
+            ),
+        )
+        spellings = {text: token for token, text in enumerate(tokens) if text}
+        super().__init__(tokens, spellings, kinds, self._native, special)
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], *, add_special: bool) -> list[int]:
+        text = _LONE_SURROGATES.sub("\ufffd", "".join(part for part, _ in parts))
+        markup = _MarkupSpans(parts)
+        spelled = (
+            markup.holds(found, found + len(piece))
+            for piece in self.find_control_texts(text)
+            for found in _find_all(piece, text, 0, len(text))
+        )
+        if not all(spelled):
+            return super().encode_parts(parts, add_special=add_special)
+        return self._native.tokenize(text, add_special=add_special, parse_special=True)
+
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
+        piece = self._pieces.get((token_id, special))
+        if piece is None:
+            piece = self._pieces[token_id, special] = self._read_piece(token_id, special)
+        return piece
+
+    def _read_piece(self, token_id: int, special: bool) -> bytes:
+        import ctypes
+
+        size = 4 * len(self.token_text(token_id)) + 16
+        buffer = ctypes.create_string_buffer(size)
+        count = self._llama.llama_token_to_piece(self._vocabulary, token_id, buffer, size, 0, special)
+        return buffer.raw[: max(count, 0)]
+
+
+# Continuous batching: what a step computes
+
+
+class StepPace:
+    """How many prompt tokens may share a step with those that write, learnt from the steps before. Times in seconds."""
+
+    def __init__(self) -> None:
+        self._plain_s: dict[int, float] = {}  # of a step without prompt tokens, by how many write
+        self._token_s: float | None = None  # that one more prompt token adds
+
+    def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
+        """What a step took."""
+        if prompt_tokens:
+            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
+            self._token_s = self._average(self._token_s, added_s)
+        else:
+            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+
+    @staticmethod
+    def _average(known_s: float | None, measured_s: float) -> float:
+        """A moving average that no single step, held up by other programs, can lead astray."""
+        if known_s is None:
+            return measured_s
+        return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
+
+    def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
+        """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
+        if self._token_s is None:
+            return min(FIRST_SLICE_TOKENS, limit), min(FIRST_SLICE_TOKENS, limit)
+        if not writers:
+            room = max(SLICE_FLOOR_LLAMA_TOKENS, min(limit, int(STEP_LIMIT_S / self._token_s)))
+            return room, room
+        step_s = min(self._estimate_plain(writers), STEP_LIMIT_S / BURST_RATIO)
+        steady, burst = (int((ratio - 1) * step_s / self._token_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        return min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, steady)), min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, burst))
+
+    def _estimate_plain(self, writers: int) -> float:
+        """By the nearest number of writers that was measured."""
+        if not writers or not self._plain_s:
+            return 0.0
+        return self._plain_s[min(self._plain_s, key=lambda known: abs(known - writers))]
+
+
+def choose_slices(missing: Sequence[int], room: int, burst: int) -> list[int]:
+    """How many tokens of each prompt, the oldest first, a step computes; `missing`: how many each still needs.
+
+    Prompts that `burst` tokens bring to their end go first, the shortest before the others. What is left of `room`
+    is for the oldest of the others, which always gets a little, so that none starves.
+    """
+    slices, used = [0] * len(missing), 0
+    for index in sorted(range(len(missing)), key=missing.__getitem__):
+        if used + missing[index] <= burst:
+            slices[index] = missing[index]
+            used += missing[index]
+    for index, count in enumerate(missing):
+        if not slices[index]:
+            slices[index] = min(count, max(room - used, SLICE_FLOOR_LLAMA_TOKENS))
+            break
+    return slices
+
+
+def count_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+class LlamaGeneration:
+    """One sequence: it waits for its slot, then its prompt is read slice by slice, then it writes a token a step."""
+
+    def __init__(self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: Any) -> None:
+        self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
+        self.slot: Slot | None = None
+        self.next: int | None = None  # drawn, not computed yet
+
+    @property
+    def computed(self) -> list[int]:
+        """The tokens that its slot holds."""
+        return self.slot.tokens if self.slot is not None else []
+
+    def enter(self, slot: Slot) -> None:
+        slot.busy = True
+        self.slot = slot
+        self.writer.cached_tokens = len(slot.tokens)
+
+
+class LlamaEmbedding:
+    """Texts on their way to vectors, one after the other, in a slot whose content is given up."""
+
+    def __init__(self, inputs: list[list[int]], slot: Slot, pooling: int) -> None:
+        slot.busy = True
+        self.slot, self._inputs, self._pooling = slot, inputs, pooling
+        self._vectors: list[tuple[float, ...]] = []
+        self._pooled: Any = None
+
+    def take_slice(self, limit: int) -> list[int]:
+        """The next tokens to compute; none when all vectors are there."""
+        if len(self._vectors) == len(self._inputs):
+            return []
+        done = len(self.slot.tokens)
+        return self._inputs[len(self._vectors)][done : done + limit]
+
+    def add(self, tokens: Sequence[int], states: Any) -> None:
+        """The hidden states after the tokens that were taken; pooled as the model was trained, else their mean."""
+        is_first, text = not self.slot.tokens, self._inputs[len(self._vectors)]
+        advance_slot(self.slot, tokens)
+        if self._pooling == POOLING_FIRST:
+            self._pooled = states[0] if is_first else self._pooled
+        elif self._pooling == POOLING_LAST:
+            self._pooled = states[-1]
+        else:
+            self._pooled = states.sum(axis=0, dtype="f8") + (0 if is_first else self._pooled)
+        if len(self.slot.tokens) == len(text):
+            self._vectors.append(normalize(list(map(float, self._pooled))))
+            self.slot.truncate(0)
+
+    def build_event(self) -> Embedded:
+        return Embedded(vectors=tuple(self._vectors), prompt_tokens=sum(map(len, self._inputs)))
+
+
+POOLING_FIRST, POOLING_LAST = 2, 3  # `<architecture>.pooling_type`; all others are the mean
+
+
+def advance_slot(slot: Slot, tokens: Sequence[int]) -> None:
+    """Note that a slot's sequence holds more."""
+    slot.tokens += tokens
+    cast(NativeSequence, slot.cache).length += len(tokens)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LlamaModel:
+    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
+
+    context: NativeContext
+    encoder: PromptEncoder
+    pooling: int
+    batch_size: int
+    clock: Callable[[], float]
+    draw_seed: Callable[[], int]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """What one job has in a batch. `is_last`: the logits after it are wanted."""
+
+    job_id: int
+    job: LlamaGeneration
+    slot: Slot
+    tokens: Sequence[int]
+    is_last: bool
+
+
+class LlamaBackend:
+    """Runs up to `info.slots` jobs in one batch a step; see Backend.
+
+    A step computes one token of everyone who writes, and slices of the prompts of those who do not yet.
+    """
+
+    def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
+        self.info = info
+        self.pace = StepPace()
+        self._model, self._context = model, model.context
+        self._slots = [Slot(cache=NativeSequence(model.context, number)) for number in range(info.slots)]
+        self._reading: dict[int, LlamaGeneration] = {}  # the oldest first
+        self._writing: dict[int, LlamaGeneration] = {}
+        self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
+        self._generations = 0
+
+    def submit(self, job_id: int, request: EngineJob) -> None:
+        if isinstance(request, EmbeddingRequest):
+            encode = functools.partial(self._model.encoder.encode_text, param="input", parse_special=False)
+            inputs = [encode(item) for item in request.inputs]
+            slot = prepare_slot(self._slots, (), request.tenant)
+            self._embedding[job_id] = LlamaEmbedding(inputs, slot, self._model.pooling)
+            return
+        prompt = self._model.encoder.encode_request(request)
+        sampling = request.sampling
+        if any(token >= self.info.n_vocab for token in sampling.logit_bias):
+            raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
+        seed = self._model.draw_seed() if sampling.seed is None else sampling.seed
+        writer = AnswerWriter(request, prompt, self._model.encoder, self._model.clock)
+        sampler = self._context.build_sampler(sampling, seed, prompt)
+        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler)
+
+    def cancel(self, job_id: int) -> None:
+        if job_id in self._embedding:
+            self._end_embedding(job_id)
+        elif job_id in self._reading or job_id in self._writing:
+            self._end_generation(job_id)
+
+    def step(self) -> list[tuple[int, EngineEvent]]:
+        events = self._step_generations() if self._reading or self._writing else []
+        return events + (self._step_embeddings() if self._embedding else [])
+
+    def close(self) -> None:
+        for job_id in (*self._reading, *self._writing, *self._embedding):
+            self.cancel(job_id)
+        self._context.close()
+
+    # Generations
+
+    def _step_generations(self) -> list[tuple[int, EngineEvent]]:
+        started_s, writers = self._model.clock(), len(self._writing)
+        parts = self._choose_parts()
+        rows = [
+            (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
+            for part in parts
+            for index, token in enumerate(part.tokens)
+        ]
+        ends = list(itertools.accumulate(len(part.tokens) for part in parts))
+        for part, end in zip(parts, ends, strict=True):
+            rows[end - 1] = (*rows[end - 1][:3], part.is_last)
+        try:
+            self._context.compute(rows)
+        except EngineError as exc:
+            return [event for part in parts for event in self._fail(part, exc)]
+        events = [
+            (part.job_id, event)
+            for part, end in zip(parts, ends, strict=True)
+            for event in self._continue(part, end - 1)
+        ]
+        self.pace.learn(writers, len(rows) - writers, self._model.clock() - started_s)
+        return events
+
+    def _choose_parts(self) -> list[BatchPart]:
+        """In the order of the sequences, because llama.cpp computes neighbouring ones together."""
+        parts = []
+        for job_id, job in self._writing.items():
+            assert job.slot is not None and job.next is not None
+            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        missing = [len(job.prompt) - len(job.computed) for _, job in readers]
+        room, burst = self.pace.choose_room(len(parts), self._model.batch_size - len(parts))
+        for (job_id, job), count in zip(readers, choose_slices(missing, room, burst), strict=True):
+            if count:
+                assert job.slot is not None
+                done = len(job.computed)
+                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
+                tokens = job.prompt[done : done + count]
+                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+        return sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
+
+    def _has_slot(self, job: LlamaGeneration) -> bool:
+        """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
+        if job.slot is None and not self._is_awaiting(job):
+            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR)
+            self._generations += 1
+            slot.last_used = self._generations
+            job.enter(slot)
+        return job.slot is not None
+
+    def _is_awaiting(self, job: LlamaGeneration) -> bool:
+        same = [
+            other
+            for other in self._reading.values()
+            if other.slot is not None and other.request.tenant == job.request.tenant
+        ]
+        if not same:
+            return False
+        reusable = max(slot.count_reusable(job.prompt, job.request.tenant) for slot in self._slots)
+        return max(count_common(other.prompt, job.prompt) for other in same) >= reusable + AWAITED_TOKENS_FLOOR
+
+    def _continue(self, part: BatchPart, row: int) -> Sequence[EngineEvent]:
+        """What the computed part of a job brings."""
+        job = part.job
+        advance_slot(part.slot, part.tokens)
+        if not part.is_last:
+            total = len(job.prompt)
+            if len(part.slot.tokens) == total:
+                self._end_generation(part.job_id)
+                return [job.writer.finish("length")]
+            return [PrefillProgress(done=len(part.slot.tokens), total=total, cached=job.writer.cached_tokens)]
+        try:
+            job.next = self._context.sample(job.sampler, row)
+        except EngineError as exc:
+            return [event for _, event in self._fail(part, exc)]
+        events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
+        if events and isinstance(events[-1], Finished):
+            self._end_generation(part.job_id)
+        elif part.job_id in self._reading:
+            self._writing[part.job_id] = self._reading.pop(part.job_id)
+        return events
+
+    def _fail(self, part: BatchPart, error: EngineError) -> list[tuple[int, EngineEvent]]:
+        part.slot.truncate(0)
+        self._end_generation(part.job_id)
+        return [(part.job_id, Failed(error=error))]
+
+    def _end_generation(self, job_id: int) -> None:
+        job = self._reading.pop(job_id, None) or self._writing.pop(job_id)
+        self._context.free_sampler(job.sampler)
+        if job.slot is not None:
+            job.slot.busy = False
+
+    # Embeddings
+
+    def _step_embeddings(self) -> list[tuple[int, EngineEvent]]:
+        """Slices of the job whose turn it is, until the step is long enough."""
+        job_id, job = next(iter(self._embedding.items()))
+        deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
+        room, _ = self.pace.choose_room(len(self._writing), EMBEDDING_SLICE_TOKENS)
+        try:
+            while tokens := job.take_slice(room):
+                number = cast(NativeSequence, job.slot.cache).number
+                job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
+                if self._model.clock() >= deadline_s and job.take_slice(1):
+                    self._embedding[job_id] = self._embedding.pop(job_id)
+                    return []
+            event: EngineEvent = job.build_event()
+        except EngineError as exc:
+            event = Failed(error=exc)
+        self._end_embedding(job_id)
+        return [(job_id, event)]
+
+    def _end_embedding(self, job_id: int) -> None:
+        slot = self._embedding.pop(job_id).slot
+        slot.truncate(0)
+        slot.busy = False
+
+
+# Loading
+
+
+def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[float], None]) -> LlamaBackend:
+    """The model of a GGUF file, ready to run in llama.cpp. Raises ModelFileError, or UsageError without the package."""
+    weights_bytes = measure_model_files(source)
+    with open_gguf(source) as gguf:
+        summary = summarize_gguf(gguf)
+        obstacle = explain_llama_obstacle(gguf, None)
+        if obstacle is not None:
+            raise ModelFileError(obstacle)
+        metadata, n_ctx = gguf.metadata, choose_llama_n_ctx(gguf, load.n_ctx)
+        template = load_chat_template(metadata, load.chat_template)
+        needed_bytes = estimate_llama_memory_bytes(gguf, weights_bytes, load)
+    llama = import_llama()
+    if not (load.rpc or llama.llama_supports_gpu_offload()):
+        verify_fits(needed_bytes, probe_free_memory())
+    context = open_native_context(llama, source, load, n_ctx, on_progress)
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        model = LlamaModel(
+            context=context,
+            encoder=PromptEncoder(
+                tokenizer=NativeTokenizer(llama, context.vocabulary, tokens),
+                template=template,
+                n_ctx=n_ctx,
+                token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
+            ),
+            pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
+            batch_size=choose_batch_size(load),
+            clock=time.perf_counter,
+            draw_seed=lambda: random.SystemRandom().getrandbits(32),
+        )
+        info = ModelInfo(
+            model_id=Path(source).stem,
+            architecture=summary.architecture,
+            quantization=summary.quantization,
+            n_ctx=n_ctx,
+            n_vocab=context.n_vocab,
+            n_embd=context.n_embd,
+            size_bytes=context.size_bytes,
+            slots=load.slots,
+            engine="llama",
+        )
+        backend = LlamaBackend(info, model)
+        warm_up(backend, model)
+    except BaseException:
+        context.close()
+        raise
+    return backend
+
+
+def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
+    """Read all weights once, so that the first request does not wait for the disk, and learn how long a token takes."""
+    token = model.encoder.tokenizer.bos_id or 0
+    for _ in range(2):
+        started_s = model.clock()
+        model.context.compute([(token, 0, 0, True)])
+        elapsed_s = model.clock() - started_s
+        model.context.remove(0, 0)
+    backend.pace.learn(1, 0, elapsed_s)
+
+
+def choose_batch_size(load: LoadRequest) -> int:
+    """Tokens of one batch: room for all that write, and for one slice more."""
+    return max(load.batch_size, 2 * load.slots, EMBEDDING_SLICE_TOKENS)
+
+
+def choose_gpu_layers(load: LoadRequest, llama: Any) -> int:
+    """Layers to compute on a GPU or another machine: what was asked for, else all; 0 where there is neither."""
+    if llama.llama_supports_gpu_offload() or load.rpc:
+        return -1 if load.n_gpu_layers is None else load.n_gpu_layers
+    if load.n_gpu_layers:
+        print("llama-cpp-python is built without GPU support here: everything runs on the processor", file=sys.stderr)
+    return 0
+
+
+def open_native_context(
+    llama: Any, source: str, load: LoadRequest, n_ctx: int, on_progress: Callable[[float], None]
+) -> NativeContext:
+    """Load a model and open a context with one sequence for each slot."""
+    with contextlib.ExitStack() as undo:
+        log = NativeLog(llama, is_verbose=load.verbose)
+        undo.callback(log.close)
+        llama.llama_backend_init()
+        if load.rpc:
+            add_rpc_servers(llama, load.rpc)
+        model = load_native_model(llama, source, load, log, on_progress)
+        undo.callback(llama.llama_model_free, model)
+        params = build_context_params(llama, load, n_ctx)
+        context = llama.llama_init_from_model(model, params)
+        if not context:
+            raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
+        undo.callback(llama.llama_free, context)
+        if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
+            raise ModelFileError("it is a model that does not write, which this engine does not serve")
+        undo.pop_all()
+        return NativeContext(llama, model, context, params.n_batch, log)
+
+
+def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
+    """llama.cpp's settings for `load.slots` sequences of `n_ctx` tokens each."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = -(-n_ctx // 256) * 256 * load.slots
+    params.n_seq_max = load.slots
+    params.n_batch = choose_batch_size(load)
+    params.n_ubatch = min(params.n_batch, max(UBATCH_LIMIT_TOKENS, load.slots))
+    params.n_outputs_max = max(load.slots, EMBEDDING_SLICE_TOKENS)
+    params.n_threads = params.n_threads_batch = load.threads
+    params.flash_attn_type = _FLASH_ATTENTION[load.flash_attn]
+    params.pooling_type = 0  # none: LlamaEmbedding pools by itself, and so can take a text in slices
+    params.kv_unified = False  # a sequence costs what it holds itself, whatever its neighbours hold
+    params.no_perf = True
+    return params
+
+
+def load_native_model(
+    llama: Any, source: str, load: LoadRequest, log: NativeLog, on_progress: Callable[[float], None]
+) -> Any:
+    """The model in llama.cpp's memory; what `on_progress` raises ends the loading, and is raised."""
+    raised: list[BaseException] = []
+
+    def report(fraction: float, _: object) -> bool:
+        try:
+            on_progress(fraction)
+        except BaseException as exc:
+            raised.append(exc)
+        return not raised
+
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = choose_gpu_layers(load, llama)
+    callback = params.progress_callback = llama.llama_progress_callback(report)
+    model = llama.llama_model_load_from_file(os.fsencode(source), params)
+    del callback  # not before: C knows its address only
+    if raised:
+        if model:
+            llama.llama_model_free(model)
+        raise raised[0]
+    if not model:
+        raise ModelFileError(f"llama.cpp cannot load it: {_describe_native_error(log)}")
+    return model
+
+
+def _describe_native_error(log: NativeLog) -> str:
+    """The first thing that went wrong, as llama.cpp says it, in one printable line."""
+    said = re.sub(r"^\w+: (error loading model: )?", "", log.error) or "it gives no reason"
+    return f"{_shorten_message(said)}; another build of the model or a newer llama-cpp-python may help"
+
+
+def add_rpc_servers(llama: Any, addresses: Sequence[str]) -> None:
+    """Make llama.cpp's RPC servers (`host:port`) devices of this process. UsageError if that is not built in."""
+    import ctypes
+
+    if not llama.llama_supports_rpc():
+        raise UsageError(f"--rpc: llama-cpp-python is built without it here: {LLAMA_RPC_COMMAND}")
+    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+    registry = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"RPC"))
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
+    for server in addresses:
+        added = add_server(server.encode("ascii", "replace"))
+        if not added:
+            raise UsageError(f"--rpc {server}: no llama.cpp RPC server answers there")
+        ggml.ggml_backend_register(ctypes.c_void_p(added))
 
 
 # ---- Worker ---------------------------------------------------------------------------
@@ -12422,12 +13381,14 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
         os.nice(WORKER_NICENESS)
 
     def load_backend(load: LoadRequest, on_progress: Callable[[float], None]) -> Backend:
-        if load.engine != "builtin":
-            raise UsageError(f"there is no engine called {load.engine!r}")
         try:
-            return load_builtin_backend(load, load.model or load_builtin_model(), on_progress)
+            if load.engine == "llama" and load.model is not None:
+                return load_llama_backend(load, load.model, on_progress)
+            if load.engine == "builtin":
+                return load_builtin_backend(load, load.model or load_builtin_model(), on_progress)
         except ModelFileError as exc:
             raise ModelFileError(f"{load.model or BUILTIN_MODEL_ID}: {exc.message}") from exc
+        raise UsageError(f"there is no engine called {load.engine!r} for this model")
 
     return run_worker(stdin, stdout, load_backend)
 
@@ -16765,8 +17726,8 @@ class ForwardReport:
 class AttemptError(UpstreamError):
     """A peer gave no answer, so the next one is asked; never shown to a client."""
 
-    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0) -> None:
-        super().__init__(reason, retry_after_s=retry_after_s)
+    def __init__(self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, **details: Any) -> None:
+        super().__init__(message, **details)
         self.outcome = outcome
 
 
@@ -16943,7 +17904,7 @@ class ChunkNormalizer:
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
         if value.get("error"):
-            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream")
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
@@ -17363,7 +18324,8 @@ class PeerExchange:
         if response.status != 200:
             outcome = judge_status(response.status)
             if outcome is not AttemptOutcome.REFUSED:
-                raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
+                retry_after_s = parse_retry_after(response.headers)
+                raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
         return response
 
     async def read_first(self) -> bytes:
@@ -19732,9 +20694,41 @@ def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
     return Serving(model_id=model_id, path=str(path), created=int(path.stat().st_mtime), reason=reason)
 
 
-def choose_engine(config: Config) -> str:
-    """The engine that `--engine` means here; `auto` has one to choose from."""
-    return "builtin" if config.engine == "auto" else config.engine
+@record(frozen=True, kw_only=True, slots=True)
+class EngineChoice:
+    """What computes, `builtin` or `llama`, and why, for people."""
+
+    engine: str
+    reason: str
+
+
+def choose_engine(config: Config, serving: Serving) -> EngineChoice:
+    """The engine that `--engine` means for this model. Imports nothing: the engine's own process does.
+
+    Raises UsageError when the llama engine is asked for and not there.
+    """
+    has_llama = is_package_installed("llama_cpp")
+    if config.engine == "llama":
+        if not has_llama:
+            raise UsageError(f"--engine llama needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}")
+        if serving.path is None:
+            raise UsageError("--engine llama needs a model: name a GGUF file with --model")
+        return EngineChoice(engine="llama", reason="as --engine says")
+    if config.engine == "builtin":
+        return EngineChoice(engine="builtin", reason="as --engine says")
+    if serving.path is None:
+        return EngineChoice(engine="builtin", reason="which the demonstration model needs nothing more than")
+    if not has_llama:
+        reason = f"llama.cpp is faster, but llama-cpp-python is not installed: {LLAMA_INSTALL_COMMAND}"
+        return EngineChoice(engine="builtin", reason=reason)
+    try:
+        with open_gguf(serving.path) as gguf:
+            obstacle = explain_llama_obstacle(gguf, None)
+    except ModelFileError as exc:
+        obstacle = exc.message
+    if obstacle is not None:
+        return EngineChoice(engine="builtin", reason=f"llama.cpp cannot serve this model: {obstacle}")
+    return EngineChoice(engine="llama", reason="llama-cpp-python is installed")
 
 
 def count_cores() -> int:
@@ -20062,6 +21056,26 @@ class Devices:
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
 
 
+def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -> LoadRequest:
+    """What the engine's process is to load. Reads the file that --chat-template names."""
+    template = config.chat_template
+    if template is not None and os.path.isfile(template):
+        template = read_option_file("--chat-template", template)
+    return LoadRequest(
+        engine=choice.engine,
+        model=serving.path,
+        n_ctx=config.ctx_size or None,
+        slots=config.parallel,
+        threads=config.threads or count_cores(),
+        chat_template=template,
+        n_gpu_layers=config.n_gpu_layers,
+        batch_size=config.batch_size,
+        flash_attn=config.flash_attn,
+        rpc=config.rpc,
+        verbose=config.verbose,
+    )
+
+
 class DVAI:
     """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
 
@@ -20101,10 +21115,13 @@ class DVAI:
         self.config = config
         self.serving: Serving | None = None
         self.engine: EngineProcess | None = None
+        self.engine_choice: EngineChoice | None = None
         self.devices: Devices | None = None
         if not config.offload.only:
             self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-            self.engine = EngineProcess(self._build_load_request(self.serving), on_progress=self._report_progress)
+            self.engine_choice = choose_engine(config, self.serving)
+            load = build_load_request(config, self.serving, self.engine_choice)
+            self.engine = EngineProcess(load, on_progress=self._report_progress)
         self._local: LocalEngine | None = None
         self._api_keys = load_api_keys(config)
         self._on_progress = on_progress
@@ -20222,6 +21239,8 @@ class DVAI:
 
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
+        if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
+            bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
         if self.engine is not None:
             self.engine.start()
@@ -20387,15 +21406,20 @@ class DVAI:
         return await asyncio.shield(self._speed)
 
     async def _build_speed(self) -> LocalSpeed | None:
-        serving, devices = self.serving, self._get_devices()
-        if serving is None:
+        serving, choice, devices = self.serving, self.engine_choice, self._get_devices()
+        if serving is None or choice is None:
             return None
         self._meter = CapabilityMeter(
             ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
         )
         await self._meter.start()
         quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
-        key = ScoreKey(model_id=serving.model_id, engine=choose_engine(self.config), quantization=quantization)
+        key = ScoreKey(
+            model_id=serving.model_id,
+            engine=choice.engine,
+            quantization=quantization,
+            n_gpu_layers=self.config.n_gpu_layers or 0,
+        )
         return LocalSpeed(meter=self._meter, key=key, cost=cost)
 
     async def _measure(self) -> None:
@@ -20416,19 +21440,6 @@ class DVAI:
                 bridge_log.warning("another bridge runs with this state; give this one a --home of its own")
         except StorageError as exc:
             bridge_log.warning("`status` will not find this bridge: %s", exc)
-
-    def _build_load_request(self, serving: Serving) -> LoadRequest:
-        config, template = self.config, self.config.chat_template
-        if template is not None and os.path.isfile(template):
-            template = read_option_file("--chat-template", template)
-        return LoadRequest(
-            engine=choose_engine(config),
-            model=serving.path,
-            n_ctx=config.ctx_size or None,
-            slots=config.parallel,
-            threads=config.threads or count_cores(),
-            chat_template=template,
-        )
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
@@ -20610,7 +21621,7 @@ examples:
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
+PLANNED_OPTIONS = ("--rendezvous-url", "--models-dir", "--metrics")
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -21041,14 +22052,15 @@ async def wait_over(request: PairingRequest) -> None:
 
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
-    serving = bridge.serving
+    serving, choice = bridge.serving, bridge.engine_choice
     for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
         print(f"other devices reach it at {url}")
-    if serving is None:
+    if serving is None or choice is None:
         print("serving no model here: paired devices answer", flush=True)
         return
     if serving.path is not None:
-        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
+        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""))
+        print(f"engine: {choice.engine} ({choice.reason})", flush=True)
         return
     print(
         f"serving {serving.model_id}, the built-in demonstration model, which knows this program and nothing else"
@@ -21122,7 +22134,8 @@ def run_status(command: Command) -> int:
     if command.json:
         show_json(health)
         return 0
-    print(f"{url}: {health['status']}, serving {health['currentModelId']}, up {health['uptimeSec']} s")
+    serving = f"serving {health['currentModelId']}" if health["currentModelId"] else "serving no model itself"
+    print(f"{url}: {health['status']}, {serving}, up {health['uptimeSec']} s")
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
@@ -21505,13 +22518,7 @@ def run_bench(command: Command) -> int:
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
-    load = LoadRequest(
-        engine=choose_engine(config),
-        model=serving.path,
-        n_ctx=config.ctx_size or None,
-        slots=1,
-        threads=config.threads or count_cores(),
-    )
+    load = replace(build_load_request(config, serving, choose_engine(config, serving)), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
     if command.json:
