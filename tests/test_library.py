@@ -17,6 +17,8 @@ import dvai_bridge
 from dvai_bridge import (
     BUILTIN_MODEL_ID,
     DVAI,
+    PEER_SLOTS,
+    PEER_WAITING,
     BlockingDVAI,
     BridgeError,
     HttpResponse,
@@ -215,7 +217,7 @@ def test_an_interrupted_program_leaves_nothing(tmp_path, moment):
 @pytest.mark.parametrize("passes", [0, 1, 3, 10, 30, 100])
 def test_closing_while_it_starts(tmp_path, passes):
     async def run():
-        bridge = build(tmp_path)
+        bridge = build(tmp_path, {"enabled": True}, lan=True, host="127.0.0.1")
         starting = asyncio.create_task(bridge.initialize())
         for _ in range(passes):
             await asyncio.sleep(0)
@@ -231,7 +233,7 @@ def test_closing_while_it_starts(tmp_path, passes):
 @pytest.mark.parametrize("passes", [1, 10, 100])
 def test_cancelling_while_it_starts(tmp_path, passes):
     async def run():
-        bridge = build(tmp_path)
+        bridge = build(tmp_path, {"enabled": True}, lan=True, host="127.0.0.1")
         starting = asyncio.create_task(bridge.initialize())
         for _ in range(passes):
             await asyncio.sleep(0)
@@ -583,25 +585,28 @@ def test_a_client_that_leaves_closes_the_stream(intercepted):
     assert entry["outcome"] == "cancelled"
 
 
-def test_the_interceptor_is_told_which_device_asks(intercepted):
-    dvai, interceptor, home = intercepted
-    hello = {"peerDeviceId": "a-phone", "peerDeviceName": "phone", "appId": "app", "via": "lan-handshake"}
+def pair_device(dvai, device_id):
+    """Pair as the device `device_id`; returns what signs a chat completion of it."""
+    hello = {"peerDeviceId": device_id, "peerDeviceName": device_id, "appId": "app", "via": "lan-handshake"}
     status, _, data = ask(dvai, "/dvai/handshake", hello, KEY)
     assert status == 200, data
     paired = json.loads(data)
+
+    def sign(body):
+        nonce = generate_nonce(device_id, paired["deviceId"], dvai_bridge.read_clock_ms())
+        named = {"device_id": device_id, "app_id": "app", "nonce": nonce}
+        key, path = paired["pairingKey"], "/v1/chat/completions"
+        return dict(build_signed_headers(pairing_key=key, method="POST", path=path, body=body, **named))
+
+    return sign
+
+
+def test_the_interceptor_is_told_which_device_asks(intercepted):
+    dvai, interceptor, home = intercepted
     body = json.dumps(HELLO).encode()
-    signed = build_signed_headers(
-        pairing_key=paired["pairingKey"],
-        device_id="a-phone",
-        app_id="app",
-        nonce=generate_nonce("a-phone", paired["deviceId"], dvai_bridge.read_clock_ms()),
-        method="POST",
-        path="/v1/chat/completions",
-        body=body,
-    )
+    fields = pair_device(dvai, "a-phone")(body) | {"X-Request-Id": "phone-1"}
     interceptor.calls.clear()
     interceptor.answer = {}
-    fields = dict(signed) | {"X-Request-Id": "phone-1"}
     assert ask(dvai, body=body, headers=fields)[0] == 200
     ((_, context, headers),) = interceptor.calls
     assert (context.device_id, context.app_id, context.caller.name) == ("a-phone", "app", "PAIRED")
@@ -609,6 +614,36 @@ def test_the_interceptor_is_told_which_device_asks(intercepted):
     (entry,) = read_entries(home, lambda e: e["requestId"] == "phone-1")
     assert (entry["deviceId"], entry["appId"], entry["caller"]) == ("a-phone", "app", "peer")
     assert ask(dvai, body=body, headers=fields)[0] == 401 and len(interceptor.calls) == 1, "sent again"
+
+
+def test_a_device_that_takes_too_much_is_refused_and_nobody_else(intercepted):
+    dvai, interceptor, _ = intercepted
+    body, sign, go_on, answers = json.dumps(HELLO).encode(), pair_device(dvai, "greedy"), threading.Event(), []
+
+    async def stream():
+        yield b"data: begun\n\n"
+        await asyncio.to_thread(go_on.wait, 60)
+
+    interceptor.answer = lambda body: HttpResponse(body=stream())
+    interceptor.calls.clear()
+    tasks = [
+        threading.Thread(target=lambda: answers.append(ask(dvai, body=body, headers=sign(body))))
+        for _ in range(PEER_SLOTS + PEER_WAITING + 1)
+    ]
+    for task in tasks:
+        task.start()
+    wait_for(lambda: answers, 30, "one is too many")
+    wait_for(lambda: len(interceptor.calls) == PEER_SLOTS, 30, "others are answered")
+    ((status, headers, data),) = answers
+    assert status == 429 and int(headers["Retry-After"]) >= 1 and b"data: begun" not in data
+    interceptor.answer = None
+    assert ask(dvai, headers=KEY)[0] == 200, "the owner has no quota"
+    interceptor.answer = lambda body: HttpResponse(body=stream())
+    go_on.set()
+    for task in tasks:
+        task.join(60)
+    assert sorted(status for status, _, _ in answers) == [200] * (PEER_SLOTS + PEER_WAITING) + [429]
+    assert len(interceptor.calls) == PEER_SLOTS + PEER_WAITING + 1, "they waited for a place"
 
 
 def test_an_interceptor_that_never_answers_has_a_deadline(tmp_path):
