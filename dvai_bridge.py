@@ -42,6 +42,7 @@ import base64
 import binascii
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -761,7 +762,8 @@ class OffloadConfig:
     `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
     their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
     served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
-    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then.
+    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then; they may
+    also be in their JSON form. `rendezvous_url` is refused: the internet path is not in this version.
     """
 
     enabled: bool = option(
@@ -780,7 +782,7 @@ class OffloadConfig:
         parse=parse_switch,
         is_switch=True,
     )
-    known_peers: tuple[str | Peer, ...] = option(
+    known_peers: Sequence[str | Peer] = option(
         "--peer",
         (),
         "base URL of a device to offload to, wherever discovery does not reach; may be repeated",
@@ -887,6 +889,7 @@ class OffloadConfig:
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
     custom_discovery: Callable[[], Any] | None = None
+    rendezvous_url: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -1098,7 +1101,7 @@ class Config:
         metavar="FILE",
         fallbacks=("LLAMA_ARG_SSL_KEY_FILE",),
     )
-    api_key: tuple[str, ...] = option(
+    api_key: Sequence[str] = option(
         "--api-key",
         (),
         "keys that clients must send as `Authorization: Bearer …`; environment only, because everyone on the "
@@ -1117,7 +1120,7 @@ class Config:
         metavar="FILE",
         fallbacks=("LLAMA_ARG_API_KEY_FILE",),
     )
-    allowed_hosts: tuple[str, ...] = option(
+    allowed_hosts: Sequence[str] = option(
         "--allowed-hosts",
         (),
         "further names that may stand in a request's `Host` header",
@@ -1125,7 +1128,7 @@ class Config:
         parse=parse_list,
         metavar="NAME,…",
     )
-    cors_origins: tuple[str, ...] = option(
+    cors_origins: Sequence[str] = option(
         "--cors-origins",
         (),
         "web origins whose pages may use the bridge, e.g. `http://localhost:5173`; none by default",
@@ -1229,6 +1232,37 @@ def build_config(
     return Config(**values, offload=OffloadConfig(**offload))
 
 
+def normalize_config(config: Config) -> Config:
+    """A config that a program made, its values as the other sources would give them: a Path as its text, a list as a
+    tuple. UsageError names the field whose value they would not take."""
+    if config.offload.rendezvous_url is not None:
+        raise UsageError("OffloadConfig.rendezvous_url: the internet path is not in this version yet; leave it out")
+    offload = replace(config.offload, **_normalize_fields(config.offload, "OffloadConfig."))
+    return replace(config, **_normalize_fields(config, ""), offload=offload)
+
+
+def _normalize_fields(config: Config | OffloadConfig, prefix: str) -> dict[str, Any]:
+    """The fields that are not at their defaults, normalized."""
+    fields: dict[str, Any] = {}
+    for name, opt in get_options(type(config)).items():
+        if "." in name:  # of the config within this one
+            continue
+        value, default = getattr(config, name), get_default(type(config), name)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, list | tuple):
+            value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        if value == default and type(value) is type(default):
+            continue
+        place = prefix + name
+        if isinstance(default, tuple) and isinstance(value, Collection) and not isinstance(value, str):
+            items = [_parse_setting(opt, place, item) if isinstance(item, str) else (item,) for item in value]
+            fields[name] = tuple(itertools.chain.from_iterable(items))
+        else:
+            fields[name] = _parse_setting(opt, place, value)
+    return fields
+
+
 def _find_setting(
     name: str, opt: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
 ) -> tuple[str, Any] | None:
@@ -1251,9 +1285,9 @@ def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
         )
     if isinstance(raw, bool):
         raw = str(raw).lower()
-    elif isinstance(raw, list) and all(isinstance(item, str) for item in raw):
+    elif isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
         raw = opt.separator.join(raw)
-    elif not isinstance(raw, str | int):
+    elif not isinstance(raw, str | int | float):
         raise UsageError(f"{place}: {type(raw).__name__} is not a value for it")
     try:
         return opt.parse(str(raw))
@@ -8111,6 +8145,9 @@ def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]
 # ---- Streams --------------------------------------------------------------------------
 # Sockets with deadlines: reading bounded, writing with back-pressure. asyncio begins here.
 
+CALLBACKS_LIMIT = 64  # callbacks that never return
+CALLBACK_END_S = 1.0  # those that do not end with the bridge
+
 _stream_logger = logging.getLogger("dvai_bridge.streams")
 
 
@@ -8277,6 +8314,46 @@ async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a user's callback gives, which may be a coroutine function or an ordinary one."""
     given = function(*arguments)
     return await given if isinstance(given, Awaitable) else given
+
+
+class Notifier:
+    """Tells a program's callbacks what happened; what they return or raise changes nothing, but errors are logged.
+
+    An ordinary function runs at once, on the loop; what a coroutine function began is a task until `close`.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def tell(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        """Call back without waiting."""
+        if len(self._tasks) >= CALLBACKS_LIMIT:
+            _stream_logger.warning("a callback is left out: %d calls have not returned", CALLBACKS_LIMIT)
+            return
+        try:
+            given = callback(*arguments)
+        except Exception:
+            _stream_logger.exception("a callback failed")
+            return
+        if isinstance(given, Awaitable):
+            task = asyncio.create_task(self._finish(given), name="callback")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Give the calls that run CALLBACK_END_S to return, then end them."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CALLBACK_END_S)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=CALLBACK_END_S)
+
+    async def _finish(self, work: Awaitable[Any]) -> None:
+        try:
+            await work
+        except Exception:
+            _stream_logger.exception("a callback failed")
 
 
 async def bind_sockets(host: str, port: int | None) -> list[socket.socket]:
@@ -15444,10 +15521,6 @@ class ModelPool:
         self.engines.append(engine)
         return engine
 
-    def discard(self, engine: PooledEngine) -> None:
-        """Forget a model that has no process."""
-        self.engines.remove(engine)
-
     def start(self, *engines: PooledEngine) -> None:
         """Begin the pool's work, and to load these without looking for room."""
         for engine in engines:
@@ -19506,7 +19579,11 @@ class HttpExchange:
         """What the handler returns or raises, with its head prepared."""
         try:
             response = await handler(self.request)
-            self._prepare(response)
+            try:
+                self._prepare(response)
+            except Exception:
+                await close_response_body(response)
+                raise
             return response
         except BridgeError as error:
             response = build_error_response(error)
@@ -20066,13 +20143,12 @@ class HttpServer:
 LARGE_BODY_BYTES = MIB
 RETRY_AFTER_LIMITS_S = (1, 60)  # what SDKs accept
 DURATION_WEIGHT = 0.3  # of the newest request in the average that Retry-After is made from
-LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
-PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
+LOCAL_HEADERS: Sequence[tuple[str, str]] = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
+PEER_SLOTS = 2  # a guest (name_guest) that takes the engine for itself: it has so many requests running
 PEER_WAITING = 8  # and so many waiting
-PEER_TOKENS_LIMIT = 8192  # answers of paired devices that never end
-CALLBACKS_LIMIT = 64  # on_offload callbacks that never return
-CALLBACK_END_S = 1.0  # those that do not end with the bridge
+PEER_TOKENS_LIMIT = 8192  # answers to guests that never end
 APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+SERVER_FIELDS = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding", "x-request-id"})
 AUDIT_CALLERS = {
     Caller.LOOPBACK: AuditCaller.LOCAL,
     Caller.KEY_HOLDER: AuditCaller.KEY,
@@ -20304,12 +20380,25 @@ def may_offload(request: HttpRequest) -> bool:
     return request.caller in OWNERS and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
 
 
-def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
-    """What a paired device asks for, with PEER_TOKENS_LIMIT as the longest answer."""
-    if pairing is None:
+def name_guest(request: HttpRequest) -> str | None:
+    """Under whose limits a request falls: a paired device's, or those of all strangers (--allow-anonymous-lan).
+
+    None: it is the owner's, and has none.
+    """
+    if request.pairing is not None:
+        return f"pairing {request.pairing.pairing_id}"
+    return "strangers" if request.caller is Caller.STRANGER else None
+
+
+def limit_generations(generations: Sequence[GenerationRequest], guest: str | None) -> Sequence[GenerationRequest]:
+    """What a guest asks for, with PEER_TOKENS_LIMIT as the longest answer."""
+    if guest is None:
         return generations
     return [
-        replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
+        replace(each, max_tokens=PEER_TOKENS_LIMIT)
+        if each.max_tokens is None or each.max_tokens > PEER_TOKENS_LIMIT
+        else each
+        for each in generations
     ]
 
 
@@ -20325,12 +20414,24 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
     return request.parse_body()
 
 
+def read_model(body: Mapping[str, Any]) -> str | None:
+    """The model that a request names, if any."""
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise InvalidRequestError("model must be a string", param="model")
+    return model
+
+
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed)."""
+    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed).
+
+    Where no key is needed anybody may send any credentials, so a stranger's count for its address only.
+    """
     if request.pairing is not None:
         return f"pairing {request.pairing.pairing_id}"
     credentials = request.headers.get("authorization")
-    return hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
+    tenant = hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
+    return f"{request.client_address} {tenant}" if request.caller is Caller.STRANGER else tenant
 
 
 def count_choices(parsed: ChatRequest | CompletionRequest) -> int:
@@ -20438,12 +20539,22 @@ class InferenceAccount:
 
 
 class AccountedBody:
-    """A streamed answer whose end closes its account: whole, torn off by an error, or left by the client."""
+    """A streamed answer whose end closes its account and gives up its place, whether or not it was ever read.
 
-    def __init__(self, body: AsyncIterator[bytes], account: InferenceAccount, status: int) -> None:
+    It may have ended whole, been torn off by an error, or left by the client.
+    """
+
+    def __init__(
+        self,
+        body: AsyncIterator[bytes],
+        account: InferenceAccount,
+        status: int,
+        place: contextlib.AsyncExitStack,
+    ) -> None:
         self._body = body
         self._account = account
         self._status = status
+        self._place = place
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -20460,9 +20571,10 @@ class AccountedBody:
 
     async def aclose(self) -> None:
         self._account.close(self._status, "cancelled")
-        close = getattr(self._body, "aclose", None)
-        if close is not None:
-            await close()
+        async with self._place:
+            close = getattr(self._body, "aclose", None)
+            if close is not None:
+                await close()
 
 
 def name_outcome(exc: BaseException) -> str:
@@ -20475,24 +20587,24 @@ def name_outcome(exc: BaseException) -> str:
 
 
 class PeerQuotas:
-    """What paired devices may take of this one at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
+    """What guests may take of this device at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
 
     def __init__(self) -> None:
         self._queues: dict[str, AdmissionQueue] = {}
 
     @contextlib.asynccontextmanager
-    async def place(self, pairing: Pairing | None) -> AsyncIterator[None]:
-        """Hold one of the device's places; everybody else has no quota. Raises OverloadedError."""
-        if pairing is None:
+    async def place(self, guest: str | None) -> AsyncIterator[None]:
+        """Hold one of the guest's places; the owner (None) has no quota. Raises OverloadedError."""
+        if guest is None:
             yield
             return
-        queue = self._queues.setdefault(pairing.pairing_id, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
+        queue = self._queues.setdefault(guest, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
         try:
             async with queue.place():
                 yield
         finally:
             if not queue.running and not queue.waiting:
-                self._queues.pop(pairing.pairing_id, None)
+                self._queues.pop(guest, None)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -20641,7 +20753,10 @@ async def probe_local(local: LocalEngine, speed: LocalSpeed) -> Score:
 
 @record(frozen=True, kw_only=True, slots=True)
 class InterceptorContext:
-    """What a chat_completion_interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller."""
+    """What an interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller.
+
+    `model_id`: what this device serves itself, None for nothing.
+    """
 
     request_id: str
     client_address: str
@@ -20651,26 +20766,42 @@ class InterceptorContext:
     model_id: str | None
 
 
+# (body, context, lower-cased headers) → None, an HttpResponse or a dict; or a coroutine that gives one of them.
 Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any]
 
 
-async def intercept(
-    interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], model: ServedModel | None
-) -> HttpResponse | None:
-    """The answer of an interceptor, or None. Its error is ours to answer: a BridgeError as it is, others with a 500."""
+def build_interceptor_context(request: HttpRequest, model_id: str | None) -> InterceptorContext:
+    """What an interceptor is told of a request."""
     pairing = request.pairing
-    context = InterceptorContext(
+    return InterceptorContext(
         request_id=request.request_id,
         client_address=request.client_address,
         caller=request.caller,
         device_id=pairing.device_id if pairing else None,
         app_id=pairing.app_id if pairing else None,
-        model_id=model.model_id if model else None,
+        model_id=model_id,
     )
-    answer = await call_back(interceptor, body, context, {name.lower(): value for name, value in request.headers})
-    if answer is None or isinstance(answer, HttpResponse):
-        return answer
-    raise TypeError(f"an interceptor returns None or an HttpResponse, not {type(answer).__name__}")
+
+
+def build_intercepted_response(answer: HttpResponse | Mapping[str, Any]) -> HttpResponse:
+    """What an interceptor answers, fit for the server: a mapping becomes JSON, a text body bytes.
+
+    Fields that are the server's, as in an answer copied from elsewhere, are left out. TypeError or ValueError says
+    what cannot be sent.
+    """
+    if isinstance(answer, Mapping):
+        return build_json_response(answer)
+    if not isinstance(answer, HttpResponse):
+        raise TypeError(f"an interceptor returns None, an HttpResponse or a dict, not {type(answer).__name__}")
+    if type(answer.status) is not int or not 200 <= answer.status <= 599:
+        raise ValueError("an interceptor's status is a number from 200 to 599")
+    fields = answer.headers.items() if isinstance(answer.headers, Mapping) else answer.headers
+    body: Any = answer.body
+    if isinstance(body, str):
+        body = body.encode()
+    elif not isinstance(body, bytes):
+        body = aiter(body)
+    return replace(answer, headers=[each for each in fields if each[0].lower() not in SERVER_FIELDS], body=body)
 
 
 RouteTable = Mapping[str, Mapping[str, Handler]]  # path without `/v1`, perhaps ending in `/*` → method → handler
@@ -20727,28 +20858,35 @@ class Service:
         """One inference request, from its body to its entry in the audit."""
         account = InferenceAccount(request, self._record)
         try:
-            response = await self._answer(form, request, account)
+            async with contextlib.AsyncExitStack() as place:
+                await self._enter(place, request)
+                response = await self._answer(form, request, account)
+                if not isinstance(response.body, bytes):
+                    body = AccountedBody(response.body, account, response.status, place.pop_all())
+                    return replace(response, body=body)
         except BaseException as exc:
             account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
             raise
-        if isinstance(response.body, bytes):
-            account.close(response.status, "ok" if response.status < 400 else "refused")
-            return response
-        return replace(response, body=AccountedBody(response.body, account, response.status))
+        account.close(response.status, "ok" if response.status < 400 else "refused")
+        return response
+
+    async def _enter(self, place: contextlib.AsyncExitStack, request: HttpRequest) -> None:
+        """Wait for one of the guest's places, to be held until its answer has ended."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await place.enter_async_context(self._quotas.place(name_guest(request)))
+        except TimeoutError as exc:
+            raise self._build_timeout() from exc
 
     async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
         """The interceptor's answer, else a peer's, else that of an engine here."""
         body = await read_json(request)
-        model = body.get("model")
-        if model is not None and not isinstance(model, str):
-            raise InvalidRequestError("model must be a string", param="model")
-        account.model_asked = model
+        account.model_asked = read_model(body)
         if self._interceptor is not None and form is ForwardForm.CHAT:
-            known = self._local.get(model) or self._local.get(None)
-            answer = await intercept(self._interceptor, request, body, known.model if known else None)
+            answer = await self._intercept(self._interceptor, request, body, account)
             if answer is not None:
                 return answer
-        headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        model, headers = read_model(body), LOCAL_HEADERS
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
             forwarded = placement.answer
@@ -20762,6 +20900,25 @@ class Service:
             return await self._embed(local, request, body, account, headers)
         return await self._generate(local, form, request, body, account, headers)
 
+    async def _intercept(
+        self, interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], account: InferenceAccount
+    ) -> HttpResponse | None:
+        """The answer of an interceptor, or None; what it changes in `body` counts. Its error ends the request."""
+        local = self._local.get(account.model_asked) or self._local.get(None)
+        context = build_interceptor_context(request, local.model.model_id if local else None)
+        headers = {name: request.headers.get(name) for name, _ in request.headers}
+        try:
+            async with asyncio.timeout(self._timeout_s) as deadline:
+                answer = await call_back(interceptor, body, context, headers)
+        except TimeoutError as exc:
+            if deadline.expired():
+                raise self._build_timeout() from exc
+            raise
+        if answer is None:
+            return None
+        account.engine = "interceptor"
+        return build_intercepted_response(answer)
+
     async def _embed(
         self,
         local: LocalEngine,
@@ -20772,7 +20929,7 @@ class Service:
     ) -> HttpResponse:
         parsed, terms = parse_embeddings_request(body, tenant=build_tenant(request)), build_use_terms(request, body)
         try:
-            async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
+            async with asyncio.timeout(self._timeout_s):
                 embedded = await local.embed(parsed, account, terms)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
@@ -20798,10 +20955,8 @@ class Service:
             if known is None:
                 parse(features=info.features)
 
-        parsed, pairing = answer_form.parsed, request.pairing
-        requests = limit_generations(parsed.generations, pairing)
-        events = local.generate(requests, account, build_use_terms(request, body), verify)
-        generation = self._run(events, pairing)
+        parsed, terms = answer_form.parsed, build_use_terms(request, body)
+        generation = local.generate(limit_generations(parsed.generations, name_guest(request)), account, terms, verify)
         first = await self._read_first(generation)
         if parsed.stream:
             body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
@@ -20812,11 +20967,6 @@ class Service:
             async for index, event in generation:
                 collector.add(index, event)
         return build_json_response(collector.build(), headers=headers)
-
-    async def _run(self, generation: Generation, pairing: Pairing | None) -> Generation:
-        async with self._quotas.place(pairing), contextlib.aclosing(generation):
-            async for event in generation:
-                yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
         """The event that decides that the answer is a 200: text, or progress after PING_INTERVAL_S."""
@@ -20880,7 +21030,7 @@ class Offloading:
         client: HttpClient,
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
-        on_offload: Callable[[Peer], Any] | None = None,
+        on_offload: Callable[[Peer], None] = lambda peer: None,
     ) -> None:
         self._policy = policy
         self._monitor = monitor
@@ -20888,7 +21038,6 @@ class Offloading:
         self._sign = sign
         self._on_offload = on_offload
         self._client = client
-        self._callbacks: set[asyncio.Task[None]] = set()
 
     def list_models(self) -> list[ServedModel]:
         """The models of paired devices, each once under its own name."""
@@ -20932,11 +21081,6 @@ class Offloading:
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
 
-    async def close(self) -> None:
-        """Wait for the callbacks that run."""
-        if self._callbacks:
-            await asyncio.wait(self._callbacks, timeout=CALLBACK_END_S)
-
     def _decide(self, asked: RouteRequest) -> RouteDecision:
         monitor = self._monitor
         return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
@@ -20960,8 +21104,9 @@ class Offloading:
         """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
         if outcome is AttemptOutcome.COMMITTED:
-            if self._on_offload is not None:
-                self._tell(device_id)
+            for peer in monitor.peers():
+                if peer.device_id == device_id:
+                    self._on_offload(peer)
         elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
@@ -20985,27 +21130,12 @@ class Offloading:
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 
-    def _tell(self, device_id: str) -> None:
-        """Call `on_offload`, whose error is logged and breaks nothing."""
-        peer = next((each for each in self._monitor.peers() if each.device_id == device_id), None)
-
-        async def call() -> None:
-            try:
-                await call_back(cast(Callable[..., Any], self._on_offload), peer)
-            except Exception:
-                routes_log.exception("on_offload failed")
-
-        if peer is not None and len(self._callbacks) < CALLBACKS_LIMIT:
-            task = asyncio.create_task(call(), name="on_offload")
-            self._callbacks.add(task)
-            task.add_done_callback(self._callbacks.discard)
-
 
 def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
     """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
     if "://" in named:
         try:
-            return build_static_peer(named)
+            return build_static_peer(parse_base_url(named))
         except ValueError as exc:
             raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
     found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
@@ -21018,7 +21148,8 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
 class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
-    `get_speeds` gives the speeds of the local models, by id. `initiator`, `store` None: there are no pairings.
+    `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: this
+    device uses no others.
     """
 
     def __init__(
@@ -21414,8 +21545,9 @@ class ModelHost:
         scores: Path,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.servings = list(servings)
         self.models = LocalModels()
+        self._servings: dict[str, Serving] = {}
+        self._unloaded: list[LocalEngine] = []  # no longer offered, until `load` brings one back
         self._config = config
         self._scores = scores
         self._pool = ModelPool(
@@ -21425,7 +21557,7 @@ class ModelHost:
             on_loaded=self._note_loaded,
         )
         for serving in servings:
-            self._offer(serving)
+            self.models.add(self._make(serving, build_load_request(config, serving)))
         for engine in self._list_first():
             engine.on_progress = on_progress
         self._meter: CapabilityMeter | None = None
@@ -21434,6 +21566,11 @@ class ModelHost:
         self._measuring: set[asyncio.Task[None]] = set()
         self._is_measured = False
         self._device_id = ""
+
+    @property
+    def servings(self) -> list[Serving]:
+        """What is offered, the default first."""
+        return [self._servings[local.model.model_id] for local in self.models]
 
     @property
     def default(self) -> PooledEngine | None:
@@ -21476,54 +21613,60 @@ class ModelHost:
         on_progress: Callable[[float], None] | None,
     ) -> str:
         """See DVAI.load_model."""
-        local, is_new = self.models.get(model), False
+        local = self.models.get(model) or next(
+            (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
+        )
         if local is None:
             serving = await asyncio.to_thread(_choose_named, model, None, search)
-            local = self.models.get(serving.model_id)
-            if local is not None and local.engine.load.model != serving.path:
-                raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
-            if local is None:
-                if len(self.models) >= MODELS_LIMIT:
-                    raise UsageError(f"at most {MODELS_LIMIT} models may be offered")
-                local, is_new = self._offer(serving), True
+            local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
         self._pool.resume(local.engine)
         local.engine.on_progress = on_progress
         try:
             await local.engine.ready()
         except BaseException:
-            if is_new:
-                await self._withdraw(local)
+            if local not in self.models:
+                await self._pool.stop(local.engine)
             raise
+        if local not in self.models:
+            self.models.add(local)
+        self._unloaded = [each for each in self._unloaded if each is not local]
         return local.model.model_id
 
     async def unload(self, *models: str) -> None:
-        """End these models, all if none is named: what needs them is answered with an error from then on."""
+        """Offer these models no more, all if none is named, and end their engines."""
         chosen = [self.models.find(model) for model in models] or list(self.models)
+        for local in chosen:
+            self.models.remove(local)
+            self._unloaded.append(local)
         await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
+
+    def _find_or_make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        """The model that goes by this id, which must be of the same file; else a new one, not yet offered."""
+        known = [*self.models, *self._unloaded]
+        local = next((each for each in known if is_same_model(each.model.model_id, serving.model_id)), None)
+        if local is None:
+            if len(known) >= MODELS_LIMIT:
+                raise UsageError(f"at most {MODELS_LIMIT} models can be offered")
+            local = self._make(serving, load)
+            self._unloaded.append(local)
+        elif local.engine.load.model != serving.path:
+            raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
+        return local
 
     def drop(self) -> None:
         """Serve nothing after all; before the start."""
         for local in list(self.models):
             self.models.remove(local)
-        self.servings = []
 
-    def _offer(self, serving: Serving) -> LocalEngine:
-        load = build_load_request(self._config, serving)
-        local = LocalEngine(
+    def _make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        self._servings[serving.model_id] = serving
+        return LocalEngine(
             model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
             engine=self._pool.add(serving.model_id, load),
             queue=AdmissionQueue(self._config.parallel, self._config.queue_size),
             watch=RequestWatch(),
             observe=functools.partial(self._observe, serving.model_id),
         )
-        self.models.add(local)
-        return local
-
-    async def _withdraw(self, local: LocalEngine) -> None:
-        self.models.remove(local)
-        self._speeds.pop(local.model.model_id, None)
-        await self._pool.stop(local.engine)
-        self._pool.discard(local.engine)
 
     # Speeds
 
@@ -21639,8 +21782,10 @@ class Devices:
         *,
         is_operated: bool,
         list_local: Callable[..., Sequence[LocalModel]],
+        notifier: Notifier,
     ) -> None:
         offload = config.offload
+        self._notifier = notifier
         self._list_local = list_local
         self._own_hosts: tuple[str, ...] = ()
         self._announced: Announcement | None = None
@@ -21701,8 +21846,12 @@ class Devices:
             client=client,
             list_local=list_local,
             sign=self._sign,
-            on_offload=offload.on_offload,
+            on_offload=self._note_offload,
         )
+
+    def _note_offload(self, peer: Peer) -> None:
+        if self._offload.on_offload is not None:
+            self._notifier.tell(self._offload.on_offload, peer)
 
     def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
         """The fields that prove to a peer who asks; none for one that we are not paired with."""
@@ -21822,12 +21971,13 @@ class Devices:
             await self.monitor.close()
         if self._initiator is not None:
             await self._initiator.close()
-        if self.offloading is not None:
-            await self.offloading.close()
         if self._client is not None:
             await self._client.close()
         if self.store is not None:
-            await self.store.close()
+            try:
+                await self.store.close()
+            except StorageError as exc:
+                bridge_log.warning("%s", exc)
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
@@ -21969,11 +22119,18 @@ class DVAI:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
 
     Without an event loop, `with DVAI(…) as dvai:` does the same from a thread of its own: see BlockingDVAI.
-    The keyword arguments are the fields of Config; `config`, if given, has the others. The server answers before the
-    model is loaded (health says "loading", requests wait). All methods belong to one event loop; several bridges may
-    live in one process, each with a home of its own. `environ`: where caches are and what tools are configured.
-    `chat_completion_interceptor(body, context, headers)` sees every chat completion after authentication and before
-    routing (headers lower-cased); it returns None, or the HttpResponse to answer with. It may be a coroutine function.
+
+    The keyword arguments are the fields of Config; those of `config`, else of the environment, are the others.
+    UsageError names one that is wrong. `environ`: the environment, where caches and tools are configured, too.
+
+    `on_progress(fraction)` is told how far the model is loaded. `chat_completion_interceptor(body, context, headers)`
+    sees every chat completion after authentication and before routing, headers lower-cased. It returns None, which
+    leaves the request (and what it changed in `body`) to the bridge, or the answer: an HttpResponse with status,
+    headers and a body of bytes or an asynchronous iterator of bytes, or a dict, which is sent as JSON. An error of
+    it is a 500, unless it is a BridgeError. Callbacks run on the bridge's loop and may be coroutine functions.
+
+    One bridge lives once, on one event loop; several live in one process, each with a home of its own. Nothing here
+    handles signals, configures logging or asks on a terminal.
     """
 
     def __init__(
@@ -21981,13 +22138,13 @@ class DVAI:
         config: Config | None = None,
         *,
         environ: Mapping[str, str] | None = None,
-        on_progress: Callable[[float], None] | None = None,
+        on_progress: Callable[[float], Any] | None = None,
         chat_completion_interceptor: Interceptor | None = None,
         is_operated: bool = False,
         **options: Any,
     ) -> None:
         self._environ = environ = os.environ if environ is None else environ
-        config = replace(config or build_config(environ=environ), **options)
+        config = normalize_config(replace(config or build_config(environ=environ), **options))
         self.directories = choose_directories(environ, sys.platform, config.home)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
@@ -21995,14 +22152,19 @@ class DVAI:
         self.devices: Devices | None = None
         servings = [] if config.offload.only else choose_servings(config, self._search_models, list_models_directory)
         scores = self.directories.cache / "capability.json"
-        self.host = ModelHost(config, servings, scores=scores, on_progress=on_progress)
+        self.host = ModelHost(config, servings, scores=scores, on_progress=self._report_progress)
         self._handle: Handler | None = None
         self._api_keys = load_api_keys(config)
+        self._on_progress = on_progress
+        self._notifier = Notifier()
         self._interceptor = chat_completion_interceptor
         self._is_operated = is_operated
         self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
         self._server: HttpServer | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._blocking: BlockingDVAI | None = None
 
@@ -22023,7 +22185,7 @@ class DVAI:
 
     @property
     def serving(self) -> Serving | None:
-        """What the first model of the config is."""
+        """What that model is."""
         return self.host.servings[0] if self.host.servings else None
 
     @property
@@ -22040,6 +22202,7 @@ class DVAI:
 
     def __enter__(self) -> BlockingDVAI:
         self._blocking = BlockingDVAI(self)
+        self._blocking.initialize()
         return self._blocking
 
     def __exit__(self, *exc_info: object) -> None:
@@ -22048,8 +22211,13 @@ class DVAI:
 
     # Its life
 
-    async def initialize(self) -> None:
-        """Listen, and return when the first model is loaded. Raises BridgeError, with everything closed again."""
+    async def initialize(self, on_progress: Callable[[float], Any] | None = None) -> None:
+        """Listen, and return when the first model is loaded. Raises BridgeError, with everything closed again.
+
+        `on_progress`: as in the constructor. Requests that come meanwhile wait; health says "loading".
+        """
+        self._verify_new()
+        self._on_progress = on_progress or self._on_progress
         try:
             await self.start()
             await self.host.wait_loaded()
@@ -22058,32 +22226,58 @@ class DVAI:
             raise
 
     async def start(self) -> None:
-        """Listen, begin to load the first model, and look for other devices."""
+        """Listen, begin to load the first model, and look for other devices. If that raises, `close` is to follow."""
+        self._verify_new()
+        self._opening = asyncio.create_task(self._open(), name="opening")
+        try:
+            await self._opening
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._is_closed and caller is not None and not caller.cancelling():
+                raise RuntimeError("the bridge was closed while it started") from None
+            raise
+
+    async def unload(self) -> None:
+        """End the engines and give their memory back: from then on this device serves nothing itself.
+
+        `load_model` brings a model back.
+        """
+        self._get_devices()
+        await self.host.unload()
+
+    async def close(self) -> None:
+        """Stop accepting, let running streams finish for STOP_GRACE_S, end everything. A second call hurries.
+
+        It may be called at any time, also while the bridge starts, which then ends with an error.
+        """
+        self._is_closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self.devices is not None:
+            self.devices.desk.close()
+        if self._server is not None:
+            await self._server.stop()
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._release(), name="closing")
+        await asyncio.shield(self._closing)
+
+    async def _open(self) -> None:
         offload = self.config.offload
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
-        host = self.host
-        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=host.list_local)
-        service = Service(
-            local=host.models,
-            offload=devices.offloading,
-            interceptor=self._interceptor,
-            record=self._audit.record,
-            timeout_s=self.config.timeout,
+        self.devices = devices = Devices(
+            self.config,
+            state,
+            is_operated=self._is_operated,
+            list_local=self.host.list_local,
+            notifier=self._notifier,
         )
-        device_service = DeviceService(
-            identity=state.identity,
-            local=host.models,
-            get_speeds=host.get_speeds,
-            desk=devices.desk,
-            store=devices.store,
-            monitor=devices.monitor,
-            clock_ms=read_clock_ms,
-        )
+        tables = self._build_routes(devices)
 
         async def handle(request: HttpRequest) -> HttpResponse:
-            return await find_route((service.routes, device_service.routes), request)(request)
+            return await find_route(tables, request)(request)
 
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
@@ -22091,30 +22285,40 @@ class DVAI:
         if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
             bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
-        host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
+        self.host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
         await devices.start(self._server)
         self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
-    async def unload(self) -> None:
-        """End the engines and give their memory back; requests that need one are answered with an error from then on.
+    def _build_routes(self, devices: Devices) -> tuple[RouteTable, RouteTable]:
+        service = Service(
+            local=self.host.models,
+            offload=devices.offloading,
+            interceptor=self._interceptor,
+            record=self._audit.record,
+            timeout_s=self.config.timeout,
+        )
+        device_service = DeviceService(
+            identity=devices.identity,
+            local=self.host.models,
+            get_speeds=self.host.get_speeds,
+            desk=devices.desk,
+            store=devices.store,
+            monitor=devices.monitor,
+            clock_ms=read_clock_ms,
+        )
+        return service.routes, device_service.routes
 
-        `load_model` brings one back.
-        """
-        await self.host.unload()
-
-    async def close(self) -> None:
-        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
-        if self.devices is not None:
-            self.devices.desk.close()
-        if self._server is not None:
-            await self._server.stop()
-        if self.devices is not None:
-            await self.devices.close()
-        await self.host.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._audit.close)
-        self._record.release()
+    async def _release(self) -> None:
+        """End every part, also if the end of another one fails. What is pushed last ends first."""
+        async with contextlib.AsyncExitStack() as parts:
+            parts.callback(self._record.release)
+            parts.push_async_callback(asyncio.to_thread, self._audit.close)
+            parts.push_async_callback(self._notifier.close)
+            parts.push_async_callback(self.host.close)
+            if self.devices is not None:
+                parts.push_async_callback(self.devices.close)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     # What it knows and can be told
 
@@ -22128,6 +22332,7 @@ class DVAI:
 
         None with offload off, or for a model not served here.
         """
+        self._get_devices()
         local = self.host.models.get(model_id) if self.config.offload.is_active else None
         if local is None:
             return None
@@ -22135,11 +22340,12 @@ class DVAI:
 
     async def get_capability(self, model_id: str | None = None) -> Score | None:
         """What a local model scores, without measuring; None as for probe_capability."""
+        self._get_devices()
         local = self.host.models.get(model_id) if self.config.offload.is_active else None
         return None if local is None else (await self.host.get_speeds())[local.model.model_id].score
 
     async def assess_hardware(self) -> HardwareAssessment:
-        """How well this hardware runs models, by the thresholds of the offload config."""
+        """How well this hardware runs models, by the thresholds of the offload config; known before the start."""
         offload = self.config.offload
         return await asyncio.to_thread(assess_hardware, offload.hardware_minimum, offload.min_local_capability)
 
@@ -22152,7 +22358,7 @@ class DVAI:
 
     # Models, after QVAC
 
-    async def load_model(self, model: str, *, on_progress: Callable[[float], None] | None = None) -> str:
+    async def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
         """Load a model and offer it, and return its id, when requests may name it.
 
         `model`: a GGUF file, the id of a model that is offered already or was unloaded, or the name of one on this
@@ -22160,10 +22366,12 @@ class DVAI:
         it cannot be loaded.
         """
         self._get_server()
-        return await self.host.load(model, self._search_models, on_progress)
+        tell = functools.partial(self._notifier.tell, on_progress) if on_progress is not None else None
+        return await self.host.load(model, self._search_models, tell)
 
     async def unload_model(self, model_id: str) -> None:
-        """End a model's engine; what runs on it, and what names it until it is loaded again, ends with an error."""
+        """Offer a model no more, and end its engine; what runs on it ends with an error. ModelNotFoundError."""
+        self._get_devices()
         await self.host.unload(model_id)
 
     def completion(
@@ -22185,20 +22393,33 @@ class DVAI:
         return Completion(self._handle, body, stream=stream)
 
     def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
-        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
+        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it.
+
+        Ends when the bridge closes. Whoever reads them is somebody who may be asked, as `on_pairing_request` is.
+        """
         return self._get_devices().desk.requests()
 
     # Parts
 
+    def _verify_new(self) -> None:
+        if self._opening is not None or self._is_closed:
+            raise RuntimeError("a bridge starts once: make another DVAI")
+
     def _get_server(self) -> HttpServer:
-        if self._server is None:
-            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        if self._server is None or not self._server.addresses:
+            raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
         return self._server
 
     def _get_devices(self) -> Devices:
+        if self._is_closed:
+            raise RuntimeError("the bridge is closed: make another DVAI")
         if self.devices is None:
-            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+            raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
         return self.devices
+
+    def _report_progress(self, fraction: float) -> None:
+        if self._on_progress is not None:
+            self._notifier.tell(self._on_progress, fraction)
 
     async def _leave_weak_hardware(self) -> None:
         """Load nothing where nothing would run well, unless the user named the model."""
@@ -22230,7 +22451,7 @@ class DVAI:
             port=config.port,
             api_keys=self._api_keys,
             control_token=state.control_token,
-            cors_origins=config.cors_origins,
+            cors_origins=tuple(config.cors_origins),
             allowed_hosts=(*config.allowed_hosts, f"{state.identity.device_id}.local"),
             allow_anonymous_lan=config.offload.allow_anonymous_lan,
             ssl_cert_file=config.ssl_cert_file,
@@ -22266,20 +22487,31 @@ class BlockingCompletion:
 
 
 class BlockingDVAI:
-    """A running DVAI for programs without an event loop: its own thread runs one, and every method waits for it.
+    """A DVAI for programs without an event loop: a thread of its own runs one, and every method waits for it.
 
-    Made by `with DVAI(…) as dvai:`. Callbacks run on that thread. The methods raise what those of DVAI raise.
+    `with DVAI(…) as dvai:` makes and closes one. Its methods raise what those of DVAI raise, and may be called from
+    any thread but that one, on which callbacks run.
     """
 
     def __init__(self, bridge: DVAI) -> None:
         self._bridge = bridge
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dvai-bridge", daemon=True)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_over = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="dvai-bridge", daemon=True)
+        self._closing = threading.Lock()
+        self._waiting: set[concurrent.futures.Future[Any]] = set()
+
+    def initialize(self, on_progress: Callable[[float], Any] | None = None) -> None:
+        """See DVAI.initialize."""
+        if self._loop is not None:
+            raise RuntimeError("a bridge starts once: make another DVAI")
+        self._loop = self._runner.get_loop()
         self._thread.start()
         try:
-            self._wait(bridge.initialize())
+            self._wait(self._bridge.initialize(on_progress))
         except BaseException:
-            self._end_loop()
+            self.close()
             raise
 
     @property
@@ -22317,7 +22549,7 @@ class BlockingDVAI:
         """See DVAI.initiate_pairing."""
         return self._wait(self._bridge.initiate_pairing(peer))
 
-    def load_model(self, model: str, *, on_progress: Callable[[float], None] | None = None) -> str:
+    def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
         """See DVAI.load_model."""
         return self._wait(self._bridge.load_model(model, on_progress=on_progress))
 
@@ -22338,13 +22570,8 @@ class BlockingDVAI:
         return BlockingCompletion(self._call(lambda: self._bridge.completion(**arguments)), self._wait)
 
     def pairing_requests(self) -> Iterator[PairingRequest]:
-        """See DVAI.pairing_requests."""
-        requests = self._bridge.pairing_requests()
-        try:
-            while (request := self._wait(anext(requests, None))) is not None:
-                yield request
-        finally:
-            self._wait(requests.aclose())
+        """See DVAI.pairing_requests. Blocks until the next one."""
+        return self._iterate(self._call(self._bridge.pairing_requests))
 
     def unload(self) -> None:
         """See DVAI.unload."""
@@ -22352,14 +22579,58 @@ class BlockingDVAI:
 
     def close(self) -> None:
         """End the bridge, then its loop and thread. A second call does nothing."""
-        if self._thread.is_alive():
+        if self._loop is None:
+            return
+        self._verify_other_thread()
+        with self._closing:
+            if not self._thread.is_alive():
+                return
             try:
                 self._wait(self._bridge.close())
             finally:
-                self._end_loop()
+                self._loop.call_soon_threadsafe(self._is_over.set)
+                self._thread.join()
+
+    # The loop
+
+    def _run(self) -> None:
+        """The thread: a loop, until `close`; then whoever still waits for it learns that it is over."""
+        with self._runner:
+            self._runner.run(self._is_over.wait())
+        for future in tuple(self._waiting):
+            future.cancel()
+
+    def _verify_other_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a callback may not wait for its own bridge: hand that over to another thread")
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        """What `work` gives on the loop. Interrupted, it ends that work."""
+        future = self._submit(work)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the bridge is closed: make another DVAI") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        try:
+            self._verify_other_thread()
+            if self._loop is None:
+                raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
+            if self._loop.is_closed():
+                raise RuntimeError("the bridge is closed: make another DVAI")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        if self._loop.is_closed():  # since then: the thread may not have seen this future
+            future.cancel()
+        return future
 
     def _call(self, function: Callable[[], T]) -> T:
         async def call() -> T:
@@ -22367,10 +22638,19 @@ class BlockingDVAI:
 
         return self._wait(call())
 
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def _iterate(self, requests: AsyncGenerator[PairingRequest, None]) -> Iterator[PairingRequest]:
+        async def read() -> PairingRequest | None:
+            return await anext(requests, None)
+
+        async def end() -> None:
+            await requests.aclose()
+
+        try:
+            while (request := self._wait(read())) is not None:
+                yield request
+        finally:  # perhaps by the garbage collector, on any thread: it may not wait
+            if self._loop is not None and not self._loop.is_closed():
+                asyncio.run_coroutine_threadsafe(end(), self._loop)
 
 
 # ---- Command line ---------------------------------------------------------------------
