@@ -18795,7 +18795,7 @@ class PeerExchange:
         if response.status != 200:
             outcome = judge_status(response.status)
             if outcome is AttemptOutcome.UNAUTHORIZED and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
-                raise AttemptError("the clocks of the two devices differ too much")
+                raise AttemptError("the clocks of the two devices differ too much", AttemptOutcome.BROKEN)
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
                 raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
