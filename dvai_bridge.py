@@ -3987,7 +3987,7 @@ def verify_features(fields: RequestFields, features: frozenset[str]) -> None:
         if name in features or name not in fields.values or fields.values[name] in neutral:
             continue
         if name in LLAMA_PARAMETERS:
-            raise fields.refusal(name, "needs the llama.cpp engine, which this version does not have yet")
+            raise fields.refusal(name, "is not supported by this version")
         raise fields.refusal(name, "is not supported by the active engine")
 
 
@@ -4028,7 +4028,7 @@ def parse_message(value: Any, path: str) -> ChatMessage:
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise fields.refusal("role", "must be system, developer, user, assistant or tool")
     if fields.values.get("tool_calls") or fields.values.get("function_call"):
-        raise fields.refusal("tool_calls", "needs the llama.cpp engine, which this version does not have yet")
+        raise fields.refusal("tool_calls", "is not supported by this version")
     if role == "assistant" and "content" not in fields.values:
         return ChatMessage(role=role, content="")
     return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
@@ -13321,6 +13321,7 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
 # ---- Registry -------------------------------------------------------------------------
 # Which models and engines this machine has, which fit, and which is best.
 
+LLAMA_PARAMS_PER_S = 8e9  # of quantised ones, by llama.cpp on a processor
 TOLERABLE_TOK_PER_S = 2.0  # slower than people read aloud: not to be chosen unasked
 
 OLLAMA_MANIFEST_LIMIT_BYTES = MIB  # a manifest is a few hundred bytes
@@ -13355,7 +13356,7 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    built-in engine cannot serve it; None: it can.
+    engine in question cannot serve it; None: it can.
     """
 
     model_id: str
@@ -13555,7 +13556,13 @@ def _verify_tokenizer_kind(metadata: Mapping[str, Any]) -> None:
         _choose_pre_tokenizer(metadata)
 
 
-def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo | None) -> FoundModel:
+# Why an engine cannot serve a file; None if it can.
+ExplainObstacle = Callable[["GgufFile | GgufHeader", "MemoryInfo | None"], "str | None"]
+
+
+def _describe_candidate(
+    candidate: _Candidate, source: str, memory: MemoryInfo | None, explain: ExplainObstacle
+) -> FoundModel:
     first, is_split = candidate.files[0], candidate.part_count > 1
     found = FoundModel(
         model_id=candidate.model_id,
@@ -13582,18 +13589,21 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
                 n_params=None if is_split else summary.parameter_count,
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
-                obstacle=explain_obstacle(gguf, memory),
+                obstacle=explain(gguf, memory),
             )
     except ModelFileError as exc:
         return replace(found, obstacle=exc.message)
 
 
 def find_models(
-    places: Sequence[ModelPlace], limits: ScanLimits | None = None, memory: MemoryInfo | None = None
+    places: Sequence[ModelPlace],
+    limits: ScanLimits | None = None,
+    memory: MemoryInfo | None = None,
+    explain: ExplainObstacle = explain_obstacle,
 ) -> list[FoundModel]:
     """The models in these places, in their order, each file once. Blocks for the disk: not for an event loop.
 
-    `memory` None: whether they fit is not judged.
+    `memory` None: whether they fit is not judged. `explain`: the engine's judgement, else the built-in one's.
     """
     scan = _Scan(limits or ScanLimits())
     found: list[FoundModel] = []
@@ -13607,7 +13617,7 @@ def find_models(
                 continue
             scan.seen_models.add(candidate.files[0].identity)
             scan.headers_left -= 1
-            found.append(_describe_candidate(candidate, place.source, memory))
+            found.append(_describe_candidate(candidate, place.source, memory, explain))
     return found
 
 
@@ -13660,12 +13670,19 @@ def rank_model(model: FoundModel) -> tuple[bool, bool, int, int]:
     return model.has_chat_template, is_named_chat, model.n_params or 0, model.size_bytes
 
 
-def choose_best_model(
-    found: Sequence[FoundModel], tok_per_s: Callable[[int], float] = estimate_builtin_tok_per_s
-) -> ModelChoice:
-    """The most capable model that the built-in engine serves at a tolerable speed.
+def estimate_llama_tok_per_s(n_params: int) -> float:
+    """Decode speed to expect of llama.cpp on a processor with ordinary memory: each parameter is read once a token."""
+    return LLAMA_PARAMS_PER_S / max(n_params, 1)
 
-    `tok_per_s`: the speed to expect, by the number of parameters.
+
+def choose_best_model(
+    found: Sequence[FoundModel],
+    tok_per_s: Callable[[int], float] = estimate_builtin_tok_per_s,
+    engine: str = "the built-in engine",
+) -> ModelChoice:
+    """The most capable model that an engine serves at a tolerable speed.
+
+    `tok_per_s`: the speed to expect, by the number of parameters. `engine`: its name for people.
     """
     if not found:
         return ModelChoice(model=None, reason="no model was found: put a GGUF file into ./models")
@@ -13674,7 +13691,7 @@ def choose_best_model(
         nearest = min(found, key=lambda model: model.size_bytes)
         return ModelChoice(
             model=None,
-            reason=f"the built-in engine can serve none of the {len(found)} models found; "
+            reason=f"{engine} can serve none of the {len(found)} models found; "
             f"the smallest, {display_name(nearest.model_id)}: {nearest.obstacle}",
         )
     tolerable = [(model, speed) for model, speed in able if speed >= TOLERABLE_TOK_PER_S]
@@ -13686,7 +13703,7 @@ def choose_best_model(
     kind = "chat model" if model.has_chat_template else "model (none has a chat template)"
     return ModelChoice(
         model=model,
-        reason=f"{describe_model(model)}: the most capable {kind} of {len(tolerable)} that the built-in engine serves "
+        reason=f"{describe_model(model)}: the most capable {kind} of {len(tolerable)} that {engine} serves "
         f"at {TOLERABLE_TOK_PER_S:.0f} tokens a second or more (expected: {speed:.{1 if speed < 10 else 0}f})",
     )
 
@@ -20513,9 +20530,15 @@ def list_model_places(environ: Mapping[str, str], directories: Directories) -> l
     return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
 
 
-def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
-    """The models on this machine, each judged by the memory that is free now."""
-    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
+def has_llama_engine(config: Config) -> bool:
+    """Whether llama.cpp is there and may be used."""
+    return config.engine != "builtin" and is_package_installed("llama_cpp")
+
+
+def search_models(environ: Mapping[str, str], directories: Directories, config: Config) -> list[FoundModel]:
+    """The models on this machine, each judged by the engine that would serve it and the memory that is free now."""
+    explain = explain_llama_obstacle if has_llama_engine(config) else explain_obstacle
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory(), explain=explain)
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -20527,7 +20550,8 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
     if named == "builtin":
         return _serve_demonstration(config, "" if config.model else "no --model was named")
     if named == "auto":
-        choice = choose_best_model(search())
+        engine = (estimate_llama_tok_per_s, "llama.cpp") if has_llama_engine(config) else ()
+        choice = choose_best_model(search(), *engine)
         if choice.model is None:
             return _serve_demonstration(config, choice.reason)
         return _serve_file(config.alias or choice.model.model_id, choice.model.path, choice.reason)
@@ -20573,9 +20597,8 @@ def choose_engine(config: Config, serving: Serving) -> EngineChoice:
 
     Raises UsageError when the llama engine is asked for and not there.
     """
-    has_llama = is_package_installed("llama_cpp")
     if config.engine == "llama":
-        if not has_llama:
+        if not has_llama_engine(config):
             raise UsageError(f"--engine llama needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}")
         if serving.path is None:
             raise UsageError("--engine llama needs a model: name a GGUF file with --model")
@@ -20584,7 +20607,7 @@ def choose_engine(config: Config, serving: Serving) -> EngineChoice:
         return EngineChoice(engine="builtin", reason="as --engine says")
     if serving.path is None:
         return EngineChoice(engine="builtin", reason="which the demonstration model needs nothing more than")
-    if not has_llama:
+    if not has_llama_engine(config):
         reason = f"llama.cpp is faster, but llama-cpp-python is not installed: {LLAMA_INSTALL_COMMAND}"
         return EngineChoice(engine="builtin", reason=reason)
     try:
@@ -20970,7 +20993,7 @@ class DVAI:
         self.engine_choice: EngineChoice | None = None
         self.devices: Devices | None = None
         if not config.offload.only:
-            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
+            self.serving = choose_serving(config, lambda: search_models(environ, self.directories, config))
             self.engine_choice = choose_engine(config, self.serving)
             load = build_load_request(config, self.serving, self.engine_choice)
             self.engine = EngineProcess(load, on_progress=on_progress)
@@ -21799,7 +21822,8 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     print(f"try it:  curl {bridge.base_url}/chat/completions -H 'Content-Type: application/json' -d '{question}'")
     sys.stdout.flush()
     models, engines = await asyncio.gather(
-        asyncio.to_thread(search_models, command.environ, bridge.directories), find_engines(command.environ)
+        asyncio.to_thread(search_models, command.environ, bridge.directories, command.config),
+        find_engines(command.environ),
     )
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
 
@@ -21818,7 +21842,7 @@ def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], p
 
 def run_models(command: Command) -> int:
     """`models`: what this machine could serve."""
-    models = search_models(command.environ, command.directories)
+    models = search_models(command.environ, command.directories, command.config)
     engines = asyncio.run(find_engines(command.environ))
     if command.json:
         show_json(build_survey_json(models, engines, command.program))
@@ -21831,7 +21855,7 @@ def run_models(command: Command) -> int:
 def build_survey_json(
     models: Sequence[FoundModel], engines: Sequence[FoundEngine], program: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """The survey for scripts; `obstacle` null: the built-in engine can serve it with `command`."""
+    """The survey for scripts; `obstacle` null: `command` serves it."""
     demonstration = {"id": BUILTIN_MODEL_ID, "source": "built in", "obstacle": None, "command": f"{program} serve"}
     found = [
         {
@@ -22164,9 +22188,9 @@ async def probe_builtin_engine() -> Finding:
 
 def probe_survey(command: Command) -> list[Finding]:
     """How many models and engines there are."""
-    models = search_models(command.environ, command.directories)
+    models = search_models(command.environ, command.directories, command.config)
     able = [model for model in models if model.obstacle is None]
-    detail = f"{len(models)} found, {len(able)} of them for the built-in engine (`{command.program} models` lists them)"
+    detail = f"{len(models)} found, {len(able)} of them can be served (`{command.program} models` lists them)"
     engines = asyncio.run(find_engines(command.environ))
     return [
         Finding(subject="models", verdict="ok" if able else "note", detail=detail),
@@ -22245,7 +22269,7 @@ def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
     command = bring_hub_model(command)
     config = command.config
-    serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
+    serving = choose_serving(config, lambda: search_models(command.environ, command.directories, config))
     load = replace(build_load_request(config, serving, choose_engine(config, serving)), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
@@ -22290,7 +22314,7 @@ def run_assess(command: Command) -> int:
     print("That is a rule of thumb for models of 1 to 3 billion parameters, whatever the engine. For a certain model:")
     print(f"    memory copies {format_size(int(speed.memory_bytes_per_s))}/s (measured), which bounds llama.cpp")
     print(f"    a core multiplies {speed.multiply_adds_per_s / 1e6:.0f} M weights/s in Python, which bounds `builtin`")
-    for model in search_models(command.environ, command.directories):
+    for model in search_models(command.environ, command.directories, command.config):
         print(f"    {display_name(model.model_id)}: {describe_estimates(model, speed)}")
     return 0
 
