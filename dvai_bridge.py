@@ -532,6 +532,8 @@ class OptionalPackage:
     is_used: bool = False
 
 
+LLAMA_INSTALL_COMMAND = "pip install 'llama-cpp-python>=0.3.36'"
+
 OPTIONAL_PACKAGES = (
     OptionalPackage(
         module="llama_cpp",
@@ -3829,6 +3831,378 @@ def _commonest_type(tensors: Mapping[str, TensorInfo]) -> str:
     return elements.most_common(1)[0][0].name if elements else "none"
 
 
+# ---- Grammar --------------------------------------------------------------------------
+# JSON schemas as grammars in llama.cpp's notation (GBNF), which make a model write what the schema describes. Pure.
+
+GRAMMAR_LIMIT_BYTES = 64 * KIB  # of a grammar: llama.cpp expands each rule several times
+SCHEMA_LEVELS_LIMIT = 32  # of schemas within schemas
+GRAMMAR_RULES_LIMIT = 2000  # schemas whose references multiply
+REPETITIONS_LIMIT = 2000  # of minLength, maxLength, minItems, maxItems: llama.cpp takes no more
+INTEGER_DIGITS_LIMIT = 16  # of numbers, which the schema does not bound: endless digits
+
+_GRAMMAR_RULES: Mapping[str, str] = {
+    "ws": r'| " " | "\n" [ \t]{0,20}',
+    "hex": "[0-9a-fA-F]",
+    # Not the halves of a surrogate pair, which count as two characters or are none.
+    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cefA-CEF] hex{3} | [dD] [0-7] hex{2}))',
+    "string": r'"\"" char* "\""',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "number": 'integer ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "value": "object | array | string | number | boolean | null",
+    "object": '"{" ws (string ":" ws value ("," ws string ":" ws value)* ws)? "}"',
+    "array": '"[" ws (value ("," ws value)* ws)? "]"',
+    "date": '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | "1" [0-9] | "2" [0-8])',
+    "clock": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]',
+    "time": 'clock ":" [0-5] [0-9] ("." [0-9]{3})? ("Z" | [-+] clock)',
+    "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
+}
+_STRING_FORMATS: Mapping[str, str] = {
+    "date": r'"\"" date "\""',
+    "time": r'"\"" time "\""',
+    "date-time": r'"\"" date "T" time "\""',
+    "uuid": r'"\"" uuid "\""',
+}
+# Keywords that describe without restricting.
+_SCHEMA_ANNOTATIONS = frozenset(
+    (
+        *(
+            "title",
+            "description",
+            "default",
+            "examples",
+            "example",
+            "$schema",
+            "$id",
+            "$comment",
+            "$defs",
+            "definitions",
+        ),
+        *("deprecated", "readOnly", "writeOnly", "discriminator", "nullable", "strict"),
+    )
+)
+_SCHEMA_KEYWORDS: Mapping[str, frozenset[str]] = {
+    "object": frozenset({"properties", "required", "additionalProperties"}),
+    "array": frozenset({"items", "minItems", "maxItems"}),
+    "string": frozenset({"minLength", "maxLength", "format"}),
+    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
+    "number": frozenset(),
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+_ALL_SCHEMA_KEYWORDS = frozenset().union(*_SCHEMA_KEYWORDS.values())
+
+
+def build_json_grammar(schema: Any = True) -> str:
+    """A grammar of the JSON texts that a schema allows; by default of any JSON object.
+
+    Properties come in the schema's order, and only those it names, unless `additionalProperties` says what others
+    may be. `oneOf` is taken as `anyOf`. ValueError says what of the schema cannot be expressed.
+    """
+    return _GrammarBuilder(schema).build()
+
+
+def quote_grammar_text(text: str) -> str:
+    """A text as a literal of a grammar."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(escapes.get(char, char if char.isprintable() else _escape_char(char)) for char in text) + '"'
+
+
+def _escape_char(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02X}" if code < 0x80 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+def _quote_json(value: Any) -> str:
+    """A literal of the JSON text of a value."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        text = json.dumps(value, separators=(",", ":"))
+    return quote_grammar_text(text)
+
+
+def build_integer_pattern(low: int | None, high: int | None) -> str:
+    """Grammar alternatives of the integers from `low` to `high`, without leading zeros; None: INTEGER_DIGITS_LIMIT."""
+    greatest = 10**INTEGER_DIGITS_LIMIT - 1
+    low, high = -greatest if low is None else low, greatest if high is None else high
+    if not all(-greatest <= bound <= greatest for bound in (low, high)):
+        raise ValueError(f"integers may have at most {INTEGER_DIGITS_LIMIT} digits")
+    if low > high:
+        raise ValueError("there is no integer between its minimum and its maximum")
+    parts = []
+    if low < 0:
+        parts.append(f'"-" ({" | ".join(_list_digit_patterns(max(1, -high), -low))})')
+    if high >= 0:
+        parts += _list_digit_patterns(max(0, low), high)
+    return " | ".join(parts)
+
+
+def _list_digit_patterns(low: int, high: int) -> list[str]:
+    """Patterns of the numbers from `low` to `high`, both at least 0, length by length."""
+    patterns = []
+    for length in range(len(str(low)), len(str(high)) + 1):
+        least, greatest = (10 ** (length - 1) if length > 1 else 0), 10**length - 1
+        patterns += _list_range_patterns(str(max(low, least)), str(min(high, greatest)))
+    return patterns
+
+
+def _list_range_patterns(low: str, high: str) -> list[str]:
+    """Patterns of the digit strings from `low` to `high`, which are of the same length."""
+    rest = len(low) - 1
+    if rest < 0:
+        return [""]
+    if set(low[1:]) <= {"0"} and set(high[1:]) <= {"9"}:
+        digits = f'"{low[0]}"' if low[0] == high[0] else f"[{low[0]}-{high[0]}]"
+        return [digits + (f" [0-9]{{{rest}}}" if rest else "")]
+    if low[0] == high[0]:
+        return [f'"{low[0]}" {tail}' for tail in _list_range_patterns(low[1:], high[1:])]
+    first, last = int(low[0]), int(high[0])
+    patterns = []
+    if set(low[1:]) > {"0"} or low[1:].strip("0"):
+        patterns += [f'"{first}" {tail}' for tail in _list_range_patterns(low[1:], "9" * rest)]
+        first += 1
+    tails = []
+    if high[1:].strip("9"):
+        tails = [f'"{last}" {tail}' for tail in _list_range_patterns("0" * rest, high[1:])]
+        last -= 1
+    if first <= last:
+        patterns += _list_range_patterns(str(first) + "0" * rest, str(last) + "9" * rest)
+    return patterns + tails
+
+
+class _GrammarBuilder:
+    """The rules of one schema. Its own are named `r1`, `r2`, …; of _GRAMMAR_RULES those that it needs are added."""
+
+    def __init__(self, schema: Any) -> None:
+        self._schema = {"type": "object"} if schema is True else schema
+        self._rules: dict[str, str] = {}
+        self._references: dict[str, str] = {}
+
+    def build(self) -> str:
+        root = self._visit(self._schema, 0)
+        lines = [f"root ::= {root}", *(f"{name} ::= {body}" for name, body in self._rules.items())]
+        grammar = "\n".join(lines + self._list_common("\n".join(lines)))
+        if len(grammar.encode("utf-8", "surrogatepass")) > GRAMMAR_LIMIT_BYTES:
+            raise ValueError("it is too large")
+        return grammar
+
+    @staticmethod
+    def _list_common(text: str) -> list[str]:
+        """The common rules that a grammar's own ones need."""
+        needed, unseen = dict[str, None](), [text]
+        while unseen:
+            words = re.findall(r"[a-z]+", re.sub(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]', " ", unseen.pop()))
+            for name in words:
+                if name in _GRAMMAR_RULES and name not in needed:
+                    needed[name] = None
+                    unseen.append(_GRAMMAR_RULES[name])
+        return [f"{name} ::= {_GRAMMAR_RULES[name]}" for name in needed]
+
+    def _add(self, body: str) -> str:
+        """The name of a rule with this body."""
+        if len(self._rules) >= GRAMMAR_RULES_LIMIT:
+            raise ValueError("it is too large")
+        name = f"r{len(self._rules) + 1}"
+        self._rules[name] = body
+        return name
+
+    def _visit(self, schema: Any, level: int) -> str:
+        """The name of a rule for a schema, or an expression in parentheses."""
+        if level > SCHEMA_LEVELS_LIMIT:
+            raise ValueError(f"it is nested more than {SCHEMA_LEVELS_LIMIT} times")
+        if schema is True:
+            return "value"
+        if not isinstance(schema, dict):
+            raise ValueError("a schema must be an object")
+        active = {key: value for key, value in schema.items() if key not in _SCHEMA_ANNOTATIONS}
+        if not active:
+            return "value"
+        if "$ref" in active:
+            return self._visit_reference(active, level)
+        if "allOf" in active:
+            return self._visit(self._merge(active), level + 1)
+        for key in ("anyOf", "oneOf"):
+            if key in active:
+                return self._visit_any(active, key, level)
+        if "enum" in active or "const" in active:
+            return self._visit_enum(active)
+        return self._visit_types(active, level)
+
+    def _visit_reference(self, schema: Mapping[str, Any], level: int) -> str:
+        reference = schema["$ref"]
+        if len(schema) > 1 or not isinstance(reference, str) or not reference.startswith("#"):
+            raise ValueError("'$ref' must stand alone and begin with '#'")
+        if reference not in self._references:
+            self._references[reference] = name = self._add("")
+            self._rules[name] = self._visit(self._resolve(reference), level + 1)
+        return self._references[reference]
+
+    def _resolve(self, reference: str) -> Any:
+        """The schema that a JSON pointer (RFC 6901) leads to."""
+        found = self._schema
+        for part in reference[1:].split("/")[1:]:
+            key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, dict) or key not in found:
+                raise ValueError("a '$ref' leads nowhere")
+            found = found[key]
+        return found
+
+    def _merge(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts of an `allOf`, and what stands beside it, as one schema; where they say different things, no."""
+        merged: dict[str, Any] = {}
+        parts = self._read_list(schema, "allOf")
+        for part in [*parts, {key: value for key, value in schema.items() if key != "allOf"}]:
+            if isinstance(part, dict) and set(part) == {"$ref"} and isinstance(part["$ref"], str):
+                part = self._resolve(part["$ref"])
+            if not isinstance(part, dict):
+                raise ValueError("a schema must be an object")
+            for key, value in part.items():
+                if key == "properties" and isinstance(value, dict):
+                    merged[key] = {**merged.get(key, {}), **value}
+                elif key == "required" and isinstance(value, list):
+                    merged[key] = [*merged.get(key, []), *value]
+                elif key not in _SCHEMA_ANNOTATIONS and merged.setdefault(key, value) != value:
+                    raise ValueError(f"the parts of an 'allOf' differ in '{display_name(key)}'")
+        return merged
+
+    def _visit_any(self, schema: Mapping[str, Any], key: str, level: int) -> str:
+        shared = {name: value for name, value in schema.items() if name != key}
+        options = []
+        for option_schema in self._read_list(schema, key):
+            if shared and (not isinstance(option_schema, dict) or set(shared) & set(option_schema) - {"type"}):
+                raise ValueError(f"what stands beside '{key}' also stands in it")
+            options.append(self._visit({**shared, **option_schema} if shared else option_schema, level + 1))
+        return self._add(" | ".join(options))
+
+    def _visit_enum(self, schema: Mapping[str, Any]) -> str:
+        self._verify_keywords(schema, frozenset({"enum", "const"}))
+        values = [schema["const"]] if "const" in schema else self._read_list(schema, "enum")
+        return self._add(" | ".join(map(_quote_json, values)))
+
+    def _visit_types(self, schema: Mapping[str, Any], level: int) -> str:
+        types = schema.get("type")
+        if types is None:
+            self._verify_keywords(schema, _ALL_SCHEMA_KEYWORDS)
+            types = next(name for name, keywords in _SCHEMA_KEYWORDS.items() if keywords & set(schema))
+        names = types if isinstance(types, list) else [types]
+        if not names or not all(isinstance(name, str) and name in _SCHEMA_KEYWORDS for name in names):
+            raise ValueError(f"'type' must be one of {', '.join(_SCHEMA_KEYWORDS)}, or an array of them")
+        self._verify_keywords(schema, frozenset().union(*(_SCHEMA_KEYWORDS[name] for name in names)))
+        visits = {"object": self._visit_object, "array": self._visit_array}
+        rules = [visits[name](schema, level) if name in visits else self._visit_plain(name, schema) for name in names]
+        return rules[0] if len(rules) == 1 else self._add(" | ".join(rules))
+
+    def _visit_plain(self, name: str, schema: Mapping[str, Any]) -> str:
+        if name == "string":
+            return self._visit_string(schema)
+        if name == "integer" and _SCHEMA_KEYWORDS["integer"] & set(schema):
+            return self._visit_integer(schema)
+        return name
+
+    def _visit_string(self, schema: Mapping[str, Any]) -> str:
+        written = _STRING_FORMATS.get(schema.get("format", ""))
+        repeated = self._read_repetitions(schema, "minLength", "maxLength")
+        if written is not None:
+            if repeated != "*":
+                raise ValueError("a 'format' cannot be combined with a length")
+            return self._add(written)
+        return "string" if repeated == "*" else self._add(rf'"\"" char{repeated} "\""')
+
+    def _visit_integer(self, schema: Mapping[str, Any]) -> str:
+        low, high = self._read_bound(schema, "minimum"), self._read_bound(schema, "maximum")
+        above, below = self._read_bound(schema, "exclusiveMinimum"), self._read_bound(schema, "exclusiveMaximum")
+        if above is not None:
+            low = max(above + 1, above + 1 if low is None else low)
+        if below is not None:
+            high = min(below - 1, below - 1 if high is None else high)
+        return self._add(build_integer_pattern(low, high))
+
+    def _visit_object(self, schema: Mapping[str, Any], level: int) -> str:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        extra = schema.get("additionalProperties", not properties)
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise ValueError("'properties' must be an object and 'required' an array")
+        missing = [name for name in required if name not in properties]
+        if missing and extra is False:
+            raise ValueError("a property is required and not described")
+        members = [
+            (self._add(f'{_quote_json(name)} ":" ws {self._visit(value, level + 1)}'), name in required)
+            for name, value in (properties | dict.fromkeys(missing, extra)).items()
+        ]
+        if not members and extra is True:
+            return "object"
+        return self._add(self._chain_members(members, extra, level))
+
+    def _chain_members(self, members: Sequence[tuple[str, bool]], extra: Any, level: int) -> str:
+        """An object of members (rule, whether it is required) in their order; rules from the last one to the first.
+
+        `after`: what may follow when a member is there already; `first`: what may follow the opening brace.
+        """
+        first, after = '"}"', 'ws "}"'
+        if extra is not False:
+            member = self._add(f'string ":" ws {self._visit(extra, level + 1)}')
+            after = self._add(f'("," ws {member})* ws "}}"')
+            first = self._add(f'{member} {after} | "}}"')
+        for rule, is_required in reversed(members):
+            if is_required:
+                first, after = f"{rule} {after}", f'"," ws {rule} {after}'
+            else:
+                first, after = f"{rule} {after} | {first}", f'"," ws {rule} {after} | {after}'
+            first, after = self._add(first), self._add(after)
+        return f'"{{" ws {first}'
+
+    def _visit_array(self, schema: Mapping[str, Any], level: int) -> str:
+        item = self._visit(schema.get("items", True), level + 1)
+        least, most = self._read_count(schema, "minItems"), self._read_count(schema, "maxItems")
+        if most is not None and most < (least or 0):
+            raise ValueError("'maxItems' is less than 'minItems'")
+        if most == 0:
+            return self._add('"[" ws "]"')
+        more = f"{{{max((least or 1) - 1, 0)},{'' if most is None else most - 1}}}"
+        filled = f'{item} ("," ws {item}){more} ws'
+        return self._add(f'"[" ws {filled} "]"' if least else f'"[" ws ({filled})? "]"')
+
+    # Reading keywords
+
+    @staticmethod
+    def _verify_keywords(schema: Mapping[str, Any], known: frozenset[str]) -> None:
+        for key in schema:
+            if key not in known and key != "type":
+                reason = "does not belong to its type" if key in _ALL_SCHEMA_KEYWORDS else "is not supported"
+                raise ValueError(f"'{display_name(key)}' {reason}")
+
+    @staticmethod
+    def _read_list(schema: Mapping[str, Any], key: str) -> list[Any]:
+        value = schema[key]
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"'{key}' must be an array that is not empty")
+        return value
+
+    @staticmethod
+    def _read_bound(schema: Mapping[str, Any], key: str) -> int | None:
+        value = schema.get(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise ValueError(f"'{key}' must be an integer")
+
+    def _read_count(self, schema: Mapping[str, Any], key: str) -> int | None:
+        count = self._read_bound(schema, key)
+        if count is not None and not 0 <= count <= REPETITIONS_LIMIT:
+            raise ValueError(f"'{key}' must be from 0 to {REPETITIONS_LIMIT}")
+        return count
+
+    def _read_repetitions(self, schema: Mapping[str, Any], low: str, high: str) -> str:
+        least, most = self._read_count(schema, low) or 0, self._read_count(schema, high)
+        if most is None:
+            return f"{{{least},}}" if least else "*"
+        if most < least:
+            raise ValueError(f"'{high}' is less than '{low}'")
+        return f"{{{least},{most}}}"
+
+
 # ---- OpenAI API -----------------------------------------------------------------------
 # Request bodies in, typed and ranged values out; answers and chunks built from engine events. Pure.
 
@@ -3880,7 +4254,8 @@ class GenerationRequest:
 
     `max_tokens` None: until the model stops or the context is full. `stop`: up to 4 texts that end the
     generation and never appear. `top_logprobs` None: no log probabilities; k ≥ 0: those of each token and
-    of its k best alternatives. `tenant`: whose prompt cache may be used.
+    of its k best alternatives. `grammar`: in GBNF, what the whole answer must be like. `tenant`: whose prompt
+    cache may be used.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -3889,6 +4264,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     top_logprobs: int | None = None
+    grammar: str | None = None
     tenant: str = ""
 
 
@@ -4005,8 +4381,8 @@ ENGINE_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     "t_max_predict_ms": (0,),
     "lora": ([],),
 }
-LLAMA_PARAMETERS = frozenset({"tools", "tool_choice", "functions", "function_call", "response_format", "grammar"})
 SAMPLING_FEATURES = frozenset({"logprobs", "logit_bias"})  # what every engine that samples by itself can do
+GRAMMAR_FEATURES = frozenset({"response_format", "json_schema", "grammar"})
 
 
 def as_integer(value: Any) -> int | None:
@@ -4081,8 +4457,8 @@ def verify_features(fields: RequestFields, features: frozenset[str]) -> None:
     for name, neutral in ENGINE_PARAMETERS.items():
         if name in features or name not in fields.values or fields.values[name] in neutral:
             continue
-        if name in LLAMA_PARAMETERS:
-            raise fields.refusal(name, "needs the llama.cpp engine, which this version does not have yet")
+        if name in GRAMMAR_FEATURES:
+            raise fields.refusal(name, f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
         raise fields.refusal(name, "is not supported by the active engine")
 
 
@@ -4123,7 +4499,7 @@ def parse_message(value: Any, path: str) -> ChatMessage:
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise fields.refusal("role", "must be system, developer, user, assistant or tool")
     if fields.values.get("tool_calls") or fields.values.get("function_call"):
-        raise fields.refusal("tool_calls", "needs the llama.cpp engine, which this version does not have yet")
+        raise fields.refusal("tool_calls", "is not supported by this version")
     if role == "assistant" and "content" not in fields.values:
         return ChatMessage(role=role, content="")
     return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
@@ -4185,6 +4561,39 @@ def parse_max_tokens(fields: RequestFields, low: int, default: int | None) -> in
     return default
 
 
+def parse_grammar(fields: RequestFields) -> str | None:
+    """The grammar that `response_format`, `json_schema` or `grammar` ask for."""
+    given = [name for name in ("response_format", "json_schema", "grammar") if fields.values.get(name)]
+    if fields.values.get("response_format") == {"type": "text"}:
+        given.remove("response_format")
+    if not given:
+        return None
+    if len(given) > 1:
+        raise fields.refusal(given[1], f"cannot be combined with '{given[0]}'")
+    if given == ["grammar"]:
+        return fields.text("grammar", GRAMMAR_LIMIT_BYTES)
+    schema: Any = fields.values.get("json_schema")
+    if given == ["response_format"]:
+        schema = parse_response_format(RequestFields(fields.values["response_format"], "response_format"))
+    try:
+        return build_json_grammar(schema)
+    except ValueError as exc:
+        raise fields.refusal(given[0], f"has a schema that cannot be followed: {exc}") from exc
+
+
+def parse_response_format(fields: RequestFields) -> Any:
+    """The schema of OpenAI's `response_format`; True: any object. `json_object` may have one, as in llama-server."""
+    kind = fields.text("type")
+    if kind == "json_object":
+        return fields.values.get("schema", True)
+    if kind != "json_schema":
+        raise fields.refusal("type", "must be text, json_object or json_schema")
+    described = RequestFields(fields.values.get("json_schema", {}), fields.locate("json_schema"))
+    if "schema" not in described.values:
+        raise described.refusal("schema", "is required")
+    return described.values["schema"]
+
+
 def parse_stream(fields: RequestFields) -> tuple[bool, bool]:
     """(`stream`, `stream_options.include_usage`)."""
     stream = fields.flag("stream")
@@ -4223,6 +4632,7 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
         stop=parse_stop(fields),
         sampling=parse_sampling(fields),
         top_logprobs=parse_chat_logprobs(fields),
+        grammar=parse_grammar(fields),
         tenant=tenant,
     )
     generations = build_choices(generation, fields.integer("n", 1, MAX_CHOICES, 1))
@@ -4315,6 +4725,7 @@ def parse_completion_request(body: Any, *, features: frozenset[str], tenant: str
         stop=parse_stop(fields),
         sampling=parse_sampling(fields),
         top_logprobs=fields.integer("logprobs", 0, MAX_TOP_LOGPROBS, None),
+        grammar=parse_grammar(fields),
         tenant=tenant,
     )
     generations = [choice for prompt in prompts for choice in build_choices(replace(generation, prompt=prompt), n)]
@@ -9327,6 +9738,7 @@ def encode_generation_request(request: GenerationRequest) -> dict[str, Any]:
         "stop": request.stop,
         "sampling": sampling | {"logit_bias": list(request.sampling.logit_bias.items())},
         "top_logprobs": request.top_logprobs,
+        "grammar": request.grammar,
         "tenant": request.tenant,
     }
 
@@ -9346,6 +9758,7 @@ def decode_generation_request(value: Mapping[str, Any]) -> GenerationRequest:
         stop=tuple(value["stop"]),
         sampling=SamplingParams(**sampling | {"logit_bias": dict(sampling["logit_bias"])}),
         top_logprobs=value["top_logprobs"],
+        grammar=value["grammar"],
         tenant=value["tenant"],
     )
 
@@ -12499,7 +12912,6 @@ def load_builtin_backend(
 # llama.cpp by llama-cpp-python's low-level calls: one context, many sequences, one batch a step.
 
 LLAMA_VERSION = (0, 3, 36)  # the first version of the package whose calls and structures these are
-LLAMA_INSTALL_COMMAND = "pip install 'llama-cpp-python>=0.3.36'"
 LLAMA_RPC_COMMAND = "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
@@ -12637,11 +13049,20 @@ class NativeLog:
             sys.stderr.flush()
 
 
+@record(frozen=True, kw_only=True, slots=True)
+class NativeSampler:
+    """What draws the tokens of one sequence: a chain of samplers, and a grammar that it has to keep to, or None."""
+
+    chain: Any
+    grammar: Any
+
+
 class NativeContext:
     """A model and one context of it in llama.cpp: all computing goes through here.
 
     Sequences are numbered from 0. A row of a batch is a token, its position, its sequence, and whether the logits
-    after it are wanted; they can be read by the row's number until the next batch.
+    after it are wanted; they can be read by the row's number until the next batch. `silent_tokens`: those that show
+    nothing and end nothing, which llama.cpp's grammars would take for their spelling.
     """
 
     def __init__(self, llama: Any, model: Any, context: Any, batch_size: int, log: NativeLog) -> None:
@@ -12650,6 +13071,7 @@ class NativeContext:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocabulary)
         self.size_bytes: int = llama.llama_model_size(model)
         self._llama, self._model, self._context = llama, model, context
+        self.silent_tokens: frozenset[int] = frozenset()
         self._log = log
         self._memory = llama.llama_get_memory(context)
         self._batch = llama.llama_batch_init(batch_size, 0, 1)
@@ -12680,12 +13102,44 @@ class NativeContext:
         finally:
             llama.llama_set_embeddings(self._context, False)
 
-    def sample(self, sampler: Any, row: int) -> int:
-        """Draw a token by a chain of samplers, which takes note of it."""
-        token: int = self._llama.llama_sampler_sample(sampler, self._context, row)
-        if not math.isfinite(self._llama.llama_get_logits_ith(self._context, row)[token]):
+    def sample(self, sampler: NativeSampler, row: int) -> int:
+        """Draw a token after a row, which the sampler takes note of. EngineError when there is none to draw."""
+        logits = self._llama.llama_get_logits_ith(self._context, row)
+        if sampler.grammar is None:
+            token: int = self._llama.llama_sampler_sample(sampler.chain, self._context, row)
+        else:
+            token = self._draw(sampler.chain, logits, None)
+            if token in self.silent_tokens or not self._is_allowed(
+                sampler.grammar, token
+            ):  # asking about all tokens takes a hundred times as long
+                token = self._draw(sampler.chain, logits, sampler.grammar)
+            self._llama.llama_sampler_accept(sampler.chain, token)
+            self._llama.llama_sampler_accept(sampler.grammar, token)
+        if not math.isfinite(logits[token]):
             raise EngineError("the model's output is not a number")
         return token
+
+    def _draw(self, chain: Any, logits: Any, grammar: Any) -> int:
+        """Draw one of all tokens, or of those that the grammar allows."""
+        llama, numpy = self._llama, self._numpy
+        data = numpy.zeros(self.n_vocab, dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        data["id"] = numpy.arange(self.n_vocab)
+        data["logit"] = numpy.ctypeslib.as_array(logits, shape=(self.n_vocab,))
+        array = llama.llama_token_data_array(data.ctypes.data_as(llama.llama_token_data_p), self.n_vocab, -1, False)
+        if grammar is not None:
+            data["logit"][list(self.silent_tokens)] = -math.inf
+            llama.llama_sampler_apply(grammar, array)
+            if not numpy.isfinite(data["logit"]).any():
+                raise EngineError("the grammar allows none of the model's tokens here")
+        llama.llama_sampler_apply(chain, array)
+        token: int = array.data[array.selected].id
+        return token
+
+    def _is_allowed(self, grammar: Any, token: int) -> bool:
+        llama = self._llama
+        data = (llama.llama_token_data * 1)((token, 1.0, 0.0))
+        llama.llama_sampler_apply(grammar, llama.llama_token_data_array(data, 1, -1, False))
+        return math.isfinite(data[0].logit)
 
     def compute_logprobs(self, row: int, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
         """As the function compute_logprobs, of the logits of a row."""
@@ -12708,9 +13162,20 @@ class NativeContext:
         """Make one sequence hold what another one does."""
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def build_sampler(self, params: SamplingParams, seed: int, prompt: Sequence[int]) -> Any:
-        """A chain that draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`."""
-        llama = self._llama
+    def build_sampler(
+        self, params: SamplingParams, seed: int, prompt: Sequence[int], grammar: str | None = None
+    ) -> NativeSampler:
+        """What draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`.
+
+        InvalidRequestError for a grammar that llama.cpp does not understand.
+        """
+        llama, allowed = self._llama, None
+        if grammar is not None:
+            text = grammar.encode("utf-8", "replace")
+            if b"\0" not in text:  # where C ends a text
+                allowed = llama.llama_sampler_init_grammar(self.vocabulary, text, b"root")
+            if not allowed:
+                raise InvalidRequestError("llama.cpp does not understand the grammar", param="grammar")
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         stages = []
         if params.logit_bias:
@@ -12733,10 +13198,12 @@ class NativeContext:
             llama.llama_sampler_chain_add(chain, stage)
         for token in prompt[-PENALTY_WINDOW_TOKENS:]:
             llama.llama_sampler_accept(chain, token)
-        return chain
+        return NativeSampler(chain=chain, grammar=allowed)
 
-    def free_sampler(self, sampler: Any) -> None:
-        self._llama.llama_sampler_free(sampler)
+    def free_sampler(self, sampler: NativeSampler) -> None:
+        self._llama.llama_sampler_free(sampler.chain)
+        if sampler.grammar is not None:
+            self._llama.llama_sampler_free(sampler.grammar)
 
     def close(self) -> None:
         """Free everything; nothing else may be called afterwards."""
@@ -12821,6 +13288,10 @@ class NativeTokenizer(Tokenizer):
                 for token, kind in enumerate(kinds)
                 if (kind is not TokenKind.NORMAL or token == eos_id) and llama.llama_vocab_is_eog(vocabulary, token)
             ),
+        )
+        hidden = (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.UNUSED)
+        self.silent_ids = frozenset(
+            token for token, kind in enumerate(kinds) if kind in hidden and token not in special.end_ids
         )
         spellings = {text: token for token, text in enumerate(tokens) if text}
         super().__init__(tokens, spellings, kinds, self._native, special)
@@ -12922,7 +13393,9 @@ def count_common(one: Sequence[int], other: Sequence[int]) -> int:
 class LlamaGeneration:
     """One sequence: it waits for its slot, then its prompt is read slice by slice, then it writes a token a step."""
 
-    def __init__(self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: Any) -> None:
+    def __init__(
+        self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: NativeSampler
+    ) -> None:
         self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
         self.slot: Slot | None = None
         self.next: int | None = None  # drawn, not computed yet
@@ -13033,7 +13506,7 @@ class LlamaBackend:
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         seed = self._model.draw_seed() if sampling.seed is None else sampling.seed
         writer = AnswerWriter(request, prompt, self._model.encoder, self._model.clock)
-        sampler = self._context.build_sampler(sampling, seed, prompt)
+        sampler = self._context.build_sampler(sampling, seed, prompt, request.grammar)
         self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler)
 
     def cancel(self, job_id: int) -> None:
@@ -13192,10 +13665,12 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
     context = open_native_context(llama, source, load, n_ctx, on_progress)
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
+        tokenizer = NativeTokenizer(llama, context.vocabulary, tokens)
+        context.silent_tokens = tokenizer.silent_ids
         model = LlamaModel(
             context=context,
             encoder=PromptEncoder(
-                tokenizer=NativeTokenizer(llama, context.vocabulary, tokens),
+                tokenizer=tokenizer,
                 template=template,
                 n_ctx=n_ctx,
                 token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
@@ -13215,6 +13690,7 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
             size_bytes=context.size_bytes,
             slots=load.slots,
             engine="llama",
+            features=SAMPLING_FEATURES | GRAMMAR_FEATURES,
         )
         backend = LlamaBackend(info, model)
         warm_up(backend, model)
@@ -13507,6 +13983,7 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
 # ---- Registry -------------------------------------------------------------------------
 # Which models and engines this machine has, which fit, and which is best.
 
+LLAMA_PARAMS_PER_S = 8e9  # of quantised ones, by llama.cpp on a processor
 TOLERABLE_TOK_PER_S = 2.0  # slower than people read aloud: not to be chosen unasked
 
 OLLAMA_MANIFEST_LIMIT_BYTES = MIB  # a manifest is a few hundred bytes
@@ -13541,7 +14018,8 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    built-in engine cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can see.
+    engine in question cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can
+    see.
     """
 
     model_id: str
@@ -13742,7 +14220,13 @@ def _verify_tokenizer_kind(metadata: Mapping[str, Any]) -> None:
         _choose_pre_tokenizer(metadata)
 
 
-def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo | None) -> FoundModel:
+# Why an engine cannot serve a file; None if it can.
+ExplainObstacle = Callable[["GgufFile | GgufHeader", "MemoryInfo | None"], "str | None"]
+
+
+def _describe_candidate(
+    candidate: _Candidate, source: str, memory: MemoryInfo | None, explain: ExplainObstacle
+) -> FoundModel:
     first, is_split = candidate.files[0], candidate.part_count > 1
     found = FoundModel(
         model_id=candidate.model_id,
@@ -13769,7 +14253,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
                 n_params=None if is_split else summary.parameter_count,
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
-                obstacle=explain_obstacle(gguf, memory),
+                obstacle=explain(gguf, memory),
                 is_whole=summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors),
             )
     except ModelFileError as exc:
@@ -13777,11 +14261,14 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
 
 
 def find_models(
-    places: Sequence[ModelPlace], limits: ScanLimits | None = None, memory: MemoryInfo | None = None
+    places: Sequence[ModelPlace],
+    limits: ScanLimits | None = None,
+    memory: MemoryInfo | None = None,
+    explain: ExplainObstacle = explain_obstacle,
 ) -> list[FoundModel]:
     """The models in these places, in their order, each file once. Blocks for the disk: not for an event loop.
 
-    `memory` None: whether they fit is not judged.
+    `memory` None: whether they fit is not judged. `explain`: the engine's judgement, else the built-in one's.
     """
     scan = _Scan(limits or ScanLimits())
     found: list[FoundModel] = []
@@ -13795,7 +14282,7 @@ def find_models(
                 continue
             scan.seen_models.add(candidate.files[0].identity)
             scan.headers_left -= 1
-            found.append(_describe_candidate(candidate, place.source, memory))
+            found.append(_describe_candidate(candidate, place.source, memory, explain))
     return found
 
 
@@ -13848,12 +14335,19 @@ def rank_model(model: FoundModel) -> tuple[bool, bool, int, int]:
     return model.has_chat_template, is_named_chat, model.n_params or 0, model.size_bytes
 
 
-def choose_best_model(
-    found: Sequence[FoundModel], tok_per_s: Callable[[int], float] = estimate_builtin_tok_per_s
-) -> ModelChoice:
-    """The most capable model that the built-in engine serves at a tolerable speed.
+def estimate_llama_tok_per_s(n_params: int) -> float:
+    """Decode speed to expect of llama.cpp on a processor with ordinary memory: each parameter is read once a token."""
+    return LLAMA_PARAMS_PER_S / max(n_params, 1)
 
-    `tok_per_s`: the speed to expect, by the number of parameters.
+
+def choose_best_model(
+    found: Sequence[FoundModel],
+    tok_per_s: Callable[[int], float] = estimate_builtin_tok_per_s,
+    engine: str = "the built-in engine",
+) -> ModelChoice:
+    """The most capable model that an engine serves at a tolerable speed.
+
+    `tok_per_s`: the speed to expect, by the number of parameters. `engine`: its name for people.
     """
     if not found:
         return ModelChoice(model=None, reason="no model was found: put a GGUF file into ./models")
@@ -13862,7 +14356,7 @@ def choose_best_model(
         nearest = min(found, key=lambda model: model.size_bytes)
         return ModelChoice(
             model=None,
-            reason=f"the built-in engine can serve none of the {len(found)} models found; "
+            reason=f"{engine} can serve none of the {len(found)} models found; "
             f"the smallest, {display_name(nearest.model_id)}: {nearest.obstacle}",
         )
     tolerable = [(model, speed) for model, speed in able if speed >= TOLERABLE_TOK_PER_S]
@@ -13874,7 +14368,7 @@ def choose_best_model(
     kind = "chat model" if model.has_chat_template else "model (none has a chat template)"
     return ModelChoice(
         model=model,
-        reason=f"{describe_model(model)}: the most capable {kind} of {len(tolerable)} that the built-in engine serves "
+        reason=f"{describe_model(model)}: the most capable {kind} of {len(tolerable)} that {engine} serves "
         f"at {TOLERABLE_TOK_PER_S:.0f} tokens a second or more (expected: {speed:.{1 if speed < 10 else 0}f})",
     )
 
@@ -21306,9 +21800,15 @@ def list_model_places(environ: Mapping[str, str], directories: Directories) -> l
     return choose_model_places(environ, home, Path.cwd(), directories.cache, platform=sys.platform)
 
 
-def search_models(environ: Mapping[str, str], directories: Directories) -> list[FoundModel]:
-    """The models on this machine, each judged by the memory that is free now."""
-    return find_models(list_model_places(environ, directories), memory=probe_free_memory())
+def has_llama_engine(config: Config) -> bool:
+    """Whether llama.cpp is there and may be used."""
+    return config.engine != "builtin" and is_package_installed("llama_cpp")
+
+
+def search_models(environ: Mapping[str, str], directories: Directories, config: Config) -> list[FoundModel]:
+    """The models on this machine, each judged by the engine that would serve it and the memory that is free now."""
+    explain = explain_llama_obstacle if has_llama_engine(config) else explain_obstacle
+    return find_models(list_model_places(environ, directories), memory=probe_free_memory(), explain=explain)
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
@@ -21316,7 +21816,7 @@ def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -
 
     Raises UsageError when the model that was named is not there.
     """
-    return _choose_named(config.models[0] if config.models else None, config.alias, search)
+    return _choose_named(config, config.models[0] if config.models else None, search)
 
 
 def choose_servings(
@@ -21333,7 +21833,7 @@ def choose_servings(
         raise UsageError("--alias names one --model; where there are several, each goes by the name of its file")
     servings: list[Serving] = []
     for named in names:
-        serving = _choose_named(named, config.alias, search)
+        serving = _choose_named(config, named, search)
         if any(is_same_model(serving.model_id, each.model_id) for each in servings):
             raise UsageError(f"--model {named}: there is another model called {serving.model_id}; rename one of them")
         servings.append(serving)
@@ -21359,13 +21859,15 @@ def list_models_directory(directory: str) -> list[FoundModel]:
     return [model for model in found if model.is_whole][:MODELS_LIMIT]
 
 
-def _choose_named(named: str | None, alias: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
-    """What one `--model` means."""
+def _choose_named(config: Config, named: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
+    """What one `--model` means, under the config's alias."""
+    alias = config.alias
     if named in (None, "builtin"):
         return _serve_demonstration(alias, "" if named else "no --model was named")
     assert named is not None
     if named == "auto":
-        choice = choose_best_model(search())
+        engine = (estimate_llama_tok_per_s, "llama.cpp") if has_llama_engine(config) else ()
+        choice = choose_best_model(search(), *engine)
         if choice.model is None:
             return _serve_demonstration(alias, choice.reason)
         return _serve_file(alias or choice.model.model_id, choice.model.path, choice.reason)
@@ -21411,9 +21913,8 @@ def choose_engine(config: Config, serving: Serving) -> EngineChoice:
 
     Raises UsageError when the llama engine is asked for and not there.
     """
-    has_llama = is_package_installed("llama_cpp")
     if config.engine == "llama":
-        if not has_llama:
+        if not has_llama_engine(config):
             raise UsageError(f"--engine llama needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}")
         if serving.path is None:
             raise UsageError("--engine llama needs a model: name a GGUF file with --model")
@@ -21422,7 +21923,7 @@ def choose_engine(config: Config, serving: Serving) -> EngineChoice:
         return EngineChoice(engine="builtin", reason="as --engine says")
     if serving.path is None:
         return EngineChoice(engine="builtin", reason="which the demonstration model needs nothing more than")
-    if not has_llama:
+    if not has_llama_engine(config):
         reason = f"llama.cpp is faster, but llama-cpp-python is not installed: {LLAMA_INSTALL_COMMAND}"
         return EngineChoice(engine="builtin", reason=reason)
     try:
@@ -21617,7 +22118,7 @@ class ModelHost:
             (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
         )
         if local is None:
-            serving = await asyncio.to_thread(_choose_named, model, None, search)
+            serving = await asyncio.to_thread(_choose_named, replace(self._config, alias=None), model, search)
             local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
         self._pool.resume(local.engine)
         local.engine.on_progress = on_progress
@@ -22432,7 +22933,7 @@ class DVAI:
             self.host.drop()
 
     def _search_models(self) -> list[FoundModel]:
-        return search_models(self._environ, self.directories)
+        return search_models(self._environ, self.directories, self.config)
 
     async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
@@ -23117,7 +23618,8 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     print(f"try it:  curl {bridge.base_url}/chat/completions -H 'Content-Type: application/json' -d '{question}'")
     sys.stdout.flush()
     models, engines = await asyncio.gather(
-        asyncio.to_thread(search_models, command.environ, bridge.directories), find_engines(command.environ)
+        asyncio.to_thread(search_models, command.environ, bridge.directories, command.config),
+        find_engines(command.environ),
     )
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
 
@@ -23136,7 +23638,7 @@ def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], p
 
 def run_models(command: Command) -> int:
     """`models`: what this machine could serve."""
-    models = search_models(command.environ, command.directories)
+    models = search_models(command.environ, command.directories, command.config)
     engines = asyncio.run(find_engines(command.environ))
     if command.json:
         show_json(build_survey_json(models, engines, command.program))
@@ -23149,7 +23651,7 @@ def run_models(command: Command) -> int:
 def build_survey_json(
     models: Sequence[FoundModel], engines: Sequence[FoundEngine], program: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """The survey for scripts; `obstacle` null: the built-in engine can serve it with `command`."""
+    """The survey for scripts; `obstacle` null: `command` serves it."""
     demonstration = {"id": BUILTIN_MODEL_ID, "source": "built in", "obstacle": None, "command": f"{program} serve"}
     found = [
         {
@@ -23491,9 +23993,9 @@ async def probe_builtin_engine() -> Finding:
 
 def probe_survey(command: Command) -> list[Finding]:
     """How many models and engines there are."""
-    models = search_models(command.environ, command.directories)
+    models = search_models(command.environ, command.directories, command.config)
     able = [model for model in models if model.obstacle is None]
-    detail = f"{len(models)} found, {len(able)} of them for the built-in engine (`{command.program} models` lists them)"
+    detail = f"{len(models)} found, {len(able)} of them can be served (`{command.program} models` lists them)"
     engines = asyncio.run(find_engines(command.environ))
     return [
         Finding(subject="models", verdict="ok" if able else "note", detail=detail),
@@ -23572,7 +24074,7 @@ def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
     command = bring_hub_model(command)
     config = command.config
-    serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
+    serving = choose_serving(config, lambda: search_models(command.environ, command.directories, config))
     load = replace(build_load_request(config, serving), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
@@ -23617,7 +24119,7 @@ def run_assess(command: Command) -> int:
     print("That is a rule of thumb for models of 1 to 3 billion parameters, whatever the engine. For a certain model:")
     print(f"    memory copies {format_size(int(speed.memory_bytes_per_s))}/s (measured), which bounds llama.cpp")
     print(f"    a core multiplies {speed.multiply_adds_per_s / 1e6:.0f} M weights/s in Python, which bounds `builtin`")
-    for model in search_models(command.environ, command.directories):
+    for model in search_models(command.environ, command.directories, command.config):
         print(f"    {display_name(model.model_id)}: {describe_estimates(model, speed)}")
     return 0
 

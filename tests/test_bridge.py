@@ -1,6 +1,7 @@
 """What a bridge is built from, and a bridge inside a program of one's own."""
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import os
@@ -14,9 +15,13 @@ from dvai_bridge import (
     ModelFileError,
     UsageError,
     build_config,
+    build_load_request,
+    choose_engine,
     choose_serving,
     choose_servings,
     count_cores,
+    decode_load_request,
+    encode_load_request,
     list_models_directory,
     load_api_keys,
 )
@@ -56,6 +61,63 @@ def test_a_file_is_served_under_its_name_or_its_alias(tmp_path):
     serving = choose_serving(build_config(flags={"model": str(path)}), search_nothing)
     assert (serving.model_id, serving.path) == ("Some-Model-Q8_0", str(path))
     assert choose_serving(build_config(flags={"model": str(path), "alias": "x"}), search_nothing).model_id == "x"
+
+
+@pytest.fixture(params=["with llama.cpp", "without"])
+def has_llama(request, monkeypatch):
+    is_installed = request.param == "with llama.cpp"
+    monkeypatch.setattr("dvai_bridge.is_package_installed", lambda module: is_installed and module == "llama_cpp")
+    return is_installed
+
+
+def choose(path, **flags):
+    config = build_config(flags={"model": str(path)} | flags)
+    return config, choose_serving(config, search_nothing)
+
+
+def test_auto_takes_llama_cpp_where_it_can(has_llama, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(build_byte_model())
+    choice = choose_engine(*choose(tmp_path / "a.gguf"))
+    assert choice.engine == ("llama" if has_llama else "builtin")
+    assert ("is installed" if has_llama else "pip install 'llama-cpp-python") in choice.reason
+    assert choose_engine(*choose("builtin")).engine == "builtin"
+    (tmp_path / "no.gguf").write_bytes(build_byte_model({"general.type": "adapter"}))
+    assert choose_engine(*choose(tmp_path / "no.gguf")).engine == "builtin"
+
+
+def test_the_engine_that_is_named_is_taken_or_missed(has_llama, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(build_byte_model())
+    assert choose_engine(*choose(tmp_path / "a.gguf", engine="builtin")).engine == "builtin"
+    if has_llama:
+        assert choose_engine(*choose(tmp_path / "a.gguf", engine="llama")).engine == "llama"
+        with pytest.raises(UsageError, match="--model"):
+            choose_engine(*choose("builtin", engine="llama"))
+    else:
+        with pytest.raises(UsageError, match=r"pip install 'llama-cpp-python>=0\.3\.36'"):
+            choose_engine(*choose(tmp_path / "a.gguf", engine="llama"))
+
+
+def test_the_best_model_is_the_best_for_the_engine(has_llama, tmp_path):
+    large = found(tmp_path / "a.gguf")
+    large = dataclasses.replace(large, n_params=3_000_000_000)
+    large.path.write_bytes(b"")
+    serving = choose_serving(build_config(flags={"model": "auto"}), lambda: [large])
+    assert serving.path == (str(large.path) if has_llama else None)
+    builtin = build_config(flags={"model": "auto", "engine": "builtin"})
+    assert choose_serving(builtin, lambda: [large]).path is None
+
+
+def test_all_that_the_engine_needs_is_asked_for(has_llama, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(build_byte_model())
+    flags = {"n_gpu_layers": "7", "batch_size": "64", "flash_attn": "off", "rpc": "a:1, b:2", "ctx_size": "99"}
+    config, serving = choose(tmp_path / "a.gguf", **flags, threads="3", parallel="5")
+    load = build_load_request(config, serving, choose_engine(config, serving))
+    assert (load.n_gpu_layers, load.batch_size, load.flash_attn, load.rpc) == (7, 64, "off", ("a:1", "b:2"))
+    assert (load.n_ctx, load.threads, load.slots, load.model) == (99, 3, 5, serving.path)
+    assert decode_load_request(json.loads(json.dumps(encode_load_request(load)))) == load
+    environ = {"LLAMA_ARG_N_GPU_LAYERS": "3", "LLAMA_ARG_BATCH": "32", "LLAMA_ARG_FLASH_ATTN": "on"}
+    config = build_config(environ=environ | {"LLAMA_ARG_RPC": "c:3"})
+    assert (config.n_gpu_layers, config.batch_size, config.flash_attn, config.rpc) == (3, 32, "on", ("c:3",))
 
 
 def test_a_name_is_looked_up_among_what_was_found(tmp_path):

@@ -699,6 +699,33 @@ def test_the_openai_client_gets_choices_and_embeddings(client):
 
 
 @pytest.mark.llama
+def test_the_openai_client_gets_what_its_schema_describes(client):
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}, "count": {"type": "integer", "minimum": 1, "maximum": 5}},
+        "required": ["yes", "count"],
+        "additionalProperties": False,
+    }
+    asked = {
+        "model": "tiny-bytes",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "seed": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}},
+    }
+    choice = client.chat.completions.create(**asked).choices[0]
+    assert choice.finish_reason == "stop"
+    answer = json.loads(choice.message.content)
+    assert set(answer) == {"yes", "count"} and answer["count"] in range(1, 6)
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == choice.message.content
+    grammar = client.completions.create(model="tiny-bytes", prompt="x", extra_body={"grammar": 'root ::= "ok" | "no"'})
+    assert grammar.choices[0].text in ("ok", "no")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny-bytes", prompt="x", extra_body={"grammar": "root ::= missing"})
+    assert caught.value.param == "grammar"
+
+
+@pytest.mark.llama
 def test_a_prompt_that_is_too_long_is_a_400_with_both_numbers(bridge):
     status, _, body = bridge.request("POST", "/v1/completions", {"prompt": "x" * 600})
     error = json.loads(body)["error"]

@@ -9,6 +9,7 @@ import pytest
 
 from dvai_bridge import (
     CHAT_ROLE_DELTA,
+    GRAMMAR_FEATURES,
     MAX_CHOICES,
     MAX_EMBEDDING_INPUTS,
     SAMPLING_FEATURES,
@@ -321,6 +322,63 @@ def test_features_of_the_engine_decide():
     for name, value in (("logprobs", True), ("logit_bias", {"1": 1})):
         with pytest.raises(InvalidRequestError) as caught:
             parse_chat_request({"messages": HELLO, name: value}, features=frozenset())
+        assert caught.value.param == name
+
+
+SCHEMA = {"type": "boolean"}
+BOOLEAN = 'root ::= boolean\nboolean ::= "true" | "false"'
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "text"}, "grammar": "root ::= x"}, "root ::= x"),
+        ({"grammar": ""}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, BOOLEAN),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, BOOLEAN),
+        ({"json_schema": SCHEMA}, BOOLEAN),
+    ],
+)
+def test_a_grammar_comes_from_whatever_asks_for_one(fields, expected):
+    body = {"messages": HELLO, "n": 2} | fields
+    parsed = parse_chat_request(body, features=GRAMMAR_FEATURES)
+    assert [each.grammar for each in parsed.generations] == [expected] * 2
+    assert (
+        parse_completion_request({"prompt": "x"} | fields, features=GRAMMAR_FEATURES).generations[0].grammar == expected
+    )
+
+
+def test_a_json_object_is_any_object():
+    parsed = parse_chat_request(
+        {"messages": HELLO, "response_format": {"type": "json_object"}}, features=GRAMMAR_FEATURES
+    )
+    assert parsed.generations[0].grammar.startswith("root ::= object\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"response_format": "json"}, "response_format", "object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "required"),
+        ({"json_schema": {"type": "number", "multipleOf": 3}}, "json_schema", "multipleOf"),
+        ({"json_schema": SCHEMA, "grammar": "x"}, "grammar", "combined"),
+        ({"grammar": 5}, "grammar", "string"),
+        ({"grammar": "x" * 70_000}, "grammar", "65536"),
+    ],
+)
+def test_a_grammar_that_cannot_be_is_refused(fields, param, said):
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        parse_chat_request({"messages": HELLO} | fields, features=GRAMMAR_FEATURES)
+    assert caught.value.param == param
+
+
+def test_an_engine_without_grammars_names_the_one_that_has_them():
+    for name, value in (("grammar", "root ::= x"), ("response_format", {"type": "json_object"})):
+        with pytest.raises(InvalidRequestError, match="pip install") as caught:
+            parse_chat_request({"messages": HELLO, name: value}, features=SAMPLING_FEATURES)
         assert caught.value.param == name
 
 
