@@ -312,6 +312,13 @@ class ModelFileError(BridgeError):
     status, type, code, exit_code = 500, "server_error", "model_file", 2
 
 
+class ModelLoadError(BridgeError):
+    """A model that was asked for cannot be loaded now: its file is no good, or it does not fit."""
+
+    status, type, code = 503, "unavailable_error", "model_load_failed"
+    should_retry = False
+
+
 class DownloadError(BridgeError):
     """A model could not be downloaded; the message says whether a part of it was kept."""
 
@@ -620,7 +627,8 @@ class Option:
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
     the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
-    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere,
+    which `parse` gets as one text with `separator` between the items.
     """
 
     flags: tuple[str, ...]
@@ -632,6 +640,7 @@ class Option:
     secret: bool = False
     is_switch: bool = False
     is_repeated: bool = False
+    separator: str = ","
 
     @property
     def name(self) -> str:
@@ -713,6 +722,19 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def parse_models(text: str) -> str | tuple[str, ...]:
+    """One model, or several, one a line: paths may have commas in them."""
+    lines = tuple(line for line in text.split("\n") if line)
+    if not lines:
+        raise ValueError("it may not be empty")
+    return lines if len(lines) > 1 else lines[0]
+
+
+def parse_idle_seconds(text: str) -> int:
+    """Whole seconds; 0 and llama-server's -1 mean never."""
+    return 0 if text == "-1" else parse_integer(0, 31_536_000)(text)
 
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -879,14 +901,46 @@ class OffloadConfig:
 class Config:
     """All settings of a bridge. The README's option tables are this class, printed."""
 
-    model: str | None = option(
+    model: str | Sequence[str] | None = option(
         "-m/--model",
         None,
         "model to serve: a GGUF file, `auto` for the best one found on this machine, or `builtin` for the "
-        "demonstration model that is part of this file (the default)",
+        "demonstration model that is part of this file (the default); may be repeated: the first is loaded at once "
+        "and answers requests that name none, the others are loaded when they are asked for",
         "model",
+        parse=parse_models,
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+        is_repeated=True,
+        separator="\n",
+    )
+    models_dir: str | None = option(
+        "--models-dir",
+        None,
+        "offer every GGUF model in this directory, each loaded when it is asked for",
+        "model",
+        metavar="DIR",
+        fallbacks=("LLAMA_ARG_MODELS_DIR",),
+    )
+    models_max: int = option(
+        "--models-max",
+        4,
+        "models that are loaded at the same time; for a further one, or where memory is short, the one that was not "
+        "used for longest is unloaded. 0: as many as fit",
+        "model",
+        parse=parse_integer(0, 256),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_MODELS_MAX",),
+    )
+    sleep_idle_seconds: int = option(
+        "--sleep-idle-seconds",
+        0,
+        "unload a model that nobody asked for so long, until somebody does; a request's `keep_alive` or `ttl` says "
+        "otherwise. 0: never",
+        "model",
+        parse=parse_idle_seconds,
+        metavar="SECONDS",
+        fallbacks=("LLAMA_ARG_SLEEP_IDLE_SECONDS",),
     )
     hf_repo: str | None = option(
         "-hf/--hf-repo",
@@ -901,7 +955,7 @@ class Config:
     alias: str | None = option(
         "-a/--alias",
         None,
-        "id under which the model is served; default: its file name without `.gguf`",
+        "id under which the one --model is served; default: its file name without `.gguf`",
         "model",
         metavar="NAME",
         fallbacks=("LLAMA_ARG_ALIAS",),
@@ -1113,6 +1167,13 @@ class Config:
     )
     offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What --model names, the default first."""
+        if self.model is None:
+            return ()
+        return (self.model,) if isinstance(self.model, str) else tuple(self.model)
+
 
 OPTION_GROUPS = {
     "model": "Model",
@@ -1150,7 +1211,7 @@ def format_default(default: Any) -> str:
 
 def build_config(
     *,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, str | list[str]] | None = None,
     environ: Mapping[str, str] | None = None,
     file: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -1192,16 +1253,17 @@ def _normalize_fields(config: Config | OffloadConfig, prefix: str) -> dict[str, 
         if value == default and type(value) is type(default):
             continue
         place = prefix + name
-        if isinstance(default, tuple) and isinstance(value, Collection) and not isinstance(value, str):
-            items = [_parse_setting(opt, place, item) if isinstance(item, str) else (item,) for item in value]
-            fields[name] = tuple(itertools.chain.from_iterable(items))
+        if (isinstance(default, tuple) or opt.is_repeated) and isinstance(value, list | tuple):
+            items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+            parsed = [_parse_setting(opt, place, item) if isinstance(item, str) else item for item in items]
+            fields[name] = tuple(itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in parsed))
         else:
             fields[name] = _parse_setting(opt, place, value)
     return fields
 
 
 def _find_setting(
-    name: str, opt: Option, flags: Mapping[str, str], environ: Mapping[str, str], file: Mapping[str, Any]
+    name: str, opt: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
 ) -> tuple[str, Any] | None:
     """The place and raw value with the highest precedence, or None."""
     if name in flags:
@@ -1223,7 +1285,7 @@ def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
     if isinstance(raw, bool):
         raw = str(raw).lower()
     elif isinstance(raw, list) and all(isinstance(item, str) for item in raw):
-        raw = ",".join(raw)
+        raw = opt.separator.join(raw)
     elif not isinstance(raw, str | int | float):
         raise UsageError(f"{place}: {type(raw).__name__} is not a value for it")
     try:
@@ -4166,6 +4228,41 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     return ChatRequest(model=parse_model(fields), generations=generations, stream=stream, include_usage=include_usage)
 
 
+_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(rf"([+-]?)((?:{_DURATION_PART.pattern})+|[0-9]{{1,9}})")
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of a duration as Go writes it (`5m`, `1h30m`, `-1s`), or of a plain number; ValueError otherwise."""
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ValueError("not a duration")
+    parts = _DURATION_PART.findall(match[2])
+    seconds = sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in parts) if parts else float(match[2])
+    return -seconds if match[1] == "-" else seconds
+
+
+def parse_keep_alive(body: Mapping[str, Any]) -> float | None:
+    """Seconds for which a request wants its model kept when idle, None if it says nothing.
+
+    `keep_alive` as Ollama takes it (a number of seconds or a duration; 0: unload at once, negative: never), else `ttl`
+    as LM Studio does (seconds).
+    """
+    fields = RequestFields(dict(body))
+    for name in ("keep_alive", "ttl"):
+        value = fields.values.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = parse_duration_s(value) if isinstance(value, str) and name == "keep_alive" else None
+        except ValueError:
+            raise fields.refusal(name, "must be seconds, or a duration such as 5m") from None
+        seconds = fields.number(name, -1e9, 1e9, 0) if seconds is None else seconds
+        return seconds if seconds >= 0 else math.inf
+    return None
+
+
 def parse_token_ids(fields: RequestFields, name: str, items: list[Any]) -> tuple[int, ...]:
     """A prompt or input given as token ids, checked for type and sign; the engine knows its vocabulary."""
     tokens = [as_integer(item) for item in items]
@@ -5058,7 +5155,9 @@ def parse_foreign_pairings(data: bytes) -> PairingRecords:
     rows = document.values() if isinstance(document, dict) else document
     if not isinstance(rows, list | type({}.values())):
         raise ValueError("not a list of pairings")
-    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    pairings = list(filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT))))
+    if rows and not pairings:
+        raise ValueError("nothing in it is a pairing")
     return {each.key: each for each in pairings}
 
 
@@ -5496,6 +5595,7 @@ HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusa
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
@@ -5744,7 +5844,9 @@ class PairingDesk:
         """
         store = self._store
         if store is None or self._is_closed:
-            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
         request = parse_handshake_request(body)
         if signer is not None:
             if signer.key != (request.app_id, request.device_id):
@@ -5905,7 +6007,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
     if status == 429:
         return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
     if status == 503:
-        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+        return PairingDisabledError(
+            f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
+        )
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -7999,7 +8103,7 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
         name = display_name(refused.candidate.peer.device_name)
-        return f"{name} refused to pair: `pair request` asks it again."
+        return f"{name} does not let this device use it: `pair request` asks again."
     if not offers:
         return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
     return "`peers` says what each of them lacks."
@@ -8675,6 +8779,13 @@ class ClientExchange:
             connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
+def explain_connect_error(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words; asyncio's own are of calls and of tuples."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
+    return getattr(error, "strerror", None) or display_name(str(error))
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -8772,8 +8883,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or display_name(str(exc))
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -13430,7 +13540,7 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    built-in engine cannot serve it; None: it can.
+    built-in engine cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can see.
     """
 
     model_id: str
@@ -13443,6 +13553,7 @@ class FoundModel:
     n_ctx_train: int | None
     has_chat_template: bool
     obstacle: str | None
+    is_whole: bool = True
 
 
 # Memory. Files are read below `root`, so that a whole fake system can stand there.
@@ -13646,7 +13757,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
     )
     if len(candidate.files) < candidate.part_count:
         missing = candidate.part_count - len(candidate.files)
-        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing")
+        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing", is_whole=False)
     try:
         with open_gguf(first.path) as gguf:
             summary = summarize_gguf(gguf)
@@ -13658,6 +13769,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
                 obstacle=explain_obstacle(gguf, memory),
+                is_whole=summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors),
             )
     except ModelFileError as exc:
         return replace(found, obstacle=exc.message)
@@ -15180,6 +15292,432 @@ class LocalSpeed:
     def observe(self, usage: Usage) -> None:
         """A request ran alone and took this."""
         self.meter.observe(self.key, usage)
+
+
+# ---- Model pool -----------------------------------------------------------------------
+# Several models, as many in memory as there is room for: loaded when asked for, ended when idle.
+
+FAILED_LOAD_KEPT_S = 30.0  # a model that cannot be loaded is tried again after that, not for each request
+NO_ROOM_RETRY_S = 5  # what another device is told that would have to displace a model
+
+pool_log = logging.getLogger("dvai_bridge.pool")
+
+
+class ModelState(enum.Enum):
+    """Where a model of a pool is; the value is what health says.
+
+        UNLOADED ──► LOADING ──► LOADED ──► ENDING ──► UNLOADED    another model needed its place
+           ▲          │  ▲         │          ├──────► SLEEPING    nobody asked for it for its keep-alive time
+           │          ▼  └─ died ──┘          └──────► STOPPED     its owner unloaded it
+           │        FAILED
+           │          │
+        UNLOADED, SLEEPING, and FAILED after FAILED_LOAD_KEPT_S ──► LOADING    a request asks for it
+        STOPPED ──► LOADING                                         its owner loads it again
+
+    Invariants: only LOADING, LOADED and ENDING hold memory, and at most `limit` models do; a model that is in use is
+    never ended for another one; nobody's request begins on a model that is to be ended.
+    """
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    ENDING = "ending"
+    SLEEPING = "sleeping"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_STATES_BY_ENGINE = {
+    EngineState.STARTING: ModelState.LOADING,
+    EngineState.LOADING: ModelState.LOADING,
+    EngineState.RESTARTING: ModelState.LOADING,
+    EngineState.READY: ModelState.LOADED,
+    EngineState.FAILED: ModelState.FAILED,
+}
+OCCUPYING_STATES = frozenset({ModelState.LOADING, ModelState.LOADED, ModelState.ENDING})
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Occupant:
+    """A model that holds memory, as the decision sees it. `users`: requests that run on it, or wait until it is loaded.
+
+    `needed_bytes`: what it was estimated to take; `last_used_s`: of the clock, when its last user came or went.
+    """
+
+    model_id: str
+    state: ModelState
+    users: int
+    last_used_s: float
+    needed_bytes: int
+
+
+class RoomStep(enum.Enum):
+    """What to do for a model that is to be loaded."""
+
+    LOAD = "load"
+    END = "end another one, once its users have left"
+    WAIT = "wait for one that is being ended"
+    REFUSE = "refuse: nothing would help"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RoomDecision:
+    """`model_id`: whom to end. `reason`: for logs, and for who is refused."""
+
+    step: RoomStep
+    model_id: str | None = None
+    reason: str = ""
+
+
+def choose_room(occupants: Sequence[Occupant], limit: int, needed_bytes: int, memory: MemoryInfo) -> RoomDecision:
+    """The next step towards loading a model that needs so much. Pure; to be asked again after each step.
+
+    | a place is free (`limit`; 0: any number) | it fits into what is free | then |
+    |---|---|---|
+    | yes | yes, or nobody else holds memory: its own process says no better | LOAD |
+    | any | not even if all the others were ended | REFUSE |
+    | else | else | END the one that was used longest ago, an idle one first; while one is ENDING, WAIT |
+
+    What loads has not taken all of its memory yet: the rest is not free.
+    """
+    if not occupants:
+        return RoomDecision(step=RoomStep.LOAD)
+    promised = sum(each.needed_bytes for each in occupants if each.state is ModelState.LOADING)
+    free_bytes = None if memory.free_bytes is None else max(0, memory.free_bytes - promised)
+    misfit = explain_misfit(needed_bytes, replace(memory, free_bytes=free_bytes))
+    if misfit is None and (limit == 0 or len(occupants) < limit):
+        return RoomDecision(step=RoomStep.LOAD)
+    if misfit is not None and memory.free_bytes is not None:
+        most_bytes = memory.free_bytes + sum(each.needed_bytes for each in occupants)
+        hopeless = explain_misfit(needed_bytes, replace(memory, free_bytes=most_bytes))
+        if hopeless is not None:
+            return RoomDecision(step=RoomStep.REFUSE, reason=f"it {hopeless}, even with all others unloaded")
+    if any(each.state is ModelState.ENDING for each in occupants):
+        return RoomDecision(step=RoomStep.WAIT)
+    victim = min(occupants, key=lambda each: (each.users > 0, each.last_used_s))
+    reason = f"at most {limit} models are loaded (--models-max)" if misfit is None else f"the next one {misfit}"
+    return RoomDecision(step=RoomStep.END, model_id=victim.model_id, reason=reason)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UseTerms:
+    """How a request may use a model. `may_load`: not of other devices, who get what is there and wake what sleeps.
+
+    `keep_alive_s`: how long the model is to stay when idle from then on; None: as it is.
+    """
+
+    may_load: bool = True
+    keep_alive_s: float | None = None
+
+
+class PooledEngine:
+    """One model of a pool, and its engine process while it has one."""
+
+    def __init__(self, pool: ModelPool, model_id: str, load: LoadRequest) -> None:
+        self.model_id = model_id
+        self.load = load
+        self.on_progress: Callable[[float], None] | None = None  # of its next load
+        self.info: ModelInfo | None = None  # since it was loaded for the first time
+        self.process: EngineProcess | None = None
+        self.rest = ModelState.UNLOADED  # the state without a process: UNLOADED, SLEEPING or STOPPED
+        self.ending: asyncio.Task[None] | None = None
+        self.is_leaving = False  # it is to be ended as soon as its users have left
+        self.users = 0
+        self.last_used_s = 0.0
+        self.failed_at_s: float | None = None
+        self.keep_alive_s = pool.keep_alive_s
+        self.needed_bytes: int | None = None
+        self._pool = pool
+
+    @property
+    def state(self) -> ModelState:
+        """Where it is in its life."""
+        if self.ending is not None:
+            return ModelState.ENDING
+        return self.rest if self.process is None else _STATES_BY_ENGINE.get(self.process.state, self.rest)
+
+    @property
+    def is_occupying(self) -> bool:
+        """Whether it holds memory."""
+        return self.state in OCCUPYING_STATES
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1 while it loads."""
+        return self.process.progress if self.process is not None else 0.0
+
+    @property
+    def error(self) -> BridgeError | None:
+        """Why it could not be loaded, or was not to be kept running."""
+        return self.process.error if self.process is not None else None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while it runs."""
+        return self.process.pid if self.process is not None else None
+
+    @contextlib.asynccontextmanager
+    async def use(self, terms: UseTerms) -> AsyncIterator[tuple[EngineProcess, ModelInfo]]:
+        """The loaded engine, which stays while the body runs; waits for room, loading and restarts.
+
+        Raises ModelLoadError when the model cannot be loaded, EngineUnavailableError when it was stopped, and
+        ModelNotFoundError for who may not have it loaded.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                process = await held.enter_async_context(self._pool.hold(self, terms))
+                info = await process.ready()
+            except ModelFileError as exc:
+                raise ModelLoadError(f"the model {self.model_id!r} cannot be loaded: {exc.message}") from exc
+            yield process, info
+
+    async def ready(self) -> ModelInfo:
+        """Load it, as its owner; raises what makes that impossible, as the engine says it."""
+        async with self._pool.hold(self, UseTerms()) as process:
+            return await process.ready()
+
+
+EstimateBytes = Callable[[LoadRequest], int]  # memory that a load will take; blocks, raises ModelFileError
+
+
+class ModelPool:
+    """Owns the engine processes of several models.
+
+    `limit` models at most hold memory at the same time (0: as many as fit), each until it was idle for `keep_alive_s`,
+    unless a request said otherwise. Whoever needs room takes turns, in order of arrival: the model that has to give
+    way finishes what runs on it, and what comes for it meanwhile waits for its own turn, so that nobody is starved.
+    `on_loaded` is told of each load that has succeeded. All methods belong to one event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 0,
+        keep_alive_s: float = math.inf,
+        estimate: EstimateBytes,
+        probe_memory: Callable[[], MemoryInfo] = probe_free_memory,
+        build_process: Callable[..., EngineProcess] = EngineProcess,
+        on_loaded: Callable[[PooledEngine], None] = lambda engine: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keep_alive_s = keep_alive_s
+        self.engines: list[PooledEngine] = []
+        self._limit = limit
+        self._estimate = estimate
+        self._probe_memory = probe_memory
+        self._build_process = build_process
+        self._on_loaded = on_loaded
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._idle_watch: asyncio.Task[None] | None = None
+        self._followers: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def add(self, model_id: str, load: LoadRequest) -> PooledEngine:
+        """A further model, not loaded yet."""
+        engine = PooledEngine(self, model_id, load)
+        self.engines.append(engine)
+        return engine
+
+    def discard(self, engine: PooledEngine) -> None:
+        """Forget a model that has no process."""
+        self.engines.remove(engine)
+
+    def start(self, *engines: PooledEngine) -> None:
+        """Begin the pool's work, and to load these without looking for room."""
+        for engine in engines:
+            self._begin(engine)
+        self._idle_watch = asyncio.create_task(self._end_idle(), name="idle models")
+
+    async def stop(self, engine: PooledEngine) -> None:
+        """Unload a model for good, or until `resume`; requests that run on it end with an error."""
+        engine.rest = ModelState.STOPPED
+        await self._end(engine, ModelState.STOPPED)
+
+    def resume(self, engine: PooledEngine) -> None:
+        """Let a model that was stopped be loaded again."""
+        if engine.rest is ModelState.STOPPED:
+            engine.rest = ModelState.UNLOADED
+
+    async def close(self) -> None:
+        """End all processes and tasks."""
+        self._is_closed = True
+        if self._idle_watch is not None:
+            self._idle_watch.cancel()
+            await asyncio.wait([self._idle_watch])
+        await asyncio.gather(*map(self.stop, self.engines))
+        if self._followers:
+            await asyncio.wait(self._followers)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, engine: PooledEngine, terms: UseTerms) -> AsyncIterator[EngineProcess]:
+        """Count a user of a model, whose process then stays; it has one, which may still be loading."""
+        if not engine.is_occupying or engine.is_leaving or engine.ending is not None:
+            await self._make_loaded(engine, terms)
+        assert engine.process is not None
+        engine.users += 1
+        engine.last_used_s = self._clock()
+        try:
+            yield engine.process
+        finally:
+            engine.users -= 1
+            engine.last_used_s = self._clock()
+            if terms.keep_alive_s is not None and terms.may_load:
+                engine.keep_alive_s = terms.keep_alive_s
+            self._note_change()
+
+    # Making room
+
+    async def _make_loaded(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Return when the model has a process that is not to be ended."""
+        self._verify_may_load(engine, terms)
+        async with self._turn:
+            while not engine.is_occupying or engine.ending is not None:
+                if engine.ending is not None:
+                    await asyncio.shield(engine.ending)
+                    continue
+                self._verify_may_load(engine, terms)
+                if engine.process is not None:  # it failed, long ago
+                    await self._end(engine, ModelState.UNLOADED)
+                    continue
+                decision = await self._decide(engine)
+                if decision.step is RoomStep.REFUSE:
+                    raise ModelFileError(decision.reason)
+                if decision.step is RoomStep.LOAD:
+                    self._verify_may_load(engine, terms)
+                    self._begin(engine)
+                elif not terms.may_load:
+                    raise EngineUnavailableError("other models use the memory now", retry_after_s=NO_ROOM_RETRY_S)
+                elif decision.step is RoomStep.WAIT:
+                    await self._wait_ended()
+                else:
+                    await self._end_for_another(decision)
+
+    def _verify_may_load(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Raises why nobody, or not this user, gets the model loaded."""
+        if self._is_closed or engine.state is ModelState.STOPPED:
+            raise EngineUnavailableError("the engine is stopped")
+        is_recent = engine.failed_at_s is None or self._clock() - engine.failed_at_s < FAILED_LOAD_KEPT_S
+        if engine.state is ModelState.FAILED and engine.error is not None and is_recent:
+            raise engine.error
+        if not terms.may_load and engine.state is ModelState.UNLOADED:
+            raise ModelNotFoundError(
+                f"the model {engine.model_id!r} is not loaded, and a request of another device loads none",
+                param="model",
+            )
+
+    async def _decide(self, engine: PooledEngine) -> RoomDecision:
+        others = [each for each in self.engines if each.is_occupying]
+        memory = MemoryInfo(free_bytes=None, limit_source="")
+        if others:
+            memory = await asyncio.to_thread(self._look_at_memory, engine, others)
+        occupants = [
+            Occupant(
+                model_id=each.model_id,
+                state=each.state,
+                users=each.users,
+                last_used_s=each.last_used_s,
+                needed_bytes=each.needed_bytes or 0,
+            )
+            for each in self.engines
+            if each.is_occupying and each is not engine
+        ]
+        return choose_room(occupants, self._limit, engine.needed_bytes or 0, memory)
+
+    def _look_at_memory(self, engine: PooledEngine, others: Sequence[PooledEngine]) -> MemoryInfo:
+        """What is free, once the models' needs are known. In a thread; ModelFileError: of `engine`'s file."""
+        for each in (engine, *others):
+            if each.needed_bytes is None:
+                try:
+                    each.needed_bytes = self._estimate(each.load)
+                except ModelFileError:
+                    if each is engine:
+                        raise
+        return self._probe_memory()
+
+    async def _wait_ended(self) -> None:
+        """Until one of the processes that are being ended is gone."""
+        ending = [each.ending for each in self.engines if each.ending is not None]
+        if ending:
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _end_for_another(self, decision: RoomDecision) -> None:
+        """End a model when its users have left; nobody begins to use it meanwhile. Giving up leaves it as it is."""
+        victim = next(each for each in self.engines if each.model_id == decision.model_id)
+        victim.is_leaving = True
+        try:
+            while victim.users and victim.is_occupying:
+                await self._changed.wait()
+            if victim.is_occupying:
+                pool_log.info("unloading %s: %s", display_name(victim.model_id), decision.reason)
+                await self._end(victim, ModelState.UNLOADED)
+        finally:
+            victim.is_leaving = False
+
+    # Processes
+
+    def _begin(self, engine: PooledEngine) -> None:
+        """Start a process for a model that has none."""
+        engine.process = self._build_process(engine.load, on_progress=engine.on_progress)
+        engine.on_progress = None
+        engine.rest, engine.failed_at_s = ModelState.UNLOADED, None
+        engine.keep_alive_s, engine.last_used_s = self.keep_alive_s, self._clock()
+        engine.process.start()
+        follower = asyncio.create_task(self._follow(engine, engine.process), name=f"loading {engine.model_id}")
+        self._followers.add(follower)
+        follower.add_done_callback(self._followers.discard)
+
+    async def _follow(self, engine: PooledEngine, process: EngineProcess) -> None:
+        """Take note of how a load ends."""
+        try:
+            engine.info = await process.ready()
+        except BridgeError:  # who waits for the model is told
+            if process.state is EngineState.FAILED:
+                engine.failed_at_s = self._clock()
+        else:
+            if not engine.users:
+                engine.last_used_s = self._clock()
+            self._on_loaded(engine)
+        self._note_change()
+
+    async def _end(self, engine: PooledEngine, rest: ModelState) -> None:
+        """End a model's process, to the end even if nobody waits for it any more."""
+        self._begin_ending(engine, rest)
+        if engine.ending is not None:
+            await asyncio.shield(engine.ending)
+
+    def _begin_ending(self, engine: PooledEngine, rest: ModelState) -> None:
+        """From now on nobody begins to use the process, if it has one."""
+        if engine.ending is None and engine.process is not None:
+            engine.ending = asyncio.create_task(self._end_process(engine, engine.process, rest), name="ending a model")
+
+    async def _end_process(self, engine: PooledEngine, process: EngineProcess, rest: ModelState) -> None:
+        try:
+            await process.close()
+        finally:
+            engine.process = engine.ending = None
+            if engine.rest is not ModelState.STOPPED:
+                engine.rest = rest
+            self._note_change()
+
+    async def _end_idle(self) -> None:
+        """End each model that nobody has used for its keep-alive time."""
+        while True:
+            idle = [each for each in self.engines if each.state is ModelState.LOADED and not each.users]
+            now_s, changed = self._clock(), self._changed
+            late = [each for each in idle if each.last_used_s + each.keep_alive_s <= now_s]
+            for each in late:
+                pool_log.info("%s sleeps: nobody asked for it for %g s", each.model_id, each.keep_alive_s)
+            for each in late:
+                self._begin_ending(each, ModelState.SLEEPING)
+            next_s = min((each.last_used_s + each.keep_alive_s for each in idle if each not in late), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), None if next_s == math.inf else next_s - now_s)
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 # ---- Discovery ------------------------------------------------------------------------
@@ -16888,6 +17426,11 @@ class KnownPeer:
         self.learned_at_s = -math.inf
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether the user or a pairing named this peer."""
+        return any(way.is_lasting for way in self.ways.values())
+
+    @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
         return self.device_id if is_telling_id(self.device_id) else None
@@ -17104,9 +17647,8 @@ class PeerTable:
 
         The network's word neither gives an id to an address that the user named, nor a name to a paired device.
         """
-        has_lasting = any(way.is_lasting for way in known.ways.values())
         tells_id = peer.device_id != peer.base_url
-        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not known.is_lasting):
             del self._peers[known.device_id]
             known.device_id = peer.device_id
             self._peers[peer.device_id] = known
@@ -17139,8 +17681,7 @@ class PeerTable:
         strangers = [
             each
             for each in self._peers.values()
-            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
-            if not any(way.is_lasting for way in each.ways.values())
+            if not (each.has_pairing or each.is_lasting) and each.state is PeerState.SEEN and each.failures
         ]
         if strangers:
             self.remove(max(strangers, key=lambda each: each.failures))
@@ -17376,7 +17917,7 @@ class PeerMonitor:
 
     async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
         if self._initiator is None:
-            raise PairingDisabledError("pairing is off on this device")
+            raise PairingDisabledError(PAIRING_OFF)
         target = PairingTarget(
             base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
         )
@@ -17557,10 +18098,16 @@ def build_handshake_post(client: HttpClient) -> HandshakePost:
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
     """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
-    with contextlib.suppress(ValueError, AttributeError):
-        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
-            return AuthenticationError("the clocks of the two devices differ too much")
+    if is_clock_skew(body):
+        return AuthenticationError("the clocks of the two devices differ too much")
     return SignatureError("it does not know this device any more")
+
+
+def is_clock_skew(body: bytes) -> bool:
+    """Whether the body of a peer's 401 holds that the pairing is good and a clock is wrong."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(parse_json(body).get("error", {}).get("code") == ClockSkewError.code)
+    return False
 
 
 def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
@@ -18323,6 +18870,8 @@ class PeerExchange:
         response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status)
+            if outcome is AttemptOutcome.UNAUTHORIZED and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+                raise AttemptError("the clocks of the two devices differ too much", AttemptOutcome.BROKEN)
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
                 raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
@@ -19609,6 +20158,7 @@ AUDIT_CALLERS = {
     Caller.PAIRED: AuditCaller.PEER,
     Caller.STRANGER: AuditCaller.ANONYMOUS,
 }
+OWNERS = frozenset({Caller.LOOPBACK, Caller.KEY_HOLDER})  # whoever else asks comes from another device
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -19830,8 +20380,7 @@ def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
 
 def may_offload(request: HttpRequest) -> bool:
     """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
-    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
-    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+    return request.caller in OWNERS and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
 
 
 def name_guest(request: HttpRequest) -> str | None:
@@ -19854,6 +20403,11 @@ def limit_generations(generations: Sequence[GenerationRequest], guest: str | Non
         else each
         for each in generations
     ]
+
+
+def build_use_terms(request: HttpRequest, body: Mapping[str, Any]) -> UseTerms:
+    """How a request may use a model here. InvalidRequestError for a `keep_alive` or `ttl` that is none."""
+    return UseTerms(may_load=request.caller in OWNERS, keep_alive_s=parse_keep_alive(body))
 
 
 async def read_json(request: HttpRequest) -> dict[str, Any]:
@@ -20030,7 +20584,9 @@ def name_outcome(exc: BaseException) -> str:
     """How the audit names what a request ended with."""
     if isinstance(exc, asyncio.CancelledError):
         return "cancelled"
-    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+    if not isinstance(exc, BridgeError):
+        return "internal_error"
+    return exc.code if isinstance(exc.code, str) else exc.type  # a code may be the status, as existing software has it
 
 
 class PeerQuotas:
@@ -20062,19 +20618,29 @@ class LocalEngine:
     """
 
     model: ServedModel
-    engine: Engine
+    engine: PooledEngine
     queue: AdmissionQueue
     watch: RequestWatch
     observe: Callable[[Usage], None] = lambda usage: None
 
-    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self.queue.place():
-            account.engine = (await self.engine.ready()).engine
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        account: InferenceAccount,
+        terms: UseTerms,
+        verify: Callable[[ModelInfo], None] = lambda info: None,
+    ) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them.
+
+        `verify` raises what the model, once it is loaded, turns out not to be able to do.
+        """
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
+            account.engine = info.engine
+            verify(info)
             for index, request in enumerate(requests):
                 ticket, usage = self.watch.enter(), None
                 try:
-                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                    async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
                             if isinstance(event, Finished):
                                 usage = event.usage
@@ -20084,24 +20650,109 @@ class LocalEngine:
                     if self.watch.leave(ticket) and usage is not None:
                         self.observe(usage)
 
-    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount, terms: UseTerms) -> Embedded:
         """The vectors of a request's inputs."""
-        async with self.queue.place():
-            info = await self.engine.ready()
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
             account.engine = info.engine
             parsed.verify_dimensions(info.n_embd)
-            embedded = await self.engine.embed(parsed.embedding)
+            embedded = await engine.embed(parsed.embedding)
             account.count(embedded.prompt_tokens, 0)
             return embedded
 
-    def verify_model(self, model: str | None) -> None:
-        """Raises ModelNotFoundError for any name but this model's."""
-        if model is not None and not is_same_model(model, self.model.model_id):
+
+MODELS_SHOWN = 5  # in the message about a model that is not there
+
+
+class LocalModels:
+    """The models that this device serves itself, the default first; none in offload-only mode."""
+
+    def __init__(self) -> None:
+        self._models: list[LocalEngine] = []
+
+    def __iter__(self) -> Iterator[LocalEngine]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def add(self, local: LocalEngine) -> None:
+        """Offer a further model."""
+        self._models.append(local)
+
+    def remove(self, local: LocalEngine) -> None:
+        """Offer a model no more."""
+        self._models.remove(local)
+
+    def get(self, model: str | None) -> LocalEngine | None:
+        """The model of this name, the default one for None; None if it is not here."""
+        if model is None:
+            return self._models[0] if self._models else None
+        return next((each for each in self._models if is_same_model(each.model.model_id, model)), None)
+
+    def find(self, model: str | None) -> LocalEngine:
+        """As `get`. Raises ModelNotFoundError, or NoLocalBackendError where there are no models at all."""
+        if not self._models:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        local = self.get(model)
+        if local is None:
+            names = [repr(each.model.model_id) for each in self._models[:MODELS_SHOWN]]
+            more = ", …" if len(self._models) > len(names) else ""
             raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                f"there is no model {display_name(model or '')!r} here, only {', '.join(names)}{more}; "
                 "`python3 dvai_bridge.py models` lists what this machine could serve",
                 param="model",
             )
+        return local
+
+    def list_offered(self, *, may_load: bool) -> list[LocalEngine]:
+        """The models that can be asked for: none that its owner stopped, and by others none that was never loaded."""
+        hidden = {ModelState.STOPPED} if may_load else {ModelState.STOPPED, ModelState.UNLOADED}
+        return [each for each in self._models if each.engine.state not in hidden]
+
+    @property
+    def current(self) -> LocalEngine | None:
+        """The default model; while it is not in memory, the one there that was used last. None: all were unloaded."""
+        default = self.get(None)
+        if default is None or default.engine.is_occupying:
+            return default
+        default = None if default.engine.state is ModelState.STOPPED else default
+        loaded = [each for each in self._models if each.engine.is_occupying]
+        return max(loaded, key=lambda each: each.engine.last_used_s, default=default)
+
+    def build_status(self) -> str:
+        """The word of health: `ok` while a model answers, or would be loaded by a request, or none is meant to."""
+        states = {each.engine.state for each in self._models} - {ModelState.STOPPED}
+        if not states or ModelState.LOADED in states:
+            return "ok"
+        processes = [each.engine.process for each in self._models if each.engine.state is ModelState.LOADING]
+        if processes:
+            return min(HEALTH_WORDS[each.state] for each in processes if each is not None)
+        if states & {ModelState.UNLOADED, ModelState.SLEEPING, ModelState.ENDING}:
+            return "ok"
+        return "degraded" if ModelState.FAILED in states else "loading"
+
+    def build_queue(self) -> dict[str, int]:
+        """How busy the models in memory are, all together."""
+        current = [each for each in (self.current,) if each is not None]
+        queues = [each.queue for each in self._models if each.engine.is_occupying] or [each.queue for each in current]
+        names = ("running", "waiting", "slots")
+        return {name: sum(getattr(each, name) for each in queues) for name in names}
+
+
+def build_model_health(local: LocalEngine) -> dict[str, Any]:
+    """What health tells those who know this device of one model."""
+    engine = local.engine
+    health: dict[str, Any] = {"id": local.model.model_id, "state": engine.state.value}
+    if engine.state is ModelState.LOADING:
+        health["progress"] = round(engine.progress, 3)
+    return health if engine.error is None else health | {"error": engine.error.message}
+
+
+async def probe_local(local: LocalEngine, speed: LocalSpeed) -> Score:
+    """Load a model if need be, and measure it. A model that others need room for is not kept for that."""
+    async with local.engine.use(UseTerms()) as (engine, _):
+        pass
+    return await speed.meter.probe(engine, speed.key, local.watch, local.queue)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -20177,22 +20828,21 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engines here, or through whoever `offload` finds.
 
-    `find_local` gives the engine here, None in offload-only mode and after it was unloaded. `record` takes the
-    audit's entry of each inference request when it has ended.
+    `record` takes the audit's entry of each inference request when it has ended.
     """
 
     def __init__(
         self,
         *,
-        find_local: Callable[[], LocalEngine | None],
+        local: LocalModels,
         offload: Offloading | None = None,
         interceptor: Interceptor | None = None,
         record: Callable[[AuditEntry], None] = lambda entry: None,
         timeout_s: float,
     ) -> None:
-        self._find_local = find_local
+        self._local = local
         self._offload = offload
         self._interceptor = interceptor
         self._record = record
@@ -20233,7 +20883,7 @@ class Service:
             raise self._build_timeout() from exc
 
     async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
-        """The interceptor's answer, else a peer's, else the local engine's."""
+        """The interceptor's answer, else a peer's, else that of an engine here."""
         body = await read_json(request)
         account.model_asked = read_model(body)
         if self._interceptor is not None and form is ForwardForm.CHAT:
@@ -20247,10 +20897,7 @@ class Service:
             if forwarded is not None:
                 return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
-        local = self._find_local()
-        if local is None:
-            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
-        local.verify_model(model)
+        local = self._local.find(model)
         account.route, account.served_by = "local", "local"
         account.model_served = local.model.model_id
         if form is ForwardForm.EMBEDDINGS:
@@ -20261,7 +20908,7 @@ class Service:
         self, interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], account: InferenceAccount
     ) -> HttpResponse | None:
         """The answer of an interceptor, or None; what it changes in `body` counts. Its error ends the request."""
-        local = self._find_local()
+        local = self._local.get(account.model_asked) or self._local.get(None)
         context = build_interceptor_context(request, local.model.model_id if local else None)
         headers = {name: request.headers.get(name) for name, _ in request.headers}
         try:
@@ -20284,10 +20931,10 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        parsed, terms = parse_embeddings_request(body, tenant=build_tenant(request)), build_use_terms(request, body)
         try:
             async with asyncio.timeout(self._timeout_s):
-                embedded = await local.embed(parsed, account)
+                embedded = await local.embed(parsed, account, terms)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
         answer = build_embeddings(
@@ -20304,10 +20951,17 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
-        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
+        parse = functools.partial(build_answer_form, form, body, tenant=build_tenant(request), model=local.model)
+        known = local.engine.info  # what the engine can do; before it was loaded once, that is verified when it is
+        answer_form = parse(features=known.features if known is not None else frozenset(ENGINE_PARAMETERS))
+
+        def verify(info: ModelInfo) -> None:
+            if known is None:
+                parse(features=info.features)
+
         parsed = answer_form.parsed
-        generation = local.generate(limit_generations(parsed.generations, name_guest(request)), account)
+        requests = limit_generations(parsed.generations, name_guest(request))
+        generation = local.generate(requests, account, build_use_terms(request, body), verify)
         first = await self._read_first(generation)
         if parsed.stream:
             body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
@@ -20354,8 +21008,7 @@ class Service:
         return build_json_response(found)
 
     def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
-        local = self._find_local()
-        served = [local.model] if local is not None else []
+        served = [each.model for each in self._local.list_offered(may_load=request.caller in OWNERS)]
         if self._offload is not None and may_offload(request):
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
@@ -20428,7 +21081,8 @@ class Offloading:
         if here is None:
             verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            raise build_refusal(decision, request.request_id, failures)
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
 
@@ -20452,9 +21106,13 @@ class Offloading:
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
-        """What an attempt says of its peer."""
+        """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
-        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+        if outcome is AttemptOutcome.COMMITTED:
+            for peer in monitor.peers():
+                if peer.device_id == device_id:
+                    self._on_offload(peer)
+        elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
             monitor.note_unauthorized(device_id)
@@ -20463,17 +21121,17 @@ class Offloading:
             monitor.note_failure(
                 device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
             )
-        if outcome is AttemptOutcome.COMMITTED:
-            for peer in monitor.peers():
-                if peer.device_id == device_id:
-                    self._on_offload(peer)
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
-        target = report.target
+        target, monitor = report.target, self._monitor
         account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
         account.count(report.prompt_tokens, report.completion_tokens)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
+        elif report.first_content_s is not None:
+            monitor.note_success(target.device_id)
         if report.decode_tok_per_s is not None and target.model_id:
-            self._monitor.record_measurement(
+            monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 
@@ -20495,24 +21153,24 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
 class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
-    `find_local` gives the engine here, `get_speed` its speed; None: this device serves nothing itself. `store` None:
-    there are no pairings. `monitor` None: it uses no other devices.
+    `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: it
+    uses no other devices.
     """
 
     def __init__(
         self,
         *,
         identity: Identity,
-        find_local: Callable[[], LocalEngine | None],
-        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        local: LocalModels,
+        get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
         store: PairingStore | None,
         monitor: PeerMonitor | None,
         clock_ms: Callable[[], int],
     ) -> None:
         self._identity = identity
-        self._find_local = find_local
-        self._get_speed = get_speed
+        self._local = local
+        self._get_speeds = get_speeds
         self._desk = desk
         self._store = store
         self._monitor = monitor
@@ -20531,27 +21189,29 @@ class DeviceService:
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
-        local = self._find_local()
+        local, current = self._local, self._local.current
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
+            "status": local.build_status(),
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": local.model.model_id if local else None,
+            "currentModelId": current.model.model_id if current else None,
         }
         if request.is_known_caller:
             health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
-        if request.is_known_caller and local is not None:
-            queue = local.queue
-            health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-            health["loadProgress"] = round(local.engine.progress, 3)
-            if local.engine.error is not None:
-                health["error"] = local.engine.error.message
+        if request.is_known_caller and current is not None:
+            health["queue"] = local.build_queue()
+            health["loadProgress"] = round(current.engine.progress, 3)
+            if current.engine.error is not None:
+                health["error"] = current.engine.error.message
+            offered = local.list_offered(may_load=request.caller in OWNERS)
+            health["models"] = [build_model_health(each) for each in offered]
         return build_json_response(health)
 
     async def show_capability(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
-        speed = await self._get_speed()
-        scores = [] if speed is None else [speed.score]
+        speeds = await self._get_speeds()
+        offered = [each.model.model_id for each in self._local.list_offered(may_load=request.caller in OWNERS)]
+        scores = [speeds[model_id].score for model_id in offered if model_id in speeds]
         if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
@@ -20562,15 +21222,14 @@ class DeviceService:
         return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
     async def probe(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/dvai/probe`: measure the model now."""
-        model = request.parse_body().get("modelId")
-        local, speed = self._find_local(), await self._get_speed()
-        if local is None or speed is None:
+        """`POST /v1/dvai/probe`: measure a model now."""
+        model, speeds = request.parse_body().get("modelId"), await self._get_speeds()
+        if not self._local:
             raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
         if model is not None and not isinstance(model, str):
             raise MissingModelIdError("modelId must be a string", param="modelId")
-        local.verify_model(model)
-        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        local = self._local.find(model)
+        score = await probe_local(local, speeds[local.model.model_id])
         return build_json_response({"score": build_score_json(score)})
 
     # Pairing
@@ -20583,11 +21242,10 @@ class DeviceService:
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
-        pairings: list[dict[str, Any]] = []
-        if self._store is not None:
-            await self._store.refresh()
-            now_ms = self._clock_ms()
-            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        store = self._get_store()
+        await store.refresh()
+        now_ms = self._clock_ms()
+        pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
         pending = [build_pairing_request_json(each) for each in self._desk.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
@@ -20598,11 +21256,10 @@ class DeviceService:
             raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
         if self._monitor is None:
             raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        store = self._get_store()
         pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
-        assert self._store is not None
-        return build_json_response(
-            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
-        )
+        state = store.get_state(pairing, self._clock_ms())
+        return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
@@ -20615,16 +21272,23 @@ class DeviceService:
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
         """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
-        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        pairing = await self._get_store().revoke(request.path.rpartition("/")[2])
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    def _get_store(self) -> PairingStore:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        return self._store
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
+REFUSAL_LIMIT_CHARS = 512  # of another device's message
+MODELS_LIMIT = 200  # offered by one bridge
 ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 
@@ -20653,23 +21317,68 @@ def search_models(environ: Mapping[str, str], directories: Directories) -> list[
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
-    """What `--model` means here; `search` is called only if the machine has to be searched.
+    """What the first `--model` means here; `search` is called only if the machine has to be searched.
 
     Raises UsageError when the model that was named is not there.
     """
-    named = config.model or "builtin"
-    if named == "builtin":
-        return _serve_demonstration(config, "" if config.model else "no --model was named")
+    return _choose_named(config.models[0] if config.models else None, config.alias, search)
+
+
+def choose_servings(
+    config: Config,
+    search: Callable[[], Sequence[FoundModel]],
+    list_directory: Callable[[str], Sequence[FoundModel]],
+) -> list[Serving]:
+    """The models to offer: those of `--model` in their order, then those that `list_directory` finds in --models-dir.
+
+    Raises UsageError for what is not there, for two models of one id, and for an alias that could be anybody's.
+    """
+    names = config.models or (() if config.models_dir else (None,))
+    if config.alias is not None and len(names) != 1:
+        raise UsageError("--alias names one --model; where there are several, each goes by the name of its file")
+    servings: list[Serving] = []
+    for named in names:
+        serving = _choose_named(named, config.alias, search)
+        if any(is_same_model(serving.model_id, each.model_id) for each in servings):
+            raise UsageError(f"--model {named}: there is another model called {serving.model_id}; rename one of them")
+        servings.append(serving)
+    for model in list_directory(config.models_dir) if config.models_dir else ():
+        is_taken = any(is_same_model(model.model_id, each.model_id) for each in servings)
+        if is_taken and not any(each.path and os.path.samefile(each.path, model.path) for each in servings):
+            bridge_log.warning("not offered: %s, since there is another %s", model.path, display_name(model.model_id))
+        if not is_taken:
+            servings.append(_serve_file(model.model_id, model.path, f"in {config.models_dir}"))
+    if not servings:
+        raise UsageError(f"--models-dir {config.models_dir}: there is no GGUF model in it")
+    return servings
+
+
+def list_models_directory(directory: str) -> list[FoundModel]:
+    """The models below a directory, at most MODELS_LIMIT. Blocks for the disk.
+
+    What is no whole model is left out; a damaged one is not: who asks for it is told what is wrong with it.
+    """
+    if not os.path.isdir(directory):
+        raise UsageError(f"--models-dir {directory}: there is no such directory")
+    found = find_models([ModelPlace(source="--models-dir", path=Path(directory))])
+    return [model for model in found if model.is_whole][:MODELS_LIMIT]
+
+
+def _choose_named(named: str | None, alias: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
+    """What one `--model` means."""
+    if named in (None, "builtin"):
+        return _serve_demonstration(alias, "" if named else "no --model was named")
+    assert named is not None
     if named == "auto":
         choice = choose_best_model(search())
         if choice.model is None:
-            return _serve_demonstration(config, choice.reason)
-        return _serve_file(config.alias or choice.model.model_id, choice.model.path, choice.reason)
+            return _serve_demonstration(alias, choice.reason)
+        return _serve_file(alias or choice.model.model_id, choice.model.path, choice.reason)
     if os.path.isfile(named):
-        return _serve_file(build_model_id(named, config.alias), Path(named), "")
+        return _serve_file(build_model_id(named, alias), Path(named), "")
     for model in search():
         if is_same_model(model.model_id, named):
-            return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
+            return _serve_file(alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
 
 
@@ -20677,7 +21386,7 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
     if config.hf_repo is None:
         return config
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     found = find_downloaded(parse_hub_reference(config.hf_repo), places)
     if found is None:
@@ -20685,9 +21394,9 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     return replace(config, model=str(found.path), hf_repo=None)
 
 
-def _serve_demonstration(config: Config, reason: str) -> Serving:
+def _serve_demonstration(alias: str | None, reason: str) -> Serving:
     created = int(os.stat(__file__).st_mtime)
-    return Serving(model_id=config.alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
+    return Serving(model_id=alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
 
 
 def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
@@ -20794,6 +21503,221 @@ def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
         return "", None
 
 
+def build_load_request(config: Config, serving: Serving) -> LoadRequest:
+    """What the process of a model's engine is to load. Reads the file that --chat-template names."""
+    template = config.chat_template
+    if template is not None and os.path.isfile(template):
+        template = read_option_file("--chat-template", template)
+    return LoadRequest(
+        engine=choose_engine(config, serving).engine,
+        model=serving.path,
+        n_ctx=config.ctx_size or None,
+        slots=config.parallel,
+        threads=config.threads or count_cores(),
+        chat_template=template,
+        n_gpu_layers=config.n_gpu_layers,
+        batch_size=config.batch_size,
+        flash_attn=config.flash_attn,
+        rpc=config.rpc,
+        verbose=config.verbose,
+    )
+
+
+def estimate_load_bytes(load: LoadRequest) -> int:
+    """Memory that loading this will take. Blocks for the file's header; ModelFileError if it is no good."""
+    if load.model is None:
+        return os.path.getsize(__file__)  # more than the demonstration model needs
+    try:
+        with open_gguf(load.model) as gguf:
+            if load.engine == "llama":
+                return estimate_llama_memory_bytes(gguf, measure_model_files(load.model), load)
+            return estimate_memory_bytes(gguf, load.n_ctx, load.slots)
+    except ModelFileError as exc:
+        raise ModelFileError(f"{load.model}: {exc.message}") from exc
+
+
+class ModelHost:
+    """What this device serves itself: the models of a config, their engines and speeds, and those that come later.
+
+    Of the models that --model names the first is loaded at the start; each other one when it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        servings: Sequence[Serving],
+        *,
+        scores: Path,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.servings = list(servings)
+        self.models = LocalModels()
+        self._config = config
+        self._scores = scores
+        self._pool = ModelPool(
+            limit=config.models_max,
+            keep_alive_s=config.sleep_idle_seconds or math.inf,
+            estimate=estimate_load_bytes,
+            on_loaded=self._note_loaded,
+        )
+        for serving in servings:
+            self._offer(serving)
+        for engine in self._list_first():
+            engine.on_progress = on_progress
+        self._meter: CapabilityMeter | None = None
+        self._speeds: dict[str, LocalSpeed] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._measuring: set[asyncio.Task[None]] = set()
+        self._is_measured = False
+        self._device_id = ""
+
+    @property
+    def default(self) -> PooledEngine | None:
+        """The engine of the model that is meant by requests that name none; None if nothing is served here."""
+        local = self.models.get(None)
+        return local.engine if local is not None else None
+
+    def start(self, device_id: str, *, is_measured: bool) -> None:
+        """Begin to load the default model. `is_measured`: it matters to somebody how fast the models are."""
+        self._device_id, self._is_measured = device_id, is_measured
+        self._pool.start(*self._list_first())
+        if is_measured and self.models:
+            self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+
+    async def wait_loaded(self) -> None:
+        """Until that is loaded. Raises why it cannot be."""
+        for engine in self._list_first():
+            await engine.ready()
+
+    def _list_first(self) -> list[PooledEngine]:
+        is_named = bool(self._config.models) or self._config.models_dir is None
+        return [self.default] if self.default is not None and is_named else []
+
+    async def close(self) -> None:
+        """End the engines, and what measures them."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])  # soon: it looks at files, and at the machine for a moment
+        if self._measuring:
+            await asyncio.wait(self._measuring)  # they begin to measure, and do not wait for the end of it
+        if self._meter is not None:
+            await self._meter.close()
+        await self._pool.close()
+
+    # Models that come and go
+
+    async def load(
+        self,
+        model: str,
+        search: Callable[[], Sequence[FoundModel]],
+        on_progress: Callable[[float], None] | None,
+    ) -> str:
+        """See DVAI.load_model."""
+        local, is_new = self.models.get(model), False
+        if local is None:
+            serving = await asyncio.to_thread(_choose_named, model, None, search)
+            local = self.models.get(serving.model_id)
+            if local is not None and local.engine.load.model != serving.path:
+                raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
+            if local is None:
+                if len(self.models) >= MODELS_LIMIT:
+                    raise UsageError(f"at most {MODELS_LIMIT} models may be offered")
+                local, is_new = self._offer(serving), True
+        self._pool.resume(local.engine)
+        local.engine.on_progress = on_progress
+        try:
+            await local.engine.ready()
+        except BaseException:
+            if is_new:
+                await self._withdraw(local)
+            raise
+        return local.model.model_id
+
+    async def unload(self, *models: str) -> None:
+        """End these models, all if none is named: what needs them is answered with an error from then on."""
+        chosen = [self.models.find(model) for model in models] or list(self.models)
+        await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
+
+    def drop(self) -> None:
+        """Serve nothing after all; before the start."""
+        for local in list(self.models):
+            self.models.remove(local)
+        self.servings = []
+
+    def _offer(self, serving: Serving) -> LocalEngine:
+        load = build_load_request(self._config, serving)
+        local = LocalEngine(
+            model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
+            engine=self._pool.add(serving.model_id, load),
+            queue=AdmissionQueue(self._config.parallel, self._config.queue_size),
+            watch=RequestWatch(),
+            observe=functools.partial(self._observe, serving.model_id),
+        )
+        self.models.add(local)
+        return local
+
+    async def _withdraw(self, local: LocalEngine) -> None:
+        self.models.remove(local)
+        self._speeds.pop(local.model.model_id, None)
+        await self._pool.stop(local.engine)
+        self._pool.discard(local.engine)
+
+    # Speeds
+
+    def list_local(self, *, may_load: bool = True) -> list[LocalModel]:
+        """What the decision needs to know of the local models; without `may_load`, of those that others may use."""
+        return [
+            LocalModel(
+                model_id=local.model.model_id,
+                score=speed.score.tok_per_s if (speed := self._speeds.get(local.model.model_id)) else None,
+                is_demonstration=local.engine.load.model is None,
+            )
+            for local in self.models.list_offered(may_load=may_load)
+        ]
+
+    async def get_speeds(self) -> Mapping[str, LocalSpeed]:
+        """The speeds of the local models by id, found out at first use."""
+        while any(local.model.model_id not in self._speeds for local in self.models):
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+            await asyncio.shield(self._looking)
+        return self._speeds
+
+    async def _look_at_speeds(self) -> None:
+        if self._meter is None:
+            meter = CapabilityMeter(ScoreCache(self._scores), self._device_id)
+            await meter.start()
+            self._meter = meter
+        for local in list(self.models):
+            model_id, load = local.model.model_id, local.engine.load
+            if model_id not in self._speeds:
+                quantization, cost = await asyncio.to_thread(load_model_cost, load.model)
+                key = ScoreKey(
+                    model_id=model_id,
+                    engine=load.engine,
+                    quantization=quantization,
+                    n_gpu_layers=load.n_gpu_layers or 0,
+                )
+                self._speeds[model_id] = LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    def _note_loaded(self, engine: PooledEngine) -> None:
+        """A model that never was measured is measured when it is loaded for the first time, and nobody needs it."""
+        local = self.models.get(engine.model_id)
+        if self._is_measured and local is not None and engine.process is not None:
+            task = asyncio.create_task(self._measure(local, engine.process), name="measuring")
+            self._measuring.add(task)
+            task.add_done_callback(self._measuring.discard)
+
+    async def _measure(self, local: LocalEngine, engine: EngineProcess) -> None:
+        speed = (await self.get_speeds()).get(local.model.model_id)
+        if speed is not None:
+            speed.meter.probe_on_first_use(engine, speed.key, local.watch, local.queue)
+
+    def _observe(self, model_id: str, usage: Usage) -> None:
+        speed = self._speeds.get(model_id)
+        if speed is not None:
+            speed.observe(usage)
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class DeviceState:
     """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
@@ -20813,7 +21737,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
-        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
         return DeviceState(
             identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
@@ -20839,7 +21763,7 @@ def choose_lan_host() -> str:
 
 
 class Devices:
-    """This device among others: who may use it, and whom it uses.
+    """This device among others: who may use it, and whom it uses. `list_local`: see ModelHost.
 
     Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
     """
@@ -20850,7 +21774,7 @@ class Devices:
         state: DeviceState,
         *,
         is_operated: bool,
-        list_local: Callable[[], Sequence[LocalModel]],
+        list_local: Callable[..., Sequence[LocalModel]],
         notifier: Notifier,
     ) -> None:
         offload = config.offload
@@ -21006,7 +21930,7 @@ class Devices:
         """What to say of this device; None if it is not open to others, or they cannot reach it."""
         if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
             return None
-        models = [each for each in self._list_local() if not each.is_demonstration]
+        models = [each for each in self._list_local(may_load=False) if not each.is_demonstration]
         return Announcement(
             device_id=self.identity.device_id,
             device_name=self.identity.device_name,
@@ -21056,28 +21980,133 @@ class Devices:
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
 
 
-def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -> LoadRequest:
-    """What the engine's process is to load. Reads the file that --chat-template names."""
-    template = config.chat_template
-    if template is not None and os.path.isfile(template):
-        template = read_option_file("--chat-template", template)
-    return LoadRequest(
-        engine=choice.engine,
-        model=serving.path,
-        n_ctx=config.ctx_size or None,
-        slots=config.parallel,
-        threads=config.threads or count_cores(),
-        chat_template=template,
-        n_gpu_layers=config.n_gpu_layers,
-        batch_size=config.batch_size,
-        flash_attn=config.flash_attn,
-        rpc=config.rpc,
-        verbose=config.verbose,
+@record(frozen=True, kw_only=True, slots=True)
+class CompletionStats:
+    """What a completion took. Counts None: whoever answered did not say. `served_by`: a device's id, or `local`."""
+
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    time_to_first_token_s: float | None
+    tokens_per_s: float | None
+    served_by: str
+    route: str
+
+
+class Completion:
+    """An answer while it is written, after QVAC: `token_stream` has its text piece by piece, then `stats` is known.
+
+        async for piece in completion.token_stream: ...
+        print(await completion.stats)
+
+    Both belong to one reading of one answer: `stats` reads what is left of the stream. Reading raises the BridgeError
+    that the request ends with. Who leaves before the end calls `aclose`.
+    """
+
+    def __init__(self, handle: Handler, body: Mapping[str, Any], *, stream: bool) -> None:
+        self.token_stream: AsyncGenerator[str, None] = self._read(handle, body, stream)
+        self._usage: Mapping[str, Any] = {}
+        self._error: BridgeError | None = None
+        self._headers: Headers = Headers(())
+        self._began_s = 0.0
+        self._first_s: float | None = None
+        self._ended_s: float | None = None
+
+    @property
+    def stats(self) -> Awaitable[CompletionStats]:
+        """What it took, once the answer has been written."""
+        return self._wait_stats()
+
+    async def aclose(self) -> None:
+        """End the answer where it is."""
+        await self.token_stream.aclose()
+
+    async def _wait_stats(self) -> CompletionStats:
+        async for _ in self.token_stream:
+            pass
+        if self._ended_s is None:
+            raise EngineError("the answer was not read to its end")
+        return self._build_stats(self._ended_s)
+
+    def _build_stats(self, ended_s: float) -> CompletionStats:
+        usage, first_s = self._usage.get("usage") or {}, self._first_s
+        count, rate = usage.get("completion_tokens"), (self._usage.get("timings") or {}).get("predicted_per_second")
+        if rate is None and count and first_s is not None and ended_s > first_s:
+            rate = count / (ended_s - first_s)
+        return CompletionStats(
+            prompt_tokens=usage.get("prompt_tokens"),
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            completion_tokens=count,
+            time_to_first_token_s=None if first_s is None else first_s - self._began_s,
+            tokens_per_s=rate,
+            served_by=self._headers.get("x-dvai-served-by") or "local",
+            route=self._headers.get("x-dvai-route") or "local",
+        )
+
+    async def _read(self, handle: Handler, body: Mapping[str, Any], stream: bool) -> AsyncGenerator[str, None]:
+        self._began_s = time.monotonic()
+        response = await handle(build_own_request({**body, "stream": True, "stream_options": {"include_usage": True}}))
+        self._headers = Headers([(name.lower(), value) for name, value in response.headers])
+        if isinstance(response.body, bytes):
+            raise read_refusal(response.status, response.body)
+        parser, pieces = SseParser(), list[str]()
+        async with contextlib.aclosing(cast(AsyncGenerator[bytes, None], response.body)) as chunks:
+            async for chunk in chunks:
+                for event in parser.feed(chunk):
+                    piece = self._take(event.data)
+                    if piece and stream:
+                        yield piece
+                    pieces += [piece] if piece and not stream else []
+        if self._error is not None:
+            raise self._error
+        if pieces:
+            yield "".join(pieces)
+        self._ended_s = time.monotonic()
+
+    def _take(self, data: str) -> str:
+        """The text of one event of the stream; notes what else it says."""
+        if data == "[DONE]":
+            return ""
+        chunk = parse_json(data.encode())
+        if "error" in chunk:  # the last event of a torn answer; an engine here raises what it was, next
+            self._error = read_refusal(502, data.encode())
+        if chunk.get("usage"):
+            self._usage = chunk
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or ())
+        if text and self._first_s is None:
+            self._first_s = time.monotonic()
+        return text
+
+
+def build_own_request(body: Mapping[str, Any]) -> HttpRequest:
+    """A chat completion that the program asks for in which the bridge runs, as if it had come over loopback."""
+    path = "/v1/chat/completions"
+    return HttpRequest(
+        method="POST",
+        path=path,
+        raw_path=path,
+        query="",
+        headers=Headers([("content-type", "application/json")]),
+        body=encode_json(body),
+        client_address="127.0.0.1",
+        is_loopback=True,
+        is_tls=False,
+        caller=Caller.LOOPBACK,
+        request_id=choose_request_id(Headers(())),
     )
 
 
+def read_refusal(status: int, body: bytes) -> BridgeError:
+    """The error that another device, or an interceptor, answered with."""
+    try:
+        message = replace_unprintable(parse_json(body)["error"]["message"])[:REFUSAL_LIMIT_CHARS]
+    except (ValueError, KeyError, TypeError):
+        message = f"the answer was no stream but status {status}"
+    return InvalidRequestError(message) if 400 <= status < 500 else UpstreamError(message)
+
+
 class DVAI:
-    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
+    """A bridge: engines in processes of their own, and other devices, behind an HTTP server.
 
         async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
@@ -21113,23 +22142,16 @@ class DVAI:
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
-        self.serving: Serving | None = None
-        self.engine: EngineProcess | None = None
-        self.engine_choice: EngineChoice | None = None
         self.devices: Devices | None = None
-        if not config.offload.only:
-            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-            self.engine_choice = choose_engine(config, self.serving)
-            load = build_load_request(config, self.serving, self.engine_choice)
-            self.engine = EngineProcess(load, on_progress=self._report_progress)
-        self._local: LocalEngine | None = None
+        servings = [] if config.offload.only else choose_servings(config, self._search_models, list_models_directory)
+        scores = self.directories.cache / "capability.json"
+        self.host = ModelHost(config, servings, scores=scores, on_progress=self._report_progress)
+        self._handle: Handler | None = None
         self._api_keys = load_api_keys(config)
         self._on_progress = on_progress
         self._notifier = Notifier()
         self._interceptor = chat_completion_interceptor
         self._is_operated = is_operated
-        self._meter: CapabilityMeter | None = None
-        self._speed: asyncio.Task[LocalSpeed | None] | None = None
         self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
         self._server: HttpServer | None = None
@@ -21151,8 +22173,18 @@ class DVAI:
 
     @property
     def model_id(self) -> str | None:
-        """The id under which this device serves a model; None if it serves none."""
-        return self.serving.model_id if self.serving is not None else None
+        """The id under which this device serves its first model; None if it serves none."""
+        return self.engine.model_id if self.engine is not None else None
+
+    @property
+    def serving(self) -> Serving | None:
+        """What the first model of the config is."""
+        return self.host.servings[0] if self.host.servings else None
+
+    @property
+    def engine(self) -> PooledEngine | None:
+        """The engine of the first model."""
+        return self.host.default
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -21173,7 +22205,7 @@ class DVAI:
     # Its life
 
     async def initialize(self, on_progress: Callable[[float], Any] | None = None) -> None:
-        """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again.
+        """Listen, and return when the first model is loaded. Raises BridgeError, with everything closed again.
 
         `on_progress`: as in the constructor. Requests that come meanwhile wait; health says "loading".
         """
@@ -21181,14 +22213,13 @@ class DVAI:
         self._on_progress = on_progress or self._on_progress
         try:
             await self.start()
-            if self.engine is not None:
-                await self.engine.ready()
+            await self.host.wait_loaded()
         except BaseException:
             await self.close()
             raise
 
     async def start(self) -> None:
-        """Listen, begin to load the model, and look for other devices. If that raises, `close` is to follow."""
+        """Listen, begin to load the first model, and look for other devices. If that raises, `close` is to follow."""
         self._verify_new()
         self._opening = asyncio.create_task(self._open(), name="opening")
         try:
@@ -21200,11 +22231,12 @@ class DVAI:
             raise
 
     async def unload(self) -> None:
-        """End the engine and give its memory back: from then on this device serves nothing itself."""
+        """End the engines and give their memory back; requests that need one are answered with an error from then on.
+
+        `load_model` brings one back.
+        """
         self._get_devices()
-        self._local = self.serving = None
-        if self.engine is not None:
-            await self.engine.close()
+        await self.host.unload()
 
     async def close(self) -> None:
         """Stop accepting, let running streams finish for STOP_GRACE_S, end everything. A second call hurries.
@@ -21228,31 +22260,28 @@ class DVAI:
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
-        self._local = self._build_local()
+        host = self.host
         self.devices = devices = Devices(
-            self.config, state, is_operated=self._is_operated, list_local=self._list_local, notifier=self._notifier
+            self.config, state, is_operated=self._is_operated, list_local=host.list_local, notifier=self._notifier
         )
         tables = self._build_routes(devices)
 
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
+        self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
         if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
             bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
-        if self.engine is not None:
-            self.engine.start()
+        host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
         await devices.start(self._server)
-        self._tasks = [
-            asyncio.create_task(self._claim_state(), name="running record"),
-            asyncio.create_task(self._measure(), name="measuring"),
-        ]
+        self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
     def _build_routes(self, devices: Devices) -> tuple[RouteTable, RouteTable]:
         service = Service(
-            find_local=lambda: self._local,
+            local=self.host.models,
             offload=devices.offloading,
             interceptor=self._interceptor,
             record=self._audit.record,
@@ -21260,8 +22289,8 @@ class DVAI:
         )
         device_service = DeviceService(
             identity=devices.identity,
-            find_local=lambda: self._local,
-            get_speed=self._get_speed,
+            local=self.host.models,
+            get_speeds=self.host.get_speeds,
             desk=devices.desk,
             store=devices.store,
             monitor=devices.monitor,
@@ -21275,17 +22304,11 @@ class DVAI:
             parts.callback(self._record.release)
             parts.push_async_callback(asyncio.to_thread, self._audit.close)
             parts.push_async_callback(self._notifier.close)
-            if self.engine is not None:
-                parts.push_async_callback(self.engine.close)
+            if self._tasks:
+                parts.push_async_callback(asyncio.wait, self._tasks)
+            parts.push_async_callback(self.host.close)
             if self.devices is not None:
                 parts.push_async_callback(self.devices.close)
-            if self._meter is not None:
-                parts.push_async_callback(self._meter.close)
-            for task in self._tasks[1:]:
-                task.cancel()
-            begun = [*self._tasks, *([self._speed] if self._speed is not None else [])]
-            if begun:
-                await asyncio.wait(begun)  # soon: they look at files, and at the machine for a moment
 
     # What it knows and can be told
 
@@ -21294,22 +22317,22 @@ class DVAI:
         monitor = self._get_devices().monitor
         return tuple(monitor.peers()) if monitor is not None else ()
 
-    async def probe_capability(self) -> Score | None:
-        """Measure the local model, once it is idle; None with offload off, or without a local model."""
+    async def probe_capability(self, model_id: str | None = None) -> Score | None:
+        """Measure a local model, the first unless it is named, once it is idle.
+
+        None with offload off, or for a model not served here.
+        """
         self._get_devices()
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        local = self._local
-        if speed is None or local is None:
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        if local is None:
             return None
-        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return await probe_local(local, (await self.host.get_speeds())[local.model.model_id])
 
     async def get_capability(self, model_id: str | None = None) -> Score | None:
-        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
+        """What a local model scores, without measuring; None as for probe_capability."""
         self._get_devices()
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
-            return None
-        return speed.score
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        return None if local is None else (await self.host.get_speeds())[local.model.model_id].score
 
     async def assess_hardware(self) -> HardwareAssessment:
         """How well this hardware runs models, by the thresholds of the offload config; known before the start."""
@@ -21322,6 +22345,42 @@ class DVAI:
         if monitor is None:
             raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
         return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    # Models, after QVAC
+
+    async def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+        """Load a model and offer it, and return its id, when requests may name it.
+
+        `model`: a GGUF file, the id of a model that is offered already or was unloaded, or the name of one on this
+        machine. `on_progress` is called with 0 to 1. Raises UsageError when there is no such model, ModelFileError when
+        it cannot be loaded.
+        """
+        self._get_devices()
+        tell = None if on_progress is None else functools.partial(self._notifier.tell, on_progress)
+        return await self.host.load(model, self._search_models, tell)
+
+    async def unload_model(self, model_id: str) -> None:
+        """End a model's engine; what runs on it, and what names it until it is loaded again, ends with an error."""
+        self._get_devices()
+        await self.host.unload(model_id)
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> Completion:
+        """Ask a model, wherever the bridge finds it best answered; nothing is sent before the answer is read.
+
+        `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`.
+        Without `stream` the token stream has one item: the whole text.
+        """
+        self._get_devices()
+        assert self._handle is not None
+        body = {"messages": list(history), **parameters} | ({} if model_id is None else {"model": model_id})
+        return Completion(self._handle, body, stream=stream)
 
     def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
         """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it.
@@ -21355,82 +22414,15 @@ class DVAI:
     async def _leave_weak_hardware(self) -> None:
         """Load nothing where nothing would run well, unless the user named the model."""
         offload = self.config.offload
-        if not offload.enabled or self.config.model is not None or self.engine is None:
+        if not offload.enabled or self.config.models or self.config.models_dir is not None:
             return
         assessment = await self.assess_hardware()
         if assessment.mode is HardwareMode.TOO_WEAK:
             bridge_log.warning("loading no model: %s", assessment.reason)
-            self.engine = self.serving = None
+            self.host.drop()
 
-    def _build_local(self) -> LocalEngine | None:
-        if self.engine is None or self.serving is None:
-            return None
-        return LocalEngine(
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            engine=self.engine,
-            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
-            watch=RequestWatch(),
-            observe=self._observe,
-        )
-
-    def _list_local(self) -> list[LocalModel]:
-        """What the decision needs to know of the local model."""
-        if self.serving is None:
-            return []
-        speed = self._find_speed()
-        return [
-            LocalModel(
-                model_id=self.serving.model_id,
-                score=speed.score.tok_per_s if speed is not None else None,
-                is_demonstration=self.serving.path is None,
-            )
-        ]
-
-    def _find_speed(self) -> LocalSpeed | None:
-        """What is known of the local model's speed, without waiting."""
-        speed = self._speed
-        is_known = speed is not None and speed.done() and not speed.cancelled() and speed.exception() is None
-        return speed.result() if speed is not None and is_known else None
-
-    def _observe(self, usage: Usage) -> None:
-        speed = self._find_speed()
-        if speed is not None:
-            speed.observe(usage)
-
-    async def _get_speed(self) -> LocalSpeed | None:
-        """The local model's speed, found out at first use; None without a local model."""
-        if self.serving is None:
-            return None
-        if self._speed is None:
-            self._speed = asyncio.create_task(self._build_speed(), name="speed")
-        return await asyncio.shield(self._speed)
-
-    async def _build_speed(self) -> LocalSpeed | None:
-        serving, choice, devices = self.serving, self.engine_choice, self._get_devices()
-        if serving is None or choice is None:
-            return None
-        self._meter = CapabilityMeter(
-            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
-        )
-        await self._meter.start()
-        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
-        key = ScoreKey(
-            model_id=serving.model_id,
-            engine=choice.engine,
-            quantization=quantization,
-            n_gpu_layers=self.config.n_gpu_layers or 0,
-        )
-        return LocalSpeed(meter=self._meter, key=key, cost=cost)
-
-    async def _measure(self) -> None:
-        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
-        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
-        speed = await self._get_speed() if local is not None and is_needed else None
-        if local is None or speed is None:
-            return
-        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
-            await local.engine.ready()
-            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+    def _search_models(self) -> list[FoundModel]:
+        return search_models(self._environ, self.directories)
 
     async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
@@ -21455,6 +22447,33 @@ class DVAI:
             ssl_cert_file=config.ssl_cert_file,
             ssl_key_file=config.ssl_key_file,
         )
+
+
+class BlockingCompletion:
+    """A Completion for programs without an event loop: `for piece in completion.token_stream: …`, then `.stats`."""
+
+    def __init__(self, completion: Completion, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._completion = completion
+        self._wait = wait
+        self.token_stream: Iterator[str] = self._read()
+
+    @property
+    def stats(self) -> CompletionStats:
+        """What it took, once the answer has been written: waits for that."""
+        return cast(CompletionStats, self._wait(self._completion._wait_stats()))
+
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._wait(self._completion.aclose())
+
+    def _read(self) -> Iterator[str]:
+        pieces = self._completion.token_stream
+        while (piece := self._wait(self._next(pieces))) is not None:
+            yield piece
+
+    @staticmethod
+    async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
+        return await anext(pieces, None)
 
 
 class BlockingDVAI:
@@ -21519,6 +22538,26 @@ class BlockingDVAI:
     def initiate_pairing(self, peer: Peer | str) -> Pairing:
         """See DVAI.initiate_pairing."""
         return self._wait(self._bridge.initiate_pairing(peer))
+
+    def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+        """See DVAI.load_model."""
+        return self._wait(self._bridge.load_model(model, on_progress=on_progress))
+
+    def unload_model(self, model_id: str) -> None:
+        """See DVAI.unload_model."""
+        self._wait(self._bridge.unload_model(model_id))
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> BlockingCompletion:
+        """See DVAI.completion."""
+        arguments = {"history": history, "model_id": model_id, "stream": stream, **parameters}
+        return BlockingCompletion(self._call(lambda: self._bridge.completion(**arguments)), self._wait)
 
     def pairing_requests(self) -> Iterator[PairingRequest]:
         """See DVAI.pairing_requests. Blocks until the next one."""
@@ -21617,11 +22656,12 @@ examples:
   python3 dvai_bridge.py                              serve the built-in demonstration model
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
+  python3 dvai_bridge.py serve --models-dir models    offer all of a directory, each loaded when asked for
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = ("--rendezvous-url", "--models-dir", "--metrics")
+PLANNED_OPTIONS = ("--rendezvous-url", "--metrics")
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -21761,11 +22801,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {
-        name: ",".join(value) if isinstance(value, list) else value
-        for name, value in vars(arguments).items()
-        if name in known
-    }
+    flags = {name: value for name, value in vars(arguments).items() if name in known}
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -21936,7 +22972,7 @@ def bring_hub_model(command: Command) -> Command:
     config = command.config
     if config.hf_repo is None:
         return command
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     pulled = fetch_model(command, config.hf_repo)
     return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
@@ -21985,10 +23021,9 @@ async def serve_until_stopped(command: Command) -> int:
         print(f"listening on {bridge.base_url}", flush=True)
         if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
             tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
-        if bridge.engine is not None:
-            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-            tasks.append(loading)
-            await wait_first(loading, stopping)
+        loading = asyncio.create_task(bridge.host.wait_loaded(), name="loading")
+        tasks.append(loading)
+        await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -22052,14 +23087,16 @@ async def wait_over(request: PairingRequest) -> None:
 
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
-    serving, choice = bridge.serving, bridge.engine_choice
+    serving = bridge.serving
     for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
         print(f"other devices reach it at {url}")
-    if serving is None or choice is None:
+    if serving is None:
         print("serving no model here: paired devices answer", flush=True)
         return
-    if serving.path is not None:
-        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""))
+    if serving.path is not None or len(bridge.host.servings) > 1:
+        for each in bridge.host.servings:
+            print(f"serving {display_name(each.model_id)}" + (f": {each.reason}" if each.reason else ""))
+        choice = choose_engine(bridge.config, serving)
         print(f"engine: {choice.engine} ({choice.reason})", flush=True)
         return
     print(
@@ -22139,6 +23176,10 @@ def run_status(command: Command) -> int:
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
+    for model in health.get("models", ()) if len(health.get("models", ())) > 1 else ():
+        print(
+            f"    {display_name(model['id'])}: {model['state']}" + (f" ({model['error']})" if "error" in model else "")
+        )
     if "error" in health:
         print(f"the engine failed: {health['error']}")
     return 0
@@ -22283,7 +23324,8 @@ def run_pair(command: Command) -> int:
         return show_pairings(command, listed["pairings"], listed["pending"])
     if action == "request":
         raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
-    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    fitting = listed["pairings"] if action == "revoke" else listed["pending"]
+    chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
@@ -22291,7 +23333,8 @@ def run_pair(command: Command) -> int:
     if command.json:
         show_json(answer)
     else:
-        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+        name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
 
 
@@ -22303,8 +23346,10 @@ def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: 
     if len(fitting) == 1:
         return str(fitting[0]["id"])
     if not listed:
-        raise BridgeError(f"pair {action}: there is nothing to {action}")
-    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+        nothing = "nothing is paired" if action == "revoke" else "no device waits for an answer"
+        raise BridgeError(f"pair {action}: {nothing}")
+    names = ", ".join(f"{each['id']} ({display_name(str(each['deviceName']))})" for each in listed)
+    raise UsageError(f"pair {action} ID: one of {names}")
 
 
 def pair_without_bridge(command: Command) -> int:
@@ -22518,7 +23563,7 @@ def run_bench(command: Command) -> int:
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
-    load = replace(build_load_request(config, serving, choose_engine(config, serving)), slots=1)
+    load = replace(build_load_request(config, serving), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
     if command.json:
@@ -22662,9 +23707,10 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
     if entry.get("caller") == "peer":
         who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
     asked, served = text("modelAsked"), text("modelServed")
-    model = asked if asked == served else f"{asked} -> {served}"
-    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
-    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    model = asked if served in (asked, "-") else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") not in (None, entry.get("route")) else "")
+    has_tokens = entry.get("promptTokens") is not None or entry.get("completionTokens") is not None
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens" if has_tokens else "no tokens"
     end = f"{text('outcome')} {text('status')}"
     return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
 

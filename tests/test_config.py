@@ -138,6 +138,20 @@ def test_the_table_lists_each_option_of_its_group():
     assert "| `--port` `PORT` | `DVAI_PORT`, `LLAMA_ARG_PORT` |" in table and "--model" not in table
 
 
+def test_a_model_may_be_one_or_several():
+    assert build_config().models == () and build_config(flags={"model": "a,b.gguf"}).models == ("a,b.gguf",)
+    assert build_config(flags={"model": ["a", "b"]}).models == ("a", "b")
+    assert build_config(environ={"DVAI_MODEL": "a\nb"}).models == ("a", "b")
+    assert build_config(file={"model": ["a", "b"]}).model == ("a", "b")
+
+
+def test_never_sleeping_is_written_as_llama_server_does():
+    assert build_config(environ={"LLAMA_ARG_SLEEP_IDLE_SECONDS": "-1"}).sleep_idle_seconds == 0
+    assert build_config(flags={"sleep_idle_seconds": "90"}).sleep_idle_seconds == 90
+    with pytest.raises(UsageError):
+        build_config(flags={"sleep_idle_seconds": "-2"})
+
+
 # Values that a program sets
 
 
@@ -149,6 +163,8 @@ def test_a_program_may_use_its_own_types(tmp_path):
     assert config.offload.known_peers == ("http://10.0.0.2:1", "http://10.0.0.3:1")
     assert config.offload.min_local_capability == 2.0 and normalize_config(config) == config
     assert normalize_config(Config()) == Config()
+    several = normalize_config(Config(model=[tmp_path / "a.gguf", "/b.gguf"]))
+    assert several.models == (str(tmp_path / "a.gguf"), "/b.gguf") and normalize_config(several) == several
 
 
 @pytest.mark.parametrize(
