@@ -1250,13 +1250,14 @@ def _normalize_fields(config: Config | OffloadConfig, prefix: str) -> dict[str, 
         value, default = getattr(config, name), get_default(type(config), name)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        if isinstance(value, list | tuple):
+            value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
         if value == default and type(value) is type(default):
             continue
         place = prefix + name
-        if (isinstance(default, tuple) or opt.is_repeated) and isinstance(value, list | tuple):
-            items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
-            parsed = [_parse_setting(opt, place, item) if isinstance(item, str) else item for item in items]
-            fields[name] = tuple(itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in parsed))
+        if isinstance(default, tuple) and isinstance(value, Collection) and not isinstance(value, str):
+            items = [_parse_setting(opt, place, item) if isinstance(item, str) else (item,) for item in value]
+            fields[name] = tuple(itertools.chain.from_iterable(items))
         else:
             fields[name] = _parse_setting(opt, place, value)
     return fields
@@ -1284,7 +1285,7 @@ def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
         )
     if isinstance(raw, bool):
         raw = str(raw).lower()
-    elif isinstance(raw, list) and all(isinstance(item, str) for item in raw):
+    elif isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
         raw = opt.separator.join(raw)
     elif not isinstance(raw, str | int | float):
         raise UsageError(f"{place}: {type(raw).__name__} is not a value for it")
@@ -15520,10 +15521,6 @@ class ModelPool:
         self.engines.append(engine)
         return engine
 
-    def discard(self, engine: PooledEngine) -> None:
-        """Forget a model that has no process."""
-        self.engines.remove(engine)
-
     def start(self, *engines: PooledEngine) -> None:
         """Begin the pool's work, and to load these without looking for room."""
         for engine in engines:
@@ -20711,17 +20708,16 @@ class LocalModels:
 
     @property
     def current(self) -> LocalEngine | None:
-        """The default model; while it is not in memory, the one there that was used last. None: all were unloaded."""
+        """The default model; while it is not in memory, the one there that was used last."""
         default = self.get(None)
         if default is None or default.engine.is_occupying:
             return default
-        default = None if default.engine.state is ModelState.STOPPED else default
         loaded = [each for each in self._models if each.engine.is_occupying]
         return max(loaded, key=lambda each: each.engine.last_used_s, default=default)
 
     def build_status(self) -> str:
-        """The word of health: `ok` while a model answers, or would be loaded by a request, or none is meant to."""
-        states = {each.engine.state for each in self._models} - {ModelState.STOPPED}
+        """The word of health: `ok` while a model answers, or would be loaded by a request."""
+        states = {each.engine.state for each in self._models}
         if not states or ModelState.LOADED in states:
             return "ok"
         processes = [each.engine.process for each in self._models if each.engine.state is ModelState.LOADING]
@@ -20959,9 +20955,8 @@ class Service:
             if known is None:
                 parse(features=info.features)
 
-        parsed = answer_form.parsed
-        requests = limit_generations(parsed.generations, name_guest(request))
-        generation = local.generate(requests, account, build_use_terms(request, body), verify)
+        parsed, terms = answer_form.parsed, build_use_terms(request, body)
+        generation = local.generate(limit_generations(parsed.generations, name_guest(request)), account, terms, verify)
         first = await self._read_first(generation)
         if parsed.stream:
             body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
@@ -21153,8 +21148,8 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
 class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
-    `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: it
-    uses no other devices.
+    `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: this
+    device uses no others.
     """
 
     def __init__(
@@ -21550,8 +21545,9 @@ class ModelHost:
         scores: Path,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.servings = list(servings)
         self.models = LocalModels()
+        self._servings: dict[str, Serving] = {}
+        self._unloaded: list[LocalEngine] = []  # no longer offered, until `load` brings one back
         self._config = config
         self._scores = scores
         self._pool = ModelPool(
@@ -21561,7 +21557,7 @@ class ModelHost:
             on_loaded=self._note_loaded,
         )
         for serving in servings:
-            self._offer(serving)
+            self.models.add(self._make(serving, build_load_request(config, serving)))
         for engine in self._list_first():
             engine.on_progress = on_progress
         self._meter: CapabilityMeter | None = None
@@ -21570,6 +21566,11 @@ class ModelHost:
         self._measuring: set[asyncio.Task[None]] = set()
         self._is_measured = False
         self._device_id = ""
+
+    @property
+    def servings(self) -> list[Serving]:
+        """What is offered, the default first."""
+        return [self._servings[local.model.model_id] for local in self.models]
 
     @property
     def default(self) -> PooledEngine | None:
@@ -21612,54 +21613,60 @@ class ModelHost:
         on_progress: Callable[[float], None] | None,
     ) -> str:
         """See DVAI.load_model."""
-        local, is_new = self.models.get(model), False
+        local = self.models.get(model) or next(
+            (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
+        )
         if local is None:
             serving = await asyncio.to_thread(_choose_named, model, None, search)
-            local = self.models.get(serving.model_id)
-            if local is not None and local.engine.load.model != serving.path:
-                raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
-            if local is None:
-                if len(self.models) >= MODELS_LIMIT:
-                    raise UsageError(f"at most {MODELS_LIMIT} models may be offered")
-                local, is_new = self._offer(serving), True
+            local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
         self._pool.resume(local.engine)
         local.engine.on_progress = on_progress
         try:
             await local.engine.ready()
         except BaseException:
-            if is_new:
-                await self._withdraw(local)
+            if local not in self.models:
+                await self._pool.stop(local.engine)
             raise
+        if local not in self.models:
+            self.models.add(local)
+        self._unloaded = [each for each in self._unloaded if each is not local]
         return local.model.model_id
 
     async def unload(self, *models: str) -> None:
-        """End these models, all if none is named: what needs them is answered with an error from then on."""
+        """Offer these models no more, all if none is named, and end their engines."""
         chosen = [self.models.find(model) for model in models] or list(self.models)
+        for local in chosen:
+            self.models.remove(local)
+            self._unloaded.append(local)
         await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
+
+    def _find_or_make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        """The model that goes by this id, which must be of the same file; else a new one, not yet offered."""
+        known = [*self.models, *self._unloaded]
+        local = next((each for each in known if is_same_model(each.model.model_id, serving.model_id)), None)
+        if local is None:
+            if len(known) >= MODELS_LIMIT:
+                raise UsageError(f"at most {MODELS_LIMIT} models can be offered")
+            local = self._make(serving, load)
+            self._unloaded.append(local)
+        elif local.engine.load.model != serving.path:
+            raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
+        return local
 
     def drop(self) -> None:
         """Serve nothing after all; before the start."""
         for local in list(self.models):
             self.models.remove(local)
-        self.servings = []
 
-    def _offer(self, serving: Serving) -> LocalEngine:
-        load = build_load_request(self._config, serving)
-        local = LocalEngine(
+    def _make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        self._servings[serving.model_id] = serving
+        return LocalEngine(
             model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
             engine=self._pool.add(serving.model_id, load),
             queue=AdmissionQueue(self._config.parallel, self._config.queue_size),
             watch=RequestWatch(),
             observe=functools.partial(self._observe, serving.model_id),
         )
-        self.models.add(local)
-        return local
-
-    async def _withdraw(self, local: LocalEngine) -> None:
-        self.models.remove(local)
-        self._speeds.pop(local.model.model_id, None)
-        await self._pool.stop(local.engine)
-        self._pool.discard(local.engine)
 
     # Speeds
 
@@ -22178,7 +22185,7 @@ class DVAI:
 
     @property
     def serving(self) -> Serving | None:
-        """What the first model of the config is."""
+        """What that model is."""
         return self.host.servings[0] if self.host.servings else None
 
     @property
@@ -22231,9 +22238,9 @@ class DVAI:
             raise
 
     async def unload(self) -> None:
-        """End the engines and give their memory back; requests that need one are answered with an error from then on.
+        """End the engines and give their memory back: from then on this device serves nothing itself.
 
-        `load_model` brings one back.
+        `load_model` brings a model back.
         """
         self._get_devices()
         await self.host.unload()
@@ -22260,9 +22267,12 @@ class DVAI:
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
-        host = self.host
         self.devices = devices = Devices(
-            self.config, state, is_operated=self._is_operated, list_local=host.list_local, notifier=self._notifier
+            self.config,
+            state,
+            is_operated=self._is_operated,
+            list_local=self.host.list_local,
+            notifier=self._notifier,
         )
         tables = self._build_routes(devices)
 
@@ -22275,7 +22285,7 @@ class DVAI:
         if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
             bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
-        host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
+        self.host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
         await devices.start(self._server)
         self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
@@ -22304,11 +22314,11 @@ class DVAI:
             parts.callback(self._record.release)
             parts.push_async_callback(asyncio.to_thread, self._audit.close)
             parts.push_async_callback(self._notifier.close)
-            if self._tasks:
-                parts.push_async_callback(asyncio.wait, self._tasks)
             parts.push_async_callback(self.host.close)
             if self.devices is not None:
                 parts.push_async_callback(self.devices.close)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     # What it knows and can be told
 
@@ -22356,11 +22366,11 @@ class DVAI:
         it cannot be loaded.
         """
         self._get_devices()
-        tell = None if on_progress is None else functools.partial(self._notifier.tell, on_progress)
+        tell = functools.partial(self._notifier.tell, on_progress) if on_progress is not None else None
         return await self.host.load(model, self._search_models, tell)
 
     async def unload_model(self, model_id: str) -> None:
-        """End a model's engine; what runs on it, and what names it until it is loaded again, ends with an error."""
+        """Offer a model no more, and end its engine; what runs on it ends with an error. ModelNotFoundError."""
         self._get_devices()
         await self.host.unload(model_id)
 

@@ -18,6 +18,7 @@ PRINTED = {
     "AsyncOpenAI": r"paired with \S+\n(.*\n)*\[\S+ answers\]",
     "def approve": r"dvai-demo on http://127\.0\.0\.1:\d+/v1\nthis machine: .+\n(.*\n)+closed: 1 thread is left\n",
     "def intercept": r"(data: .*\n\n){3}data: \[DONE\]\n\n\n\{.*\"completion_tokens\":[1-8],",
+    "dvai.completion": r"Start the bridge .+\nserved by local at [0-9.]+ tokens/s\n",
     "compose_signed_message": rf"\d+ tokens of {OTHER_MODEL}\n",
 }
 

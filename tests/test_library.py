@@ -87,6 +87,11 @@ def test_ordinary_use_from_start_to_end(tmp_path):
     for call in (dvai.get_peers, dvai.unload, dvai.probe_capability, dvai.assess_hardware, dvai.pairing_requests):
         with pytest.raises(RuntimeError, match="closed: make another"):
             call()
+    for work in (bridge.load_model("builtin"), bridge.unload_model("x"), bridge.unload(), bridge.initiate_pairing("x")):
+        with pytest.raises(RuntimeError, match="closed: make another"):
+            asyncio.run(work)
+    with pytest.raises(RuntimeError, match="closed: make another"):
+        bridge.completion(history=[])
 
 
 def test_with_offload_off_there_are_no_scores(tmp_path):
@@ -101,7 +106,7 @@ def test_after_unload_nothing_is_served_here(tmp_path):
     with bridge as dvai:
         dvai.unload()
         dvai.unload()
-        assert bridge.engine.pid is None
+        assert bridge.engine is None and dvai.model_id is None and dvai.get_capability() is None
         status, _, data = ask(dvai, headers={"X-DVAI-Offload": "never"})
         assert status == 503 and json.loads(data)["error"]["type"] == "no_local_backend"
         status, _, data = ask(dvai)

@@ -9,7 +9,15 @@ import sys
 
 import pytest
 
-from dvai_bridge import DVAI, BridgeError, EngineUnavailableError, ModelFileError, UsageError, build_config
+from dvai_bridge import (
+    DVAI,
+    BridgeError,
+    ModelFileError,
+    ModelNotFoundError,
+    NoLocalBackendError,
+    UsageError,
+    build_config,
+)
 from tests.support import CLEAN_ENVIRON, MODULE, read_health, start_bridge, wait_for
 from tests.support_worker import END_ID, build_byte_model
 
@@ -189,7 +197,7 @@ def test_models_come_and_go_in_a_program(models, tmp_path):
             assert (await unread.stats).completion_tokens == 6, "the default model"
 
             await dvai.unload_model("berta")
-            with pytest.raises(EngineUnavailableError):
+            with pytest.raises(ModelNotFoundError):
                 await dvai.completion(model_id="Berta", history=HISTORY, **CHAT).stats
             assert await dvai.load_model("Berta") == "Berta"
             assert (await dvai.completion(model_id="Berta", history=HISTORY, **CHAT).stats).completion_tokens == 6
@@ -202,9 +210,9 @@ def test_models_come_and_go_in_a_program(models, tmp_path):
                 await dvai.completion(model_id="damaged", history=HISTORY, **CHAT).stats
 
             await dvai.unload()
-            with pytest.raises(EngineUnavailableError):
+            with pytest.raises(NoLocalBackendError):
                 await dvai.completion(history=HISTORY, **CHAT).stats
-            assert dvai.engine.pid is None and await dvai.load_model("anna") == "anna" and dvai.engine.pid
+            assert dvai.model_id is None and await dvai.load_model("anna") == "anna" == dvai.model_id
 
     asyncio.run(run())
 
@@ -236,5 +244,5 @@ def test_the_same_without_an_event_loop(models, tmp_path):
         next(left.token_stream)
         left.close()
         dvai.unload_model("Berta")
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(ModelNotFoundError):
             list(dvai.completion(model_id="Berta", history=HISTORY, **CHAT).token_stream)
