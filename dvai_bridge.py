@@ -903,7 +903,7 @@ class OffloadConfig:
 class Config:
     """All settings of a bridge. The README's option tables are this class, printed."""
 
-    model: str | tuple[str, ...] | None = option(
+    model: str | Sequence[str] | None = option(
         "-m/--model",
         None,
         "model to serve: a GGUF file, `auto` for the best one found on this machine, or `builtin` for the "
@@ -1174,7 +1174,7 @@ class Config:
         """What --model names, the default first."""
         if self.model is None:
             return ()
-        return (self.model,) if isinstance(self.model, str) else self.model
+        return (self.model,) if isinstance(self.model, str) else tuple(self.model)
 
 
 OPTION_GROUPS = {
@@ -22866,7 +22866,7 @@ class DVAI:
         machine. `on_progress` is called with 0 to 1. Raises UsageError when there is no such model, ModelFileError when
         it cannot be loaded.
         """
-        self._get_server()
+        self._get_devices()
         tell = functools.partial(self._notifier.tell, on_progress) if on_progress is not None else None
         return await self.host.load(model, self._search_models, tell)
 
@@ -22888,7 +22888,7 @@ class DVAI:
         `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`.
         Without `stream` the token stream has one item: the whole text.
         """
-        self._get_server()
+        self._get_devices()
         assert self._handle is not None
         body = {"messages": list(history), **parameters} | ({} if model_id is None else {"model": model_id})
         return Completion(self._handle, body, stream=stream)

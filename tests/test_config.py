@@ -163,6 +163,8 @@ def test_a_program_may_use_its_own_types(tmp_path):
     assert config.offload.known_peers == ("http://10.0.0.2:1", "http://10.0.0.3:1")
     assert config.offload.min_local_capability == 2.0 and normalize_config(config) == config
     assert normalize_config(Config()) == Config()
+    several = normalize_config(Config(model=[tmp_path / "a.gguf", "/b.gguf"]))
+    assert several.models == (str(tmp_path / "a.gguf"), "/b.gguf") and normalize_config(several) == several
 
 
 @pytest.mark.parametrize(

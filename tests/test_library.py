@@ -87,6 +87,11 @@ def test_ordinary_use_from_start_to_end(tmp_path):
     for call in (dvai.get_peers, dvai.unload, dvai.probe_capability, dvai.assess_hardware, dvai.pairing_requests):
         with pytest.raises(RuntimeError, match="closed: make another"):
             call()
+    for work in (bridge.load_model("builtin"), bridge.unload_model("x"), bridge.unload(), bridge.initiate_pairing("x")):
+        with pytest.raises(RuntimeError, match="closed: make another"):
+            asyncio.run(work)
+    with pytest.raises(RuntimeError, match="closed: make another"):
+        bridge.completion(history=[])
 
 
 def test_with_offload_off_there_are_no_scores(tmp_path):
