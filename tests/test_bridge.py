@@ -111,7 +111,7 @@ def test_all_that_the_engine_needs_is_asked_for(has_llama, tmp_path):
     (tmp_path / "a.gguf").write_bytes(build_byte_model())
     flags = {"n_gpu_layers": "7", "batch_size": "64", "flash_attn": "off", "rpc": "a:1, b:2", "ctx_size": "99"}
     config, serving = choose(tmp_path / "a.gguf", **flags, threads="3", parallel="5")
-    load = build_load_request(config, serving, choose_engine(config, serving))
+    load = build_load_request(config, serving)
     assert (load.n_gpu_layers, load.batch_size, load.flash_attn, load.rpc) == (7, 64, "off", ("a:1", "b:2"))
     assert (load.n_ctx, load.threads, load.slots, load.model) == (99, 3, 5, serving.path)
     assert decode_load_request(json.loads(json.dumps(encode_load_request(load)))) == load
