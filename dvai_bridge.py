@@ -7275,6 +7275,223 @@ def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) 
     return [entry for found in newest_first for entry in found]
 
 
+# ---- Metrics --------------------------------------------------------------------------
+# What a bridge counts of itself, and Prometheus' text format for it. Pure.
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRIC_SERIES_LIMIT = 256  # of one metric: whoever finds a label to fill with words of their own fills no memory
+FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+SPEED_BOUNDS_TOK_PER_S = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+
+_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_LABEL_NAME = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+class MetricType(enum.Enum):
+    """The word of a `# TYPE` line."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricSample:
+    """One line: `suffix` behind the family's name (`_bucket`, `_sum`, `_count`), labels in the order to write them."""
+
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+    suffix: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricFamily:
+    """A metric with all its series. The samples of one series of a histogram stand together, its buckets ascending."""
+
+    name: str
+    type: MetricType
+    help: str
+    samples: tuple[MetricSample, ...]
+
+
+def format_metric_value(value: float) -> str:
+    """A number as Go's ParseFloat reads it."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+
+
+def encode_metrics(families: Iterable[MetricFamily]) -> bytes:
+    """The text format 0.0.4. ValueError for a name that the format does not have; values of labels are escaped.
+
+        # HELP dvai_requests_total Requests that have ended.
+        # TYPE dvai_requests_total counter
+        dvai_requests_total{route="local",status="200"} 3
+    """
+    lines: list[str] = []
+    for family in families:
+        if not _METRIC_NAME.fullmatch(family.name):
+            raise ValueError(f"{family.name!r} is no name of a metric")
+        help_text = family.help.replace("\\", r"\\").replace("\n", r"\n")
+        lines += [f"# HELP {family.name} {help_text}", f"# TYPE {family.name} {family.type.value}"]
+        lines += [
+            f"{family.name}{sample.suffix}{_encode_labels(sample.labels)} {format_metric_value(sample.value)}"
+            for sample in family.samples
+        ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _encode_labels(labels: Sequence[tuple[str, str]]) -> str:
+    for name, _ in labels:
+        if not _LABEL_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a label")
+    pairs = ((name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels)
+    inside = ",".join(f'{name}="{value}"' for name, value in pairs)
+    return f"{{{inside}}}" if inside else ""
+
+
+def build_gauge(name: str, help: str, values: Mapping[tuple[tuple[str, str], ...], float]) -> MetricFamily:
+    """What is measured at the moment it is asked for: labels → value."""
+    samples = tuple(MetricSample(labels=labels, value=value) for labels, value in values.items())
+    return MetricFamily(name=name, type=MetricType.GAUGE, help=help, samples=samples)
+
+
+class SeriesTable:
+    """The series of one metric by the values of its labels; beyond METRIC_SERIES_LIMIT all are "other"."""
+
+    def __init__(self, label_names: Sequence[str]) -> None:
+        self._label_names = tuple(label_names)
+        self._series: dict[tuple[str, ...], list[float]] = {}
+
+    def get(self, values: Sequence[str], width: int) -> list[float]:
+        """The numbers of a series, `width` of them, 0 at first."""
+        key = tuple(values)
+        if len(key) != len(self._label_names):
+            raise ValueError(f"this metric has the labels {', '.join(self._label_names)}")
+        if key not in self._series and len(self._series) >= METRIC_SERIES_LIMIT:
+            key = ("other",) * len(key)
+        return self._series.setdefault(key, [0.0] * width)
+
+    def items(self) -> Iterator[tuple[tuple[tuple[str, str], ...], list[float]]]:
+        """(labels, numbers) of each series."""
+        for key, numbers in self._series.items():
+            yield tuple(zip(self._label_names, key, strict=True)), numbers
+
+
+class CounterVector:
+    """A number that only grows, for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str] = ()) -> None:
+        self._name = name
+        self._help = help
+        self._series = SeriesTable(label_names)
+
+    def add(self, *values: str, amount: float = 1) -> None:
+        """Count `amount` more."""
+        self._series.get(values, 1)[0] += amount
+
+    def build_family(self) -> MetricFamily:
+        """As it stands."""
+        samples = tuple(MetricSample(labels=labels, value=numbers[0]) for labels, numbers in self._series.items())
+        return MetricFamily(name=self._name, type=MetricType.COUNTER, help=self._help, samples=samples)
+
+
+class HistogramVector:
+    """How often a measured value was at most each of `bounds` (ascending), for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str], bounds: Sequence[float]) -> None:
+        self._name = name
+        self._help = help
+        self._bounds = tuple(bounds)
+        self._series = SeriesTable(label_names)
+
+    def observe(self, *values: str, value: float) -> None:
+        """Take in one measurement. A series has the count of each bucket, of what is above all bounds, and the sum."""
+        numbers = self._series.get(values, len(self._bounds) + 2)
+        numbers[bisect.bisect_left(self._bounds, value)] += 1
+        numbers[-1] += value
+
+    def build_family(self) -> MetricFamily:
+        """As it stands; buckets are cumulative."""
+        samples: list[MetricSample] = []
+        for labels, (*counts, total) in self._series.items():
+            bounds = [*map(format_metric_value, self._bounds), "+Inf"]
+            for bound, count in zip(bounds, itertools.accumulate(counts), strict=True):
+                samples.append(MetricSample(suffix="_bucket", labels=(*labels, ("le", bound)), value=count))
+            samples.append(MetricSample(suffix="_sum", labels=labels, value=total))
+            samples.append(MetricSample(suffix="_count", labels=labels, value=sum(counts)))
+        return MetricFamily(name=self._name, type=MetricType.HISTOGRAM, help=self._help, samples=tuple(samples))
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RequestSample:
+    """What the metrics take from a request that has ended. None: it did not come to that, or nobody knows.
+
+    `path`: one of our routes; `route`: local, lan, relay or upstream. `outcome`: as in the audit.
+    """
+
+    path: str
+    status: int
+    outcome: str
+    route: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token_s: float | None = None
+    decode_tok_per_s: float | None = None
+
+
+class BridgeMetrics:
+    """All that a bridge counts. No label has a client's words: a model's name is none."""
+
+    def __init__(self) -> None:
+        self._requests = CounterVector(
+            "dvai_requests_total", "Inference requests that have ended.", ("path", "route", "status", "outcome")
+        )
+        self._prompt_tokens = CounterVector("dvai_prompt_tokens_total", "Tokens of prompts.", ("route",))
+        self._completion_tokens = CounterVector("dvai_completion_tokens_total", "Tokens written.", ("route",))
+        self._first_token = HistogramVector(
+            "dvai_time_to_first_token_seconds",
+            "From the request to the first content, waiting and loading included.",
+            ("route",),
+            FIRST_TOKEN_BOUNDS_S,
+        )
+        self._speed = HistogramVector(
+            "dvai_decode_tokens_per_second", "Tokens per second of one answer.", ("route",), SPEED_BOUNDS_TOK_PER_S
+        )
+        self._offloads = CounterVector(
+            "dvai_offloads_total", "Servers asked to answer a request, each time.", ("route", "outcome")
+        )
+
+    def record(self, sample: RequestSample) -> None:
+        """A request has ended."""
+        route = sample.route or "none"
+        self._requests.add(sample.path, route, str(sample.status), sample.outcome)
+        self._prompt_tokens.add(route, amount=sample.prompt_tokens or 0)
+        self._completion_tokens.add(route, amount=sample.completion_tokens or 0)
+        if sample.first_token_s is not None:
+            self._first_token.observe(route, value=sample.first_token_s)
+        if sample.decode_tok_per_s is not None:
+            self._speed.observe(route, value=sample.decode_tok_per_s)
+
+    def note_attempt(self, route: str, outcome: str) -> None:
+        """A peer or an upstream engine was asked, and this came of it."""
+        self._offloads.add(route, outcome)
+
+    def build_families(self) -> list[MetricFamily]:
+        """As it stands."""
+        vectors = (
+            self._requests,
+            self._prompt_tokens,
+            self._completion_tokens,
+            self._first_token,
+            self._speed,
+            self._offloads,
+        )
+        return [vector.build_family() for vector in vectors]
+
+
 # ---- Routing --------------------------------------------------------------------------
 # Where a request runs: peers, candidates and the decision. Pure.
 

@@ -13,6 +13,7 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package langchain_openai",
     "needs the package llama_cpp",
     "needs the package numpy",
+    "needs the package prometheus_client",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
     "needs node",
