@@ -704,6 +704,20 @@ def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def is_engine_url(engine: str | None) -> TypeGuard[str]:
+    """Whether `--engine` names a server, rather than an engine of ours."""
+    return engine is not None and "://" in engine
+
+
+def parse_engine(text: str) -> str:
+    """`auto`, `builtin`, or the base URL of a server."""
+    if text in ("auto", "builtin"):
+        return text
+    if not is_engine_url(text) or "," in text:
+        raise ValueError("it must be auto, builtin, or a URL such as http://127.0.0.1:11434/v1")
+    return parse_urls("http", "https")(text)[0]
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -904,13 +918,23 @@ class Config:
         metavar="NAME",
         fallbacks=("LLAMA_ARG_ALIAS",),
     )
-    engine: str = option(
+    engine: str | None = option(
         "--engine",
-        "auto",
-        "what computes: `builtin`, in pure Python, is the one that this version has",
+        None,
+        "what computes: `builtin`, in pure Python; a URL: the OpenAI-compatible server there, and no model is loaded "
+        "here; `auto`: whatever suits the model, and the servers that already run on this machine answer for "
+        "their models, too. Default: whatever suits the model",
         "model",
-        parse=parse_choice("auto", "builtin"),
-        metavar="auto|builtin",
+        parse=parse_engine,
+        metavar="auto|builtin|URL",
+    )
+    upstream_api_key: str | None = option(
+        "--upstream-api-key",
+        None,
+        "key that the server of `--engine URL` wants; environment only. No other server is ever sent it",
+        "model",
+        metavar="KEY",
+        secret=True,
     )
     ctx_size: int = option(
         "-c/--ctx-size",
@@ -989,6 +1013,15 @@ class Config:
         parse=parse_integer(1, 86400),
         metavar="SECONDS",
         fallbacks=("LLAMA_ARG_TIMEOUT",),
+    )
+    metrics: bool = option(
+        "--metrics",
+        False,
+        "answer `GET /metrics` for Prometheus: requests, queue, tokens, speeds, offloads, peers",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_ENDPOINT_METRICS",),
     )
     ssl_cert_file: str | None = option(
         "--ssl-cert-file",
@@ -1146,9 +1179,11 @@ def _find_setting(
 
 def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
     if opt.secret and place == opt.flags[-1]:
+        has_file = any(f"{place}-file" in other.flags for other in get_options(Config).values())
         raise UsageError(
-            f"{place} would show the key to everyone on this machine: "
-            f"put it in a file ({place}-file) or in the environment ({opt.environment})"
+            f"{place} would show the key to everyone on this machine: put it "
+            + (f"in a file ({place}-file) or " if has_file else "")
+            + f"in the environment ({opt.environment})"
         )
     if isinstance(raw, bool):
         raw = str(raw).lower()
@@ -7326,9 +7361,9 @@ def format_metric_value(value: float) -> str:
 def encode_metrics(families: Iterable[MetricFamily]) -> bytes:
     """The text format 0.0.4. ValueError for a name that the format does not have; values of labels are escaped.
 
-        # HELP dvai_requests_total Requests that have ended.
-        # TYPE dvai_requests_total counter
-        dvai_requests_total{route="local",status="200"} 3
+    # HELP dvai_requests_total Requests that have ended.
+    # TYPE dvai_requests_total counter
+    dvai_requests_total{route="local",status="200"} 3
     """
     lines: list[str] = []
     for family in families:
@@ -16710,6 +16745,7 @@ LARGE_ANSWER_BYTES = MIB
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
 
 class ForwardForm(enum.Enum):
@@ -16728,7 +16764,8 @@ class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
     `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
-    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned.
+    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned. `is_own_engine`: a server that
+    the user put behind this bridge; it is asked in the client's form, and what it refuses is the client's answer.
     """
 
     device_id: str
@@ -16740,6 +16777,7 @@ class ForwardTarget:
     substituted_for: str | None = None
     prefill_tok_per_s: float | None = None
     sign: SignRequest | None = field(default=None, repr=False)
+    is_own_engine: bool = False
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -16788,12 +16826,16 @@ class AttemptOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none."""
+    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none.
+
+    `said`: the error in the peer's own words, where it gave some.
+    """
 
     target: ForwardTarget
     outcome: AttemptOutcome
     reason: str
     retry_after_s: int = 0
+    said: str = ""
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -16837,22 +16879,26 @@ class ForwardReport:
 
 
 class AttemptError(UpstreamError):
-    """A peer gave no answer, so the next one is asked; never shown to a client."""
+    """A peer gave no answer, so the next one is asked; never shown to a client. `said`: its own words."""
 
-    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0) -> None:
+    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0, said: str = "") -> None:
         super().__init__(reason, retry_after_s=retry_after_s)
         self.outcome = outcome
+        self.said = said
 
 
 # What is sent
 
 
-def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
-    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
+def build_forward_body(request: ForwardRequest, model_id: str, *, keeps_form: bool = False) -> dict[str, Any]:
+    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one.
+
+    `keeps_form`: a stream only if the client wants one.
+    """
     body = {**request.body, "model": model_id}
     if not model_id:
         del body["model"]
-    if request.form is not ForwardForm.EMBEDDINGS:
+    if request.form is not ForwardForm.EMBEDDINGS and (request.is_stream or not keeps_form):
         options = request.body.get("stream_options")
         body["stream"] = True
         body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
@@ -16865,14 +16911,14 @@ def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill
     return min(budgets.first_content_s + prefill_s, budgets.first_content_limit_s)
 
 
-def build_forward_headers(request: ForwardRequest) -> list[tuple[str, str]]:
+def build_forward_headers(request: ForwardRequest, *, is_own_engine: bool = False) -> list[tuple[str, str]]:
     """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
-    accept = "text/event-stream" if request.form is not ForwardForm.EMBEDDINGS else "application/json"
+    is_whole = request.form is ForwardForm.EMBEDDINGS or (is_own_engine and not request.is_stream)
     return [
         ("Content-Type", "application/json"),
-        ("Accept", accept),
+        ("Accept", "application/json" if is_whole else "text/event-stream"),
         ("X-Request-Id", request.request_id),
-        ("X-DVAI-Forwarded", "1"),
+        ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE if is_own_engine else "1"),
     ]
 
 
@@ -16928,6 +16974,21 @@ def parse_peer_usage(value: Any) -> dict[str, Any] | None:
     }
 
 
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+def find_error_message(value: Any) -> str:
+    """What a server said is wrong, "" if nothing: `error` an object or a text; FastAPI's `detail`; or `message`."""
+    if isinstance(value, list):  # FastAPI's complaints, each with its place
+        return "; ".join(filter(None, map(find_error_message, value)))
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    found = next((value[name] for name in ("error", "detail", "message", "msg") if value.get(name)), "")
+    steps = value.get("loc")
+    place = [each for each in steps if isinstance(each, str) and each != "body"] if isinstance(steps, list) else []
+    return ": ".join(filter(None, (".".join(place), find_error_message(found))))
+
+
 def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     """The body of a peer's error answer as clients expect it, whatever form the peer gave it."""
     try:
@@ -16935,11 +16996,13 @@ def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     except JsonError:
         value = None
     error = value.get("error", value) if isinstance(value, dict) else None
-    if isinstance(error, str):
-        error = {"message": error}
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        error = {"message": f"the peer refused the request (HTTP {status})"}
-    return {"error": {"type": "invalid_request_error", "param": None, "code": None, **error}}
+    members = dict(error) if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
+    members = {name: member for name, member in members.items() if name != "object"}
+    members["message"] = find_error_message(value) or f"the peer refused the request (HTTP {status})"
+    type_ = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if not isinstance(members.get("type"), str) or not members["type"]:
+        members["type"] = type_
+    return {"error": {"param": None, "code": None, **members}}
 
 
 class ChoiceState:
@@ -17015,7 +17078,8 @@ class ChunkNormalizer:
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
         if value.get("error"):
-            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream")
+            said = find_error_message(value)
+            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream", said=said)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
@@ -17330,8 +17394,13 @@ def parse_peer_vector(item: Any) -> Sequence[float]:
 # Asking
 
 
-def judge_status(status: int) -> AttemptOutcome:
-    """What a status other than 200 means for the next step."""
+def judge_status(status: int, *, is_own_engine: bool = False) -> AttemptOutcome:
+    """What a status other than 200 means for the next step.
+
+    What an engine of the user's own says is final, but for a 401: the client's key is not what it asks for.
+    """
+    if is_own_engine and status >= 400:
+        return AttemptOutcome.UNAUTHORIZED if status == 401 else AttemptOutcome.REFUSED
     named = {
         401: AttemptOutcome.UNAUTHORIZED,
         404: AttemptOutcome.NO_MODEL,
@@ -17391,9 +17460,11 @@ class PeerExchange:
 
     def _build_exchange(self, client: HttpClient) -> ClientExchange:
         request, target, budgets = self._request, self.target, self._budgets
-        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        is_own = target.is_own_engine
+        encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
+        body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
         url = parse_http_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request)
+        headers = build_forward_headers(request, is_own_engine=is_own)
         if target.sign is not None:
             headers += target.sign("POST", url.target, body)
         self._budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
@@ -17405,7 +17476,7 @@ class PeerExchange:
         self._response = response = await self._exchange.open()
         response.end_within(self._started_at + self._budget_s - self._loop.time())
         if response.status != 200:
-            outcome = judge_status(response.status)
+            outcome = judge_status(response.status, is_own_engine=self.target.is_own_engine)
             if outcome is not AttemptOutcome.REFUSED:
                 raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
         return response
@@ -17536,7 +17607,9 @@ class ForwardedStream:
 def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError:
     """The client's error for a peer that failed after the commit point."""
     name = display_name(target.device_name or target.device_id)
-    return PeerError(f"{name} began to answer and failed: {error.message}; what came before is incomplete")
+    said = display_name(error.said) if isinstance(error, AttemptError) and target.is_own_engine else ""
+    reason = error.message + (f" ({said})" if said else "")
+    return PeerError(f"{name} began to answer and failed: {reason}; what came before is incomplete")
 
 
 class Forwarder:
@@ -17571,7 +17644,9 @@ class Forwarder:
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
-                self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
+                said = exc.said if isinstance(exc, AttemptError) else ""
+                attempt = Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s, said=said)
+                self._note(attempts, attempt)
                 continue
             except BaseException:
                 exchange.end(ForwardOutcome.CLIENT_LEFT)
@@ -17623,13 +17698,497 @@ class Forwarder:
         self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
         exchange.end(ForwardOutcome.REFUSED)
         retry_after_s = parse_retry_after(response.headers)
-        should_retry = response.headers.get("x-should-retry", "false")
+        should_retry = response.headers.get("x-should-retry")
         headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
         if retry_after_s:
             headers.append(("Retry-After", str(min(retry_after_s, 60))))
-        headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
+        if should_retry or (response.status < 500 and response.status not in (408, 429)):
+            headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
         body = encode_json(build_peer_error(response.status, data))
         return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+
+
+# ---- Upstream engine ------------------------------------------------------------------
+# An OpenAI-compatible server that the user runs, as an engine of this bridge: watched, listed, asked.
+#
+# A server is in the state that its last answer says, whatever it was in before:
+#
+#     nothing asked yet → UNKNOWN     a list of models, or a 404 for it → UP     503 → LOADING
+#     401, 403 → REFUSED              no connection, no answer, any other answer → DOWN
+#
+# While it is UP, a connection that is made and closed again says every second that it is still there: that costs it
+# nothing and leaves no line in its log. Its models are asked for now and then, whenever it returns, and when a request
+# names a model that nobody knows. A request never waits for any of this: it is sent, and what comes of it is news, too.
+
+UPSTREAM_ANSWER_LIMIT_BYTES = MIB  # a list of models that never ends
+UPSTREAM_MODELS_LIMIT = 512  # models that a server may claim to have
+UPSTREAM_ANSWER_S = 5.0  # for the list of models
+UPSTREAM_SILENCE_S = 300.0  # within an answer: engines that send a tool call only when it is whole are silent so long
+UPSTREAM_BACK_OFF_FACTOR = 1.5
+UPSTREAM_REFRESH_S = 1.0  # requests that name unknown models, one after the other
+UPSTREAM_SCAN_S = 10.0  # between two looks for servers that were started meanwhile
+UPSTREAMS_LIMIT = 16  # servers watched at once
+
+upstream_log = logging.getLogger("dvai_bridge.upstream")
+
+
+class UpstreamState(enum.Enum):
+    """How a server stands; the value is what health shows."""
+
+    UNKNOWN = "connecting"
+    LOADING = "loading"
+    UP = "up"
+    REFUSED = "refused"
+    DOWN = "down"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamModel:
+    """A model of a server, under the server's own id. `created`: unix seconds, 0 where it gave none."""
+
+    model_id: str
+    created: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamWord:
+    """What a server's answer says of it. `models` None: nothing new; `product` None: no mark that we know."""
+
+    state: UpstreamState
+    error: str = ""
+    models: tuple[UpstreamModel, ...] | None = None
+    product: str | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamIntervals:
+    """How often a server is looked at, in seconds. `down_s`: at first; it grows to `down_limit_s`."""
+
+    up_s: float = 1.0
+    list_s: float = 15.0
+    down_s: float = 0.25
+    down_limit_s: float = 2.0
+
+
+NEAR_INTERVALS = UpstreamIntervals()
+FAR_INTERVALS = UpstreamIntervals(up_s=10.0, list_s=120.0, down_s=1.0, down_limit_s=30.0)
+
+
+def is_near(base_url: str) -> bool:
+    """Whether a server is on this machine, so that asking it often costs nobody anything."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_upstream_models(value: Any) -> tuple[UpstreamModel, ...]:
+    """The models in a list as OpenAI has it (`data`, `id`), or Ollama (`models`, `name`); ValueError if it is none."""
+    items = value.get("data", value.get("models")) if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise ValueError("it does not list models as an OpenAI server does")
+    found: dict[str, UpstreamModel] = {}
+    for item in items[:UPSTREAM_MODELS_LIMIT]:
+        model_id = item.get("id", item.get("name")) if isinstance(item, dict) else None
+        created = as_integer(item.get("created")) if isinstance(item, dict) else None
+        if isinstance(model_id, str) and is_model_id(model_id):
+            model = UpstreamModel(model_id=model_id, created=created if is_count(created) else 0)
+            found.setdefault(model_id.casefold(), model)
+    return tuple(found.values())
+
+
+def parse_upstream_answer(status: int, headers: Mapping[str, str], data: bytes) -> UpstreamWord:
+    """What the answer to `GET /v1/models` says of a server."""
+    if status in (401, 403):
+        return UpstreamWord(state=UpstreamState.REFUSED, error="it wants another API key")
+    if status == 503:
+        return UpstreamWord(state=UpstreamState.LOADING, error="it is still loading")
+    if status == 404:
+        return UpstreamWord(state=UpstreamState.UP, product=recognise_engine(headers, ()))
+    if status != 200:
+        return UpstreamWord(state=UpstreamState.DOWN, error=f"it answered {status} when it was asked for its models")
+    try:
+        value = parse_json(data)
+        models = parse_upstream_models(value)
+    except ValueError as exc:
+        error = "its answer is not JSON" if isinstance(exc, JsonError) else str(exc)
+        return UpstreamWord(state=UpstreamState.DOWN, error=error)
+    owners = [item.get("owned_by") for item in value.get("data") or () if isinstance(item, dict)]
+    product = "DVAI Bridge" if "dvai-bridge" in owners else recognise_engine(headers, owners)
+    return UpstreamWord(state=UpstreamState.UP, models=models, product=product)
+
+
+# What paired devices may ask it for
+
+
+_PEER_FEATURES = frozenset(
+    {"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format"}
+    | {"logprobs", "logit_bias", "reasoning_effort"}
+)
+_PEER_FIELDS = frozenset(
+    {"model", "messages", "prompt", "input", "encoding_format", "dimensions", "stream", "stream_options", "n", "seed"}
+    | {"max_tokens", "max_completion_tokens", "stop", "temperature", "top_p", "top_k", "min_p", "top_logprobs", "echo"}
+    | {"presence_penalty", "frequency_penalty", "repeat_penalty"}
+    | _PEER_FEATURES
+)
+
+
+def build_restricted_body(form: ForwardForm, body: Mapping[str, Any], tokens_limit: int) -> dict[str, Any]:
+    """A foreign device's request, with nothing in it but fields that we know, in their ranges; else a 400.
+
+    No answer is longer than `tokens_limit`. An address of an image would have the server fetch it: only data is taken.
+    """
+    fields = RequestFields(dict(body))
+    verify_features(fields, _PEER_FEATURES)
+    restricted = {name: value for name, value in fields.values.items() if name in _PEER_FIELDS}
+    if form is ForwardForm.EMBEDDINGS:
+        parse_embeddings_request(restricted)
+        return restricted
+    parse_stream(fields)
+    parse_stop(fields)
+    parse_sampling(fields)
+    fields.integer("n", 1, MAX_CHOICES, 1)
+    if form is ForwardForm.CHAT:
+        for index, message in enumerate(fields.array("messages", MAX_MESSAGES)):
+            verify_content_is_data(message, f"messages[{index}]")
+    else:
+        parse_inputs(fields, "prompt", MAX_CHOICES)
+    wanted = parse_max_tokens(fields, low=0, default=None)
+    limit = tokens_limit if wanted is None else min(wanted, tokens_limit)
+    return restricted | {"max_tokens": limit} | ({"max_completion_tokens": limit} if form is ForwardForm.CHAT else {})
+
+
+def verify_content_is_data(message: Any, path: str) -> None:
+    """Raises InvalidRequestError for content that is somewhere else: a server would fetch it from its own network."""
+    content = RequestFields(message, path).values.get("content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal", "image_url", "input_audio"):
+            raise InvalidRequestError(f"'{path}': content of this type is not taken from other devices", param=path)
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if kind == "image_url" and not (isinstance(url, str) and url.startswith("data:")):
+            raise InvalidRequestError(f"'{path}': other devices send an image as data, not as a URL", param=path)
+
+
+class UpstreamEngine:
+    """One server behind this bridge. Belongs to one event loop; between `start` and `close` it is watched.
+
+    `api_key` is sent to this server only. `product` None: what its answers show. `timeout_s`: until the first content,
+    and for the whole of an answer that is not streamed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        client: HttpClient,
+        *,
+        timeout_s: float,
+        api_key: str | None = None,
+        product: str | None = None,
+        intervals: UpstreamIntervals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base_url = base_url
+        self.product = product or "an OpenAI-compatible server"
+        self.state = UpstreamState.UNKNOWN
+        self.error = ""
+        self.models: tuple[UpstreamModel, ...] = ()
+        self.scores: dict[str, float] = {}  # tokens per second, as requests saw them, by model id
+        self._prefill: dict[str, float] = {}
+        self._client = client
+        self._api_key = api_key
+        self._intervals = intervals or (NEAR_INTERVALS if is_near(base_url) else FAR_INTERVALS)
+        self._budgets = ForwardBudgets(
+            first_content_s=timeout_s, first_content_limit_s=timeout_s, silence_s=UPSTREAM_SILENCE_S
+        )
+        self._clock = clock
+        self._failures = 0  # looks in a row that found no server
+        self._listed_at_s = -math.inf
+        self._listing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._has_looked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"{self.product} at {display_name(self.base_url)}"
+
+    def start(self) -> None:
+        """Begin to watch it."""
+        self._task = asyncio.create_task(self._watch(), name="upstream engine")
+
+    async def close(self) -> None:
+        """End watching."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def ready(self) -> None:
+        """Return when it was looked at once, whatever came of it."""
+        await self._has_looked.wait()
+
+    async def refresh(self) -> None:
+        """Ask for its models, unless that was done a moment ago."""
+        async with self._listing:
+            if self._clock() - self._listed_at_s >= UPSTREAM_REFRESH_S:
+                await self._list_models()
+
+    def find_model(self, asked: str) -> str | None:
+        """Its id for the model that a client asks for; as with Ollama, a name without a tag means `:latest`."""
+        for wanted in (asked, f"{asked}:latest"):
+            for model in self.models:
+                if is_same_model(model.model_id, wanted):
+                    return model.model_id
+        return None
+
+    async def forward(
+        self,
+        request: ForwardRequest,
+        *,
+        model_id: str,
+        reason: str = "",
+        on_attempt: Callable[[Attempt], None] = lambda attempt: None,
+        on_end: Callable[[ForwardReport], None] = lambda report: None,
+    ) -> ForwardAnswer:
+        """Its answer, in order; also its refusal of the request. UpstreamError when it gives none."""
+
+        def note_attempt(attempt: Attempt) -> None:
+            self._note_attempt(attempt)
+            on_attempt(attempt)
+
+        def note_end(report: ForwardReport) -> None:
+            self._note_end(report)
+            on_end(report)
+
+        target = ForwardTarget(
+            device_id="local",
+            device_name=self.name,
+            base_url=self.base_url,
+            model_id=model_id,
+            route="upstream",
+            reason=reason,
+            prefill_tok_per_s=self._prefill.get(model_id),
+            sign=self._sign,
+            is_own_engine=True,
+        )
+        forwarder = Forwarder(self._client, on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarded = await forwarder.forward(request, [target])
+        if forwarded.answer is None:
+            raise self._build_failure(forwarded.attempts[0])
+        return forwarded.answer
+
+    # What requests teach
+
+    def _sign(self, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+        return [] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")]
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        outcome = attempt.outcome
+        has_answered = outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED)
+        if has_answered and self.state is UpstreamState.UP:
+            return
+        if outcome is AttemptOutcome.UNREACHABLE:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=attempt.reason))
+        self._listed_at_s = -math.inf
+        self._wake.set()
+
+    def _note_end(self, report: ForwardReport) -> None:
+        model_id = report.target.model_id
+        for averages, measured in ((self.scores, report.decode_tok_per_s), (self._prefill, report.prefill_tok_per_s)):
+            has_room = model_id in averages or len(averages) < UPSTREAM_MODELS_LIMIT
+            if measured is not None and is_score(measured) and has_room:
+                averages[model_id] = average_measurement(averages.get(model_id), measured)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            self._wake.set()
+
+    def _build_failure(self, attempt: Attempt) -> UpstreamError:
+        """The client's error for a server that gave no answer."""
+        outcome = attempt.outcome
+        if outcome is AttemptOutcome.UNREACHABLE:
+            return UpstreamConnectError(f"{self.name} does not answer: {attempt.reason}; start it again")
+        if outcome is AttemptOutcome.UNAUTHORIZED:
+            advice = "set DVAI_UPSTREAM_API_KEY, which is for the server that --engine URL names"
+            return UpstreamError(f"{self.name} wants another API key: {advice}", should_retry=False)
+        if outcome is AttemptOutcome.TIMEOUT:
+            return UpstreamTimeoutError(f"{self.name} gave no answer in time: {attempt.reason} (--timeout)")
+        return UpstreamError(f"{self.name} failed: {display_name(attempt.said) or attempt.reason}")
+
+    # Watching
+
+    async def _watch(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._look()
+            except Exception:
+                upstream_log.exception("asking %s failed", self.name)
+                self._take_in(UpstreamWord(state=UpstreamState.DOWN, error="internal error"))
+            self._has_looked.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._compute_delay_s()):
+                    await self._wake.wait()
+
+    def _compute_delay_s(self) -> float:
+        intervals = self._intervals
+        if self.state is UpstreamState.UP:
+            return intervals.up_s
+        grown_s = intervals.down_s * UPSTREAM_BACK_OFF_FACTOR ** min(self._failures, 32)
+        return min(grown_s, intervals.down_limit_s)
+
+    async def _look(self) -> None:
+        is_due = self._clock() - self._listed_at_s >= self._intervals.list_s
+        if self.state is not UpstreamState.UP or is_due:
+            async with self._listing:
+                await self._list_models()
+            return
+        try:
+            url = parse_http_url(self.base_url)
+            (await self._client.connect(url, HttpBudgets(total_s=UPSTREAM_ANSWER_S))).close()
+        except UpstreamError as exc:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=exc.message))
+
+    async def _list_models(self) -> None:
+        try:
+            word = await self._ask(f"{self.base_url}/models")
+            if word.state is UpstreamState.UP and word.models is None:  # older versions of Ollama have their own list
+                native = await self._ask(f"{self.base_url.removesuffix('/v1')}/api/tags")
+                word = replace(native, product="Ollama") if native.models is not None else word
+        except UpstreamError as exc:
+            word = UpstreamWord(state=UpstreamState.DOWN, error=exc.message)
+        self._listed_at_s = self._clock()
+        self._take_in(word)
+
+    async def _ask(self, url: str) -> UpstreamWord:
+        headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
+        headers += self._sign("GET", url, b"")
+        budgets = HttpBudgets(total_s=UPSTREAM_ANSWER_S)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
+            return parse_upstream_answer(response.status, dict(response.headers), data)
+
+    def _take_in(self, word: UpstreamWord) -> None:
+        before, self.state, self.error = self.state, word.state, word.error
+        self.product = word.product or self.product
+        if word.models is not None:
+            self.models = word.models
+        self._failures = 0 if word.state is UpstreamState.UP else self._failures + 1
+        if word.state is before:
+            return
+        if word.state is UpstreamState.UP:
+            upstream_log.info("%s answers, with %d models", self.name, len(self.models))
+        else:
+            upstream_log.warning("%s is not usable now: %s", self.name, display_name(word.error))
+
+
+class UpstreamPool:
+    """The servers behind one bridge: the one that `--engine URL` names, or those that `find` finds again and again.
+
+    `build` makes the engine for one that was found. `default_model`: for requests that name none.
+    """
+
+    def __init__(
+        self,
+        *,
+        named: UpstreamEngine | None = None,
+        default_model: str | None = None,
+        find: Callable[[], Awaitable[Sequence[FoundEngine]]] | None = None,
+        build: Callable[[FoundEngine], UpstreamEngine] | None = None,
+    ) -> None:
+        self.named = named
+        self.engines: list[UpstreamEngine] = [named] if named is not None else []
+        self._default_model = default_model
+        self._find = find
+        self._build = build
+        self._has_scanned = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch, and to look for more."""
+        for engine in self.engines:
+            engine.start()
+        if self._find is not None:
+            self._task = asyncio.create_task(self._scan(), name="looking for engines")
+
+    async def ready(self) -> None:
+        """Return when everything was looked at once."""
+        if self._find is not None:
+            await self._has_scanned.wait()
+        for engine in self.engines:
+            await engine.ready()
+
+    async def close(self) -> None:
+        """End what was begun."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        for engine in self.engines:
+            await engine.close()
+
+    def list_models(self) -> list[tuple[UpstreamModel, UpstreamEngine]]:
+        """The models of servers that answer, each once: the first server that has it is asked for it."""
+        found: dict[str, tuple[UpstreamModel, UpstreamEngine]] = {}
+        for engine in self.engines:
+            for model in engine.models if engine.state is UpstreamState.UP else ():
+                found.setdefault(model.model_id.casefold(), (model, engine))
+        return list(found.values())
+
+    def find_default(self) -> str | None:
+        """The id of the model that answers when none is named; None while nobody knows."""
+        if self._default_model is not None:
+            return self._default_model
+        return next((model.model_id for model, _ in self.list_models()), None)
+
+    async def find(self, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """Who is to answer for a model, and its id there ("": the server's own choice); None: nobody has it.
+
+        A server that lists no models is asked for any. One that is down is asked, too: it may have just come back.
+        """
+        asked = model or self.find_default()
+        found = self._match(asked)
+        if found is None and asked is not None:
+            await asyncio.gather(*(engine.refresh() for engine in self.engines))
+            found = self._match(asked)
+        return found
+
+    def _match(self, asked: str | None) -> tuple[UpstreamEngine, str] | None:
+        for engine in sorted(self.engines, key=lambda engine: engine.state is not UpstreamState.UP):
+            model_id = engine.find_model(asked) if asked is not None else None
+            if model_id is not None:
+                return engine, model_id
+            if engine is self.named and not engine.models:
+                return engine, asked or ""
+        return None
+
+    async def _scan(self) -> None:
+        while True:
+            try:
+                for found in await self._find() if self._find is not None else ():
+                    self._add(found)
+            except Exception:
+                upstream_log.exception("looking for engines failed")
+            self._has_scanned.set()
+            await asyncio.sleep(UPSTREAM_SCAN_S)
+
+    def _add(self, found: FoundEngine) -> None:
+        known = {engine.base_url for engine in self.engines}
+        if found.base_url not in known and len(known) < UPSTREAMS_LIMIT and self._build is not None:
+            engine = self._build(found)
+            self.engines.append(engine)
+            engine.start()
+
+
+def build_upstream_json(engine: UpstreamEngine) -> dict[str, Any]:
+    """A server as health shows it."""
+    return {
+        "baseUrl": engine.base_url,
+        "product": engine.product,
+        "state": engine.state.value,
+        "models": [model.model_id for model in engine.models],
+        **({"error": display_name(engine.error)} if engine.error else {}),
+    }
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -18947,9 +19506,17 @@ class ServedModel:
 
 
 class InferenceAccount:
-    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
+    """What audit and metrics say of an inference request: filled in while it is answered, told once, when it has ended.
 
-    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+    `record` takes the audit's entry, `observe` what the metrics count.
+    """
+
+    def __init__(
+        self,
+        request: HttpRequest,
+        record: Callable[[AuditEntry], None],
+        observe: Callable[[RequestSample], None] = lambda sample: None,
+    ) -> None:
         self.route: str | None = None
         self.engine: str | None = None
         self.served_by: str | None = None
@@ -18957,9 +19524,12 @@ class InferenceAccount:
         self.model_served: str | None = None
         self._request = request
         self._record: Callable[[AuditEntry], None] | None = record
+        self._observe = observe
         self._started = time.monotonic()
         self._prompt_tokens: int | None = None
         self._completion_tokens: int | None = None
+        self._first_content_s: float | None = None
+        self._decode_tok_per_s: float | None = None
 
     def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
         """Adds the tokens of one generation; None: nobody said how many."""
@@ -18967,6 +19537,25 @@ class InferenceAccount:
             self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
         if completion_tokens is not None:
             self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def note_usage(self, usage: Usage) -> None:
+        """A generation of our own has ended."""
+        self.count(usage.prompt_tokens, usage.completion_tokens)
+        self._decode_tok_per_s = compute_decode_rate(usage) or self._decode_tok_per_s
+
+    def note_report(self, report: ForwardReport) -> None:
+        """Another server's answer has ended."""
+        target = report.target
+        self.route, self.served_by, self.model_served = target.route, target.device_id, target.model_id
+        self.count(report.prompt_tokens, report.completion_tokens)
+        self._decode_tok_per_s = report.decode_tok_per_s
+        if report.first_content_s is not None:
+            self.note_content(report.duration_s - report.first_content_s)
+
+    def note_content(self, ago_s: float = 0.0) -> None:
+        """The first content of the answer has come; what comes after it changes nothing."""
+        if self._first_content_s is None:
+            self._first_content_s = max(0.0, time.monotonic() - self._started - ago_s)
 
     def close(self, status: int, outcome: str) -> None:
         """The request has ended; what comes after the first end is not an end."""
@@ -18992,6 +19581,18 @@ class InferenceAccount:
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._completion_tokens,
                 served_by=self.served_by,
+            )
+        )
+        self._observe(
+            RequestSample(
+                path=request.path.removeprefix("/v1"),
+                status=status,
+                outcome=outcome,
+                route=self.route,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                first_token_s=self._first_content_s,
+                decode_tok_per_s=self._decode_tok_per_s,
             )
         )
 
@@ -19074,9 +19675,11 @@ class LocalEngine:
                 try:
                     async with contextlib.aclosing(self.engine.generate(request)) as events:
                         async for event in events:
+                            if isinstance(event, TextDelta | Finished):
+                                account.note_content()
                             if isinstance(event, Finished):
                                 usage = event.usage
-                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                                account.note_usage(usage)
                             yield index, event
                 finally:
                     if self.watch.leave(ticket) and usage is not None:
@@ -19100,6 +19703,85 @@ class LocalEngine:
                 "`python3 dvai_bridge.py models` lists what this machine could serve",
                 param="model",
             )
+
+
+class HeldBody:
+    """A streamed answer that gives back what it holds, a place in a queue, when it ends."""
+
+    def __init__(self, body: AsyncIterator[bytes], held: contextlib.AsyncExitStack) -> None:
+        self._body = body
+        self._held = held
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except BaseException:
+            await self._held.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            close = getattr(self._body, "aclose", None)
+            if close is not None:
+                await close()
+        finally:
+            await self._held.aclose()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamBackend:
+    """The servers behind this bridge, with the queue before them. `note_attempt`: (route, outcome) of each request."""
+
+    pool: UpstreamPool
+    queue: AdmissionQueue
+    timeout_s: float
+    note_attempt: Callable[[str, str], None] = lambda route, outcome: None
+
+    async def answer(
+        self,
+        engine: UpstreamEngine,
+        request: ForwardRequest,
+        model_id: str,
+        account: InferenceAccount,
+        *,
+        reason: str,
+        place: contextlib.AbstractAsyncContextManager[None],
+    ) -> ForwardAnswer:
+        """The answer of one of them; `place` and one in the queue are held until it ends."""
+        account.route, account.served_by = "upstream", "local"
+        account.engine, account.model_served = engine.product, model_id
+        held = contextlib.AsyncExitStack()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await held.enter_async_context(place)
+                await held.enter_async_context(self.queue.place())
+                answer = await engine.forward(
+                    request,
+                    model_id=model_id,
+                    reason=reason,
+                    on_attempt=lambda attempt: self.note_attempt("upstream", attempt.outcome.name.lower()),
+                    on_end=account.note_report,
+                )
+        except TimeoutError as exc:
+            await held.aclose()
+            raise UpstreamTimeoutError(f"{engine.name} gave no answer within {self.timeout_s:g} s (--timeout)") from exc
+        except BaseException:
+            await held.aclose()
+            raise
+        if isinstance(answer.body, bytes):
+            await held.aclose()
+            return answer
+        return replace(answer, body=HeldBody(answer.body, held))
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of the servers that answer."""
+        return [
+            ServedModel(model_id=model.model_id, created=model.created, owned_by=engine.product)
+            for model, engine in self.pool.list_models()
+        ]
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -19156,24 +19838,29 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engine here, the servers behind it, or through whoever `offload` finds.
 
-    `local` None: offload-only mode. `record` takes the audit's entry of each inference request when it has ended.
+    `local` None: no model is loaded here. `record` takes the audit's entry of each inference request when it has ended,
+    `observe` what the metrics count of it.
     """
 
     def __init__(
         self,
         *,
         local: LocalEngine | None,
+        upstreams: UpstreamBackend | None = None,
         offload: Offloading | None = None,
         interceptor: Interceptor | None = None,
         record: Callable[[AuditEntry], None] = lambda entry: None,
+        observe: Callable[[RequestSample], None] = lambda sample: None,
         timeout_s: float,
     ) -> None:
         self._local = local
+        self._upstreams = upstreams
         self._offload = offload
         self._interceptor = interceptor
         self._record = record
+        self._observe = observe
         self._timeout_s = timeout_s
         self._quotas = PeerQuotas()
         self.routes: RouteTable = {
@@ -19188,7 +19875,7 @@ class Service:
 
     async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
         """One inference request, from its body to its entry in the audit."""
-        account = InferenceAccount(request, self._record)
+        account = InferenceAccount(request, self._record, self._observe)
         try:
             response = await self._answer(form, request, account)
         except BaseException as exc:
@@ -19211,12 +19898,17 @@ class Service:
             if answer is not None:
                 return answer
         headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        reason = ""
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
             forwarded = placement.answer
             if forwarded is not None:
                 return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
+            reason = placement.reason
+        upstream = await self._find_upstream(request, model)
+        if upstream is not None:
+            return await self._relay(*upstream, form, request, body, account, reason)
         if self._local is None:
             raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
         self._local.verify_model(model)
@@ -19225,6 +19917,49 @@ class Service:
         if form is ForwardForm.EMBEDDINGS:
             return await self._embed(self._local, request, body, account, headers)
         return await self._generate(self._local, form, request, body, account, headers)
+
+    async def _find_upstream(self, request: HttpRequest, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """The server behind this bridge that is to answer, and its id of the model; None: the local engine is to.
+
+        A bridge that has this one as its engine gets our own models only, so that two bridges cannot ask in a circle.
+        """
+        local, upstreams = self._local, self._upstreams
+        if upstreams is None or request.headers.get("x-dvai-forwarded") == FORWARDED_TO_ENGINE:
+            return None
+        if local is not None and (model is None or is_same_model(model, local.model.model_id)):
+            return None
+        found = await upstreams.pool.find(model)
+        if found is not None:
+            return found
+        if model is None:
+            raise EngineUnavailableError("none of the engines behind this bridge answers; `status` says why")
+        raise self._build_unknown_model(request, model)
+
+    async def _relay(
+        self,
+        engine: UpstreamEngine,
+        model_id: str,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        reason: str,
+    ) -> HttpResponse:
+        """The answer of a server behind this bridge. Who is not of this user's house gets what a list of fields has."""
+        assert self._upstreams is not None  # it found the engine
+        if request.caller not in (Caller.LOOPBACK, Caller.KEY_HOLDER):
+            body = build_restricted_body(form, body, PEER_TOKENS_LIMIT)
+        if form is ForwardForm.EMBEDDINGS:
+            parse_embeddings_request(body)
+        answer = await self._upstreams.answer(
+            engine,
+            ForwardRequest(form=form, body=body, request_id=request.request_id),
+            model_id,
+            account,
+            reason=reason,
+            place=self._quotas.place(request.pairing),
+        )
+        return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
 
     async def _embed(
         self,
@@ -19308,14 +20043,18 @@ class Service:
         models = self._build_models(request)
         found = next((model for model in models if is_same_model(model["id"], asked)), None)
         if found is None:
-            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
-            raise ModelNotFoundError(
-                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
-            )
+            raise self._build_unknown_model(request, asked)
         return build_json_response(found)
+
+    def _build_unknown_model(self, request: HttpRequest, asked: str) -> ModelNotFoundError:
+        known = ", ".join(repr(model["id"]) for model in self._build_models(request)[:5]) or "none"
+        return ModelNotFoundError(f"there is no model {display_name(asked)!r} here; there is: {known}", param="model")
 
     def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
         served = [self._local.model] if self._local is not None else []
+        if self._upstreams is not None and request.headers.get("x-dvai-forwarded") != FORWARDED_TO_ENGINE:
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._upstreams.list_models() if model.model_id.casefold() not in names]
         if self._offload is not None and may_offload(request):
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
@@ -19343,12 +20082,14 @@ class Offloading:
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
         on_offload: Callable[[Peer], Any] | None = None,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._policy = policy
         self._monitor = monitor
         self._list_local = list_local
         self._sign = sign
         self._on_offload = on_offload
+        self._count_attempt = note_attempt
         self._client = client
         self._callbacks: set[asyncio.Task[None]] = set()
 
@@ -19419,6 +20160,7 @@ class Offloading:
     def _note_attempt(self, attempt: Attempt) -> None:
         """What an attempt says of its peer."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
+        self._count_attempt(attempt.target.route, outcome.name.lower())
         if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
@@ -19433,8 +20175,7 @@ class Offloading:
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
         target = report.target
-        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
-        account.count(report.prompt_tokens, report.completion_tokens)
+        account.note_report(report)
         if report.decode_tok_per_s is not None and target.model_id:
             self._monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
@@ -19454,6 +20195,75 @@ class Offloading:
             task = asyncio.create_task(call(), name="on_offload")
             self._callbacks.add(task)
             task.add_done_callback(self._callbacks.discard)
+
+
+def choose_health_word(local: EngineState | None, upstreams: Sequence[UpstreamState]) -> str:
+    """How a bridge is, as long as anything here can answer; without any engine it passes requests on, and is well.
+
+    An engine behind it that is gone degrades it only if nothing else is left: users end such programs as they like.
+    """
+    if local is not None or not upstreams:
+        return HEALTH_WORDS[local] if local is not None else "ok"
+    if UpstreamState.UP in upstreams:
+        return "ok"
+    is_coming = any(state in (UpstreamState.LOADING, UpstreamState.UNKNOWN) for state in upstreams)
+    return "loading" if is_coming else "degraded"
+
+
+def build_upstream_scores(pool: UpstreamPool, device_id: str, now_ms: int) -> list[Score]:
+    """How fast the engines behind this bridge were seen to be; what was never asked for has no score."""
+    return [
+        Score(
+            model_id=model.model_id,
+            device_id=device_id,
+            library_version=__version__,
+            tok_per_s=engine.scores[model.model_id],
+            source=ScoreSource.MEASURED,
+            measured_at_ms=now_ms,
+        )
+        for model, engine in pool.list_models()
+        if model.model_id in engine.scores
+    ]
+
+
+class MetricsService:
+    """`/metrics` for Prometheus. `metrics` None: it is off. `queues`, `peers`, `upstreams`: asked when they are read."""
+
+    def __init__(
+        self,
+        metrics: BridgeMetrics | None,
+        *,
+        queues: Callable[[], Iterable[AdmissionQueue]],
+        peers: Callable[[], Iterable[PeerState]],
+        upstreams: Callable[[], Iterable[UpstreamState]],
+    ) -> None:
+        self._metrics = metrics
+        self._queues = queues
+        self._peers = peers
+        self._upstreams = upstreams
+        self._started = time.monotonic()
+        self.routes: RouteTable = {"/metrics": {"GET": self.show}}
+
+    async def show(self, request: HttpRequest) -> HttpResponse:
+        """`GET /metrics`."""
+        if self._metrics is None:
+            raise RouteNotFoundError("metrics are off; start the bridge with --metrics")
+        families = [*self._build_gauges(), *self._metrics.build_families()]
+        return HttpResponse(headers=(("Content-Type", METRICS_MEDIA_TYPE),), body=encode_metrics(families))
+
+    def _build_gauges(self) -> Iterator[MetricFamily]:
+        queues = list(self._queues())
+        python = ".".join(map(str, sys.version_info[:3]))
+        build = (("version", __version__), ("python", python))
+        yield build_gauge("dvai_build_info", "What runs; always 1.", {build: 1})
+        yield build_gauge("dvai_uptime_seconds", "Since the start.", {(): time.monotonic() - self._started})
+        running, waiting = sum(queue.running for queue in queues), sum(queue.waiting for queue in queues)
+        yield build_gauge("dvai_requests_running", "Requests that are computed now.", {(): running})
+        yield build_gauge("dvai_requests_waiting", "Requests that wait for an engine.", {(): waiting})
+        peers, upstreams = Counter(self._peers()), Counter(self._upstreams())
+        yield build_gauge("dvai_peers", "Other devices.", {(("state", each.value),): peers[each] for each in PeerState})
+        states = {(("state", each.value),): upstreams[each] for each in UpstreamState}
+        yield build_gauge("dvai_upstreams", "Engines behind this bridge.", states)
 
 
 def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
@@ -19481,6 +20291,7 @@ class DeviceService:
         *,
         identity: Identity,
         local: LocalEngine | None,
+        upstreams: UpstreamBackend | None = None,
         get_speed: Callable[[], Awaitable[LocalSpeed | None]],
         desk: PairingDesk,
         store: PairingStore | None,
@@ -19489,6 +20300,7 @@ class DeviceService:
     ) -> None:
         self._identity = identity
         self._local = local
+        self._upstreams = upstreams
         self._get_speed = get_speed
         self._desk = desk
         self._store = store
@@ -19508,27 +20320,35 @@ class DeviceService:
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
-        local = self._local
+        local, upstreams = self._local, self._upstreams
+        default = upstreams.pool.find_default() if upstreams else None
+        engines = upstreams.pool.engines if upstreams else []
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
+            "status": choose_health_word(local.engine.state if local else None, [each.state for each in engines]),
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": local.model.model_id if local else None,
+            "currentModelId": local.model.model_id if local else default,
         }
-        if request.is_known_caller:
-            health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
-        if request.is_known_caller and local is not None:
-            queue = local.queue
+        if not request.is_known_caller:
+            return build_json_response(health)
+        health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+        queue = local.queue if local else upstreams.queue if upstreams else None
+        if queue is not None:
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
+        if local is not None:
             health["loadProgress"] = round(local.engine.progress, 3)
             if local.engine.error is not None:
                 health["error"] = local.engine.error.message
+        if upstreams is not None and request.caller is not Caller.PAIRED:
+            health["upstreams"] = [build_upstream_json(each) for each in engines]
         return build_json_response(health)
 
     async def show_capability(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
         speed = await self._get_speed()
         scores = [] if speed is None else [speed.score]
+        if self._upstreams is not None:
+            scores += build_upstream_scores(self._upstreams.pool, self._identity.device_id, self._clock_ms())
         if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
@@ -19672,8 +20492,8 @@ def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
 
 
 def choose_engine(config: Config) -> str:
-    """The engine that `--engine` means here; `auto` has one to choose from."""
-    return "builtin" if config.engine == "auto" else config.engine
+    """The engine of ours that `--engine` means here; there is one to choose from."""
+    return "builtin"
 
 
 def count_cores() -> int:
@@ -20414,7 +21234,7 @@ examples:
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir", "--metrics"),)
+PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir"),)
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
