@@ -7322,6 +7322,9 @@ _METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL_NAME = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 
 
+Labels = tuple[tuple[str, str], ...]  # (name, value) in the order to write them
+
+
 class MetricType(enum.Enum):
     """The word of a `# TYPE` line."""
 
@@ -7332,10 +7335,10 @@ class MetricType(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class MetricSample:
-    """One line: `suffix` behind the family's name (`_bucket`, `_sum`, `_count`), labels in the order to write them."""
+    """One line. `suffix`: what stands behind the family's name: `_bucket`, `_sum` or `_count` of a histogram."""
 
     value: float
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: Labels = ()
     suffix: str = ""
 
 
@@ -7378,7 +7381,7 @@ def encode_metrics(families: Iterable[MetricFamily]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _encode_labels(labels: Sequence[tuple[str, str]]) -> str:
+def _encode_labels(labels: Labels) -> str:
     for name, _ in labels:
         if not _LABEL_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a label")
@@ -7387,9 +7390,9 @@ def _encode_labels(labels: Sequence[tuple[str, str]]) -> str:
     return f"{{{inside}}}" if inside else ""
 
 
-def build_gauge(name: str, help: str, values: Mapping[tuple[tuple[str, str], ...], float]) -> MetricFamily:
-    """What is measured at the moment it is asked for: labels → value."""
-    samples = tuple(MetricSample(labels=labels, value=value) for labels, value in values.items())
+def build_gauge(name: str, help: str, values: Iterable[tuple[Labels, float]]) -> MetricFamily:
+    """What is measured at the moment it is asked for: the labels and value of each series."""
+    samples = tuple(MetricSample(labels=labels, value=value) for labels, value in values)
     return MetricFamily(name=name, type=MetricType.GAUGE, help=help, samples=samples)
 
 
@@ -7409,7 +7412,7 @@ class SeriesTable:
             key = ("other",) * len(key)
         return self._series.setdefault(key, [0.0] * width)
 
-    def items(self) -> Iterator[tuple[tuple[tuple[str, str], ...], list[float]]]:
+    def items(self) -> Iterator[tuple[Labels, list[float]]]:
         """(labels, numbers) of each series."""
         for key, numbers in self._series.items():
             yield tuple(zip(self._label_names, key, strict=True)), numbers
@@ -13113,7 +13116,7 @@ async def find_engines(environ: Mapping[str, str], ports: Sequence[int] = ENGINE
 
 
 def describe_engine(engine: FoundEngine) -> str:
-    """One line: what runs where, and that clients can use it there today."""
+    """One line: what runs where."""
     count = len(engine.models)
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
@@ -20227,7 +20230,7 @@ def build_upstream_scores(pool: UpstreamPool, device_id: str, now_ms: int) -> li
 
 
 class MetricsService:
-    """`/metrics` for Prometheus. `metrics` None: it is off. `queues`, `peers`, `upstreams`: asked when they are read."""
+    """`/metrics` for Prometheus. `metrics` None: it is off. `queues`, `peers`, `upstreams`: asked at each reading."""
 
     def __init__(
         self,
@@ -20253,17 +20256,19 @@ class MetricsService:
 
     def _build_gauges(self) -> Iterator[MetricFamily]:
         queues = list(self._queues())
-        python = ".".join(map(str, sys.version_info[:3]))
-        build = (("version", __version__), ("python", python))
-        yield build_gauge("dvai_build_info", "What runs; always 1.", {build: 1})
-        yield build_gauge("dvai_uptime_seconds", "Since the start.", {(): time.monotonic() - self._started})
+        build = (("version", __version__), ("python", ".".join(map(str, sys.version_info[:3]))))
+        yield build_gauge("dvai_build_info", "What runs; always 1.", [(build, 1)])
+        yield build_gauge("dvai_uptime_seconds", "Since the start.", [((), time.monotonic() - self._started)])
         running, waiting = sum(queue.running for queue in queues), sum(queue.waiting for queue in queues)
-        yield build_gauge("dvai_requests_running", "Requests that are computed now.", {(): running})
-        yield build_gauge("dvai_requests_waiting", "Requests that wait for an engine.", {(): waiting})
-        peers, upstreams = Counter(self._peers()), Counter(self._upstreams())
-        yield build_gauge("dvai_peers", "Other devices.", {(("state", each.value),): peers[each] for each in PeerState})
-        states = {(("state", each.value),): upstreams[each] for each in UpstreamState}
-        yield build_gauge("dvai_upstreams", "Engines behind this bridge.", states)
+        yield build_gauge("dvai_requests_running", "Requests that are computed now.", [((), running)])
+        yield build_gauge("dvai_requests_waiting", "Requests that wait for an engine.", [((), waiting)])
+        yield self._build_states("dvai_peers", "Other devices.", PeerState, self._peers())
+        yield self._build_states("dvai_upstreams", "Engines behind this bridge.", UpstreamState, self._upstreams())
+
+    @staticmethod
+    def _build_states(name: str, help: str, kinds: type[enum.Enum], states: Iterable[enum.Enum]) -> MetricFamily:
+        counts = Counter(states)
+        return build_gauge(name, help, [((("state", each.value),), counts[each]) for each in kinds])
 
 
 def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
@@ -20424,6 +20429,7 @@ class DeviceService:
 CONTROL_TOKEN_BYTES = 32
 ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
+UPSTREAM_SLOTS = 64  # connections to the servers behind this bridge; they have queues of their own
 
 bridge_log = logging.getLogger("dvai_bridge")
 
@@ -20494,6 +20500,44 @@ def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
 def choose_engine(config: Config) -> str:
     """The engine of ours that `--engine` means here; there is one to choose from."""
     return "builtin"
+
+
+def build_named_upstream(config: Config, client: HttpClient) -> UpstreamEngine | None:
+    """The server that `--engine URL` names, if it names one. Raises UsageError."""
+    if not is_engine_url(config.engine):
+        return None
+    for flag, value in (("--alias", config.alias), ("--hf-repo", config.hf_repo)):
+        if value is not None:
+            raise UsageError(f"{flag} is for a model that is loaded here; the server of --engine has its own")
+    try:
+        base_url = parse_base_url(config.engine)
+    except ValueError as exc:
+        raise UsageError(f"--engine {display_name(config.engine)}: {exc}") from None
+    key = config.upstream_api_key
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError("DVAI_UPSTREAM_API_KEY must be printable ASCII without blanks")
+    if key is not None and base_url.startswith("http:") and not is_near(base_url):
+        bridge_log.warning("the key for %s crosses the network readably: it is no https", display_name(base_url))
+    return UpstreamEngine(base_url, client, timeout_s=config.timeout, api_key=key)
+
+
+def build_upstreams(
+    config: Config, client: HttpClient, environ: Mapping[str, str], note_attempt: Callable[[str, str], None]
+) -> UpstreamBackend | None:
+    """The servers behind this bridge: the one that --engine names, or with `--engine auto` those that run here."""
+
+    def build(found: FoundEngine) -> UpstreamEngine:
+        return UpstreamEngine(found.base_url, client, timeout_s=config.timeout, product=found.product)
+
+    named = build_named_upstream(config, client)
+    if named is not None:
+        pool = UpstreamPool(named=named, default_model=config.model)
+    elif config.engine == "auto":
+        pool = UpstreamPool(find=lambda: find_engines(environ), build=build)
+    else:
+        return None
+    queue = AdmissionQueue(UPSTREAM_SLOTS, config.queue_size)
+    return UpstreamBackend(pool=pool, queue=queue, timeout_s=config.timeout, note_attempt=note_attempt)
 
 
 def count_cores() -> int:
@@ -20616,6 +20660,7 @@ class Devices:
         *,
         is_operated: bool,
         list_local: Callable[[], Sequence[LocalModel]],
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         offload = config.offload
         self._list_local = list_local
@@ -20643,9 +20688,11 @@ class Devices:
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
-            self._build_outbound(list_local)
+            self._build_outbound(list_local, note_attempt)
 
-    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+    def _build_outbound(
+        self, list_local: Callable[[], Sequence[LocalModel]], note_attempt: Callable[[str, str], None]
+    ) -> None:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
@@ -20679,6 +20726,7 @@ class Devices:
             list_local=list_local,
             sign=self._sign,
             on_offload=offload.on_offload,
+            note_attempt=note_attempt,
         )
 
     def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
@@ -20847,10 +20895,13 @@ class DVAI:
         self.serving: Serving | None = None
         self.engine: EngineProcess | None = None
         self.devices: Devices | None = None
-        if not config.offload.only:
+        if not config.offload.only and not is_engine_url(config.engine):
             self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
             self.engine = EngineProcess(self._build_load_request(self.serving), on_progress=on_progress)
         self._local: LocalEngine | None = None
+        self.upstreams: UpstreamBackend | None = None
+        self._upstream_client: HttpClient | None = None
+        self._metrics = BridgeMetrics()
         self._api_keys = load_api_keys(config)
         self._interceptor = chat_completion_interceptor
         self._is_operated = is_operated
@@ -20900,6 +20951,8 @@ class DVAI:
             await self.start()
             if self.engine is not None:
                 await self.engine.ready()
+            if self.upstreams is not None:
+                await self.upstreams.pool.ready()
         except BaseException:
             await self.close()
             raise
@@ -20911,17 +20964,28 @@ class DVAI:
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
         self._local = local = self._build_local()
-        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=self._list_local)
+        self._upstream_client = client = HttpClient()
+        self.upstreams = upstreams = build_upstreams(self.config, client, self._environ, self._metrics.note_attempt)
+        self.devices = devices = Devices(
+            self.config,
+            state,
+            is_operated=self._is_operated,
+            list_local=self._list_local,
+            note_attempt=self._metrics.note_attempt,
+        )
         service = Service(
             local=local,
+            upstreams=upstreams,
             offload=devices.offloading,
             interceptor=self._interceptor,
             record=self._audit.record,
+            observe=self._metrics.record,
             timeout_s=self.config.timeout,
         )
         device_service = DeviceService(
             identity=state.identity,
             local=local,
+            upstreams=upstreams,
             get_speed=self._get_speed,
             desk=devices.desk,
             store=devices.store,
@@ -20929,14 +20993,18 @@ class DVAI:
             clock_ms=read_clock_ms,
         )
 
+        tables = (service.routes, device_service.routes, self._build_metrics_service(devices).routes)
+
         async def handle(request: HttpRequest) -> HttpResponse:
-            return await find_route((service.routes, device_service.routes), request)(request)
+            return await find_route(tables, request)(request)
 
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
         self._audit.start()
         if self.engine is not None:
             self.engine.start()
+        if upstreams is not None:
+            upstreams.pool.start()
         await devices.start(self._server)
         self._tasks = [
             asyncio.create_task(self._claim_state(), name="running record"),
@@ -20962,6 +21030,10 @@ class DVAI:
             await self._meter.close()
         if self.devices is not None:
             await self.devices.close()
+        if self.upstreams is not None:
+            await self.upstreams.pool.close()
+        if self._upstream_client is not None:
+            await self._upstream_client.close()
         if self.engine is not None:
             await self.engine.close()
         if self._tasks:
@@ -21040,18 +21112,42 @@ class DVAI:
             observe=self._observe,
         )
 
+    def _build_metrics_service(self, devices: Devices) -> MetricsService:
+        queues = [each.queue for each in (self._local, self.upstreams) if each is not None]
+        upstreams = self.upstreams
+        return MetricsService(
+            self._metrics if self.config.metrics else None,
+            queues=lambda: queues,
+            peers=lambda: [each.state for each in devices.monitor.candidates()] if devices.monitor else [],
+            upstreams=lambda: [each.state for each in upstreams.pool.engines] if upstreams else [],
+        )
+
     def _list_local(self) -> list[LocalModel]:
-        """What the decision needs to know of the local model."""
-        if self.serving is None:
-            return []
-        speed = self._find_speed()
-        return [
-            LocalModel(
+        """What the decision needs to know of the models that this device serves, the default first."""
+        return [*self._list_loaded(), *self._list_upstream()]
+
+    def _list_loaded(self) -> Iterator[LocalModel]:
+        if self.serving is not None:
+            speed = self._find_speed()
+            yield LocalModel(
                 model_id=self.serving.model_id,
                 score=speed.score.tok_per_s if speed is not None else None,
                 is_demonstration=self.serving.path is None,
             )
+
+    def _list_upstream(self) -> list[LocalModel]:
+        """The models of the servers behind this bridge. One that was not measured yet counts as good enough, as an
+        unmeasured peer does: the user put it there, and its first answers measure it."""
+        if self.upstreams is None:
+            return []
+        unknown = self.config.offload.min_local_capability
+        pool = self.upstreams.pool
+        models = [
+            LocalModel(model_id=model.model_id, score=engine.scores.get(model.model_id, unknown))
+            for model, engine in pool.list_models()
         ]
+        default = pool.find_default()
+        return sorted(models, key=lambda each: default is None or not is_same_model(each.model_id, default))
 
     def _find_speed(self) -> LocalSpeed | None:
         """What is known of the local model's speed, without waiting."""
@@ -21668,8 +21764,12 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     serving = bridge.serving
     for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
         print(f"other devices reach it at {url}")
+    if bridge.upstreams is not None:
+        await bridge.upstreams.pool.ready()
+        print("\n".join(describe_upstreams(bridge.upstreams.pool)), flush=True)
     if serving is None:
-        print("serving no model here: paired devices answer", flush=True)
+        if bridge.upstreams is None:
+            print("serving no model here: paired devices answer", flush=True)
         return
     if serving.path is not None:
         print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
@@ -21684,7 +21784,22 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     models, engines = await asyncio.gather(
         asyncio.to_thread(search_models, command.environ, bridge.directories), find_engines(command.environ)
     )
+    if bridge.upstreams is not None:
+        engines = []  # they were named already, as served
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
+
+
+def describe_upstreams(pool: UpstreamPool) -> list[str]:
+    """Each server behind the bridge: what it gives, or why nothing."""
+    lines = []
+    for engine in pool.engines:
+        if engine.state is UpstreamState.UP:
+            names = [display_name(model.model_id) for model in engine.models]
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            lines.append(f"serving {shown or 'whatever model is asked for'} through {engine.name}")
+        else:
+            lines.append(f"{engine.name} is not usable now: {display_name(engine.error)}; its models come when it is")
+    return lines or ["no engine runs on this machine now; one that is started is found"]
 
 
 def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], program: str) -> list[str]:
@@ -21695,8 +21810,9 @@ def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], p
     for model in models:
         lines.append(describe_model(model))
         lines.append("    " + (model.obstacle or build_serve_command(model, program=program)))
-    note = "(clients can use it there; the bridge does not forward to it yet)"
-    return lines + [f"{describe_engine(engine)} {note}" for engine in engines]
+    for engine in engines:
+        lines += [describe_engine(engine), f"    {program} serve --engine {engine.base_url}"]
+    return lines
 
 
 def run_models(command: Command) -> int:
@@ -21732,7 +21848,13 @@ def build_survey_json(
         for model in models
     ]
     servers = [
-        {"product": engine.product, "baseUrl": engine.base_url, "models": list(engine.models)} for engine in engines
+        {
+            "product": engine.product,
+            "baseUrl": engine.base_url,
+            "models": list(engine.models),
+            "command": f"{program} serve --engine {engine.base_url}",
+        }
+        for engine in engines
     ]
     return {"models": [demonstration, *found], "engines": servers}
 
@@ -21752,6 +21874,11 @@ def run_status(command: Command) -> int:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
     if "error" in health:
         print(f"the engine failed: {health['error']}")
+    for upstream in health.get("upstreams", ()):
+        models, trouble = len(upstream["models"]), upstream.get("error")
+        print(f"{upstream['product']} at {upstream['baseUrl']}: {upstream['state']}, {models} models")
+        if trouble:
+            print(f"    {trouble}")
     return 0
 
 
@@ -22125,6 +22252,8 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    if is_engine_url(command.config.engine):
+        raise UsageError("bench measures models that this program loads; the server of --engine is another program")
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))

@@ -101,7 +101,7 @@ def test_the_text_of_a_small_registry():
     counter = CounterVector("x_total", 'Two\nlines, a \\ and a "quote".', ("a",))
     counter.add('q"b\\n\nx')
     counter.add("y", amount=2.5)
-    gauge = build_gauge("g", "A gauge.", {(): -1.0, (("le", "x"),): math.inf})
+    gauge = build_gauge("g", "A gauge.", [((), -1.0), ((("le", "x"),), math.inf)])
     assert encode_metrics([counter.build_family(), gauge]) == (
         b'# HELP x_total Two\\nlines, a \\\\ and a "quote".\n# TYPE x_total counter\n'
         b'x_total{a="q\\"b\\\\n\\nx"} 1\nx_total{a="y"} 2.5\n'
