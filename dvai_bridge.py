@@ -16915,13 +16915,16 @@ def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill
 
 
 def build_forward_headers(request: ForwardRequest, *, is_own_engine: bool = False) -> list[tuple[str, str]]:
-    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
+    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id.
+
+    Not even that to an engine: some (llama_cpp.server) refuse every id that is no UUID.
+    """
     is_whole = request.form is ForwardForm.EMBEDDINGS or (is_own_engine and not request.is_stream)
     return [
         ("Content-Type", "application/json"),
         ("Accept", "application/json" if is_whole else "text/event-stream"),
-        ("X-Request-Id", request.request_id),
         ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE if is_own_engine else "1"),
+        *([] if is_own_engine else [("X-Request-Id", request.request_id)]),
     ]
 
 
@@ -17006,6 +17009,16 @@ def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     if not isinstance(members.get("type"), str) or not members["type"]:
         members["type"] = type_
     return {"error": {"param": None, "code": None, **members}}
+
+
+_VALIDATION_ERROR = re.compile(r"[0-9]+ validation errors?:")  # pydantic's words
+
+
+def correct_engine_error(status: int, error: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and body of an engine's refusal; llama_cpp.server calls the client's mistakes its own (500)."""
+    if status == 500 and _VALIDATION_ERROR.match(error["error"]["message"]):
+        return 400, {"error": error["error"] | {"type": "invalid_request_error"}}
+    return status, error
 
 
 class ChoiceState:
@@ -17189,7 +17202,7 @@ class AnswerAssembler:
                 "index": index,
                 **self._build_content(index),
                 "finish_reason": finish_reason,
-                "logprobs": {"refusal": None, **self._logprobs[index]} if index in self._logprobs else None,
+                "logprobs": self._build_logprobs(index),
             }
             for index, finish_reason in sorted(self._finish_reasons.items())
         ]
@@ -17204,6 +17217,11 @@ class AnswerAssembler:
                 )
             else:
                 calls[fragment["index"]]["function"]["arguments"] += fragment["function"]["arguments"]
+
+    def _build_logprobs(self, index: int) -> dict[str, Any] | None:
+        if index not in self._logprobs:
+            return None
+        return {**({"refusal": None} if self._is_chat else {}), **self._logprobs[index]}
 
     def _build_content(self, index: int) -> dict[str, Any]:
         texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
@@ -17320,6 +17338,10 @@ class PeerStream:
             return self._put_in_order(parse_json(data))[0] + self._finish()
         except JsonError as exc:
             raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
+
+    def feed_end(self) -> bytes:
+        """The same for the end of a stream that has no [DONE]. UpstreamError in the middle of an answer."""
+        return self._finish()
 
     def _split(self, data: bytes) -> list[bytes]:
         """The data of each event; quickly where whole events of one line come, as they usually do."""
@@ -17501,7 +17523,7 @@ class PeerExchange:
         while True:
             data = await self._response.read_piece()
             if not data:
-                raise UpstreamLostError("the peer ended its stream too early")
+                return self._read_end()
             piece = self.stream.feed(data)
             if self.stream.has_content:
                 if self._content_at is None:
@@ -17515,6 +17537,14 @@ class PeerExchange:
             if self.assembler is None and self._loop.time() - self._written_at >= PING_INTERVAL_S:
                 self._written_at = self._loop.time()
                 return PING
+
+    def _read_end(self) -> bytes:
+        """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
+        if not self.target.is_own_engine or not self.stream.has_content:
+            raise UpstreamLostError("the peer ended its stream too early")
+        piece = self.stream.feed_end()
+        self.end(ForwardOutcome.COMPLETED)
+        return piece
 
     async def read_embeddings(self) -> bytes:
         """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
@@ -17700,15 +17730,17 @@ class Forwarder:
         reason = f"it answered {response.status}"
         self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
         exchange.end(ForwardOutcome.REFUSED)
+        status, error = response.status, build_peer_error(response.status, data)
+        if exchange.target.is_own_engine:
+            status, error = correct_engine_error(status, error)
         retry_after_s = parse_retry_after(response.headers)
         should_retry = response.headers.get("x-should-retry")
         headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
         if retry_after_s:
             headers.append(("Retry-After", str(min(retry_after_s, 60))))
-        if should_retry or (response.status < 500 and response.status not in (408, 429)):
+        if should_retry or (status < 500 and status not in (408, 429)):
             headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
-        body = encode_json(build_peer_error(response.status, data))
-        return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+        return ForwardAnswer(status=status, headers=tuple(headers), body=encode_json(error))
 
 
 # ---- Upstream engine ------------------------------------------------------------------
@@ -18076,7 +18108,9 @@ class UpstreamEngine:
         before, self.state, self.error = self.state, word.state, word.error
         self.product = word.product or self.product
         if word.models is not None:
-            self.models = word.models
+            known = {model.model_id: model for model in self.models}
+            # llama-server says "created now" each time: what was said first stays.
+            self.models = tuple(known.get(model.model_id, model) for model in word.models)
         self._failures = 0 if word.state is UpstreamState.UP else self._failures + 1
         if word.state is before:
             return
