@@ -17093,7 +17093,7 @@ class ChunkNormalizer:
         """
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
-        if value.get("error"):
+        if value.get("error") or value.get("object") == "error":
             said = find_error_message(value)
             raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream", said=said)
         self._note_model(value.get("model"))
@@ -18049,7 +18049,8 @@ class UpstreamEngine:
             return UpstreamError(f"{self.name} wants another API key: {advice}", should_retry=False)
         if outcome is AttemptOutcome.TIMEOUT:
             return UpstreamTimeoutError(f"{self.name} gave no answer in time: {attempt.reason} (--timeout)")
-        return UpstreamError(f"{self.name} failed: {display_name(attempt.said) or attempt.reason}")
+        said = display_name(attempt.said)
+        return UpstreamError(f"{self.name} failed: {said or attempt.reason}", should_retry=False if said else None)
 
     # Watching
 
@@ -20536,20 +20537,27 @@ def choose_engine(config: Config) -> str:
     return "builtin"
 
 
+def verify_engine_options(config: Config) -> None:
+    """Raises UsageError for options that mean nothing beside `--engine URL`."""
+    if not is_engine_url(config.engine):
+        return
+    for flag, value in (("--alias", config.alias), ("--hf-repo", config.hf_repo)):
+        if value is not None:
+            raise UsageError(f"{flag} is for a model that is loaded here; the server of --engine has its own")
+    key = config.upstream_api_key
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError("DVAI_UPSTREAM_API_KEY must be printable ASCII without blanks")
+
+
 def build_named_upstream(config: Config, client: HttpClient) -> UpstreamEngine | None:
     """The server that `--engine URL` names, if it names one. Raises UsageError."""
     if not is_engine_url(config.engine):
         return None
-    for flag, value in (("--alias", config.alias), ("--hf-repo", config.hf_repo)):
-        if value is not None:
-            raise UsageError(f"{flag} is for a model that is loaded here; the server of --engine has its own")
     try:
         base_url = parse_base_url(config.engine)
     except ValueError as exc:
         raise UsageError(f"--engine {display_name(config.engine)}: {exc}") from None
     key = config.upstream_api_key
-    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        raise UsageError("DVAI_UPSTREAM_API_KEY must be printable ASCII without blanks")
     if key is not None and base_url.startswith("http:") and not is_near(base_url):
         bridge_log.warning("the key for %s crosses the network readably: it is no https", display_name(base_url))
     return UpstreamEngine(base_url, client, timeout_s=config.timeout, api_key=key)
@@ -20923,6 +20931,7 @@ class DVAI:
         self._environ = environ = os.environ if environ is None else environ
         config = replace(config or build_config(environ=environ), **options)
         self.directories = choose_directories(environ, sys.platform, config.home)
+        verify_engine_options(config)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
@@ -21677,6 +21686,7 @@ def fetch_model(command: Command, target: str) -> PulledModel:
 def bring_hub_model(command: Command) -> Command:
     """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
     config = command.config
+    verify_engine_options(config)
     if config.hf_repo is None:
         return command
     if config.model is not None:
