@@ -11,12 +11,12 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, GGUF, OpenAI API: bytes in, values out, no I/O
+    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         peers
+    peers         discovery, peers, offload: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -357,14 +357,6 @@ class ClockSkewError(SignatureError):
 
     code = "clock_skew"
 
-    def __init__(self, skew_ms: int) -> None:
-        seconds = round(skew_ms / 1000)
-        word = "ahead of" if seconds > 0 else "behind"
-        super().__init__(
-            f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one",
-            extra={"skewSeconds": seconds},
-        )
-
 
 class ForbiddenError(BridgeError):
     """This caller may not have this, whatever it proves: wrong Host, foreign web page, control route."""
@@ -551,8 +543,9 @@ OPTIONAL_PACKAGES = (
         module="zeroconf",
         package="zeroconf",
         extra="discovery",
-        gives="a complete mDNS stack",
-        without="our small responder and browser",
+        gives="multicast DNS where the system does not tell its networks (Windows), or with `--mdns zeroconf`",
+        without="our own responder and browser, which on Windows guess the networks",
+        is_used=True,
     ),
     OptionalPackage(
         module="websockets",
@@ -980,10 +973,11 @@ class Config:
         parse=parse_switch,
         is_switch=True,
     )
-    host: str = option(
+    host: str | None = option(
         "--host",
-        "127.0.0.1",
-        "address to listen on; on any other than loopback clients need a pairing or an API key",
+        None,
+        "address to listen on, by default 127.0.0.1, or with --lan all; on any other than loopback clients need a "
+        "pairing or an API key",
         "server",
         metavar="ADDRESS",
         fallbacks=("LLAMA_ARG_HOST",),
@@ -1370,6 +1364,8 @@ def display_name(text: str) -> str:
     Control, bidirectional, invisible and line-breaking characters are all "not printable" to Unicode; they come out
     as `\\x1b` or `\\u202e`, a backslash as two. A longer text ends in an ellipsis, never inside an escape.
     """
+    if len(text) <= DISPLAY_NAME_LIMIT_CHARS and text.isprintable() and "\\" not in text:
+        return text
     shown, size = [], 0
     for char in text:
         piece = char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
@@ -2111,6 +2107,15 @@ class LineReader:
 
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
+        start = self._line_start
+        end = self._buffer.find(b"\r\n\r\n", start, start + HEADER_LINE_LIMIT_BYTES)
+        is_block = end >= 0 and start == self._block_start and self._buffer[start] != 13
+        if is_block:  # the usual case: the whole block is there, small and not empty
+            lines = self._buffer[start:end].decode("latin-1").split("\r\n")
+            if len(lines) <= HEADER_COUNT_LIMIT:
+                self._fields = [parse_field_line(line) for line in lines]
+                self._line_start = self._searched = end + 4
+                return True
         while True:
             block_left = block_limit_bytes - (self._line_start - self._block_start) - len("\r\n")
             line = self._take_line(max(0, min(HEADER_LINE_LIMIT_BYTES, block_left)), HeadersTooLargeError)
@@ -2548,13 +2553,12 @@ def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 
 def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    lines = [first_line]
-    for name, value in fields:
-        if not _FIELD_NAME.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f"not a header field: {display_name(name)}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    fields = list(fields)
+    names = [name for name, _ in fields]
+    is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+        raise ValueError("a header field that would break out of its line")
+    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -2618,11 +2622,13 @@ class SseParser:
     """Reads text/event-stream in segments of any size (WHATWG HTML, section "Server-sent events").
 
     `feed` returns the events that the segment completed. Bytes that are no UTF-8 come out as U+FFFD, as that
-    standard asks. A line or an event beyond `limit_bytes` raises SseError, after which the parser is of no use.
+    standard asks, unless `is_strict`: then they raise SseError, as does a line or an event beyond `limit_bytes`. After
+    an error the parser is of no use.
     """
 
-    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES) -> None:
+    def __init__(self, *, limit_bytes: int = SSE_EVENT_LIMIT_BYTES, is_strict: bool = False) -> None:
         self._limit_bytes = limit_bytes
+        self._errors = "strict" if is_strict else "replace"
         self._tail: list[bytes] = []  # of an incomplete line
         self._tail_bytes = 0
         self._after_cr = False  # a line feed at the start of the next segment belongs to the line before
@@ -2640,10 +2646,13 @@ class SseParser:
     def feed(self, data: bytes) -> list[SseEvent]:
         """The events that end within `data`."""
         events = []
-        for line in self._take_lines(data):
-            event = self._read_line(line)
-            if event is not None:
-                events.append(event)
+        try:
+            for line in self._take_lines(data):
+                event = self._read_line(line)
+                if event is not None:
+                    events.append(event)
+        except UnicodeDecodeError as exc:
+            raise SseError("a line that is not UTF-8") from exc
         return events
 
     def _take_lines(self, data: bytes) -> list[bytes]:
@@ -2674,11 +2683,11 @@ class SseParser:
             self._data_bytes += len(value) + 1
             if self._data_bytes > self._limit_bytes:
                 raise SseError(f"an event of more than {self._limit_bytes} bytes")
-            self._data.append(value.decode(errors="replace"))
+            self._data.append(value.decode(errors=self._errors))
         elif name == b"event":
-            self._event = value.decode(errors="replace")
+            self._event = value.decode(errors=self._errors)
         elif name == b"id" and b"\x00" not in value:
-            self._last_event_id = value.decode(errors="replace")
+            self._last_event_id = value.decode(errors=self._errors)
         return None
 
     def _dispatch(self) -> SseEvent | None:
@@ -5351,6 +5360,14 @@ def _apply_changes(
     return changed
 
 
+def build_clock_skew_error(skew_ms: int) -> ClockSkewError:
+    """What the sender of a valid signature is told whose clock differs by `skew_ms` from ours."""
+    seconds = round(skew_ms / 1000)
+    word = "ahead of" if seconds > 0 else "behind"
+    message = f"the sender's clock is {abs(seconds)} s {word} this device's: set the wrong one"
+    return ClockSkewError(message, extra={"skewSeconds": seconds})
+
+
 class SignatureVerifier:
     """Checks signed requests: the key, the body, the time, the direction, and that the nonce is new.
 
@@ -5392,7 +5409,7 @@ class SignatureVerifier:
             raise SignatureError
         skew_ms = timed.sent_at_ms - now_ms
         if abs(skew_ms) > SIGNATURE_SKEW_MS:
-            raise ClockSkewError(skew_ms)
+            raise build_clock_skew_error(skew_ms)
         if not self._store.replay.remember_timed(pairing.pairing_id, nonce, timed.sent_at_ms, now_ms):
             raise SignatureError
         if not pairing.uses_t1:
@@ -7200,7 +7217,8 @@ class AuditLog:
         line = encode_audit_line(entry)
         with self._changed:
             self._lines.append((format_utc(entry.time_ms)[:10], line))
-            self._changed.notify()
+            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+                self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
@@ -8737,6 +8755,7 @@ class ClientExchange:
         self._url = url
         self._data = data
         self._budgets = budgets
+        self._ends_at: float | None = None
         self._connection: ClientConnection | None = None
         self._response: ClientResponse | None = None
 
@@ -8744,28 +8763,42 @@ class ClientExchange:
         return await self.open()
 
     async def open(self) -> ClientResponse:
-        """Sends the request and waits for the answer's head. Whoever calls this must call `release`."""
-        total_s = self._budgets.total_s
-        ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
-        connection = self._client.take_idle(self._url)
-        if connection is not None:
-            try:
-                return await self._ask(connection, ends_at)
-            except UpstreamLostError:
-                if connection.has_received:
-                    raise  # else the server had closed it before our request came: that is no failure
-        return await self._ask(await self._client.connect(self._url, self._budgets), ends_at)
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
 
-    async def _ask(self, connection: ClientConnection, ends_at: float | None) -> ClientResponse:
+    async def start(self) -> None:
+        """The first half of `open`: finds a connection and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else asyncio.get_running_loop().time() + total_s
+        self._send(self._client.take_idle(self._url) or await self._client.connect(self._url, self._budgets))
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
         try:
-            connection.send(self._method, self._data, ends_at)
-            head = await connection.read_head(self._budgets.first_byte_s)
-            if head.headers.get("content-encoding", "identity").lower() != "identity":
-                raise UpstreamError("the server sent an encoding that was not asked for")
+            try:
+                return await self._read_head()
+            except UpstreamLostError:
+                if self._connection is None or not self._connection.is_reused or self._connection.has_received:
+                    raise
+            # The server had closed a kept connection before our request came: that is no failure.
+            self._send(await self._client.connect(self._url, self._budgets))
+            return await self._read_head()
         except BaseException:
-            connection.close()
+            self.release()
             raise
-        self._connection, self._response = connection, ClientResponse(connection, head, self._budgets)
+
+    def _send(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        connection.send(self._method, self._data, self._ends_at)
+
+    async def _read_head(self) -> ClientResponse:
+        connection = self._connection
+        assert connection is not None  # `start` came before
+        head = await connection.read_head(self._budgets.first_byte_s)
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UpstreamError("the server sent an encoding that was not asked for")
+        self._response = ClientResponse(connection, head, self._budgets)
         return self._response
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8773,9 +8806,9 @@ class ClientExchange:
 
     def release(self) -> None:
         """Gives up the connection: to the pool if the answer was read to its end, else it is closed now."""
-        if self._connection is not None and self._response is not None:
-            self._connection.release(may_linger=self._response.may_linger)
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
 class HttpClient:
@@ -14400,10 +14433,11 @@ MISSING_ASKED_AFTER_S = (0.0, 1.0, 3.0)  # what an announcement left out is aske
 INCOMPLETE_LIMIT_S = 10.0  # names that are announced and never described
 PEERS_KEPT_LIMIT = 128  # peers that one packet after another invents …
 PEERS_PER_SOURCE_LIMIT = 4  # … and those of one address
-ADDRESSES_PER_PEER_LIMIT = 8
+ADDRESSES_PER_PEER_LIMIT = 8  # likewise, and of those that we announce
 SEEN_AGAIN_S = 1.0  # a peer that announces itself all the time is reported once in this
 PACKETS_PER_S_LIMIT = 256  # processor time that a flood on one interface may take; the rest is dropped
-KNOWN_ANSWERS_LIMIT = 24  # of one query, which then still fits an Ethernet frame
+QUESTIONS_LIMIT = 16  # of one query: long names that would pass the packet's limit
+KNOWN_ANSWERS_LIMIT = 24  # likewise; usual names then still fit an Ethernet frame
 INTERFACES_LIMIT = 32  # sockets, on machines with a bridge per container
 INTERFACES_LOOK_S = 5.0  # how soon another network is noticed
 TARGET_PORTS = range(1024, 65536)  # a record that makes us connect to a system service
@@ -14450,7 +14484,10 @@ def probe_interfaces() -> list[NetworkInterface]:
     By getifaddrs where there is one. Elsewhere (Windows) the addresses of the own host name stand in, one interface
     for each, with networks that are guessed: /24 and /64.
     """
-    found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    try:
+        found = _read_interfaces() if os.name == "posix" else _guess_interfaces()
+    except (ImportError, AttributeError):  # no ctypes, or a C library without getifaddrs
+        found = _guess_interfaces()
     return [interface for interface in found if interface.addresses][: 2 * INTERFACES_LIMIT]
 
 
@@ -14465,8 +14502,9 @@ _IFF_MULTICAST = 0x1000 if sys.platform.startswith(("linux", "android")) else 0x
 _HAS_SOCKADDR_LENGTH = not sys.platform.startswith(("linux", "android", "win"))  # BSD's struct sockaddr, macOS's too
 
 
-def _read_interfaces() -> list[NetworkInterface]:
-    """getifaddrs(3): struct ifaddrs {next, name, flags, address, netmask, …} is the same on Linux, macOS and BSD."""
+@functools.cache
+def _load_getifaddrs() -> tuple[Any, Any]:
+    """The C library and its struct ifaddrs, the same on Linux, macOS and BSD. Once: ctypes never forgets a type."""
     import ctypes
 
     class Entry(ctypes.Structure):
@@ -14474,8 +14512,15 @@ def _read_interfaces() -> list[NetworkInterface]:
 
     pointers = [(name, ctypes.c_void_p) for name in ("address", "netmask", "destination", "data")]
     Entry._fields_ = [("next", ctypes.POINTER(Entry)), ("name", ctypes.c_char_p), ("flags", ctypes.c_uint), *pointers]
-    libc = ctypes.CDLL(None, use_errno=True)
-    head = ctypes.POINTER(Entry)()
+    return ctypes.CDLL(None, use_errno=True), Entry
+
+
+def _read_interfaces() -> list[NetworkInterface]:
+    """What getifaddrs(3) lists: an entry for each address."""
+    import ctypes
+
+    libc, entry_type = _load_getifaddrs()
+    head = ctypes.POINTER(entry_type)()
     if libc.getifaddrs(ctypes.byref(head)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
     found: dict[str, NetworkInterface] = {}
@@ -14567,7 +14612,7 @@ def build_announcement(announcement: Announcement, addresses: Iterable[IpAddress
     Instance and host carry the device id: some dial `<instance>.local`, whatever SRV says.
     """
     instance, host = (announcement.device_id, *SERVICE_TYPE), (announcement.device_id, "local")
-    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4]
+    told = [each for each in addresses if announcement.has_ipv6 or each.version == 4][:ADDRESSES_PER_PEER_LIMIT]
 
     def own(name: DnsName, data: DnsData) -> DnsRecord:
         return DnsRecord(name, data, ANNOUNCED_TTL_S, replaces=True)
@@ -14602,7 +14647,7 @@ def build_txt(announcement: Announcement) -> tuple[bytes, ...]:
 
 
 def _cut_utf8(text: str, limit_bytes: int) -> str:
-    return text.encode()[:limit_bytes].decode(errors="ignore")
+    return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
 
 
 def _join_models(models: Iterable[str], limit_bytes: int) -> str:
@@ -14658,11 +14703,13 @@ def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int
 
 def _parse_capability(text: str) -> dict[str, float]:
     """Scores as a JSON object, or as `id:score,id:score` with ids that may hold colons."""
-    try:
-        return parse_scores(parse_json(text.encode()))
-    except JsonError:
-        pairs = (each.strip().rpartition(":") for each in text.split(","))
-        return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
+    if text.startswith("{"):
+        try:
+            return parse_scores(parse_json(text.encode()))
+        except JsonError:
+            return {}
+    pairs = (each.strip().rpartition(":") for each in text.split(","))
+    return parse_scores({model: float(score) for model, _, score in pairs if _SCORE.fullmatch(score)})
 
 
 # Addresses of cloud machines where their credentials are read.
@@ -14789,33 +14836,33 @@ class Sighting:
         return min(self.gone_s, useless_s, *(each.expires_s for each in needed if each is not None))
 
 
-SightingKey = tuple[int, str]  # index of the interface, folded instance
+SightingKey = tuple[str, str]  # name of the interface, folded instance
 
 
 class Browser:
     """Knows who announces the service, on every interface; asks again before it forgets.
 
-    Owner's contract: `receive` for every response, then `take_changes`; `take_queries` and `take_changes` again at
-    `due_s`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new, so that a flood displaces nobody.
+    Owner's contract: after every response for `receive`, and when `due_s` is reached, `take_changes` and then
+    `take_queries`. `draw` gives random numbers from 0 to 1. Full tables refuse who is new: a flood displaces nobody.
     """
 
     def __init__(self, *, device_id: str, own_port: int | None, draw: Callable[[], float]) -> None:
         self._device_id = device_id
         self._own_port = own_port
         self._draw = draw
-        self._interfaces: dict[int, NetworkInterface] = {}
-        self._queries: dict[int, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
+        self._interfaces: dict[str, NetworkInterface] = {}
+        self._queries: dict[str, tuple[float, float]] = {}  # by interface: when the next is due, and the pause after it
         self._sightings: dict[SightingKey, Sighting] = {}
         self._reported: dict[str, tuple[SightingKey, Peer]] = {}  # by device id
 
     def set_interfaces(self, interfaces: Iterable[NetworkInterface], now_s: float) -> None:
         """Which interfaces there are; on a new one questions begin, with one that is gone its peers go."""
-        self._interfaces = {each.index: each for each in interfaces}
+        self._interfaces = {each.name: each for each in interfaces}
         first, last = ANSWER_DELAYS_S
-        for index in self._interfaces.keys() - self._queries.keys():
-            self._queries[index] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
-        for index in self._queries.keys() - self._interfaces.keys():
-            del self._queries[index]
+        for name in self._interfaces.keys() - self._queries.keys():
+            self._queries[name] = (now_s + first + (last - first) * self._draw(), QUERY_INTERVALS_S[0])
+        for name in self._queries.keys() - self._interfaces.keys():
+            del self._queries[name]
         for key, sighting in list(self._sightings.items()):
             if key[0] in self._interfaces:
                 sighting.interface = self._interfaces[key[0]]
@@ -14863,13 +14910,13 @@ class Browser:
             found = {
                 key: sighting
                 for key, sighting in self._sightings.items()
-                if key[0] == interface.index and sighting.host and fold_dns_name(sighting.host) == name
+                if key[0] == interface.name and sighting.host and fold_dns_name(sighting.host) == name
             }
             for sighting in found.values():
                 _note_address(sighting, each, cached, is_first=(name, each.type) not in fresh_hosts)
             fresh_hosts.add((name, each.type))
             return found
-        key = (interface.index, name[0]) if name[1:] == SERVICE_TYPE else None
+        key = (interface.name, name[0]) if name[1:] == SERVICE_TYPE else None
         noted = self._sightings.get(key) if key else None
         if not key or not noted:
             return {}
@@ -14882,7 +14929,7 @@ class Browser:
         target = fold_dns_name(data.target)
         if name != SERVICE_TYPE or len(target) != len(SERVICE_TYPE) + 1 or target[1:] != SERVICE_TYPE:
             return {}
-        key, now_s = (interface.index, target[0]), cached.received_s
+        key, now_s = (interface.name, target[0]), cached.received_s
         sighting = self._sightings.get(key)
         if not cached.ttl_s:
             if sighting:
@@ -14951,37 +14998,29 @@ class Browser:
             expired = [address for address, cached in sighting.addresses.items() if cached.expires_s <= now_s]
             for address in expired:
                 del sighting.addresses[address]
+            if expired and sighting.peer:
+                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
             if sighting.expires_s <= now_s:
                 del self._sightings[key]
-            elif expired and sighting.peer:
-                sighting.peer = self._resolve(sighting, sighting.peer.last_seen_ms)
 
     def take_queries(self, now_s: float) -> list[tuple[NetworkInterface, DnsMessage]]:
-        """The queries that are due, at most one for each interface."""
+        """The queries that are due, and on which interface; mostly one packet each."""
         queries = []
-        for index, interface in self._interfaces.items():
+        for name, interface in self._interfaces.items():
             questions: dict[tuple[DnsName, int], None] = {}
-            due_s, pause_s = self._queries[index]
+            due_s, pause_s = self._queries[name]
             if due_s <= now_s:
                 questions[SERVICE_TYPE, DnsType.PTR] = None
-                self._queries[index] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
-            for key, sighting in self._sightings.items():
-                if key[0] == index:
-                    questions.update(_take_questions(sighting, now_s))
-            if questions:
-                queries.append((interface, self._build_query(index, list(questions), now_s)))
+                self._queries[name] = (now_s + pause_s, min(2 * pause_s, QUERY_INTERVALS_S[1]))
+            sightings = [sighting for key, sighting in self._sightings.items() if key[0] == name]
+            for sighting in sightings:
+                questions.update(_take_questions(sighting, now_s))
+            wanted = [DnsQuestion(*each) for each in questions]
+            for start in range(0, len(wanted), QUESTIONS_LIMIT):
+                part = tuple(wanted[start : start + QUESTIONS_LIMIT])
+                known = _build_known_answers(sightings, now_s) if part[0].name == SERVICE_TYPE else ()
+                queries.append((interface, DnsMessage(questions=part, answers=known)))
         return queries
-
-    def _build_query(self, index: int, wanted: list[tuple[DnsName, int]], now_s: float) -> DnsMessage:
-        """Asked for the service, others need not say what we know for longer than half its life."""
-        known = []
-        if (SERVICE_TYPE, DnsType.PTR) in wanted:
-            for key, sighting in self._sightings.items():
-                left_s = sighting.pointer.expires_s - now_s
-                if key[0] == index and sighting.peer and left_s > sighting.pointer.ttl_s / 2:
-                    known.append(DnsRecord(SERVICE_TYPE, sighting.pointer.data, int(left_s)))
-        questions = tuple(DnsQuestion(name, kind) for name, kind in wanted[:DNS_RECORDS_LIMIT])
-        return DnsMessage(questions=questions, answers=tuple(known[:KNOWN_ANSWERS_LIMIT]))
 
     def due_s(self) -> float:
         """When there is something to do next, if nothing is received."""
@@ -15029,15 +15068,27 @@ def _note_address(sighting: Sighting, each: DnsRecord, cached: CachedRecord, *, 
         sighting.addresses[address] = cached
 
 
+def _build_known_answers(sightings: Iterable[Sighting], now_s: float) -> tuple[DnsRecord, ...]:
+    """What nobody need tell us: the instances that we know for longer than half their life."""
+    known = []
+    for each in sightings:
+        left_s = each.pointer.expires_s - now_s
+        if each.peer and left_s > each.pointer.ttl_s / 2:
+            known.append(DnsRecord(SERVICE_TYPE, each.pointer.data, int(left_s)))
+    return tuple(known[:KNOWN_ANSWERS_LIMIT])
+
+
 def _take_questions(sighting: Sighting, now_s: float) -> Iterator[tuple[tuple[DnsName, int], None]]:
     """What must be asked about an instance now."""
     if sighting.ask_missing_s <= now_s:
         yield from ((wanted, None) for wanted in sighting.missing)
+    while sighting.ask_missing_s <= now_s:  # once, however many of its times have passed
         sighting.asks += 1
     for name, kind, cached in sighting.records:
         if cached.ask_s <= now_s:
-            cached.asks += 1
             yield (name, kind), None
+        while cached.ask_s <= now_s:
+            cached.asks += 1
 
 
 # The responder: what we answer
@@ -15216,9 +15267,13 @@ def open_mdns_socket(interface: NetworkInterface, family: int, port: int = MDNS_
 
 @record(slots=True)
 class LinkTraffic:
-    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure to send."""
+    """What one interface carried. `speakers`: who else spoke multicast DNS there; `error`: the last failure.
+
+    `failed`: how many of the packets sent never left.
+    """
 
     sent: int = 0
+    failed: int = 0
     received: int = 0
     own_copies: int = 0
     dropped: int = 0
@@ -15336,6 +15391,7 @@ class _MdnsProtocol(asyncio.DatagramProtocol):
     def error_received(self, exc: Exception) -> None:
         reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
         self._link.traffic.error = f"{self._family_name}: {reason}"
+        self._link.traffic.failed += 1
 
 
 # Discovery
@@ -15475,6 +15531,12 @@ class MdnsDiscovery:
             link.send(goodbye)
 
     async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception:
+            discovery_log.exception("discovery has ended")
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         look_s = loop.time() + INTERFACES_LOOK_S
         while True:
@@ -15482,9 +15544,8 @@ class MdnsDiscovery:
                 await self._look_at_interfaces()
                 look_s = loop.time() + INTERFACES_LOOK_S
             self._work(loop.time())
-            due_s = min(look_s, self._due_s())
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
+                async with asyncio.timeout_at(min(look_s, self._due_s())):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -15498,9 +15559,9 @@ class MdnsDiscovery:
             for message in link.responder.take_due(now_s):
                 link.send(message)
         if self._browser is not None:
+            found, lost = self._browser.take_changes(now_s)
             for interface, query in self._browser.take_queries(now_s):
                 self.links[interface.name].send(query)
-            found, lost = self._browser.take_changes(now_s)
             _report(self._on_lost, lost)
             _report(self._on_found, found)
 
@@ -15659,8 +15720,8 @@ class ZeroconfDiscovery:
                 await self._announce()
                 seen, self._seen = list(self._seen), {}
                 await asyncio.gather(*map(self._look_up, seen))
-            except (self._package.Error, OSError, ValueError) as exc:
-                discovery_log.warning("zeroconf: %s", exc)
+            except Exception as exc:  # whatever it is, the next change is tried again
+                discovery_log.warning("zeroconf: %s", exc, exc_info=not isinstance(exc, self._package.Error | OSError))
 
     async def _announce(self) -> None:
         """Brings what zeroconf announces in line with what it should."""
@@ -15738,6 +15799,7 @@ class InterfaceDiagnosis:
     is_open: bool
     is_shared: bool
     sent: int
+    failed: int
     received: int
     own_copies: int
     dropped: int
@@ -15792,6 +15854,7 @@ def _describe_link(link: MdnsLink, peers: Iterable[Peer]) -> InterfaceDiagnosis:
         is_open=link.is_open,
         is_shared=link.is_shared,
         sent=traffic.sent,
+        failed=traffic.failed,
         received=traffic.received,
         own_copies=traffic.own_copies,
         dropped=traffic.dropped,
@@ -15815,24 +15878,27 @@ def explain_interface(seen: InterfaceDiagnosis) -> tuple[str, ...]:
     if not seen.is_open:
         return (f"no socket for multicast could be opened: {seen.error}",)
     causes = []
-    if seen.error:
+    if seen.failed:
         advice = "" if seen.own_copies else f"; is there a route for multicast on {seen.name}?"
-        causes.append(f"sending failed, {seen.error}{advice}")
+        causes.append(f"{seen.failed} of {seen.sent} packets could not be sent, {seen.error}{advice}")
     if not seen.is_shared:
         causes.append(
             "another program keeps UDP port 5353 to itself: peers can be found, but this device cannot announce "
             "itself; let it share the port (avahi: disallow-other-stacks=no) or stop it"
         )
-    elif not seen.own_copies and not seen.error:
+    elif not seen.own_copies and seen.failed < seen.sent:
         causes.append("not even our own packets came back: a firewall on this machine drops UDP port 5353; allow it")
-    if seen.peers or causes:
+    is_deaf = not seen.is_shared or not seen.own_copies
+    if seen.peers or (is_deaf and causes):
         return tuple(causes)
-    if not seen.speakers:
-        return (
+    if seen.speakers:
+        causes.append("multicast works here, and no bridge announces itself: start one with `serve --lan`")
+    else:
+        causes.append(
             "nobody else speaks multicast DNS here: a Wi-Fi that keeps its clients apart (AP isolation, guest "
-            "network), a firewall on the other devices, or no other device",
+            "network), a firewall on the other devices, or no other device"
         )
-    return ("multicast works here, and no bridge announces itself: start one with `serve --lan`",)
+    return tuple(causes)
 
 
 def explain_machine(interfaces: Sequence[InterfaceDiagnosis], is_container: bool) -> tuple[str, ...]:
@@ -15856,6 +15922,7 @@ def build_diagnosis_json(diagnosis: DiscoveryDiagnosis) -> dict[str, Any]:
                 "open": each.is_open,
                 "portShared": each.is_shared,
                 "sent": each.sent,
+                "failed": each.failed,
                 "received": each.received,
                 "ownCopies": each.own_copies,
                 "dropped": each.dropped,
@@ -16744,7 +16811,8 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
 PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow one
 PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
 FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
-LARGE_ANSWER_BYTES = MIB
+LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
+PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
@@ -16884,8 +16952,10 @@ class ForwardReport:
 class AttemptError(UpstreamError):
     """A peer gave no answer, so the next one is asked; never shown to a client. `said`: its own words."""
 
-    def __init__(self, outcome: AttemptOutcome, reason: str, retry_after_s: int = 0, said: str = "") -> None:
-        super().__init__(reason, retry_after_s=retry_after_s)
+    def __init__(
+        self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, *, said: str = "", **details: Any
+    ) -> None:
+        super().__init__(message, **details)
         self.outcome = outcome
         self.said = said
 
@@ -17074,6 +17144,7 @@ class ChunkNormalizer:
 
     Id, created and model are the same on every chunk; each choice begins with its role, once, and ends with one
     chunk that has a finish reason and nothing else; usage stands apart. Nothing comes out before there is content.
+    What comes out of `normalize` are the chunks' choices; `encode` makes events of them.
     """
 
     def __init__(self, form: ForwardForm, head: AnswerHead, *, include_usage: bool) -> None:
@@ -17085,9 +17156,10 @@ class ChunkNormalizer:
         self._object = "chat.completion.chunk" if self._is_chat else "text_completion"
         self._include_usage = include_usage
         self._has_model = False
+        self._around: tuple[bytes, bytes] | None = None  # what stands before and behind the choice in an event
 
     def normalize(self, value: Any) -> list[dict[str, Any]]:
-        """The chunks that the client gets for one of the peer's, or for its whole answer if it does not stream.
+        """One choice for each chunk that the client gets for the peer's, or for a whole answer that is not streamed.
 
         AttemptError for an error in the peer's words, UpstreamError for what is no chunk.
         """
@@ -17095,14 +17167,33 @@ class ChunkNormalizer:
             raise UpstreamError("the peer sent something that is no chunk")
         if value.get("error") or value.get("object") == "error":
             said = find_error_message(value)
-            raise AttemptError(AttemptOutcome.SERVER_ERROR, "it reported an error in its stream", said=said)
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR, said=said)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
         choices = value.get("choices")
         if not isinstance(choices, list):
             choices = []
-        return [chunk for choice in choices for chunk in self._normalize_choice(choice)]
+        self._has_model = self._has_model or bool(choices)
+        return [piece for choice in choices for piece in self._normalize_choice(choice)]
+
+    def encode(self, choice: Mapping[str, Any]) -> bytes:
+        """The event of the chunk with this choice."""
+        before, after = self.around
+        return b"%b%b%b" % (before, encode_json(choice), after)
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        """The bytes of every event before its choice and behind it; the peer's model is known by then."""
+        if self._around is None:
+            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
+            before, _, after = event.rpartition(b"{}")
+            self._around = before, after
+        return self._around
+
+    def build_choice(self, index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice that goes on."""
+        return self._build_choice(index, delta, None, None)
 
     def build_tail(self) -> dict[str, Any] | None:
         """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
@@ -17114,10 +17205,10 @@ class ChunkNormalizer:
         return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
 
     def _note_model(self, model: Any) -> None:
-        """The first name that the peer gives is what served."""
+        """The first name that the peer gives, with its first choice at the latest, is what served."""
         if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
-            self.head = replace(self.head, model=model)
+            self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
     def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
@@ -17134,11 +17225,11 @@ class ChunkNormalizer:
         if (delta or logprobs or state.finish_reason) and not state.has_begun:
             state.has_begun = True
             if self._is_chat:
-                yield self._build_chunk(index, CHAT_ROLE_DELTA, None, None)
+                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
         if delta or logprobs:
-            yield self._build_chunk(index, delta or {"content": ""}, None, logprobs)
+            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
         if state.finish_reason is not None:
-            yield self._build_chunk(index, {}, state.finish_reason, None)
+            yield self._build_choice(index, {}, state.finish_reason, None)
 
     def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
         delta = choice.get("delta", choice.get("message"))
@@ -17154,16 +17245,15 @@ class ChunkNormalizer:
             read["function_call"] = delta["function_call"]
         return read
 
-    def _build_chunk(
+    def _build_choice(
         self, index: int, delta: Mapping[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
     ) -> dict[str, Any]:
         content = {"delta": dict(delta)} if self._is_chat else {"text": delta.get("content", "")}
-        choice = {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
-        return build_chunk(self.head, self._object, choice, self._include_usage)
+        return {"index": index, **content, "finish_reason": finish_reason, "logprobs": logprobs}
 
 
 class AnswerAssembler:
-    """Gathers normalized chunks into the answer for a client that did not stream. Pure."""
+    """Gathers normalized choices into the answer for a client that did not stream. Pure."""
 
     def __init__(self, form: ForwardForm) -> None:
         self._is_chat = form is ForwardForm.CHAT
@@ -17177,23 +17267,22 @@ class AnswerAssembler:
         """More of one text of choice `index`."""
         self._texts[index][name].append(text)
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        """A normalized chunk."""
-        for choice in chunk["choices"]:
-            index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
-            for name, value in delta.items():
-                if name == "tool_calls":
-                    self._add_calls(self._calls[index], value)
-                elif name == "function_call":
-                    for part in ("name", "arguments"):
-                        self._functions[index][part] += read_peer_text(value.get(part))
-                elif name != "role":
-                    self.add_text(index, name, value)
-            for name, values in (choice["logprobs"] or {}).items():
-                if isinstance(values, list):
-                    self._logprobs[index][name].extend(values)
-            if choice["finish_reason"] is not None:
-                self._finish_reasons[index] = choice["finish_reason"]
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """A normalized choice."""
+        index, delta = choice["index"], choice["delta"] if self._is_chat else {"text": choice["text"]}
+        for name, value in delta.items():
+            if name == "tool_calls":
+                self._add_calls(self._calls[index], value)
+            elif name == "function_call":
+                for part in ("name", "arguments"):
+                    self._functions[index][part] += read_peer_text(value.get(part))
+            elif name != "role":
+                self.add_text(index, name, value)
+        for name, values in (choice["logprobs"] or {}).items():
+            if isinstance(values, list):
+                self._logprobs[index][name].extend(values)
+        if choice["finish_reason"] is not None:
+            self._finish_reasons[index] = choice["finish_reason"]
 
     def build(self, head: AnswerHead, usage: dict[str, Any] | None, timings: dict[str, Any] | None) -> dict[str, Any]:
         """The whole answer. Its `usage` is missing if the peer gave none."""
@@ -17237,19 +17326,25 @@ class AnswerAssembler:
         return {"message": message}
 
 
+# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
+_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
+
+
 class ChunkTemplate:
     """Chunks that differ in one text only: how the peer writes them around it, and how we do.
 
     A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
     """
 
-    __slots__ = ("after", "before", "index", "name", "our_after", "our_before")
+    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
 
-    def __init__(self, event: bytes, start: int, end: int, our_before: bytes, our_after: bytes) -> None:
-        self.before, self.after = event[:start], event[end:]
-        self.our_before, self.our_after = our_before, our_after
-        self.index = 0
-        self.name = ""
+    def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
+        self.before, self.after = before, after
+        self.index, self.name = index, name
+        self.state = normalizer.choices[index]
+        event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
+        self.our_before, _, self.our_after = event.rpartition(b"@")
 
     def find_text(self, event: bytes) -> bytes:
         """The text within `event`, empty if the event is of another form or its text not plain."""
@@ -17266,33 +17361,37 @@ class ChunkTemplate:
         return text
 
 
-# The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
-_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+def learn_template(
+    event: bytes, value: dict[str, Any], choices: Sequence[Mapping[str, Any]], normalizer: ChunkNormalizer
+) -> ChunkTemplate | None:
+    """The template of an event that says `value` and became `choices`; None unless another text alone makes the next.
 
-
-def learn_template(event: bytes, value: dict[str, Any], chunk: dict[str, Any]) -> ChunkTemplate | None:
-    """The template of an event that says `value` and became `chunk`; None unless they differ in one text only.
-
-    That the text stands where it seems to is proved by parsing the event with another text in its place.
+    From a first event, which has a role and no text, the form of those that follow is guessed. That a text stands
+    where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
-    ours = chunk["choices"][0]
-    container = value["choices"][0] if "text" in ours else value["choices"][0].get("delta")
-    names = ["text"] if "text" in ours else list(ours["delta"])
-    if len(names) != 1 or ours["finish_reason"] or ours["logprobs"] or len(value["choices"]) != 1:
+    peers = value.get("choices")
+    if not isinstance(peers, list) or len(peers) != 1:
         return None
-    name = names[0]
-    found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-    if name not in (*_DELTA_TEXTS, "text") or not isinstance(container, dict) or found is None:
+    delta = peers[0].get("delta")
+    if not choices:
+        role = _ROLE_DELTA.search(event) if delta == CHAT_ROLE_DELTA else None
+        if role is None or event.count(b'"role"') != 1:
+            return None
+        before = b'%b{"content":%b"' % (event[: role.start()], role[1])
+        after, name = b'"}' + event[role.end() :], "content"
+    else:
+        ours = choices[-1]
+        container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
+        name = texts[0] if len(texts) == 1 else ""
+        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+            return None
+        if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
+            return None
+        before, after = event[: found.start(1)], event[found.end(1) :]
+    if b"\\" in before or b"\\" in after:
         return None
-    start, end = found.span(1)
-    container[name] = ""
-    if parse_json(event[:start] + event[end:]) != value:
-        return None
-    (ours if name == "text" else ours["delta"])[name] = ""
-    before, mark, after = encode_json_event(chunk).partition(b'"%b":"' % name.encode())
-    template = ChunkTemplate(event, start, end, before + mark, after)
-    template.index, template.name = ours["index"], name
-    return template
+    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
 
 
 class PeerStream:
@@ -17304,7 +17403,7 @@ class PeerStream:
     def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
         self._normalizer = normalizer
         self._assembler = assembler
-        self._parser = SseParser()
+        self._parser = SseParser(is_strict=True)
         self._template: ChunkTemplate | None = None
         self._templates_in_vain = 0
         self._fed_bytes = 0
@@ -17324,13 +17423,22 @@ class PeerStream:
             text = template.find_text(event) if template is not None else b""
             if template is None or not text:
                 pieces.append(self._read_event(event))
-            elif self._assembler is None:
-                self._templates_in_vain = 0
+                continue
+            self._templates_in_vain = 0
+            if not template.state.has_begun:
+                pieces.append(self._begin(template))
+            if self._assembler is None:
                 pieces += (template.our_before, text, template.our_after)
             else:
-                self._templates_in_vain = 0
                 self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
         return b"".join(pieces)
+
+    def _begin(self, template: ChunkTemplate) -> bytes:
+        """The first text of a choice comes by a template that was guessed."""
+        template.state.has_begun = self.has_content = True
+        if self._assembler is not None:
+            return b""
+        return self._normalizer.encode(self._normalizer.build_choice(template.index, CHAT_ROLE_DELTA))
 
     def feed_whole(self, data: bytes) -> bytes:
         """The same for the answer of a peer that does not stream."""
@@ -17361,21 +17469,21 @@ class PeerStream:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        encoded, chunks = self._put_in_order(value)
+        encoded, choices = self._put_in_order(value)
         self._template = None
-        if len(chunks) == 1 and self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
-            self._template = learn_template(event, value, chunks[0])
-            self._templates_in_vain += 1
+        if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
+            self._template = learn_template(event, value, choices, self._normalizer)
+            self._templates_in_vain += self._template is not None
         return encoded
 
     def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
-        chunks = self._normalizer.normalize(value)
-        self.has_content = self.has_content or bool(chunks)
+        choices = self._normalizer.normalize(value)
+        self.has_content = self.has_content or bool(choices)
         if self._assembler is None:
-            return b"".join(map(encode_json_event, chunks)), chunks
-        for chunk in chunks:
-            self._assembler.add(chunk)
-        return b"", chunks
+            return b"".join(map(self._normalizer.encode, choices)), choices
+        for choice in choices:
+            self._assembler.add(choice)
+        return b"", choices
 
     def _finish(self) -> bytes:
         tail = self._normalizer.build_tail()
@@ -17457,53 +17565,44 @@ def parse_retry_after(headers: Headers) -> int:
 
 
 class PeerExchange:
-    """One peer asked for one request: sends it, reads the answer piece by piece, measures, and ends exactly once."""
+    """A request that was sent to a peer: reads its answer piece by piece, measures, and ends exactly once."""
 
     def __init__(
         self,
-        client: HttpClient,
+        exchange: ClientExchange,
         request: ForwardRequest,
         target: ForwardTarget,
-        budgets: ForwardBudgets,
+        *,
+        started_at: float,
+        content_by: float,
+        silence_s: float,
         on_end: Callable[[ForwardReport], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
         self._request = request
         self.target = target
-        self._budgets = budgets
-        self._on_end = on_end
-        self._started_at = self._loop.time()
+        self._started_at = self._written_at = started_at  # all in loop time
+        self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
-        self._written_at = self._started_at
+        self._silence_s = silence_s
+        self._on_end = on_end
         self._has_ended = False
         prefix = "chatcmpl-" if request.form is ForwardForm.CHAT else "cmpl-"
         head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
         self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
         self.assembler = None if request.is_stream else AnswerAssembler(request.form)
         self.stream = PeerStream(self.normalizer, self.assembler)
-        self._exchange = self._build_exchange(client)
 
-    def _build_exchange(self, client: HttpClient) -> ClientExchange:
-        request, target, budgets = self._request, self.target, self._budgets
-        is_own = target.is_own_engine
-        encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
-        body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
-        url = parse_http_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request, is_own_engine=is_own)
-        if target.sign is not None:
-            headers += target.sign("POST", url.target, body)
-        self._budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
-        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=self._budget_s, idle_s=self._budget_s)
-        return client.request("POST", url, headers=headers, body=body, budgets=waits)
-
-    async def open(self) -> ClientResponse:
-        """Sends the request; the answer's head, if it is a 200 or the client's own fault. AttemptError otherwise."""
-        self._response = response = await self._exchange.open()
-        response.end_within(self._started_at + self._budget_s - self._loop.time())
+    async def read_head(self) -> ClientResponse:
+        """The answer's head, if it is a 200 or the client's own fault; AttemptError otherwise."""
+        self._response = response = await self._exchange.receive()
+        response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
             outcome = judge_status(response.status, is_own_engine=self.target.is_own_engine)
             if outcome is not AttemptOutcome.REFUSED:
-                raise AttemptError(outcome, f"it answered {response.status}", parse_retry_after(response.headers))
+                retry_after_s = parse_retry_after(response.headers)
+                raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
         return response
 
     async def read_first(self) -> bytes:
@@ -17574,7 +17673,7 @@ class PeerExchange:
         """The commit point."""
         self._content_at = self._loop.time()
         self._response.end_within(None)
-        self._response.idle_s = self._budgets.silence_s
+        self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
         now, content_at = self._loop.time(), self._content_at
@@ -17660,6 +17759,7 @@ class Forwarder:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
+        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -17669,11 +17769,13 @@ class Forwarder:
         """
         attempts: list[Attempt] = []
         for target in targets:
-            exchange = PeerExchange(self._client, request, target, self._budgets, self._on_end)
+            exchange: PeerExchange | None = None
             try:
+                exchange = await self._send(request, target)
                 answer = await self._ask(exchange, request, attempts)
             except UpstreamError as exc:
-                exchange.abandon()
+                if exchange is not None:
+                    exchange.abandon()
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
@@ -17682,10 +17784,43 @@ class Forwarder:
                 self._note(attempts, attempt)
                 continue
             except BaseException:
-                exchange.end(ForwardOutcome.CLIENT_LEFT)
+                if exchange is not None:
+                    exchange.end(ForwardOutcome.CLIENT_LEFT)
                 raise
             return Forwarded(answer=answer, attempts=tuple(attempts))
         return Forwarded(answer=None, attempts=tuple(attempts))
+
+    async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
+        """Sends the request; what its answer needs is made while it is on its way."""
+        budgets, started_at = self._budgets, asyncio.get_running_loop().time()
+        is_own = target.is_own_engine
+        encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
+        body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
+        url = self._parse_url(target.base_url + request.form.value)
+        headers = build_forward_headers(request, is_own_engine=is_own)
+        if target.sign is not None:
+            headers += target.sign("POST", url.target, body)
+        budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
+        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        await exchange.start()
+        return PeerExchange(
+            exchange,
+            request,
+            target,
+            started_at=started_at,
+            content_by=started_at + budget_s,
+            silence_s=budgets.silence_s,
+            on_end=self._on_end,
+        )
+
+    def _parse_url(self, url: str) -> HttpUrl:
+        parsed = self._urls.get(url)
+        if parsed is None:
+            if len(self._urls) >= PEER_URLS_LIMIT:
+                self._urls.clear()
+            parsed = self._urls[url] = parse_http_url(url)
+        return parsed
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
         attempts.append(attempt)
@@ -17696,7 +17831,7 @@ class Forwarder:
         self._note(attempts, Attempt(target=target, outcome=outcome, reason=outcome.value))
 
     async def _ask(self, exchange: PeerExchange, request: ForwardRequest, attempts: list[Attempt]) -> ForwardAnswer:
-        response = await exchange.open()
+        response = await exchange.read_head()
         target = exchange.target
         if response.status != 200:
             return await self._refuse(exchange, response, attempts)
@@ -18749,7 +18884,8 @@ class HttpExchange:
 
     def _log(self, status: int, elapsed_s: float) -> None:
         request = self.request
-        _http_logger.info(
+        _http_logger.log(
+            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
             "%s %s %.200s %d %.1f ms %s",
             request.client_address,
             request.method,
@@ -19459,6 +19595,16 @@ def build_answer_form(
     return TextForm(head=AnswerHead(id=f"cmpl-{nonce}", created=created, model=model.model_id), parsed=text)
 
 
+def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for a request that no engine could serve, whatever it can do."""
+    if form is ForwardForm.CHAT:
+        parse_chat_request(body, features=frozenset(ENGINE_PARAMETERS))
+    elif form is ForwardForm.TEXT:
+        parse_completion_request(body, features=frozenset(ENGINE_PARAMETERS))
+    else:
+        parse_embeddings_request(body)
+
+
 def may_offload(request: HttpRequest) -> bool:
     """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
     is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
@@ -20166,6 +20312,7 @@ class Offloading:
             attempts = forwarded.attempts
         here = next((each for each in decision.targets if each.peer is None), None)
         if here is None:
+            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
             raise build_refusal(decision, request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
@@ -21043,6 +21190,8 @@ class DVAI:
 
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
+        if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
+            bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
         if self.engine is not None:
             self.engine.start()
@@ -21254,7 +21403,7 @@ class DVAI:
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
-        host = choose_lan_host() if config.lan and config.host == "127.0.0.1" else config.host
+        host = config.host or (choose_lan_host() if config.lan else "127.0.0.1")
         return HttpServerOptions(
             host=host,
             port=config.port,
@@ -21912,7 +22061,8 @@ def run_status(command: Command) -> int:
     if command.json:
         show_json(health)
         return 0
-    print(f"{url}: {health['status']}, serving {health['currentModelId']}, up {health['uptimeSec']} s")
+    serving = f"serving {health['currentModelId']}" if health["currentModelId"] else "serving no model itself"
+    print(f"{url}: {health['status']}, {serving}, up {health['uptimeSec']} s")
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
@@ -22115,7 +22265,8 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         return 0
     for each in pending:
         print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: approve?"
+            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
+            f"`pair approve {each['id']}`"
         )
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}

@@ -15,10 +15,14 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package numpy",
     "needs the package prometheus_client",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
+    "needs llama-server (DVAI_LLAMA_SERVER)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
     "needs node",
     "needs node and the npm package openai (make test-all installs them)",
+    "needs chromium (make test-all)",
     "needs curl",
+    "needs network namespaces (make test-all)",
+    "needs the package zeroconf",
     "needs bash",
 }
 SKIPPED_BY_SYSTEM = {

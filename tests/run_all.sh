@@ -9,14 +9,18 @@ LLAMA_VERSION=0.3.36
 TAG=$("$PYTHON" -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
 VENV=$CACHE/venv-$TAG-llama-$LLAMA_VERSION
 SOURCE=$CACHE/llama-cpp-python-$LLAMA_VERSION
+LLAMA_SERVER=$CACHE/llama-server-build/bin/llama-server
 NODE=$CACHE/node
 
 say() { printf '\n== %s\n' "$*"; }
 
 install_programs() {
     local missing=()
-    for program in curl openssl; do command -v $program >/dev/null || missing+=($program); done
-    for pair in node:nodejs npm:npm; do command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}"); done
+    for program in curl openssl cmake; do command -v $program >/dev/null || missing+=($program); done
+    for pair in node:nodejs npm:npm ip:iproute2 nft:nftables chromium:chromium avahi-daemon:avahi-daemon \
+        avahi-browse:avahi-utils dbus-daemon:dbus; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+    done
     if ((${#missing[@]})); then
         say "installing ${missing[*]}"
         apt-get update -qq && apt-get install -qq -y "${missing[@]}"
@@ -34,6 +38,14 @@ build_llama() {
     tar -xf "$CACHE/source/llama_cpp_python-$LLAMA_VERSION.tar.gz" -C "$SOURCE" --strip-components=1
     CMAKE_ARGS="-DGGML_NATIVE=OFF" "$VENV/bin/pip" --quiet install "$CACHE/source/llama_cpp_python-$LLAMA_VERSION.tar.gz"
     touch "$VENV/llama-ready"
+}
+
+build_llama_server() {
+    [ -x "$LLAMA_SERVER" ] && return
+    say "building llama-server from the same source (several minutes, once)"
+    cmake -S "$SOURCE/vendor/llama.cpp" -B "$CACHE/llama-server-build" \
+        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF >/dev/null
+    cmake --build "$CACHE/llama-server-build" --target llama-server --parallel >/dev/null
 }
 
 install_clients() {
@@ -56,8 +68,9 @@ test_other_pythons() {
 
 install_programs
 build_llama
+build_llama_server
 install_clients
 say "all tests with $("$VENV/bin/python" --version)"
-DVAI_TEST_ALL=1 DVAI_LLAMA_SOURCE=$SOURCE DVAI_NODE_MODULES=$NODE/node_modules \
+DVAI_TEST_ALL=1 DVAI_LLAMA_SOURCE=$SOURCE DVAI_LLAMA_SERVER=$LLAMA_SERVER DVAI_NODE_MODULES=$NODE/node_modules \
     "$VENV/bin/python" -m pytest tests --durations=12
 test_other_pythons

@@ -20,7 +20,7 @@ from dvai_bridge import (
 
 def test_defaults_need_nothing():
     config = build_config()
-    assert config.host == "127.0.0.1" and config.port is None and config.model is None
+    assert config.host is None and config.port is None and config.model is None
 
 
 def test_precedence_is_flag_environment_file_default():

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import random
 import struct
+from collections import Counter
 
 import pytest
 
@@ -28,6 +30,7 @@ from dvai_bridge import (
     build_forward_body,
     encode_json_event,
 )
+from tests.test_http1 import mutate
 from tests.test_http_client import Server
 
 HEAD = AnswerHead(id="chatcmpl-ours", created=1_700_000_000, model="m")
@@ -381,6 +384,48 @@ def test_the_quick_way_copies_nothing_that_is_no_json(text):
     bad = encode(chunk({"content": "@"}), done=False).replace(b"@", text)
     with pytest.raises(UpstreamError):
         put_in_order(ok + bad + encode(chunk({}, "stop")))
+
+
+def read_outcome(data, sizes):
+    """What a client gets of a stream that comes in these segments, and whether it ends well."""
+    stream, out, start = PeerStream(ChunkNormalizer(ForwardForm.CHAT, HEAD, include_usage=True), None), b"", 0
+    try:
+        for size in [*sizes, len(data)]:
+            out += stream.feed(data[start : start + size])
+            start += size
+    except UpstreamError:
+        return None, "broken"
+    return decode(out), stream.is_done
+
+
+def test_damaged_streams_come_out_the_same_whichever_way_they_are_read(monkeypatch):
+    rng, ends = random.Random(5), Counter()
+    values = [*HELLO[:3], *[chunk({"content": text}) for text in TEXTS[:12]], HELLO[3], {"choices": [], "usage": USAGE}]
+    seeds = [encode(*values), encode(*values).replace(b"\n", b"\r\n"), encode(*HELLO, chunk({"role": "assistant"}))]
+    pieces = [
+        b'"',
+        b"\\",
+        b"{}",
+        b"\n",
+        b"\n\n",
+        b"data: ",
+        b": ping\n",
+        b'"role"',
+        b'"content":"x"',
+        b"[DONE]",
+        b"\xff",
+        b"null",
+    ]
+    for data in mutate(rng, seeds, pieces, 4000):
+        sizes = [rng.randrange(1, 400) for _ in range(rng.randrange(40))]
+        quick = read_outcome(data, sizes)
+        with monkeypatch.context() as patch:
+            patch.setattr(dvai_bridge, "learn_template", lambda *arguments: None)
+            assert read_outcome(data, sizes) == quick, data
+        whole = read_outcome(data, [])
+        assert whole == quick, data
+        ends[quick[1]] += 1
+    assert min(ends[True], ends["broken"]) > 500, ends
 
 
 # -- asking real peers --

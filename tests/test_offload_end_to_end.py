@@ -219,5 +219,6 @@ def test_never_in_offload_only_mode(tmp_path):
         status, _, data = ask(weak)
         error = json.loads(data)["error"]
         assert status == 503 and error["type"] == "no_capable_device" and "--peer" in error["message"]
+        assert ask(weak, messages=[])[0] == ask(weak, temperature="hot")[0] == 400
         assert read_health(weak)["currentModelId"] is None
         assert not any("worker" in line for line in os.popen(f"ps --ppid {weak.process.pid} -o args=").read().split())

@@ -79,3 +79,26 @@ def test_endless_lines_and_events_are_bounded(endless):
 def test_a_stream_of_events_is_not_bounded():
     parser = SseParser(limit_bytes=1000)
     assert sum(len(parser.feed(b": ping\n\ndata: " + b"x" * 900 + b"\n\n")) for _ in range(1000)) == 1000
+
+
+@pytest.mark.parametrize("line", [b"data: \xff", b"event: \xc3", b"id: \xed\xa0\x80"])
+def test_what_is_not_utf8_is_replaced_or_refused(line):
+    assert "\ufffd" in repr(SseParser().feed(line + b"\ndata: x\n\n"))
+    with pytest.raises(SseError):
+        SseParser(is_strict=True).feed(line + b"\ndata: x\n\n")
+
+
+def test_a_parser_knows_whether_an_event_is_under_way():
+    parser = SseParser()
+    for data, inside in (
+        (b"d", True),
+        (b"ata: x\n", True),
+        (b"\n", False),
+        (b"event: y\n", True),
+        (b"\n", False),
+        (b": c\n", False),
+    ):
+        parser.feed(data)
+        assert parser.is_inside_event == inside, data
+    parser.feed(b"data: x\r")
+    assert parser.is_inside_event

@@ -1,0 +1,152 @@
+"""Two machines on one network: the strong one is found by multicast DNS alone, approved once, and then answers.
+
+Needs root and iproute2. Everything stands in network namespaces of its own.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from support import CLEAN_ENVIRON, MODULE, require, wait_for
+from support_lan import ADDRESS, Lan
+from support_worker import build_byte_model
+
+if os.environ.get("DVAI_TEST_ALL") != "1":
+    pytest.skip("needs network namespaces (make test-all)", allow_module_level=True)
+
+CHAT = {"model": "strong", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
+
+
+class Machine:
+    """A namespace with a bridge in it, used as its owner would: by commands."""
+
+    def __init__(self, lan, short, home):
+        self.lan, self.short, self.home = lan, short, home
+        self.log = open(home.with_suffix(".log"), "w+")  # noqa: SIM115 - closed with the machine
+        self.process = None
+
+    def start(self, *arguments):
+        self.process = subprocess.Popen(
+            self.build_command("serve", *arguments),
+            env=CLEAN_ENVIRON,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on "), line
+        self.url = line.removeprefix("listening on ").strip()
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+
+    def build_command(self, *arguments):
+        words = [sys.executable, MODULE, *arguments, "--home", self.home]
+        return self.lan.exec(self.short, *map(str, words))
+
+    def run(self, *arguments):
+        return subprocess.run(
+            self.build_command(*arguments), env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=90
+        )
+
+    def ask(self, body):
+        """What curl prints, with the status behind it."""
+        command = ["curl", "-sS", "-N", "-m", "90", "-w", "\n%{http_code}", f"{self.url}/chat/completions"]
+        command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+        done = subprocess.run(self.lan.exec(self.short, *command), capture_output=True, text=True, timeout=120)
+        text, _, status = done.stdout.rpartition("\n")
+        return int(status), text
+
+    def stop(self):
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            assert self.process.wait(60) == 0
+
+    def close(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.stop()
+        if self.process is not None:
+            self.process.kill()
+            self.process.stdout.close()
+        self.log.seek(0)
+        text = self.log.read()
+        self.log.close()
+        assert "Traceback" not in text, text
+
+
+@pytest.fixture
+def machines(tmp_path):
+    lan = Lan()
+    found = {short: Machine(lan, short, tmp_path / short) for short in ("one", "two")}
+    try:
+        lan.create()
+        for short in found:
+            lan.connect(short)
+        yield found["one"], found["two"]
+        for machine in found.values():
+            machine.close()
+    finally:
+        for machine in found.values():
+            if machine.process is not None:
+                machine.process.kill()
+        lan.delete()
+
+
+@pytest.mark.parametrize(("strong_mdns", "weak_mdns"), [("own", "own"), ("zeroconf", "own"), ("own", "zeroconf")])
+def test_found_by_multicast_dns_approved_once_and_used(machines, tmp_path, strong_mdns, weak_mdns):
+    if "zeroconf" in (strong_mdns, weak_mdns):
+        require("zeroconf")
+    strong, weak = machines
+    model = tmp_path / "strong.gguf"
+    model.write_bytes(build_byte_model())
+    strong.start("--lan", "--model", model, "--mdns", strong_mdns)
+    weak.start("--offload-only", "--mdns", weak_mdns)
+
+    def list_peers():
+        shown = weak.run("peers", "--json")
+        assert shown.returncode == 0, shown.stderr
+        return json.loads(shown.stdout)
+
+    (peer,) = wait_for(
+        lambda: [each for each in list_peers() if each["state"] != "seen"], 60, "the strong one is found"
+    )
+    assert peer["via"] == "mdns" and ADDRESS["one"] in peer["baseUrl"]
+
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(weak.ask(CHAT | {"stream": True})))
+    asking.start()
+    (pending,) = wait_for(lambda: json.loads(strong.run("pair", "list", "--json").stdout)["pending"], 30, "the request")
+    assert pending["address"].endswith(ADDRESS["two"])
+    assert strong.run("pair", "approve").returncode == 0
+    asking.join(100)
+    status, text = answers[0]
+    assert status == 200 and text.rstrip().endswith("data: [DONE]"), (status, text)
+
+    assert weak.ask(CHAT)[0] == 200, "no second approval"
+    strong.stop()
+    status, text = weak.ask(CHAT)
+    assert status == 503 and json.loads(text)["error"]["type"] == "no_capable_device"
+    strong.start("--lan", "--model", model, "--mdns", strong_mdns, "--port", "0")
+    wait_for(lambda: weak.ask(CHAT)[0] == 200, 90, "it is used again, on another port, without an approval")
+
+
+def test_strangers_on_the_network_get_nothing(machines, tmp_path):
+    strong, other = machines
+    model = tmp_path / "strong.gguf"
+    model.write_bytes(build_byte_model())
+    strong.start("--lan", "--model", model)
+    port = strong.url.rpartition(":")[2].partition("/")[0]
+    base = f"http://{ADDRESS['one']}:{port}"
+
+    def curl(path, *arguments):
+        command = ["curl", "-sS", "-m", "30", "-o", "/dev/null", "-w", "%{http_code}", base + path, *arguments]
+        return int(subprocess.run(other.lan.exec("two", *command), capture_output=True, text=True).stdout)
+
+    post = ("-H", "Content-Type: application/json", "-d", json.dumps(CHAT))
+    assert curl("/v1/dvai/health") == 200
+    assert curl("/v1/chat/completions", *post) == curl("/v1/models") == curl("/v1/dvai/capability") == 401
+    assert curl("/v1/dvai/peers") == curl("/v1/dvai/probe", *post) == curl("/metrics") == 401
+    assert curl("/v1/dvai/pairings") == curl("/v1/dvai/pairings", "-X", "DELETE") == 403
+    assert curl("/v1/dvai/health", "-H", "Host: evil.example") == 403
