@@ -16937,7 +16937,10 @@ class ForwardOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardReport:
-    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second."""
+    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second.
+
+    `first_content_s` and the rates are None where nobody can say, as with an answer that came whole.
+    """
 
     target: ForwardTarget
     outcome: ForwardOutcome
@@ -17585,6 +17588,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
         self._on_end = on_end
         self._has_ended = False
@@ -17609,6 +17613,7 @@ class PeerExchange:
         """What the client gets first: content, or for a long prefill a sign of life (then `has_content` is False)."""
         media_type = self._response.headers.get("content-type").partition(";")[0].strip().lower()
         if media_type == "application/json":
+            self._came_whole = True
             first = self.stream.feed_whole(await self._response.read(FORWARD_ANSWER_LIMIT_BYTES))
             self._note_content()
             self.end(ForwardOutcome.COMPLETED)
@@ -17647,6 +17652,7 @@ class PeerExchange:
 
     async def read_embeddings(self) -> bytes:
         """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
+        self._came_whole = True
         parsed = parse_embeddings_request(self._request.body)
         data = await self._response.read(FORWARD_ANSWER_LIMIT_BYTES)
         arguments = (data, self.target.model_id, len(parsed.embedding.inputs), parsed.encoding_format)
@@ -17676,7 +17682,7 @@ class PeerExchange:
         self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
-        now, content_at = self._loop.time(), self._content_at
+        now, content_at = self._loop.time(), None if self._came_whole else self._content_at
         usage = self.normalizer.usage or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         first_content_s = None if content_at is None else content_at - self._started_at
@@ -17886,6 +17892,8 @@ class Forwarder:
 #     nothing asked yet → UNKNOWN     a list of models, or a 404 for it → UP     503 → LOADING
 #     401, 403 → REFUSED              no connection, no answer, any other answer → DOWN
 #
+# But for one that is UP and takes connections while its list is late: it is busy, and stays UP for a while.
+#
 # While it is UP, a connection that is made and closed again says every second that it is still there: that costs it
 # nothing and leaves no line in its log. Its models are asked for now and then, whenever it returns, and when a request
 # names a model that nobody knows. A request never waits for any of this: it is sent, and what comes of it is news, too.
@@ -17895,6 +17903,7 @@ UPSTREAM_MODELS_LIMIT = 512  # models that a server may claim to have
 UPSTREAM_ANSWER_S = 5.0  # for the list of models
 UPSTREAM_SILENCE_S = 300.0  # within an answer: engines that send a tool call only when it is whole are silent so long
 UPSTREAM_BACK_OFF_FACTOR = 1.5
+UPSTREAM_SLOW_LISTS_LIMIT = 3  # lists in a row that do not come in time: so long an engine may just be busy
 UPSTREAM_REFRESH_S = 1.0  # requests that name unknown models, one after the other
 UPSTREAM_SCAN_S = 10.0  # between two looks for servers that were started meanwhile
 UPSTREAMS_LIMIT = 16  # servers watched at once
@@ -18046,7 +18055,7 @@ class UpstreamEngine:
     """One server behind this bridge. Belongs to one event loop; between `start` and `close` it is watched.
 
     `api_key` is sent to this server only. `product` None: what its answers show. `timeout_s`: until the first content,
-    and for the whole of an answer that is not streamed.
+    and for the whole of an answer that is not streamed; `answer_s`: for its list of models.
     """
 
     def __init__(
@@ -18058,6 +18067,7 @@ class UpstreamEngine:
         api_key: str | None = None,
         product: str | None = None,
         intervals: UpstreamIntervals | None = None,
+        answer_s: float = UPSTREAM_ANSWER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base_url = base_url
@@ -18073,8 +18083,10 @@ class UpstreamEngine:
         self._budgets = ForwardBudgets(
             first_content_s=timeout_s, first_content_limit_s=timeout_s, silence_s=UPSTREAM_SILENCE_S
         )
+        self._answer_s = answer_s
         self._clock = clock
         self._failures = 0  # looks in a row that found no server
+        self._slow_lists = 0
         self._listed_at_s = -math.inf
         self._listing = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -18217,7 +18229,7 @@ class UpstreamEngine:
             return
         try:
             url = parse_http_url(self.base_url)
-            (await self._client.connect(url, HttpBudgets(total_s=UPSTREAM_ANSWER_S))).close()
+            (await self._client.connect(url, HttpBudgets(total_s=self._answer_s))).close()
         except UpstreamError as exc:
             self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=exc.message))
 
@@ -18227,15 +18239,19 @@ class UpstreamEngine:
             if word.state is UpstreamState.UP and word.models is None:  # older versions of Ollama have their own list
                 native = await self._ask(f"{self.base_url.removesuffix('/v1')}/api/tags")
                 word = replace(native, product="Ollama") if native.models is not None else word
+            self._slow_lists = 0
         except UpstreamError as exc:
-            word = UpstreamWord(state=UpstreamState.DOWN, error=exc.message)
+            self._slow_lists += isinstance(exc, UpstreamTimeoutError)
+            is_busy = isinstance(exc, UpstreamTimeoutError) and self._slow_lists < UPSTREAM_SLOW_LISTS_LIMIT
+            state = UpstreamState.UP if is_busy and self.state is UpstreamState.UP else UpstreamState.DOWN
+            word = UpstreamWord(state=state, error=exc.message)
         self._listed_at_s = self._clock()
         self._take_in(word)
 
     async def _ask(self, url: str) -> UpstreamWord:
         headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
         headers += self._sign("GET", url, b"")
-        budgets = HttpBudgets(total_s=UPSTREAM_ANSWER_S)
+        budgets = HttpBudgets(total_s=self._answer_s)
         async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
             data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
             return parse_upstream_answer(response.status, dict(response.headers), data)

@@ -19,7 +19,7 @@ from dvai_bridge import (
     encode_metrics,
     format_metric_value,
 )
-from tests.support import require
+from tests.support import require, start_bridge, wait_for
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'
@@ -174,6 +174,28 @@ def test_what_a_bridge_counts():
     assert families["dvai_decode_tokens_per_second"][1]["dvai_decode_tokens_per_second_count", local] == 1
     offload = (("route", "lan"), ("outcome", "committed"))
     assert families["dvai_offloads_total"][1] == {("dvai_offloads_total", offload): 1}
+
+
+def test_a_bridge_of_its_own_model_counts(tmp_path):
+    body = {"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0, "stream": True}
+    with start_bridge(tmp_path, "--metrics") as bridge:
+        assert bridge.request("POST", "/v1/chat/completions", body)[0] == 200
+        assert bridge.request("POST", "/v1/completions", {"prompt": 5})[0] == 400
+
+        def read():
+            return parse_exposition(bridge.request("GET", "/metrics")[2])
+
+        wait_for(lambda: sum(read()["dvai_requests_total"][1].values()) == 2, 20, "both are counted")
+        families = read()
+        ok = (("path", "/chat/completions"), ("route", "local"), ("status", "200"), ("outcome", "ok"))
+        assert families["dvai_requests_total"][1]["dvai_requests_total", ok] == 1
+        local = (("route", "local"),)
+        assert families["dvai_completion_tokens_total"][1]["dvai_completion_tokens_total", local] > 0
+        assert families["dvai_prompt_tokens_total"][1]["dvai_prompt_tokens_total", local] > 0
+        assert families["dvai_time_to_first_token_seconds"][1]["dvai_time_to_first_token_seconds_count", local] == 1
+        assert families["dvai_decode_tokens_per_second"][1]["dvai_decode_tokens_per_second_sum", local] > 0
+        assert families["dvai_uptime_seconds"][1]["dvai_uptime_seconds", ()] > 0
+        assert {sample for sample, _ in families["dvai_peers"][1]} == {"dvai_peers"}
 
 
 def test_prometheus_reads_it():

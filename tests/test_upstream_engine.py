@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import openai
 import pytest
@@ -35,7 +35,7 @@ from dvai_bridge import (
     is_near,
     parse_upstream_answer,
 )
-from tests.support import CLEAN_ENVIRON, read_health, require, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, MODULE, read_health, require, start_bridge, wait_for
 from tests.support_worker import build_byte_model
 from tests.test_http_client import Server
 from tests.test_metrics import parse_exposition
@@ -600,6 +600,24 @@ def test_an_engine_still_loading_or_locked_is_used_when_it_is_ready():
     asyncio.run(main())
 
 
+def test_a_busy_engine_is_not_lost():
+    """Its list of models does not come in time, but it takes connections; in the end it is lost all the same."""
+
+    async def hang(server, reader, writer, body):
+        await server.wait_left(reader)
+
+    async def main():
+        answers = {"/v1/models": list_answer("a")}
+        async with put_behind(answers, QUICK) as (server, engine):
+            states = []
+            answers["/v1/models"], engine._answer_s = hang, 0.05
+            await until(lambda: states.append(engine.state) or engine.state is UpstreamState.DOWN)
+            late = [head for head, _ in server.requests if b"/v1/models" in head]
+            assert len(late) >= 4 and UpstreamState.UP in states and [each.model_id for each in engine.models] == ["a"]
+
+    asyncio.run(main())
+
+
 def test_an_old_ollama_is_asked_in_its_own_way():
     async def main():
         tags = encode_answer({"models": [{"name": "llama3.2:latest"}, {"name": "nomic-embed-text:v1.5"}]})
@@ -634,6 +652,25 @@ def test_traffic_measures_the_models():
         async with put_behind({"/v1/chat/completions": sent}) as (_, engine):
             await read_events(await ask(engine, CHAT | {"stream": True}))
             assert engine.scores == {"m": 12.5}
+
+    asyncio.run(main())
+
+
+def test_a_whole_answer_measures_nothing_that_it_does_not_say():
+    sent = {
+        "choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 4},
+    }
+
+    async def main():
+        answers = {"/v1/chat/completions": encode_answer(sent)}
+        async with put_behind(answers) as (_, engine):
+            reports = []
+            await ask(engine, on_end=reports.append)
+            answers["/v1/chat/completions"] = encode_answer(sent | {"timings": {"predicted_per_second": 9.5}})
+            await ask(engine, on_end=reports.append)
+            assert [report.decode_tok_per_s for report in reports] == [None, 9.5] and engine.scores == {"m": 9.5}
+            assert reports[0].completion_tokens == 4 and reports[0].first_content_s is None
 
     asyncio.run(main())
 
@@ -712,9 +749,12 @@ HELLO = CHAT | {"max_tokens": 8, "temperature": 0}
 
 
 def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no outgoing connection takes meanwhile: systems choose theirs above 32768."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(20000, 32000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="module")
@@ -795,7 +835,9 @@ def test_metrics_count_every_request_once(chain, client):
         return total(after, name, **wanted) - total(before, name, **wanted)
 
     wait_for(lambda: total(read(), "dvai_requests_total") - total(before, "dvai_requests_total") == 3, 20, "3 more")
-    after = read()
+    after = wait_for(
+        lambda: (now := read())["dvai_upstreams"][1]["dvai_upstreams", (("state", "up"),)] and now, 20, "up"
+    )
     upstream = {"path": "/chat/completions", "route": "upstream", "status": "200", "outcome": "ok"}
     assert grown("dvai_requests_total", **upstream) == 2
     assert grown("dvai_requests_total", status="404", outcome="model_not_found", route="none") == 1
@@ -804,7 +846,6 @@ def test_metrics_count_every_request_once(chain, client):
     first = {("dvai_time_to_first_token_seconds_count", (("route", "upstream"),))}
     samples = after["dvai_time_to_first_token_seconds"][1]
     assert first <= set(samples)
-    assert after["dvai_upstreams"][1]["dvai_upstreams", (("state", "up"),)] == 1
     assert after["dvai_requests_running"][1]["dvai_requests_running", ()] == 0
     assert front.request("GET", "/metrics")[0] == 401
 
@@ -842,6 +883,19 @@ def test_loss_and_return_show_in_health_and_answers(tmp_path, model):
                 assert front.request("POST", "/v1/chat/completions", HELLO)[0] == 200
             wait_for(lambda: read_health(front)["status"] == "degraded", 30, "its loss is seen")
             assert json.loads(front.request("GET", "/v1/models")[2])["data"] == []
+
+
+def test_with_offload_the_engine_counts_as_this_device(tmp_path, chain):
+    engine, _ = chain
+    arguments = ("--offload", "--no-discover-lan", "--engine", f"http://127.0.0.1:{engine.port}")
+    with start_bridge(tmp_path / "front", *arguments) as front:
+        status, headers, _ = front.request("POST", "/v1/chat/completions", HELLO | {"model": "bytes"})
+        assert (status, headers["X-DVAI-Route"]) == (200, "upstream") and "enough" in headers["X-DVAI-Reason"]
+        required = {"X-DVAI-Offload": "require"}
+        status, _, data = front.request("POST", "/v1/chat/completions", HELLO | {"model": "bytes"}, required)
+        assert status == 503 and json.loads(data)["error"]["type"] == "no_capable_device"
+        scores = json.loads(front.request("GET", "/v1/dvai/capability")[2])["scores"]
+        assert [score["modelId"] for score in scores] == ["bytes"] and scores[0]["tokPerSec"] > 0
 
 
 def test_two_bridges_do_not_ask_in_a_circle(tmp_path):
@@ -894,8 +948,8 @@ def test_the_key_of_the_engine_stands_in_the_environment_only(tmp_path, model):
         with start_bridge(tmp_path / "two", "--engine", url, "-v", environ=environ) as front:
             assert front.request("POST", "/v1/chat/completions", HELLO)[0] == 200
             assert not any(key in line for line in front.lines + front.log)
-    command = [sys.executable, "dvai_bridge.py", "serve", "--engine", url, "--upstream-api-key", key]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, str(MODULE), "serve", "--engine", url, "--upstream-api-key", key]
+    refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and key not in refused.stderr and "DVAI_UPSTREAM_API_KEY" in refused.stderr
 
 
@@ -910,11 +964,14 @@ def test_the_key_of_the_engine_stands_in_the_environment_only(tmp_path, model):
     ],
 )
 def test_what_cannot_be_an_engine(tmp_path, arguments, text):
-    command = [sys.executable, "dvai_bridge.py", "serve", "--home", str(tmp_path), "--offline", *arguments]
-    refused = subprocess.run(
-        command, capture_output=True, text=True, env=CLEAN_ENVIRON, cwd=Path(__file__).parent.parent
-    )
+    command = [sys.executable, str(MODULE), "serve", "--home", str(tmp_path), "--offline", *arguments]
+    refused = subprocess.run(command, capture_output=True, text=True, env=CLEAN_ENVIRON)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and text.strip("-") in refused.stderr
+
+
+def list_models(environ):
+    command = [sys.executable, str(MODULE), "models"]
+    return subprocess.run(command, env=CLEAN_ENVIRON | environ, capture_output=True, text=True, check=True).stdout
 
 
 def test_auto_offers_what_runs_here_beside_our_own(tmp_path):
@@ -947,11 +1004,10 @@ def test_auto_offers_what_runs_here_beside_our_own(tmp_path):
             _, headers, _ = bridge.request("POST", "/v1/chat/completions", CHAT)
             assert headers["X-DVAI-Route"] == "local", "without a name, our own model answers"
         with start_bridge(tmp_path / "plain", environ=environ) as bridge:
-            said = wait_for(lambda: next((x for x in bridge.lines if "serve --engine http" in x), None), 30, "named")
-            assert f":{port}/v1" in said
             listed = json.loads(bridge.request("GET", "/v1/models")[2])["data"]
             assert [each["id"] for each in listed] == ["dvai-demo"], "plain serve only names it"
             assert bridge.request("POST", "/v1/chat/completions", CHAT | {"model": "tiny"})[0] == 404
+        wait_for(lambda: f"serve --engine http://127.0.0.1:{port}/v1" in list_models(environ), 60, "it is named")
     finally:
         stop.set()
         thread.join()
