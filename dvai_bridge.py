@@ -13,10 +13,10 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
-    decisions     models, memory, capability, audit, routing
+    decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, peers, offload: who is there, and who answers
+    peers         discovery, peers, offload, upstream engine: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -7524,8 +7524,10 @@ class BridgeMetrics:
         """A request has ended."""
         route = sample.route or "none"
         self._requests.add(sample.path, route, str(sample.status), sample.outcome)
-        self._prompt_tokens.add(route, amount=sample.prompt_tokens or 0)
-        self._completion_tokens.add(route, amount=sample.completion_tokens or 0)
+        if sample.prompt_tokens is not None:
+            self._prompt_tokens.add(route, amount=sample.prompt_tokens)
+        if sample.completion_tokens is not None:
+            self._completion_tokens.add(route, amount=sample.completion_tokens)
         if sample.first_token_s is not None:
             self._first_token.observe(route, value=sample.first_token_s)
         if sample.decode_tok_per_s is not None:
@@ -8811,6 +8813,13 @@ class ClientExchange:
             connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
+def explain_os_error(error: Exception) -> str:
+    """What the system says, in its own words: asyncio puts "Connect call failed" and the address in their place."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        return os.strerror(error.errno)
+    return getattr(error, "strerror", None) or display_name(str(error))
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -8908,8 +8917,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or display_name(str(exc))
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_os_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -18267,7 +18275,7 @@ class UpstreamEngine:
         if word.state is before:
             return
         if word.state is UpstreamState.UP:
-            upstream_log.info("%s answers, with %d models", self.name, len(self.models))
+            upstream_log.info("%s answers (models: %d)", self.name, len(self.models))
         else:
             upstream_log.warning("%s is not usable now: %s", self.name, display_name(word.error))
 
@@ -18347,6 +18355,8 @@ class UpstreamPool:
             model_id = engine.find_model(asked) if asked is not None else None
             if model_id is not None:
                 return engine, model_id
+            if asked is None and engine.models:
+                return engine, engine.models[0].model_id
             if engine is self.named and not engine.models:
                 return engine, asked or ""
         return None
@@ -21536,6 +21546,7 @@ examples:
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
+  python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir"),)
@@ -22085,8 +22096,8 @@ def run_status(command: Command) -> int:
     if "error" in health:
         print(f"the engine failed: {health['error']}")
     for upstream in health.get("upstreams", ()):
-        models, trouble = len(upstream["models"]), upstream.get("error")
-        print(f"{upstream['product']} at {upstream['baseUrl']}: {upstream['state']}, {models} models")
+        models, trouble = ", ".join(upstream["models"][:5]), upstream.get("error")
+        print(f"{upstream['product']} at {upstream['baseUrl']}: {upstream['state']}; models: {models or 'none'}")
         if trouble:
             print(f"    {trouble}")
     return 0
