@@ -311,6 +311,13 @@ class ModelFileError(BridgeError):
     status, type, code, exit_code = 500, "server_error", "model_file", 2
 
 
+class ModelLoadError(BridgeError):
+    """A model that was asked for cannot be loaded now: its file is no good, or it does not fit."""
+
+    status, type, code = 503, "unavailable_error", "model_load_failed"
+    should_retry = False
+
+
 class DownloadError(BridgeError):
     """A model could not be downloaded; the message says whether a part of it was kept."""
 
@@ -531,6 +538,7 @@ OPTIONAL_PACKAGES = (
         extra="llama",
         gives="native inference of GGUF models",
         without="the built-in engine for small models; else serve through peers or another engine",
+        is_used=True,
     ),
     OptionalPackage(
         module="cryptography",
@@ -572,19 +580,24 @@ OPTIONAL_PACKAGES = (
 )
 
 
+def is_package_installed(module: str) -> bool:
+    """Whether a module can be imported, as far as can be told without importing it."""
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module put into sys.modules by hand, without a spec
+        return False
+
+
 def find_packages() -> list[tuple[OptionalPackage, str | None]]:
     """Every optional package with its installed version, None when it is absent. Imports none of them."""
     import importlib.metadata  # here: it takes as long to import as all the rest of a start
-    import importlib.util
 
     found: list[tuple[OptionalPackage, str | None]] = []
     for optional in OPTIONAL_PACKAGES:
-        try:
-            spec = importlib.util.find_spec(optional.module)
-        except ValueError:  # a module put into sys.modules by hand, without a spec
-            spec = None
         version = None
-        if spec is not None:
+        if is_package_installed(optional.module):
             try:
                 version = importlib.metadata.version(optional.package)
             except importlib.metadata.PackageNotFoundError:
@@ -613,7 +626,8 @@ class Option:
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
     the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
-    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere,
+    which `parse` gets as one text with `separator` between the items.
     """
 
     flags: tuple[str, ...]
@@ -625,6 +639,7 @@ class Option:
     secret: bool = False
     is_switch: bool = False
     is_repeated: bool = False
+    separator: str = ","
 
     @property
     def name(self) -> str:
@@ -703,11 +718,11 @@ def is_engine_url(engine: str | None) -> TypeGuard[str]:
 
 
 def parse_engine(text: str) -> str:
-    """`auto`, `builtin`, or the base URL of a server."""
-    if text in ("auto", "builtin"):
+    """`auto`, `builtin`, `llama`, or the base URL of a server."""
+    if text in ("auto", "builtin", "llama"):
         return text
     if not is_engine_url(text) or "," in text:
-        raise ValueError("it must be auto, builtin, or a URL such as http://127.0.0.1:11434/v1")
+        raise ValueError("it must be auto, builtin, llama, or a URL such as http://127.0.0.1:11434/v1")
     return parse_urls("http", "https")(text)[0]
 
 
@@ -720,6 +735,19 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def parse_models(text: str) -> str | tuple[str, ...]:
+    """One model, or several, one a line: paths may have commas in them."""
+    lines = tuple(line for line in text.split("\n") if line)
+    if not lines:
+        raise ValueError("it may not be empty")
+    return lines if len(lines) > 1 else lines[0]
+
+
+def parse_idle_seconds(text: str) -> int:
+    """Whole seconds; 0 and llama-server's -1 mean never."""
+    return 0 if text == "-1" else parse_integer(0, 31_536_000)(text)
 
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -884,14 +912,46 @@ class OffloadConfig:
 class Config:
     """All settings of a bridge. The README's option tables are this class, printed."""
 
-    model: str | None = option(
+    model: str | tuple[str, ...] | None = option(
         "-m/--model",
         None,
         "model to serve: a GGUF file, `auto` for the best one found on this machine, or `builtin` for the "
-        "demonstration model that is part of this file (the default)",
+        "demonstration model that is part of this file (the default); may be repeated: the first is loaded at once "
+        "and answers requests that name none, the others are loaded when they are asked for",
         "model",
+        parse=parse_models,
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+        is_repeated=True,
+        separator="\n",
+    )
+    models_dir: str | None = option(
+        "--models-dir",
+        None,
+        "offer every GGUF model in this directory, each loaded when it is asked for",
+        "model",
+        metavar="DIR",
+        fallbacks=("LLAMA_ARG_MODELS_DIR",),
+    )
+    models_max: int = option(
+        "--models-max",
+        4,
+        "models that are loaded at the same time; for a further one, or where memory is short, the one that was not "
+        "used for longest is unloaded. 0: as many as fit",
+        "model",
+        parse=parse_integer(0, 256),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_MODELS_MAX",),
+    )
+    sleep_idle_seconds: int = option(
+        "--sleep-idle-seconds",
+        0,
+        "unload a model that nobody asked for so long, until somebody does; a request's `keep_alive` or `ttl` says "
+        "otherwise. 0: never",
+        "model",
+        parse=parse_idle_seconds,
+        metavar="SECONDS",
+        fallbacks=("LLAMA_ARG_SLEEP_IDLE_SECONDS",),
     )
     hf_repo: str | None = option(
         "-hf/--hf-repo",
@@ -906,7 +966,7 @@ class Config:
     alias: str | None = option(
         "-a/--alias",
         None,
-        "id under which the model is served; default: its file name without `.gguf`",
+        "id under which the one --model is served; default: its file name without `.gguf`",
         "model",
         metavar="NAME",
         fallbacks=("LLAMA_ARG_ALIAS",),
@@ -914,12 +974,12 @@ class Config:
     engine: str | None = option(
         "--engine",
         None,
-        "what computes: `builtin`, in pure Python; a URL: the OpenAI-compatible server there, and no model is loaded "
-        "here; `auto`: whatever suits the model, and the servers that already run on this machine answer for "
-        "their models, too. Default: whatever suits the model",
+        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; a URL is "
+        "the OpenAI-compatible server there, and no model is loaded here; `auto` is what suits the model, and the "
+        "servers that run on this machine answer for their models, too. Default: what suits the model",
         "model",
         parse=parse_engine,
-        metavar="auto|builtin|URL",
+        metavar="auto|builtin|llama|URL",
     )
     upstream_api_key: str | None = option(
         "--upstream-api-key",
@@ -955,6 +1015,43 @@ class Config:
         parse=parse_integer(0, 64),
         metavar="N",
         fallbacks=("LLAMA_ARG_THREADS",),
+    )
+    n_gpu_layers: int | None = option(
+        "-ngl/--n-gpu-layers",
+        None,
+        "layers that the GPU computes (llama engine); default: all where llama-cpp-python is built for a GPU",
+        "model",
+        parse=parse_integer(0, 9999),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_N_GPU_LAYERS",),
+    )
+    batch_size: int = option(
+        "-b/--batch-size",
+        512,
+        "tokens computed in one step at most (llama engine)",
+        "model",
+        parse=parse_integer(1, 1 << 16),
+        metavar="TOKENS",
+        fallbacks=("LLAMA_ARG_BATCH",),
+    )
+    flash_attn: str = option(
+        "-fa/--flash-attn",
+        "auto",
+        "flash attention (llama engine)",
+        "model",
+        parse=parse_choice("auto", "on", "off"),
+        metavar="auto|on|off",
+        fallbacks=("LLAMA_ARG_FLASH_ATTN",),
+    )
+    rpc: tuple[str, ...] = option(
+        "--rpc",
+        (),
+        "llama.cpp RPC servers on other machines that share the model (llama engine); whoever can reach such a "
+        "server controls it, so keep them in a network of their own",
+        "model",
+        parse=parse_list,
+        metavar="HOST:PORT,…",
+        fallbacks=("LLAMA_ARG_RPC",),
     )
     chat_template: str | None = option(
         "--chat-template",
@@ -1099,6 +1196,13 @@ class Config:
     )
     offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What --model names, the default first."""
+        if self.model is None:
+            return ()
+        return (self.model,) if isinstance(self.model, str) else self.model
+
 
 OPTION_GROUPS = {
     "model": "Model",
@@ -1136,7 +1240,7 @@ def format_default(default: Any) -> str:
 
 def build_config(
     *,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, str | list[str]] | None = None,
     environ: Mapping[str, str] | None = None,
     file: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -1158,7 +1262,7 @@ def build_config(
 
 
 def _find_setting(
-    name: str, opt: Option, flags: Mapping[str, str], environ: Mapping[str, str], file: Mapping[str, Any]
+    name: str, opt: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
 ) -> tuple[str, Any] | None:
     """The place and raw value with the highest precedence, or None."""
     if name in flags:
@@ -1182,7 +1286,7 @@ def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
     if isinstance(raw, bool):
         raw = str(raw).lower()
     elif isinstance(raw, list) and all(isinstance(item, str) for item in raw):
-        raw = ",".join(raw)
+        raw = opt.separator.join(raw)
     elif not isinstance(raw, str | int):
         raise UsageError(f"{place}: {type(raw).__name__} is not a value for it")
     try:
@@ -4125,6 +4229,41 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     return ChatRequest(model=parse_model(fields), generations=generations, stream=stream, include_usage=include_usage)
 
 
+_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(rf"([+-]?)((?:{_DURATION_PART.pattern})+|[0-9]{{1,9}})")
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of a duration as Go writes it (`5m`, `1h30m`, `-1s`), or of a plain number; ValueError otherwise."""
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ValueError("not a duration")
+    parts = _DURATION_PART.findall(match[2])
+    seconds = sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in parts) if parts else float(match[2])
+    return -seconds if match[1] == "-" else seconds
+
+
+def parse_keep_alive(body: Mapping[str, Any]) -> float | None:
+    """Seconds for which a request wants its model kept when idle, None if it says nothing.
+
+    `keep_alive` as Ollama takes it (a number of seconds or a duration; 0: unload at once, negative: never), else `ttl`
+    as LM Studio does (seconds).
+    """
+    fields = RequestFields(dict(body))
+    for name in ("keep_alive", "ttl"):
+        value = fields.values.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = parse_duration_s(value) if isinstance(value, str) and name == "keep_alive" else None
+        except ValueError:
+            raise fields.refusal(name, "must be seconds, or a duration such as 5m") from None
+        seconds = fields.number(name, -1e9, 1e9, 0) if seconds is None else seconds
+        return seconds if seconds >= 0 else math.inf
+    return None
+
+
 def parse_token_ids(fields: RequestFields, name: str, items: list[Any]) -> tuple[int, ...]:
     """A prompt or input given as token ids, checked for type and sign; the engine knows its vocabulary."""
     tokens = [as_integer(item) for item in items]
@@ -5017,7 +5156,9 @@ def parse_foreign_pairings(data: bytes) -> PairingRecords:
     rows = document.values() if isinstance(document, dict) else document
     if not isinstance(rows, list | type({}.values())):
         raise ValueError("not a list of pairings")
-    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    pairings = list(filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT))))
+    if rows and not pairings:
+        raise ValueError("nothing in it is a pairing")
     return {each.key: each for each in pairings}
 
 
@@ -5455,6 +5596,7 @@ HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusa
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
@@ -5703,7 +5845,9 @@ class PairingDesk:
         """
         store = self._store
         if store is None or self._is_closed:
-            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
         request = parse_handshake_request(body)
         if signer is not None:
             if signer.key != (request.app_id, request.device_id):
@@ -5864,7 +6008,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
     if status == 429:
         return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
     if status == 503:
-        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+        return PairingDisabledError(
+            f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
+        )
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -8180,7 +8326,7 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
         name = display_name(refused.candidate.peer.device_name)
-        return f"{name} refused to pair: `pair request` asks it again."
+        return f"{name} does not let this device use it: `pair request` asks again."
     if not offers:
         return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
     return "`peers` says what each of them lacks."
@@ -8813,10 +8959,10 @@ class ClientExchange:
             connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
-def explain_os_error(error: Exception) -> str:
-    """What the system says, in its own words: asyncio puts "Connect call failed" and the address in their place."""
-    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
-        return os.strerror(error.errno)
+def explain_connect_error(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words; asyncio's own are of calls and of tuples."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
     return getattr(error, "strerror", None) or display_name(str(error))
 
 
@@ -8917,7 +9063,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_os_error(exc)}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -9023,6 +9169,9 @@ class LoadRequest:
 
     `n_ctx` None: as long as the model was trained for, within the engine's own limit. `slots`: sequences that may
     run at the same time. `threads`: processor cores that compute. `chat_template` None: the model's own.
+
+    The rest is for llama.cpp. `n_gpu_layers` None: all where there is a GPU. `batch_size`: tokens of one step.
+    `flash_attn`: auto, on or off. `rpc`: `host:port` of machines that share the work. `verbose`: show its whole log.
     """
 
     engine: str = "builtin"
@@ -9031,6 +9180,11 @@ class LoadRequest:
     slots: int = 2
     threads: int = 1
     chat_template: str | None = None
+    n_gpu_layers: int | None = None
+    batch_size: int = 512
+    flash_attn: str = "auto"
+    rpc: tuple[str, ...] = ()
+    verbose: bool = False
 
 
 class Backend(Protocol):
@@ -9338,7 +9492,8 @@ def encode_load_request(load: LoadRequest) -> dict[str, Any]:
 
 def decode_load_request(message: Mapping[str, Any]) -> LoadRequest:
     """The inverse of encode_load_request."""
-    return LoadRequest(**{name: value for name, value in message.items() if name != "type"})
+    values = {name: value for name, value in message.items() if name != "type"}
+    return LoadRequest(**values | {"rpc": tuple(values["rpc"])})
 
 
 def encode_generation_request(request: GenerationRequest) -> dict[str, Any]:
@@ -10134,6 +10289,15 @@ _CONTROL_TEXTS = _END_TEXTS.union((
 # fmt: on
 
 
+class PlainTextModel(Protocol):
+    """How a vocabulary splits text in which control tokens do not count. `prefixes_space`: to be put before it."""
+
+    @property
+    def prefixes_space(self) -> bool: ...
+    def encode(self, text: str) -> Iterable[int]: ...
+    def token_bytes(self, text: str) -> bytes: ...
+
+
 class Tokenizer:
     """A vocabulary with its rules. `bos_id` and `eos_id` None: the vocabulary has none.
 
@@ -10145,7 +10309,7 @@ class Tokenizer:
         tokens: Sequence[str],
         vocabulary: Mapping[str, int],
         kinds: Sequence[int],
-        model: _ByteLevelBpe | _SentencePieceBpe,
+        model: PlainTextModel,
         special: _SpecialTokens,
     ) -> None:
         self._tokens, self._kinds, self._model = tokens, kinds, model
@@ -10923,6 +11087,191 @@ def _shorten_message(message: object) -> str:
     """What a template or its engine says, fit for an error text: one printable line."""
     text = " ".join(str(message).split()) or type(message).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:TEMPLATE_MESSAGE_LIMIT_CHARS])
+
+
+# ---- Generation -----------------------------------------------------------------------
+# What engines that sample by themselves share: prompts in, slots with their caches, text and counts out.
+
+PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
+PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PromptEncoder:
+    """Requests to the tokens of their prompts. `n_ctx`: what a sequence can hold, the answer included.
+
+    `token_limit_bytes`: no token has more, which tells at once that a huge text cannot fit the context.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    n_ctx: int
+    token_limit_bytes: int
+
+    def encode_request(self, request: GenerationRequest) -> list[int]:
+        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
+        if not request.messages:
+            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
+        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
+        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
+
+    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
+        """The tokens of a text, or those given; fewer than the context holds, else an error."""
+        if not isinstance(text, str):
+            return self._verify_tokens(list(text), param)
+        self._verify_size(text, param, parse_special=parse_special)
+        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
+
+    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
+        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
+        size_bytes = len(text.encode("utf-8", "surrogatepass"))
+        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
+        head = text[: PROBE_CHARS_PER_TOKEN * self.n_ctx]
+        if len(head) < len(text):
+            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
+            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
+
+    def _verify_count(self, count: int, param: str, more: str = "") -> None:
+        n_ctx = self.n_ctx
+        if count >= n_ctx:
+            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
+            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
+
+    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
+        if not tokens:
+            raise InvalidRequestError(f"'{param}' is empty", param=param)
+        self._verify_count(len(tokens), param)
+        if max(tokens) >= self.tokenizer.n_vocab:
+            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
+        return tokens
+
+
+class SequenceCache(Protocol):
+    """Where an engine keeps what it computed of one sequence.
+
+    `truncate` forgets the positions from `length` on, or all where an engine cannot forget a part.
+    """
+
+    @property
+    def length(self) -> int: ...
+    def truncate(self, length: int) -> None: ...
+    def copy_from(self, other: Any) -> None: ...
+
+
+@record(kw_only=True, slots=True)
+class Slot:
+    """A cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
+
+    cache: SequenceCache
+    tokens: list[int] = field(default_factory=list)
+    tenant: str = ""
+    last_used: int = 0
+    busy: bool = False
+
+    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
+        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
+        if tenant != self.tenant:
+            return 0
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+        del self.tokens[self.cache.length :]
+
+
+def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> Slot:
+    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
+
+    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
+    of what its slot holds, is copied to the slot that was not used for longest, if it has `copied_floor` tokens.
+    """
+    free = [slot for slot in slots if not slot.busy]
+    if not free:
+        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
+    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
+    length = donor.count_reusable(prompt, tenant)
+    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
+    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
+    if slot is not donor and length >= copied_floor:
+        slot.cache.copy_from(donor.cache)
+        slot.tokens = donor.tokens.copy()
+    elif slot is not donor:
+        length = 0
+    slot.truncate(length)
+    slot.tenant = tenant
+    return slot
+
+
+# The log probability of a token and those of the best ones, as compute_logprobs gives them.
+ComputeLogprobs = Callable[[int, int], tuple[float, list[tuple[int, float]]]]
+
+
+class AnswerWriter:
+    """What one generation writes: its text, the log probabilities of its tokens, its end and its counts."""
+
+    def __init__(
+        self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
+    ) -> None:
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self._request = request
+        self._prompt_tokens = len(prompt)
+        self._encoder = encoder
+        self._clock = clock
+        self._assembler = TextAssembler((*request.stop, *encoder.template.stop) if request.messages else request.stop)
+        self._started_s = clock()
+        self._prefilled_s: float | None = None
+
+    def write(self, token: int, compute: ComputeLogprobs) -> list[EngineEvent]:
+        """What a newly drawn token brings: text, and Finished if it is the last one."""
+        self._prefilled_s = self._prefilled_s or self._clock()
+        self.completion_tokens += 1
+        tokenizer = self._encoder.tokenizer
+        if token in tokenizer.end_of_generation_ids:
+            return self._drop_empty(self._assembler.finish(), self.finish("stop"))
+        delta = self._assembler.push(tokenizer.token_bytes(token), self._describe(token, compute))
+        if self._assembler.stopped:
+            return self._drop_empty(delta, self.finish("stop"))
+        is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
+        if is_full or self.completion_tokens == self._request.max_tokens:
+            return self._drop_empty(delta, self._assembler.finish(), self.finish("length"))
+        return self._drop_empty(delta)
+
+    def finish(self, reason: str) -> Finished:
+        now_s = self._clock()
+        prefilled_s = self._prefilled_s or now_s
+        usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            prompt_ms=(prefilled_s - self._started_s) * 1000,
+            predicted_ms=(now_s - prefilled_s) * 1000,
+        )
+        return Finished(finish_reason=reason, usage=usage)
+
+    @staticmethod
+    def _drop_empty(*events: EngineEvent) -> list[EngineEvent]:
+        return [
+            event for event in events if not (isinstance(event, TextDelta) and not event.text and not event.logprobs)
+        ]
+
+    def _describe(self, token: int, compute: ComputeLogprobs) -> TokenLogprob | None:
+        if self._request.top_logprobs is None:
+            return None
+        logprob, top = compute(token, self._request.top_logprobs)
+        others = tuple(self._build_logprob(other, value) for other, value in top)
+        return replace(self._build_logprob(token, logprob), top=others)
+
+    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
+        data = self._encoder.tokenizer.token_bytes(token)
+        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
+
+
+def normalize(vector: Sequence[float]) -> tuple[float, ...]:
+    """The vector at length 1; a zero vector stays what it is."""
+    length = math.hypot(*vector)
+    return tuple(value / length for value in vector) if length else tuple(vector)
 
 
 # ---- Built-in engine ------------------------------------------------------------------
@@ -11802,11 +12151,9 @@ class KvCache:
         self.length = 0
         self.layers = [[_HeadCache(head_dim) for _ in range(n_head_kv)] for _ in range(n_layer)]
 
-    def copy(self) -> KvCache:
-        """The same positions; either can go on or be truncated without the other."""
-        other = KvCache(0, 0, 0)
-        other.length, other.layers = self.length, [[head.copy() for head in heads] for heads in self.layers]
-        return other
+    def copy_from(self, other: KvCache) -> None:
+        """Hold the same positions; either can go on or be truncated without the other."""
+        self.length, self.layers = other.length, [[head.copy() for head in heads] for heads in other.layers]
 
     def truncate(self, length: int) -> None:
         """Forgets all positions from `length` on."""
@@ -12125,50 +12472,6 @@ SLICE_LIMIT_S = 0.8  # of a step of SLICE_FLOOR_TOKENS: a client that leaves mus
 SLICE_FLOOR_TOKENS = 4  # fewer at once cost more each: one pass over the weights serves them all
 SLICE_LIMIT_TOKENS = 256
 SHARED_MODEL_BYTES = 8 * MIB  # a smaller model's matrices are multiplied before another process has heard of them
-PROBE_CHARS_PER_TOKEN = 16  # of a text with more for each place of the context, only so much is tokenized at first
-PROBE_MARGIN_TOKENS = 16  # by how many at most the count is too high because the text was cut
-
-
-@record(kw_only=True, slots=True)
-class Slot:
-    """A KV cache and whose tokens it holds. `last_used` counts generations; `busy` while one runs on it."""
-
-    cache: KvCache
-    tokens: list[int] = field(default_factory=list)
-    tenant: str = ""
-    last_used: int = 0
-    busy: bool = False
-
-    def count_reusable(self, prompt: Sequence[int], tenant: str) -> int:
-        """Tokens of `prompt` that need not be computed again; at least its last one must be, for its logits."""
-        if tenant != self.tenant:
-            return 0
-        pairs = zip(self.tokens, prompt[:-1], strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    def truncate(self, length: int) -> None:
-        self.cache.truncate(length)
-        del self.tokens[length:]
-
-
-def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str) -> Slot:
-    """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
-
-    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
-    of what its slot holds, is copied to the slot that was not used for longest.
-    """
-    free = [slot for slot in slots if not slot.busy]
-    if not free:
-        raise EngineUnavailableError("all slots of the engine are busy", retry_after_s=1)
-    donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
-    length = donor.count_reusable(prompt, tenant)
-    goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
-    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
-    if length and slot is not donor:
-        slot.cache, slot.tokens = donor.cache.copy(), donor.tokens.copy()
-    slot.truncate(length)
-    slot.tenant = tenant
-    return slot
 
 
 class SlicePace:
@@ -12191,90 +12494,40 @@ class GenerationJob:
     ) -> None:
         slot.busy = True
         self._slot = slot
+        self._cache = cast(KvCache, slot.cache)
         self._model = model
         self._request = request
         self._prompt = prompt
-        self._cached = len(slot.tokens)
         self._sampler = Sampler(request.sampling, seed, prompt)
-        self._assembler = TextAssembler((*request.stop, *model.template.stop) if request.messages else request.stop)
+        self._writer = AnswerWriter(request, prompt, model.encoder, model.clock)
+        self._writer.cached_tokens = len(slot.tokens)
         self._next = prompt[-1]  # to be decoded when the prompt before it is in the cache
-        self._completion_tokens = 0
-        self._started_s = model.clock()
-        self._prefilled_s: float | None = None
 
     def step(self) -> list[EngineEvent]:
         missing = len(self._prompt) - 1 - len(self._slot.tokens)
         if missing > 0:
             return [self._prefill(missing)]
         if self._request.max_tokens == 0:
-            return [self._finish("length")]
-        logits = self._model.transformer.decode(self._slot.cache, self._next)
+            return [self._writer.finish("length")]
+        logits = self._model.transformer.decode(self._cache, self._next)
         self._slot.tokens.append(self._next)
-        self._prefilled_s = self._prefilled_s or self._model.clock()
         self._next = self._sampler.sample(logits)
-        self._completion_tokens += 1
-        return [event for event in self._emit(logits) if not is_empty_delta(event)]
+        return self._writer.write(self._next, functools.partial(compute_logprobs, logits))
 
     def release(self) -> None:
         """Leave the slot to other jobs."""
-        self._slot.truncate(min(self._slot.cache.length, len(self._slot.tokens)))  # an error may have come between
+        self._slot.truncate(min(self._cache.length, len(self._slot.tokens)))  # an error may have come between
         self._slot.busy = False
 
     def _prefill(self, missing: int) -> PrefillProgress:
         start = len(self._slot.tokens)
         tokens = self._prompt[start : start + min(missing, self._model.pace.tokens)]
         began_s = self._model.clock()
-        self._model.transformer.prefill(self._slot.cache, tokens)
+        self._model.transformer.prefill(self._cache, tokens)
         self._model.pace.learn(len(tokens), self._model.clock() - began_s)
         self._slot.tokens += tokens
-        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=self._cached)
-
-    def _emit(self, logits: Sequence[float]) -> list[EngineEvent]:
-        """What the newly drawn token brings: text, and the end if it is one."""
-        token = self._next
-        if token in self._model.tokenizer.end_of_generation_ids:
-            return [self._assembler.finish(), self._finish("stop")]
-        delta = self._assembler.push(self._model.tokenizer.token_bytes(token), self._describe(logits, token))
-        if self._assembler.stopped:
-            return [delta, self._finish("stop")]
-        context_full = len(self._slot.tokens) >= self._model.transformer.n_ctx
-        if context_full or self._completion_tokens == self._request.max_tokens:
-            return [delta, self._assembler.finish(), self._finish("length")]
-        return [delta]
-
-    def _describe(self, logits: Sequence[float], token: int) -> TokenLogprob | None:
-        if self._request.top_logprobs is None:
-            return None
-        logprob, top = compute_logprobs(logits, token, self._request.top_logprobs)
-        others = tuple(self._build_logprob(other, value) for other, value in top)
-        return replace(self._build_logprob(token, logprob), top=others)
-
-    def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
-        data = self._model.tokenizer.token_bytes(token)
-        return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
-
-    def _finish(self, reason: str) -> Finished:
-        now_s = self._model.clock()
-        prefilled_s = self._prefilled_s or now_s
-        usage = Usage(
-            prompt_tokens=len(self._prompt),
-            cached_tokens=self._cached,
-            completion_tokens=self._completion_tokens,
-            prompt_ms=(prefilled_s - self._started_s) * 1000,
-            predicted_ms=(now_s - prefilled_s) * 1000,
-        )
-        return Finished(finish_reason=reason, usage=usage)
-
-
-def is_empty_delta(event: EngineEvent) -> bool:
-    """Whether an event is a delta that shows nothing."""
-    return isinstance(event, TextDelta) and not event.text and not event.logprobs
-
-
-def normalize(vector: Sequence[float]) -> tuple[float, ...]:
-    """The vector at length 1; a zero vector stays what it is."""
-    length = math.hypot(*vector)
-    return tuple(value / length for value in vector) if length else tuple(vector)
+        cached = self._writer.cached_tokens
+        return PrefillProgress(done=len(self._slot.tokens), total=len(self._prompt), cached=cached)
 
 
 class EmbeddingJob:
@@ -12308,55 +12561,13 @@ class EmbeddingJob:
 
 @record(frozen=True, kw_only=True, slots=True)
 class BuiltinModel:
-    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none.
-
-    `token_limit_bytes`: the longest token's length, which tells at once that a huge text cannot fit the context.
-    """
+    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
 
     transformer: Transformer
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    token_limit_bytes: int
+    encoder: PromptEncoder
     pace: SlicePace
     clock: Callable[[], float]
     draw_seed: Callable[[], int]
-
-    def encode_prompt(self, request: GenerationRequest) -> list[int]:
-        """The tokens of a chat or prompt, fewer than the context holds; else an error."""
-        if not request.messages:
-            return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
-        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
-        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
-
-    def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
-        """The tokens of a text, or those given; fewer than the context holds, else an error."""
-        if not isinstance(text, str):
-            return self._verify_tokens(list(text), param)
-        self._verify_size(text, param, parse_special=parse_special)
-        return self._verify_tokens(self.tokenizer.encode(text, add_special=True, parse_special=parse_special), param)
-
-    def _verify_size(self, text: str, param: str, *, parse_special: bool) -> None:
-        """Refuse what cannot fit by its size or its beginning: to tokenize a megabyte takes seconds."""
-        size_bytes = len(text.encode("utf-8", "surrogatepass"))
-        self._verify_count(-(-size_bytes // self.token_limit_bytes), param, "at least ")
-        head = text[: PROBE_CHARS_PER_TOKEN * self.transformer.n_ctx]
-        if len(head) < len(text):
-            tokens = self.tokenizer.encode(head, add_special=False, parse_special=parse_special)
-            self._verify_count(len(tokens) - PROBE_MARGIN_TOKENS, param, "at least ")
-
-    def _verify_count(self, count: int, param: str, more: str = "") -> None:
-        n_ctx = self.transformer.n_ctx
-        if count >= n_ctx:
-            message = f"the request has {more}{count} tokens, too many for a context of {n_ctx} with room for an answer"
-            raise ContextLengthError(message, param=param, extra={"n_prompt_tokens": count, "n_ctx": n_ctx})
-
-    def _verify_tokens(self, tokens: list[int], param: str) -> list[int]:
-        if not tokens:
-            raise InvalidRequestError(f"'{param}' is empty", param=param)
-        self._verify_count(len(tokens), param)
-        if max(tokens) >= self.transformer.n_vocab:
-            raise InvalidRequestError(f"'{param}' has token ids that the model does not have", param=param)
-        return tokens
 
 
 class BuiltinBackend:
@@ -12398,7 +12609,7 @@ class BuiltinBackend:
         self._model.transformer.close()
 
     def _build_generation(self, request: GenerationRequest) -> GenerationJob:
-        prompt = self._model.encode_prompt(request)
+        prompt = self._model.encoder.encode_request(request)
         if any(token >= self.info.n_vocab for token in request.sampling.logit_bias):
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         slot = prepare_slot(self._slots, prompt, request.tenant)
@@ -12408,7 +12619,7 @@ class BuiltinBackend:
         return GenerationJob(request, prompt, slot, seed, self._model)
 
     def _build_embedding(self, request: EmbeddingRequest) -> EmbeddingJob:
-        inputs = [self._model.encode_text(item, "input", parse_special=False) for item in request.inputs]
+        inputs = [self._model.encoder.encode_text(item, "input", parse_special=False) for item in request.inputs]
         return EmbeddingJob(inputs, self._model)
 
 
@@ -12437,9 +12648,14 @@ def load_builtin_backend(
         raise ModelFileError(f"{problem}: the file is damaged, use another")
     model = BuiltinModel(
         transformer=transformer,
-        tokenizer=tokenizer,
-        template=template,
-        token_limit_bytes=max(len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)),
+        encoder=PromptEncoder(
+            tokenizer=tokenizer,
+            template=template,
+            n_ctx=transformer.n_ctx,
+            token_limit_bytes=max(
+                len(tokenizer.token_bytes(token, special=True)) for token in range(tokenizer.n_vocab)
+            ),
+        ),
         pace=SlicePace(),
         clock=time.perf_counter,
         draw_seed=lambda: random.SystemRandom().getrandbits(64),
@@ -12456,6 +12672,851 @@ def load_builtin_backend(
         engine="builtin",
     )
     return BuiltinBackend(info, model)
+
+
+# ---- Llama engine ---------------------------------------------------------------------
+# llama.cpp by llama-cpp-python's low-level calls: one context, many sequences, one batch a step.
+
+LLAMA_VERSION = (0, 3, 36)  # the first version of the package whose calls and structures these are
+LLAMA_INSTALL_COMMAND = "pip install 'llama-cpp-python>=0.3.36'"
+LLAMA_RPC_COMMAND = "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
+UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
+EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
+EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
+STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
+STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
+BURST_RATIO = 6.0  # likewise, of prompts that end within that step
+FIRST_SLICE_TOKENS = 32  # before any speed is known
+SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
+COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
+AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
+PACE_WEIGHT = 0.2  # of the newest measurement in an average
+WORKING_MEMORY_BYTES = 48 * MIB  # of llama.cpp itself, besides weights, caches and one batch's activations
+
+_TOKEN_ATTRIBUTES = {1: TokenKind.UNKNOWN, 2: TokenKind.UNUSED, 4: TokenKind.NORMAL, 8: TokenKind.CONTROL}
+_TOKEN_ATTRIBUTES |= {16: TokenKind.USER_DEFINED, 32: TokenKind.BYTE}
+_TOKEN_ATTRIBUTES_MASK = 63
+_LOG_ERROR, _LOG_CONTINUED = 4, 5
+_FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+
+
+# Before loading: what a file needs, by its header alone
+
+
+def explain_llama_obstacle(gguf: GgufFile | GgufHeader, memory: MemoryInfo | None) -> str | None:
+    """Why llama.cpp cannot serve this file; None if nothing in the header speaks against it. Pure."""
+    summary = summarize_gguf(gguf)
+    if summary.kind == "mmproj" or summary.architecture == "clip":
+        return "it is an image projector (mmproj), which belongs to another model"
+    if summary.kind != "model":
+        return f"it is no whole model but: {display_name(summary.kind)}"
+    if not gguf.tensors:
+        return "it is only a vocabulary, without weights"
+    if not gguf.metadata.get("tokenizer.ggml.tokens"):
+        return "it has no vocabulary"
+    try:
+        needed_bytes = estimate_llama_memory_bytes(gguf, summary.size_bytes, LoadRequest(engine="llama"))
+    except ModelFileError as exc:
+        return exc.message
+    return explain_misfit(needed_bytes, memory)
+
+
+def choose_llama_n_ctx(gguf: GgufFile | GgufHeader, n_ctx: int | None) -> int:
+    """The context of each sequence. ModelFileError when more is asked for than the model was trained on."""
+    trained = summarize_gguf(gguf).context_length or _CONTEXT_LIMIT
+    if n_ctx is not None and n_ctx > trained:
+        raise ModelFileError(f"a context of {n_ctx} tokens is longer than the {trained} that it was trained on")
+    return n_ctx or min(trained, _CONTEXT_LIMIT)
+
+
+def estimate_llama_memory_bytes(gguf: GgufFile | GgufHeader, weights_bytes: int, load: LoadRequest) -> int:
+    """Main memory that llama.cpp takes: weights, the caches of all sequences, one batch's activations. Pure."""
+    metadata, prefix = gguf.metadata, gguf.metadata.get("general.architecture", "")
+
+    def integer(key: str, default: int) -> int:
+        return get_metadata_int(metadata, f"{prefix}.{key}", high=1 << 24, default=default)
+
+    def count_heads(key: str, default: int) -> list[int]:
+        """One number a layer: some models give them all, the others one for all."""
+        value = metadata.get(f"{prefix}.{key}", default)
+        if isinstance(value, int):
+            return [integer(key, default)] * n_layer
+        return [min(count, 1 << 16) for count in value if isinstance(count, int) and count > 0]
+
+    n_embd, n_layer = integer("embedding_length", 0), integer("block_count", 0)
+    n_head = max(count_heads("attention.head_count", 1), default=1) or 1
+    head_dim = n_embd // n_head
+    per_position = 2 * (integer("attention.key_length", head_dim) + integer("attention.value_length", head_dim))
+    n_ctx = -(-choose_llama_n_ctx(gguf, load.n_ctx) // 256) * 256
+    cache_bytes = sum(count_heads("attention.head_count_kv", n_head)) * per_position * n_ctx * load.slots
+    n_vocab = len(metadata.get("tokenizer.ggml.tokens", ()))
+    batch = min(load.batch_size, UBATCH_LIMIT_TOKENS)
+    outputs = max(load.slots, EMBEDDING_SLICE_TOKENS)
+    activations = 4 * (batch * (6 * n_embd + 3 * integer("feed_forward_length", 4 * n_embd)) + 2 * outputs * n_vocab)
+    return weights_bytes + cache_bytes + activations + WORKING_MEMORY_BYTES
+
+
+def measure_model_files(source: str) -> int:
+    """Bytes of a model file and, if it is the first of several parts, of its siblings. ModelFileError if one misses."""
+    path = Path(source)
+    split = parse_split_name(path.name[:-5]) if path.name.lower().endswith(".gguf") else None
+    paths = [path]
+    if split and split[2] > 1:
+        prefix, index, count = split
+        if index != 1:
+            raise ModelFileError(f"it is part {index} of {count}: name the first")
+        paths = [path.with_name(f"{prefix}-{part:05}-of-{count:05}{path.suffix}") for part in range(1, count + 1)]
+    try:
+        return sum(part.stat().st_size for part in paths)
+    except OSError as exc:
+        raise ModelFileError(f"{exc.filename}: {exc.strerror}") from exc
+
+
+# llama.cpp's own objects
+
+
+def import_llama() -> Any:
+    """The package, new enough. UsageError says how to install it."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a crash waits for a debugger to be started
+    try:
+        llama = importlib.import_module("llama_cpp")
+    except ImportError as exc:
+        raise UsageError(f"the llama engine needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}") from exc
+    except Exception as exc:  # a library that the system cannot load
+        raise EngineError(f"llama-cpp-python cannot be used here ({exc}): {LLAMA_INSTALL_COMMAND}") from exc
+    version = tuple(int(number) for number in re.findall("[0-9]+", llama.__version__)[:3])
+    if version < LLAMA_VERSION:
+        raise UsageError(f"llama-cpp-python {llama.__version__} is too old: {LLAMA_INSTALL_COMMAND}")
+    return llama
+
+
+class NativeLog:
+    """What llama.cpp says goes to standard error: errors, and with `is_verbose` everything. `error`: the first one."""
+
+    def __init__(self, llama: Any, *, is_verbose: bool) -> None:
+        self.error = ""
+        self._is_verbose = is_verbose
+        self._is_shown = False
+        self._llama = llama
+        self._callback = llama.llama_log_callback(self._write)  # C knows its address only: it must not be collected
+        llama.llama_log_set(self._callback, None)
+
+    def close(self) -> None:
+        """Leave llama.cpp to its own log, before this one is collected."""
+        self._llama.llama_log_set(self._llama.llama_log_callback(), None)
+
+    def _write(self, level: int, text: bytes, _: object) -> None:
+        if level != _LOG_CONTINUED:
+            self._is_shown = self._is_verbose or level == _LOG_ERROR
+        line = text.decode("utf-8", "replace")
+        if level == _LOG_ERROR:
+            self.error = self.error or line.strip()
+        if self._is_shown:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+class NativeContext:
+    """A model and one context of it in llama.cpp: all computing goes through here.
+
+    Sequences are numbered from 0. A row of a batch is a token, its position, its sequence, and whether the logits
+    after it are wanted; they can be read by the row's number until the next batch.
+    """
+
+    def __init__(self, llama: Any, model: Any, context: Any, batch_size: int, log: NativeLog) -> None:
+        self.n_embd: int = llama.llama_model_n_embd_out(model)
+        self.vocabulary = llama.llama_model_get_vocab(model)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocabulary)
+        self.size_bytes: int = llama.llama_model_size(model)
+        self._llama, self._model, self._context = llama, model, context
+        self._log = log
+        self._memory = llama.llama_get_memory(context)
+        self._batch = llama.llama_batch_init(batch_size, 0, 1)
+        self._numpy: Any = importlib.import_module("numpy")
+
+    def compute(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One batch; EngineError when llama.cpp refuses it, and then nothing is known of the sequences in it."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for index, (token, position, sequence, is_wanted) in enumerate(rows):
+            batch.token[index] = token
+            batch.pos[index] = position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequence
+            batch.logits[index] = is_wanted
+        code = self._llama.llama_decode(self._context, batch)
+        if code:
+            raise EngineError(f"llama.cpp could not compute a batch of {len(rows)} tokens (code {code})")
+
+    def compute_states(self, tokens: Sequence[int], position: int, sequence: int) -> Any:
+        """The last hidden state after each token, shape (len(tokens), n_embd)."""
+        llama = self._llama
+        llama.llama_set_embeddings(self._context, True)
+        try:
+            self.compute([(token, position + index, sequence, True) for index, token in enumerate(tokens)])
+            rows = [llama.llama_get_embeddings_ith(self._context, index) for index in range(len(tokens))]
+            return self._numpy.stack([self._numpy.ctypeslib.as_array(row, shape=(self.n_embd,)) for row in rows])
+        finally:
+            llama.llama_set_embeddings(self._context, False)
+
+    def sample(self, sampler: Any, row: int) -> int:
+        """Draw a token by a chain of samplers, which takes note of it."""
+        token: int = self._llama.llama_sampler_sample(sampler, self._context, row)
+        if not math.isfinite(self._llama.llama_get_logits_ith(self._context, row)[token]):
+            raise EngineError("the model's output is not a number")
+        return token
+
+    def compute_logprobs(self, row: int, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+        """As the function compute_logprobs, of the logits of a row."""
+        numpy = self._numpy
+        pointer = self._llama.llama_get_logits_ith(self._context, row)
+        logits = numpy.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).astype("f8")
+        greatest = logits.max()
+        logprobs = numpy.maximum(logits - greatest - math.log(numpy.exp(logits - greatest).sum()), LOGPROB_FLOOR)
+        bound = numpy.partition(logits, -count)[-count] if 0 < count < self.n_vocab else -math.inf
+        best = numpy.flatnonzero(logits >= bound) if count else []
+        ids = sorted(map(int, best), key=lambda each: (-logits[each], each))[:count]
+        return float(logprobs[token]), [(each, float(logprobs[each])) for each in ids]
+
+    def remove(self, sequence: int, start: int) -> bool:
+        """Forget a sequence's positions from `start` on; False if that model can only forget all of a sequence."""
+        is_removed: bool = self._llama.llama_memory_seq_rm(self._memory, sequence, start, -1)
+        return is_removed
+
+    def copy(self, source: int, target: int) -> None:
+        """Make one sequence hold what another one does."""
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def build_sampler(self, params: SamplingParams, seed: int, prompt: Sequence[int]) -> Any:
+        """A chain that draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`."""
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        stages = []
+        if params.logit_bias:
+            biases = (llama.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
+            stages.append(llama.llama_sampler_init_logit_bias(self.n_vocab, len(biases), biases))
+        penalties = (params.repeat_penalty, params.frequency_penalty, params.presence_penalty)
+        if penalties != (1, 0, 0):
+            stages.append(llama.llama_sampler_init_penalties(self.n_vocab, PENALTY_WINDOW_TOKENS, *penalties))
+        if params.temperature == 0:
+            stages.append(llama.llama_sampler_init_greedy())
+        else:
+            stages += [
+                llama.llama_sampler_init_top_k(params.top_k),
+                llama.llama_sampler_init_top_p(params.top_p, 1),
+                llama.llama_sampler_init_min_p(params.min_p, 1),
+                llama.llama_sampler_init_temp(params.temperature),
+                llama.llama_sampler_init_dist(fold_seed(seed)),
+            ]
+        for stage in stages:
+            llama.llama_sampler_chain_add(chain, stage)
+        for token in prompt[-PENALTY_WINDOW_TOKENS:]:
+            llama.llama_sampler_accept(chain, token)
+        return chain
+
+    def free_sampler(self, sampler: Any) -> None:
+        self._llama.llama_sampler_free(sampler)
+
+    def close(self) -> None:
+        """Free everything; nothing else may be called afterwards."""
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
+        self._log.close()
+
+
+def fold_seed(seed: int) -> int:
+    """The 32 bits that llama.cpp's random stream takes; never those that would let it draw a seed by itself."""
+    folded = (seed ^ seed >> 32) & 0xFFFFFFFF
+    return folded if folded != 0xFFFFFFFF else 0
+
+
+class NativeSequence:
+    """A sequence of a NativeContext as a SequenceCache; `length` is advanced by whoever computes."""
+
+    def __init__(self, context: NativeContext, number: int) -> None:
+        self.number = number
+        self.length = 0
+        self._context = context
+
+    def truncate(self, length: int) -> None:
+        if length < self.length:
+            if not self._context.remove(self.number, length):
+                length = 0
+                self._context.remove(self.number, 0)
+            self.length = length
+
+    def copy_from(self, other: NativeSequence) -> None:
+        self.truncate(0)
+        self._context.copy(other.number, self.number)
+        self.length = other.length
+
+
+# The vocabulary
+
+
+class _NativePlainText:
+    """llama.cpp's rules for text in which control tokens do not count."""
+
+    prefixes_space = False  # llama.cpp does it by itself
+
+    def __init__(self, llama: Any, vocabulary: Any) -> None:
+        self._llama, self._vocabulary = llama, vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenize(text, add_special=False, parse_special=False)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        data = text.encode("utf-8", "replace")
+        tokens = (self._llama.llama_token * (len(data) + 3))()
+        count = self._llama.llama_tokenize(
+            self._vocabulary, data, len(data), tokens, len(tokens), add_special, parse_special
+        )
+        if count < 0:
+            raise EngineError("llama.cpp could not tokenize a text")
+        return list(tokens[:count])
+
+    def token_bytes(self, text: str) -> bytes:
+        raise NotImplementedError  # by id: NativeTokenizer.token_bytes
+
+
+class NativeTokenizer(Tokenizer):
+    """llama.cpp's tokenizer. What messages spell is told from markup as Tokenizer does it, where there is need to."""
+
+    def __init__(self, llama: Any, vocabulary: Any, tokens: Sequence[str]) -> None:
+        self._llama, self._vocabulary = llama, vocabulary
+        self._native = _NativePlainText(llama, vocabulary)
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        attributes = [llama.llama_vocab_get_attr(vocabulary, token) for token in range(len(tokens))]
+        kinds = [_TOKEN_ATTRIBUTES.get(each & _TOKEN_ATTRIBUTES_MASK, TokenKind.UNDEFINED) for each in attributes]
+        bos_id, eos_id = llama.llama_vocab_bos(vocabulary), llama.llama_vocab_eos(vocabulary)
+        special = _SpecialTokens(
+            bos_id=bos_id if bos_id >= 0 else None,
+            eos_id=eos_id if eos_id >= 0 else None,
+            add_bos=llama.llama_vocab_get_add_bos(vocabulary),
+            add_eos=llama.llama_vocab_get_add_eos(vocabulary),
+            end_ids=frozenset(
+                token
+                for token, kind in enumerate(kinds)
+                if (kind is not TokenKind.NORMAL or token == eos_id) and llama.llama_vocab_is_eog(vocabulary, token)
+            ),
+        )
+        spellings = {text: token for token, text in enumerate(tokens) if text}
+        super().__init__(tokens, spellings, kinds, self._native, special)
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], *, add_special: bool) -> list[int]:
+        text = _LONE_SURROGATES.sub("\ufffd", "".join(part for part, _ in parts))
+        markup = _MarkupSpans(parts)
+        spelled = (
+            markup.holds(found, found + len(piece))
+            for piece in self.find_control_texts(text)
+            for found in _find_all(piece, text, 0, len(text))
+        )
+        if not all(spelled):
+            return super().encode_parts(parts, add_special=add_special)
+        return self._native.tokenize(text, add_special=add_special, parse_special=True)
+
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
+        piece = self._pieces.get((token_id, special))
+        if piece is None:
+            piece = self._pieces[token_id, special] = self._read_piece(token_id, special)
+        return piece
+
+    def _read_piece(self, token_id: int, special: bool) -> bytes:
+        import ctypes
+
+        size = 4 * len(self.token_text(token_id)) + 16
+        buffer = ctypes.create_string_buffer(size)
+        count = self._llama.llama_token_to_piece(self._vocabulary, token_id, buffer, size, 0, special)
+        return buffer.raw[: max(count, 0)]
+
+
+# Continuous batching: what a step computes
+
+
+class StepPace:
+    """How many prompt tokens may share a step with those that write, learnt from the steps before. Times in seconds."""
+
+    def __init__(self) -> None:
+        self._plain_s: dict[int, float] = {}  # of a step without prompt tokens, by how many write
+        self._token_s: float | None = None  # that one more prompt token adds
+
+    def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
+        """What a step took."""
+        if prompt_tokens:
+            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
+            self._token_s = self._average(self._token_s, added_s)
+        else:
+            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+
+    @staticmethod
+    def _average(known_s: float | None, measured_s: float) -> float:
+        """A moving average that no single step, held up by other programs, can lead astray."""
+        if known_s is None:
+            return measured_s
+        return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
+
+    def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
+        """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
+        if self._token_s is None:
+            return min(FIRST_SLICE_TOKENS, limit), min(FIRST_SLICE_TOKENS, limit)
+        if not writers:
+            room = max(SLICE_FLOOR_LLAMA_TOKENS, min(limit, int(STEP_LIMIT_S / self._token_s)))
+            return room, room
+        step_s = min(self._estimate_plain(writers), STEP_LIMIT_S / BURST_RATIO)
+        steady, burst = (int((ratio - 1) * step_s / self._token_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        return min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, steady)), min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, burst))
+
+    def _estimate_plain(self, writers: int) -> float:
+        """By the nearest number of writers that was measured."""
+        if not writers or not self._plain_s:
+            return 0.0
+        return self._plain_s[min(self._plain_s, key=lambda known: abs(known - writers))]
+
+
+def choose_slices(missing: Sequence[int], room: int, burst: int) -> list[int]:
+    """How many tokens of each prompt, the oldest first, a step computes; `missing`: how many each still needs.
+
+    Prompts that `burst` tokens bring to their end go first, the shortest before the others. What is left of `room`
+    is for the oldest of the others, which always gets a little, so that none starves.
+    """
+    slices, used = [0] * len(missing), 0
+    for index in sorted(range(len(missing)), key=missing.__getitem__):
+        if used + missing[index] <= burst:
+            slices[index] = missing[index]
+            used += missing[index]
+    for index, count in enumerate(missing):
+        if not slices[index]:
+            slices[index] = min(count, max(room - used, SLICE_FLOOR_LLAMA_TOKENS))
+            break
+    return slices
+
+
+def count_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+class LlamaGeneration:
+    """One sequence: it waits for its slot, then its prompt is read slice by slice, then it writes a token a step."""
+
+    def __init__(self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: Any) -> None:
+        self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
+        self.slot: Slot | None = None
+        self.next: int | None = None  # drawn, not computed yet
+
+    @property
+    def computed(self) -> list[int]:
+        """The tokens that its slot holds."""
+        return self.slot.tokens if self.slot is not None else []
+
+    def enter(self, slot: Slot) -> None:
+        slot.busy = True
+        self.slot = slot
+        self.writer.cached_tokens = len(slot.tokens)
+
+
+class LlamaEmbedding:
+    """Texts on their way to vectors, one after the other, in a slot whose content is given up."""
+
+    def __init__(self, inputs: list[list[int]], slot: Slot, pooling: int) -> None:
+        slot.busy = True
+        self.slot, self._inputs, self._pooling = slot, inputs, pooling
+        self._vectors: list[tuple[float, ...]] = []
+        self._pooled: Any = None
+
+    def take_slice(self, limit: int) -> list[int]:
+        """The next tokens to compute; none when all vectors are there."""
+        if len(self._vectors) == len(self._inputs):
+            return []
+        done = len(self.slot.tokens)
+        return self._inputs[len(self._vectors)][done : done + limit]
+
+    def add(self, tokens: Sequence[int], states: Any) -> None:
+        """The hidden states after the tokens that were taken; pooled as the model was trained, else their mean."""
+        is_first, text = not self.slot.tokens, self._inputs[len(self._vectors)]
+        advance_slot(self.slot, tokens)
+        if self._pooling == POOLING_FIRST:
+            self._pooled = states[0] if is_first else self._pooled
+        elif self._pooling == POOLING_LAST:
+            self._pooled = states[-1]
+        else:
+            self._pooled = states.sum(axis=0, dtype="f8") + (0 if is_first else self._pooled)
+        if len(self.slot.tokens) == len(text):
+            self._vectors.append(normalize(list(map(float, self._pooled))))
+            self.slot.truncate(0)
+
+    def build_event(self) -> Embedded:
+        return Embedded(vectors=tuple(self._vectors), prompt_tokens=sum(map(len, self._inputs)))
+
+
+POOLING_FIRST, POOLING_LAST = 2, 3  # `<architecture>.pooling_type`; all others are the mean
+
+
+def advance_slot(slot: Slot, tokens: Sequence[int]) -> None:
+    """Note that a slot's sequence holds more."""
+    slot.tokens += tokens
+    cast(NativeSequence, slot.cache).length += len(tokens)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class LlamaModel:
+    """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
+
+    context: NativeContext
+    encoder: PromptEncoder
+    pooling: int
+    batch_size: int
+    clock: Callable[[], float]
+    draw_seed: Callable[[], int]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """What one job has in a batch. `is_last`: the logits after it are wanted."""
+
+    job_id: int
+    job: LlamaGeneration
+    slot: Slot
+    tokens: Sequence[int]
+    is_last: bool
+
+
+class LlamaBackend:
+    """Runs up to `info.slots` jobs in one batch a step; see Backend.
+
+    A step computes one token of everyone who writes, and slices of the prompts of those who do not yet.
+    """
+
+    def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
+        self.info = info
+        self.pace = StepPace()
+        self._model, self._context = model, model.context
+        self._slots = [Slot(cache=NativeSequence(model.context, number)) for number in range(info.slots)]
+        self._reading: dict[int, LlamaGeneration] = {}  # the oldest first
+        self._writing: dict[int, LlamaGeneration] = {}
+        self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
+        self._generations = 0
+
+    def submit(self, job_id: int, request: EngineJob) -> None:
+        if isinstance(request, EmbeddingRequest):
+            encode = functools.partial(self._model.encoder.encode_text, param="input", parse_special=False)
+            inputs = [encode(item) for item in request.inputs]
+            slot = prepare_slot(self._slots, (), request.tenant)
+            self._embedding[job_id] = LlamaEmbedding(inputs, slot, self._model.pooling)
+            return
+        prompt = self._model.encoder.encode_request(request)
+        sampling = request.sampling
+        if any(token >= self.info.n_vocab for token in sampling.logit_bias):
+            raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
+        seed = self._model.draw_seed() if sampling.seed is None else sampling.seed
+        writer = AnswerWriter(request, prompt, self._model.encoder, self._model.clock)
+        sampler = self._context.build_sampler(sampling, seed, prompt)
+        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler)
+
+    def cancel(self, job_id: int) -> None:
+        if job_id in self._embedding:
+            self._end_embedding(job_id)
+        elif job_id in self._reading or job_id in self._writing:
+            self._end_generation(job_id)
+
+    def step(self) -> list[tuple[int, EngineEvent]]:
+        events = self._step_generations() if self._reading or self._writing else []
+        return events + (self._step_embeddings() if self._embedding else [])
+
+    def close(self) -> None:
+        for job_id in (*self._reading, *self._writing, *self._embedding):
+            self.cancel(job_id)
+        self._context.close()
+
+    # Generations
+
+    def _step_generations(self) -> list[tuple[int, EngineEvent]]:
+        started_s, writers = self._model.clock(), len(self._writing)
+        parts = self._choose_parts()
+        rows = [
+            (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
+            for part in parts
+            for index, token in enumerate(part.tokens)
+        ]
+        ends = list(itertools.accumulate(len(part.tokens) for part in parts))
+        for part, end in zip(parts, ends, strict=True):
+            rows[end - 1] = (*rows[end - 1][:3], part.is_last)
+        try:
+            self._context.compute(rows)
+        except EngineError as exc:
+            return [event for part in parts for event in self._fail(part, exc)]
+        events = [
+            (part.job_id, event)
+            for part, end in zip(parts, ends, strict=True)
+            for event in self._continue(part, end - 1)
+        ]
+        self.pace.learn(writers, len(rows) - writers, self._model.clock() - started_s)
+        return events
+
+    def _choose_parts(self) -> list[BatchPart]:
+        """In the order of the sequences, because llama.cpp computes neighbouring ones together."""
+        parts = []
+        for job_id, job in self._writing.items():
+            assert job.slot is not None and job.next is not None
+            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        missing = [len(job.prompt) - len(job.computed) for _, job in readers]
+        room, burst = self.pace.choose_room(len(parts), self._model.batch_size - len(parts))
+        for (job_id, job), count in zip(readers, choose_slices(missing, room, burst), strict=True):
+            if count:
+                assert job.slot is not None
+                done = len(job.computed)
+                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
+                tokens = job.prompt[done : done + count]
+                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+        return sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
+
+    def _has_slot(self, job: LlamaGeneration) -> bool:
+        """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
+        if job.slot is None and not self._is_awaiting(job):
+            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR)
+            self._generations += 1
+            slot.last_used = self._generations
+            job.enter(slot)
+        return job.slot is not None
+
+    def _is_awaiting(self, job: LlamaGeneration) -> bool:
+        same = [
+            other
+            for other in self._reading.values()
+            if other.slot is not None and other.request.tenant == job.request.tenant
+        ]
+        if not same:
+            return False
+        reusable = max(slot.count_reusable(job.prompt, job.request.tenant) for slot in self._slots)
+        return max(count_common(other.prompt, job.prompt) for other in same) >= reusable + AWAITED_TOKENS_FLOOR
+
+    def _continue(self, part: BatchPart, row: int) -> Sequence[EngineEvent]:
+        """What the computed part of a job brings."""
+        job = part.job
+        advance_slot(part.slot, part.tokens)
+        if not part.is_last:
+            total = len(job.prompt)
+            if len(part.slot.tokens) == total:
+                self._end_generation(part.job_id)
+                return [job.writer.finish("length")]
+            return [PrefillProgress(done=len(part.slot.tokens), total=total, cached=job.writer.cached_tokens)]
+        try:
+            job.next = self._context.sample(job.sampler, row)
+        except EngineError as exc:
+            return [event for _, event in self._fail(part, exc)]
+        events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
+        if events and isinstance(events[-1], Finished):
+            self._end_generation(part.job_id)
+        elif part.job_id in self._reading:
+            self._writing[part.job_id] = self._reading.pop(part.job_id)
+        return events
+
+    def _fail(self, part: BatchPart, error: EngineError) -> list[tuple[int, EngineEvent]]:
+        part.slot.truncate(0)
+        self._end_generation(part.job_id)
+        return [(part.job_id, Failed(error=error))]
+
+    def _end_generation(self, job_id: int) -> None:
+        job = self._reading.pop(job_id, None) or self._writing.pop(job_id)
+        self._context.free_sampler(job.sampler)
+        if job.slot is not None:
+            job.slot.busy = False
+
+    # Embeddings
+
+    def _step_embeddings(self) -> list[tuple[int, EngineEvent]]:
+        """Slices of the job whose turn it is, until the step is long enough."""
+        job_id, job = next(iter(self._embedding.items()))
+        deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
+        room, _ = self.pace.choose_room(len(self._writing), EMBEDDING_SLICE_TOKENS)
+        try:
+            while tokens := job.take_slice(room):
+                number = cast(NativeSequence, job.slot.cache).number
+                job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
+                if self._model.clock() >= deadline_s and job.take_slice(1):
+                    self._embedding[job_id] = self._embedding.pop(job_id)
+                    return []
+            event: EngineEvent = job.build_event()
+        except EngineError as exc:
+            event = Failed(error=exc)
+        self._end_embedding(job_id)
+        return [(job_id, event)]
+
+    def _end_embedding(self, job_id: int) -> None:
+        slot = self._embedding.pop(job_id).slot
+        slot.truncate(0)
+        slot.busy = False
+
+
+# Loading
+
+
+def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[float], None]) -> LlamaBackend:
+    """The model of a GGUF file, ready to run in llama.cpp. Raises ModelFileError, or UsageError without the package."""
+    weights_bytes = measure_model_files(source)
+    with open_gguf(source) as gguf:
+        summary = summarize_gguf(gguf)
+        obstacle = explain_llama_obstacle(gguf, None)
+        if obstacle is not None:
+            raise ModelFileError(obstacle)
+        metadata, n_ctx = gguf.metadata, choose_llama_n_ctx(gguf, load.n_ctx)
+        template = load_chat_template(metadata, load.chat_template)
+        needed_bytes = estimate_llama_memory_bytes(gguf, weights_bytes, load)
+    llama = import_llama()
+    if not (load.rpc or llama.llama_supports_gpu_offload()):
+        verify_fits(needed_bytes, probe_free_memory())
+    context = open_native_context(llama, source, load, n_ctx, on_progress)
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        model = LlamaModel(
+            context=context,
+            encoder=PromptEncoder(
+                tokenizer=NativeTokenizer(llama, context.vocabulary, tokens),
+                template=template,
+                n_ctx=n_ctx,
+                token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
+            ),
+            pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
+            batch_size=choose_batch_size(load),
+            clock=time.perf_counter,
+            draw_seed=lambda: random.SystemRandom().getrandbits(32),
+        )
+        info = ModelInfo(
+            model_id=Path(source).stem,
+            architecture=summary.architecture,
+            quantization=summary.quantization,
+            n_ctx=n_ctx,
+            n_vocab=context.n_vocab,
+            n_embd=context.n_embd,
+            size_bytes=context.size_bytes,
+            slots=load.slots,
+            engine="llama",
+        )
+        backend = LlamaBackend(info, model)
+        warm_up(backend, model)
+    except BaseException:
+        context.close()
+        raise
+    return backend
+
+
+def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
+    """Read all weights once, so that the first request does not wait for the disk, and learn how long a token takes."""
+    token = model.encoder.tokenizer.bos_id or 0
+    for _ in range(2):
+        started_s = model.clock()
+        model.context.compute([(token, 0, 0, True)])
+        elapsed_s = model.clock() - started_s
+        model.context.remove(0, 0)
+    backend.pace.learn(1, 0, elapsed_s)
+
+
+def choose_batch_size(load: LoadRequest) -> int:
+    """Tokens of one batch: room for all that write, and for one slice more."""
+    return max(load.batch_size, 2 * load.slots, EMBEDDING_SLICE_TOKENS)
+
+
+def choose_gpu_layers(load: LoadRequest, llama: Any) -> int:
+    """Layers to compute on a GPU or another machine: what was asked for, else all; 0 where there is neither."""
+    if llama.llama_supports_gpu_offload() or load.rpc:
+        return -1 if load.n_gpu_layers is None else load.n_gpu_layers
+    if load.n_gpu_layers:
+        print("llama-cpp-python is built without GPU support here: everything runs on the processor", file=sys.stderr)
+    return 0
+
+
+def open_native_context(
+    llama: Any, source: str, load: LoadRequest, n_ctx: int, on_progress: Callable[[float], None]
+) -> NativeContext:
+    """Load a model and open a context with one sequence for each slot."""
+    with contextlib.ExitStack() as undo:
+        log = NativeLog(llama, is_verbose=load.verbose)
+        undo.callback(log.close)
+        llama.llama_backend_init()
+        if load.rpc:
+            add_rpc_servers(llama, load.rpc)
+        model = load_native_model(llama, source, load, log, on_progress)
+        undo.callback(llama.llama_model_free, model)
+        params = build_context_params(llama, load, n_ctx)
+        context = llama.llama_init_from_model(model, params)
+        if not context:
+            raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
+        undo.callback(llama.llama_free, context)
+        if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
+            raise ModelFileError("it is a model that does not write, which this engine does not serve")
+        undo.pop_all()
+        return NativeContext(llama, model, context, params.n_batch, log)
+
+
+def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
+    """llama.cpp's settings for `load.slots` sequences of `n_ctx` tokens each."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = -(-n_ctx // 256) * 256 * load.slots
+    params.n_seq_max = load.slots
+    params.n_batch = choose_batch_size(load)
+    params.n_ubatch = min(params.n_batch, max(UBATCH_LIMIT_TOKENS, load.slots))
+    params.n_outputs_max = max(load.slots, EMBEDDING_SLICE_TOKENS)
+    params.n_threads = params.n_threads_batch = load.threads
+    params.flash_attn_type = _FLASH_ATTENTION[load.flash_attn]
+    params.pooling_type = 0  # none: LlamaEmbedding pools by itself, and so can take a text in slices
+    params.kv_unified = False  # a sequence costs what it holds itself, whatever its neighbours hold
+    params.no_perf = True
+    return params
+
+
+def load_native_model(
+    llama: Any, source: str, load: LoadRequest, log: NativeLog, on_progress: Callable[[float], None]
+) -> Any:
+    """The model in llama.cpp's memory; what `on_progress` raises ends the loading, and is raised."""
+    raised: list[BaseException] = []
+
+    def report(fraction: float, _: object) -> bool:
+        try:
+            on_progress(fraction)
+        except BaseException as exc:
+            raised.append(exc)
+        return not raised
+
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = choose_gpu_layers(load, llama)
+    callback = params.progress_callback = llama.llama_progress_callback(report)
+    model = llama.llama_model_load_from_file(os.fsencode(source), params)
+    del callback  # not before: C knows its address only
+    if raised:
+        if model:
+            llama.llama_model_free(model)
+        raise raised[0]
+    if not model:
+        raise ModelFileError(f"llama.cpp cannot load it: {_describe_native_error(log)}")
+    return model
+
+
+def _describe_native_error(log: NativeLog) -> str:
+    """The first thing that went wrong, as llama.cpp says it, in one printable line."""
+    said = re.sub(r"^\w+: (error loading model: )?", "", log.error) or "it gives no reason"
+    return f"{_shorten_message(said)}; another build of the model or a newer llama-cpp-python may help"
+
+
+def add_rpc_servers(llama: Any, addresses: Sequence[str]) -> None:
+    """Make llama.cpp's RPC servers (`host:port`) devices of this process. UsageError if that is not built in."""
+    import ctypes
+
+    if not llama.llama_supports_rpc():
+        raise UsageError(f"--rpc: llama-cpp-python is built without it here: {LLAMA_RPC_COMMAND}")
+    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+    registry = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"RPC"))
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
+    for server in addresses:
+        added = add_server(server.encode("ascii", "replace"))
+        if not added:
+            raise UsageError(f"--rpc {server}: no llama.cpp RPC server answers there")
+        ggml.ggml_backend_register(ctypes.c_void_p(added))
 
 
 # ---- Worker ---------------------------------------------------------------------------
@@ -12610,12 +13671,14 @@ def run_worker_process(load_builtin_model: Callable[[], bytes]) -> int:
         os.nice(WORKER_NICENESS)
 
     def load_backend(load: LoadRequest, on_progress: Callable[[float], None]) -> Backend:
-        if load.engine != "builtin":
-            raise UsageError(f"there is no engine called {load.engine!r}")
         try:
-            return load_builtin_backend(load, load.model or load_builtin_model(), on_progress)
+            if load.engine == "llama" and load.model is not None:
+                return load_llama_backend(load, load.model, on_progress)
+            if load.engine == "builtin":
+                return load_builtin_backend(load, load.model or load_builtin_model(), on_progress)
         except ModelFileError as exc:
             raise ModelFileError(f"{load.model or BUILTIN_MODEL_ID}: {exc.message}") from exc
+        raise UsageError(f"there is no engine called {load.engine!r} for this model")
 
     return run_worker(stdin, stdout, load_backend)
 
@@ -12657,7 +13720,7 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    built-in engine cannot serve it; None: it can.
+    built-in engine cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can see.
     """
 
     model_id: str
@@ -12670,6 +13733,7 @@ class FoundModel:
     n_ctx_train: int | None
     has_chat_template: bool
     obstacle: str | None
+    is_whole: bool = True
 
 
 # Memory. Files are read below `root`, so that a whole fake system can stand there.
@@ -12873,7 +13937,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
     )
     if len(candidate.files) < candidate.part_count:
         missing = candidate.part_count - len(candidate.files)
-        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing")
+        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing", is_whole=False)
     try:
         with open_gguf(first.path) as gguf:
             summary = summarize_gguf(gguf)
@@ -12885,6 +13949,7 @@ def _describe_candidate(candidate: _Candidate, source: str, memory: MemoryInfo |
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
                 obstacle=explain_obstacle(gguf, memory),
+                is_whole=summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors),
             )
     except ModelFileError as exc:
         return replace(found, obstacle=exc.message)
@@ -14407,6 +15472,432 @@ class LocalSpeed:
     def observe(self, usage: Usage) -> None:
         """A request ran alone and took this."""
         self.meter.observe(self.key, usage)
+
+
+# ---- Model pool -----------------------------------------------------------------------
+# Several models, as many in memory as there is room for: loaded when asked for, ended when idle.
+
+FAILED_LOAD_KEPT_S = 30.0  # a model that cannot be loaded is tried again after that, not for each request
+NO_ROOM_RETRY_S = 5  # what another device is told that would have to displace a model
+
+pool_log = logging.getLogger("dvai_bridge.pool")
+
+
+class ModelState(enum.Enum):
+    """Where a model of a pool is; the value is what health says.
+
+        UNLOADED ──► LOADING ──► LOADED ──► ENDING ──► UNLOADED    another model needed its place
+           ▲          │  ▲         │          ├──────► SLEEPING    nobody asked for it for its keep-alive time
+           │          ▼  └─ died ──┘          └──────► STOPPED     its owner unloaded it
+           │        FAILED
+           │          │
+        UNLOADED, SLEEPING, and FAILED after FAILED_LOAD_KEPT_S ──► LOADING    a request asks for it
+        STOPPED ──► LOADING                                         its owner loads it again
+
+    Invariants: only LOADING, LOADED and ENDING hold memory, and at most `limit` models do; a model that is in use is
+    never ended for another one; nobody's request begins on a model that is to be ended.
+    """
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    ENDING = "ending"
+    SLEEPING = "sleeping"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_STATES_BY_ENGINE = {
+    EngineState.STARTING: ModelState.LOADING,
+    EngineState.LOADING: ModelState.LOADING,
+    EngineState.RESTARTING: ModelState.LOADING,
+    EngineState.READY: ModelState.LOADED,
+    EngineState.FAILED: ModelState.FAILED,
+}
+OCCUPYING_STATES = frozenset({ModelState.LOADING, ModelState.LOADED, ModelState.ENDING})
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Occupant:
+    """A model that holds memory, as the decision sees it. `users`: requests that run on it, or wait until it is loaded.
+
+    `needed_bytes`: what it was estimated to take; `last_used_s`: of the clock, when its last user came or went.
+    """
+
+    model_id: str
+    state: ModelState
+    users: int
+    last_used_s: float
+    needed_bytes: int
+
+
+class RoomStep(enum.Enum):
+    """What to do for a model that is to be loaded."""
+
+    LOAD = "load"
+    END = "end another one, once its users have left"
+    WAIT = "wait for one that is being ended"
+    REFUSE = "refuse: nothing would help"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RoomDecision:
+    """`model_id`: whom to end. `reason`: for logs, and for who is refused."""
+
+    step: RoomStep
+    model_id: str | None = None
+    reason: str = ""
+
+
+def choose_room(occupants: Sequence[Occupant], limit: int, needed_bytes: int, memory: MemoryInfo) -> RoomDecision:
+    """The next step towards loading a model that needs so much. Pure; to be asked again after each step.
+
+    | a place is free (`limit`; 0: any number) | it fits into what is free | then |
+    |---|---|---|
+    | yes | yes, or nobody else holds memory: its own process says no better | LOAD |
+    | any | not even if all the others were ended | REFUSE |
+    | else | else | END the one that was used longest ago, an idle one first; while one is ENDING, WAIT |
+
+    What loads has not taken all of its memory yet: the rest is not free.
+    """
+    if not occupants:
+        return RoomDecision(step=RoomStep.LOAD)
+    promised = sum(each.needed_bytes for each in occupants if each.state is ModelState.LOADING)
+    free_bytes = None if memory.free_bytes is None else max(0, memory.free_bytes - promised)
+    misfit = explain_misfit(needed_bytes, replace(memory, free_bytes=free_bytes))
+    if misfit is None and (limit == 0 or len(occupants) < limit):
+        return RoomDecision(step=RoomStep.LOAD)
+    if misfit is not None and memory.free_bytes is not None:
+        most_bytes = memory.free_bytes + sum(each.needed_bytes for each in occupants)
+        hopeless = explain_misfit(needed_bytes, replace(memory, free_bytes=most_bytes))
+        if hopeless is not None:
+            return RoomDecision(step=RoomStep.REFUSE, reason=f"it {hopeless}, even with all others unloaded")
+    if any(each.state is ModelState.ENDING for each in occupants):
+        return RoomDecision(step=RoomStep.WAIT)
+    victim = min(occupants, key=lambda each: (each.users > 0, each.last_used_s))
+    reason = f"at most {limit} models are loaded (--models-max)" if misfit is None else f"the next one {misfit}"
+    return RoomDecision(step=RoomStep.END, model_id=victim.model_id, reason=reason)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UseTerms:
+    """How a request may use a model. `may_load`: not of other devices, who get what is there and wake what sleeps.
+
+    `keep_alive_s`: how long the model is to stay when idle from then on; None: as it is.
+    """
+
+    may_load: bool = True
+    keep_alive_s: float | None = None
+
+
+class PooledEngine:
+    """One model of a pool, and its engine process while it has one."""
+
+    def __init__(self, pool: ModelPool, model_id: str, load: LoadRequest) -> None:
+        self.model_id = model_id
+        self.load = load
+        self.on_progress: Callable[[float], None] | None = None  # of its next load
+        self.info: ModelInfo | None = None  # since it was loaded for the first time
+        self.process: EngineProcess | None = None
+        self.rest = ModelState.UNLOADED  # the state without a process: UNLOADED, SLEEPING or STOPPED
+        self.ending: asyncio.Task[None] | None = None
+        self.is_leaving = False  # it is to be ended as soon as its users have left
+        self.users = 0
+        self.last_used_s = 0.0
+        self.failed_at_s: float | None = None
+        self.keep_alive_s = pool.keep_alive_s
+        self.needed_bytes: int | None = None
+        self._pool = pool
+
+    @property
+    def state(self) -> ModelState:
+        """Where it is in its life."""
+        if self.ending is not None:
+            return ModelState.ENDING
+        return self.rest if self.process is None else _STATES_BY_ENGINE.get(self.process.state, self.rest)
+
+    @property
+    def is_occupying(self) -> bool:
+        """Whether it holds memory."""
+        return self.state in OCCUPYING_STATES
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1 while it loads."""
+        return self.process.progress if self.process is not None else 0.0
+
+    @property
+    def error(self) -> BridgeError | None:
+        """Why it could not be loaded, or was not to be kept running."""
+        return self.process.error if self.process is not None else None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while it runs."""
+        return self.process.pid if self.process is not None else None
+
+    @contextlib.asynccontextmanager
+    async def use(self, terms: UseTerms) -> AsyncIterator[tuple[EngineProcess, ModelInfo]]:
+        """The loaded engine, which stays while the body runs; waits for room, loading and restarts.
+
+        Raises ModelLoadError when the model cannot be loaded, EngineUnavailableError when it was stopped, and
+        ModelNotFoundError for who may not have it loaded.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                process = await held.enter_async_context(self._pool.hold(self, terms))
+                info = await process.ready()
+            except ModelFileError as exc:
+                raise ModelLoadError(f"the model {self.model_id!r} cannot be loaded: {exc.message}") from exc
+            yield process, info
+
+    async def ready(self) -> ModelInfo:
+        """Load it, as its owner; raises what makes that impossible, as the engine says it."""
+        async with self._pool.hold(self, UseTerms()) as process:
+            return await process.ready()
+
+
+EstimateBytes = Callable[[LoadRequest], int]  # memory that a load will take; blocks, raises ModelFileError
+
+
+class ModelPool:
+    """Owns the engine processes of several models.
+
+    `limit` models at most hold memory at the same time (0: as many as fit), each until it was idle for `keep_alive_s`,
+    unless a request said otherwise. Whoever needs room takes turns, in order of arrival: the model that has to give
+    way finishes what runs on it, and what comes for it meanwhile waits for its own turn, so that nobody is starved.
+    `on_loaded` is told of each load that has succeeded. All methods belong to one event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 0,
+        keep_alive_s: float = math.inf,
+        estimate: EstimateBytes,
+        probe_memory: Callable[[], MemoryInfo] = probe_free_memory,
+        build_process: Callable[..., EngineProcess] = EngineProcess,
+        on_loaded: Callable[[PooledEngine], None] = lambda engine: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keep_alive_s = keep_alive_s
+        self.engines: list[PooledEngine] = []
+        self._limit = limit
+        self._estimate = estimate
+        self._probe_memory = probe_memory
+        self._build_process = build_process
+        self._on_loaded = on_loaded
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._idle_watch: asyncio.Task[None] | None = None
+        self._followers: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def add(self, model_id: str, load: LoadRequest) -> PooledEngine:
+        """A further model, not loaded yet."""
+        engine = PooledEngine(self, model_id, load)
+        self.engines.append(engine)
+        return engine
+
+    def discard(self, engine: PooledEngine) -> None:
+        """Forget a model that has no process."""
+        self.engines.remove(engine)
+
+    def start(self, *engines: PooledEngine) -> None:
+        """Begin the pool's work, and to load these without looking for room."""
+        for engine in engines:
+            self._begin(engine)
+        self._idle_watch = asyncio.create_task(self._end_idle(), name="idle models")
+
+    async def stop(self, engine: PooledEngine) -> None:
+        """Unload a model for good, or until `resume`; requests that run on it end with an error."""
+        engine.rest = ModelState.STOPPED
+        await self._end(engine, ModelState.STOPPED)
+
+    def resume(self, engine: PooledEngine) -> None:
+        """Let a model that was stopped be loaded again."""
+        if engine.rest is ModelState.STOPPED:
+            engine.rest = ModelState.UNLOADED
+
+    async def close(self) -> None:
+        """End all processes and tasks."""
+        self._is_closed = True
+        if self._idle_watch is not None:
+            self._idle_watch.cancel()
+            await asyncio.wait([self._idle_watch])
+        await asyncio.gather(*map(self.stop, self.engines))
+        if self._followers:
+            await asyncio.wait(self._followers)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, engine: PooledEngine, terms: UseTerms) -> AsyncIterator[EngineProcess]:
+        """Count a user of a model, whose process then stays; it has one, which may still be loading."""
+        if not engine.is_occupying or engine.is_leaving or engine.ending is not None:
+            await self._make_loaded(engine, terms)
+        assert engine.process is not None
+        engine.users += 1
+        engine.last_used_s = self._clock()
+        try:
+            yield engine.process
+        finally:
+            engine.users -= 1
+            engine.last_used_s = self._clock()
+            if terms.keep_alive_s is not None and terms.may_load:
+                engine.keep_alive_s = terms.keep_alive_s
+            self._note_change()
+
+    # Making room
+
+    async def _make_loaded(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Return when the model has a process that is not to be ended."""
+        self._verify_may_load(engine, terms)
+        async with self._turn:
+            while not engine.is_occupying or engine.ending is not None:
+                if engine.ending is not None:
+                    await asyncio.shield(engine.ending)
+                    continue
+                self._verify_may_load(engine, terms)
+                if engine.process is not None:  # it failed, long ago
+                    await self._end(engine, ModelState.UNLOADED)
+                    continue
+                decision = await self._decide(engine)
+                if decision.step is RoomStep.REFUSE:
+                    raise ModelFileError(decision.reason)
+                if decision.step is RoomStep.LOAD:
+                    self._verify_may_load(engine, terms)
+                    self._begin(engine)
+                elif not terms.may_load:
+                    raise EngineUnavailableError("other models use the memory now", retry_after_s=NO_ROOM_RETRY_S)
+                elif decision.step is RoomStep.WAIT:
+                    await self._wait_ended()
+                else:
+                    await self._end_for_another(decision)
+
+    def _verify_may_load(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Raises why nobody, or not this user, gets the model loaded."""
+        if self._is_closed or engine.state is ModelState.STOPPED:
+            raise EngineUnavailableError("the engine is stopped")
+        is_recent = engine.failed_at_s is None or self._clock() - engine.failed_at_s < FAILED_LOAD_KEPT_S
+        if engine.state is ModelState.FAILED and engine.error is not None and is_recent:
+            raise engine.error
+        if not terms.may_load and engine.state is ModelState.UNLOADED:
+            raise ModelNotFoundError(
+                f"the model {engine.model_id!r} is not loaded, and a request of another device loads none",
+                param="model",
+            )
+
+    async def _decide(self, engine: PooledEngine) -> RoomDecision:
+        others = [each for each in self.engines if each.is_occupying]
+        memory = MemoryInfo(free_bytes=None, limit_source="")
+        if others:
+            memory = await asyncio.to_thread(self._look_at_memory, engine, others)
+        occupants = [
+            Occupant(
+                model_id=each.model_id,
+                state=each.state,
+                users=each.users,
+                last_used_s=each.last_used_s,
+                needed_bytes=each.needed_bytes or 0,
+            )
+            for each in self.engines
+            if each.is_occupying and each is not engine
+        ]
+        return choose_room(occupants, self._limit, engine.needed_bytes or 0, memory)
+
+    def _look_at_memory(self, engine: PooledEngine, others: Sequence[PooledEngine]) -> MemoryInfo:
+        """What is free, once the models' needs are known. In a thread; ModelFileError: of `engine`'s file."""
+        for each in (engine, *others):
+            if each.needed_bytes is None:
+                try:
+                    each.needed_bytes = self._estimate(each.load)
+                except ModelFileError:
+                    if each is engine:
+                        raise
+        return self._probe_memory()
+
+    async def _wait_ended(self) -> None:
+        """Until one of the processes that are being ended is gone."""
+        ending = [each.ending for each in self.engines if each.ending is not None]
+        if ending:
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _end_for_another(self, decision: RoomDecision) -> None:
+        """End a model when its users have left; nobody begins to use it meanwhile. Giving up leaves it as it is."""
+        victim = next(each for each in self.engines if each.model_id == decision.model_id)
+        victim.is_leaving = True
+        try:
+            while victim.users and victim.is_occupying:
+                await self._changed.wait()
+            if victim.is_occupying:
+                pool_log.info("unloading %s: %s", display_name(victim.model_id), decision.reason)
+                await self._end(victim, ModelState.UNLOADED)
+        finally:
+            victim.is_leaving = False
+
+    # Processes
+
+    def _begin(self, engine: PooledEngine) -> None:
+        """Start a process for a model that has none."""
+        engine.process = self._build_process(engine.load, on_progress=engine.on_progress)
+        engine.on_progress = None
+        engine.rest, engine.failed_at_s = ModelState.UNLOADED, None
+        engine.keep_alive_s, engine.last_used_s = self.keep_alive_s, self._clock()
+        engine.process.start()
+        follower = asyncio.create_task(self._follow(engine, engine.process), name=f"loading {engine.model_id}")
+        self._followers.add(follower)
+        follower.add_done_callback(self._followers.discard)
+
+    async def _follow(self, engine: PooledEngine, process: EngineProcess) -> None:
+        """Take note of how a load ends."""
+        try:
+            engine.info = await process.ready()
+        except BridgeError:  # who waits for the model is told
+            if process.state is EngineState.FAILED:
+                engine.failed_at_s = self._clock()
+        else:
+            if not engine.users:
+                engine.last_used_s = self._clock()
+            self._on_loaded(engine)
+        self._note_change()
+
+    async def _end(self, engine: PooledEngine, rest: ModelState) -> None:
+        """End a model's process, to the end even if nobody waits for it any more."""
+        self._begin_ending(engine, rest)
+        if engine.ending is not None:
+            await asyncio.shield(engine.ending)
+
+    def _begin_ending(self, engine: PooledEngine, rest: ModelState) -> None:
+        """From now on nobody begins to use the process, if it has one."""
+        if engine.ending is None and engine.process is not None:
+            engine.ending = asyncio.create_task(self._end_process(engine, engine.process, rest), name="ending a model")
+
+    async def _end_process(self, engine: PooledEngine, process: EngineProcess, rest: ModelState) -> None:
+        try:
+            await process.close()
+        finally:
+            engine.process = engine.ending = None
+            if engine.rest is not ModelState.STOPPED:
+                engine.rest = rest
+            self._note_change()
+
+    async def _end_idle(self) -> None:
+        """End each model that nobody has used for its keep-alive time."""
+        while True:
+            idle = [each for each in self.engines if each.state is ModelState.LOADED and not each.users]
+            now_s, changed = self._clock(), self._changed
+            late = [each for each in idle if each.last_used_s + each.keep_alive_s <= now_s]
+            for each in late:
+                pool_log.info("%s sleeps: nobody asked for it for %g s", each.model_id, each.keep_alive_s)
+            for each in late:
+                self._begin_ending(each, ModelState.SLEEPING)
+            next_s = min((each.last_used_s + each.keep_alive_s for each in idle if each not in late), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), None if next_s == math.inf else next_s - now_s)
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 # ---- Discovery ------------------------------------------------------------------------
@@ -16115,6 +17606,11 @@ class KnownPeer:
         self.learned_at_s = -math.inf
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether the user or a pairing named this peer."""
+        return any(way.is_lasting for way in self.ways.values())
+
+    @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
         return self.device_id if is_telling_id(self.device_id) else None
@@ -16331,9 +17827,8 @@ class PeerTable:
 
         The network's word neither gives an id to an address that the user named, nor a name to a paired device.
         """
-        has_lasting = any(way.is_lasting for way in known.ways.values())
         tells_id = peer.device_id != peer.base_url
-        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not known.is_lasting):
             del self._peers[known.device_id]
             known.device_id = peer.device_id
             self._peers[peer.device_id] = known
@@ -16366,8 +17861,7 @@ class PeerTable:
         strangers = [
             each
             for each in self._peers.values()
-            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
-            if not any(way.is_lasting for way in each.ways.values())
+            if not (each.has_pairing or each.is_lasting) and each.state is PeerState.SEEN and each.failures
         ]
         if strangers:
             self.remove(max(strangers, key=lambda each: each.failures))
@@ -16603,7 +18097,7 @@ class PeerMonitor:
 
     async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
         if self._initiator is None:
-            raise PairingDisabledError("pairing is off on this device")
+            raise PairingDisabledError(PAIRING_OFF)
         target = PairingTarget(
             base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
         )
@@ -16784,10 +18278,16 @@ def build_handshake_post(client: HttpClient) -> HandshakePost:
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
     """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
-    with contextlib.suppress(ValueError, AttributeError):
-        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
-            return AuthenticationError("the clocks of the two devices differ too much")
+    if is_clock_skew(body):
+        return AuthenticationError("the clocks of the two devices differ too much")
     return SignatureError("it does not know this device any more")
+
+
+def is_clock_skew(body: bytes) -> bool:
+    """Whether the body of a peer's 401 holds that the pairing is good and a clock is wrong."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(parse_json(body).get("error", {}).get("code") == ClockSkewError.code)
+    return False
 
 
 def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
@@ -17611,7 +19111,11 @@ class PeerExchange:
         self._response = response = await self._exchange.receive()
         response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
-            outcome = judge_status(response.status, is_own_engine=self.target.is_own_engine)
+            is_own = self.target.is_own_engine
+            outcome = judge_status(response.status, is_own_engine=is_own)
+            is_refused = outcome is AttemptOutcome.UNAUTHORIZED and not is_own
+            if is_refused and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+                raise AttemptError("the clocks of the two devices differ too much", AttemptOutcome.BROKEN)
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
                 raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
@@ -19412,6 +20916,7 @@ AUDIT_CALLERS = {
     Caller.PAIRED: AuditCaller.PEER,
     Caller.STRANGER: AuditCaller.ANONYMOUS,
 }
+OWNERS = frozenset({Caller.LOOPBACK, Caller.KEY_HOLDER})  # whoever else asks comes from another device
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -19633,8 +21138,7 @@ def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
 
 def may_offload(request: HttpRequest) -> bool:
     """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
-    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
-    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+    return request.caller in OWNERS and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
 
 
 def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
@@ -19644,6 +21148,11 @@ def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing
     return [
         replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
     ]
+
+
+def build_use_terms(request: HttpRequest, body: Mapping[str, Any]) -> UseTerms:
+    """How a request may use a model here. InvalidRequestError for a `keep_alive` or `ttl` that is none."""
+    return UseTerms(may_load=request.caller in OWNERS, keep_alive_s=parse_keep_alive(body))
 
 
 async def read_json(request: HttpRequest) -> dict[str, Any]:
@@ -19839,7 +21348,9 @@ def name_outcome(exc: BaseException) -> str:
     """How the audit names what a request ended with."""
     if isinstance(exc, asyncio.CancelledError):
         return "cancelled"
-    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+    if not isinstance(exc, BridgeError):
+        return "internal_error"
+    return exc.code if isinstance(exc.code, str) else exc.type  # a code may be the status, as existing software has it
 
 
 class PeerQuotas:
@@ -19871,19 +21382,29 @@ class LocalEngine:
     """
 
     model: ServedModel
-    engine: Engine
+    engine: PooledEngine
     queue: AdmissionQueue
     watch: RequestWatch
     observe: Callable[[Usage], None] = lambda usage: None
 
-    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self.queue.place():
-            account.engine = (await self.engine.ready()).engine
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        account: InferenceAccount,
+        terms: UseTerms,
+        verify: Callable[[ModelInfo], None] = lambda info: None,
+    ) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them.
+
+        `verify` raises what the model, once it is loaded, turns out not to be able to do.
+        """
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
+            account.engine = info.engine
+            verify(info)
             for index, request in enumerate(requests):
                 ticket, usage = self.watch.enter(), None
                 try:
-                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                    async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
                             if isinstance(event, TextDelta | Finished):
                                 account.note_content()
@@ -19895,24 +21416,108 @@ class LocalEngine:
                     if self.watch.leave(ticket) and usage is not None:
                         self.observe(usage)
 
-    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount, terms: UseTerms) -> Embedded:
         """The vectors of a request's inputs."""
-        async with self.queue.place():
-            info = await self.engine.ready()
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
             account.engine = info.engine
             parsed.verify_dimensions(info.n_embd)
-            embedded = await self.engine.embed(parsed.embedding)
+            embedded = await engine.embed(parsed.embedding)
             account.count(embedded.prompt_tokens, 0)
             return embedded
 
-    def verify_model(self, model: str | None) -> None:
-        """Raises ModelNotFoundError for any name but this model's."""
-        if model is not None and not is_same_model(model, self.model.model_id):
+
+MODELS_SHOWN = 5  # in the message about a model that is not there
+
+
+class LocalModels:
+    """The models that this device serves itself, the default first; none in offload-only mode."""
+
+    def __init__(self) -> None:
+        self._models: list[LocalEngine] = []
+
+    def __iter__(self) -> Iterator[LocalEngine]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def add(self, local: LocalEngine) -> None:
+        """Offer a further model."""
+        self._models.append(local)
+
+    def remove(self, local: LocalEngine) -> None:
+        """Offer a model no more."""
+        self._models.remove(local)
+
+    def get(self, model: str | None) -> LocalEngine | None:
+        """The model of this name, the default one for None; None if it is not here."""
+        if model is None:
+            return self._models[0] if self._models else None
+        return next((each for each in self._models if is_same_model(each.model.model_id, model)), None)
+
+    def find(self, model: str | None) -> LocalEngine:
+        """As `get`. Raises ModelNotFoundError, or NoLocalBackendError where there are no models at all."""
+        if not self._models:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        local = self.get(model)
+        if local is None:
+            names = [repr(each.model.model_id) for each in self._models[:MODELS_SHOWN]]
+            more = ", …" if len(self._models) > len(names) else ""
             raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                f"there is no model {display_name(model or '')!r} here, only {', '.join(names)}{more}; "
                 "`python3 dvai_bridge.py models` lists what this machine could serve",
                 param="model",
             )
+        return local
+
+    def list_offered(self, *, may_load: bool) -> list[LocalEngine]:
+        """The models that can be asked for: none that its owner stopped, and by others none that was never loaded."""
+        hidden = {ModelState.STOPPED} if may_load else {ModelState.STOPPED, ModelState.UNLOADED}
+        return [each for each in self._models if each.engine.state not in hidden]
+
+    @property
+    def current(self) -> LocalEngine | None:
+        """The default model; while it is not in memory, the one there that was used last."""
+        default = self.get(None)
+        if default is None or default.engine.is_occupying:
+            return default
+        loaded = [each for each in self._models if each.engine.is_occupying]
+        return max(loaded, key=lambda each: each.engine.last_used_s, default=default)
+
+    def build_status(self) -> str:
+        """The word of health: `ok` while a model answers, or would be loaded by a request."""
+        states = {each.engine.state for each in self._models}
+        if not states or ModelState.LOADED in states:
+            return "ok"
+        processes = [each.engine.process for each in self._models if each.engine.state is ModelState.LOADING]
+        if processes:
+            return min(HEALTH_WORDS[each.state] for each in processes if each is not None)
+        if states & {ModelState.UNLOADED, ModelState.SLEEPING, ModelState.ENDING}:
+            return "ok"
+        return "degraded" if ModelState.FAILED in states else "loading"
+
+    def build_queue(self) -> dict[str, int]:
+        """How busy the models in memory are, all together."""
+        current = [each for each in (self.current,) if each is not None]
+        queues = [each.queue for each in self._models if each.engine.is_occupying] or [each.queue for each in current]
+        names = ("running", "waiting", "slots")
+        return {name: sum(getattr(each, name) for each in queues) for name in names}
+
+
+def build_model_health(local: LocalEngine) -> dict[str, Any]:
+    """What health tells those who know this device of one model."""
+    engine = local.engine
+    health: dict[str, Any] = {"id": local.model.model_id, "state": engine.state.value}
+    if engine.state is ModelState.LOADING:
+        health["progress"] = round(engine.progress, 3)
+    return health if engine.error is None else health | {"error": engine.error.message}
+
+
+async def probe_local(local: LocalEngine, speed: LocalSpeed) -> Score:
+    """Load a model if need be, and measure it. A model that others need room for is not kept for that."""
+    async with local.engine.use(UseTerms()) as (engine, _):
+        pass
+    return await speed.meter.probe(engine, speed.key, local.watch, local.queue)
 
 
 class HeldBody:
@@ -19986,6 +21591,18 @@ class UpstreamBackend:
             return answer
         return replace(answer, body=HeldBody(answer.body, held))
 
+    def list_local(self, unknown_tok_per_s: float) -> list[LocalModel]:
+        """The models as the decision looks at them, the default first; Ollama's `:latest` under the short name, too.
+
+        One that was not measured yet counts as so fast, as an unmeasured peer does: its first answers measure it.
+        """
+        default, listed = self.pool.find_default(), list[LocalModel]()
+        for model, engine in self.pool.list_models():
+            score = engine.scores.get(model.model_id, unknown_tok_per_s)
+            names = dict.fromkeys((model.model_id, model.model_id.removesuffix(":latest")))
+            listed += [LocalModel(model_id=name, score=score) for name in names]
+        return sorted(listed, key=lambda each: default is None or not is_same_model(each.model_id, default))
+
     def list_models(self) -> list[ServedModel]:
         """The models of the servers that answer."""
         return [
@@ -20048,16 +21665,15 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engine here, the servers behind it, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engines here, the servers behind it, or through whoever `offload` finds.
 
-    `local` None: no model is loaded here. `record` takes the audit's entry of each inference request when it has ended,
-    `observe` what the metrics count of it.
+    `record` takes the audit's entry of each inference request that has ended, `observe` what the metrics count of it.
     """
 
     def __init__(
         self,
         *,
-        local: LocalEngine | None,
+        local: LocalModels,
         upstreams: UpstreamBackend | None = None,
         offload: Offloading | None = None,
         interceptor: Interceptor | None = None,
@@ -20097,14 +21713,15 @@ class Service:
         return replace(response, body=AccountedBody(response.body, account, response.status))
 
     async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
-        """The interceptor's answer, else a peer's, else the local engine's."""
+        """The interceptor's answer, else a peer's, else that of an engine here."""
         body = await read_json(request)
         model = body.get("model")
         if model is not None and not isinstance(model, str):
             raise InvalidRequestError("model must be a string", param="model")
         account.model_asked = model
         if self._interceptor is not None and form is ForwardForm.CHAT:
-            answer = await intercept(self._interceptor, request, body, self._local.model if self._local else None)
+            known = self._local.get(model) or self._local.get(None)
+            answer = await intercept(self._interceptor, request, body, known.model if known else None)
             if answer is not None:
                 return answer
         headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
@@ -20119,24 +21736,22 @@ class Service:
         upstream = await self._find_upstream(request, model)
         if upstream is not None:
             return await self._relay(*upstream, form, request, body, account, reason)
-        if self._local is None:
-            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
-        self._local.verify_model(model)
+        local = self._local.find(model)
         account.route, account.served_by = "local", "local"
-        account.model_served = self._local.model.model_id
+        account.model_served = local.model.model_id
         if form is ForwardForm.EMBEDDINGS:
-            return await self._embed(self._local, request, body, account, headers)
-        return await self._generate(self._local, form, request, body, account, headers)
+            return await self._embed(local, request, body, account, headers)
+        return await self._generate(local, form, request, body, account, headers)
 
     async def _find_upstream(self, request: HttpRequest, model: str | None) -> tuple[UpstreamEngine, str] | None:
         """The server behind this bridge that is to answer, and its id of the model; None: the local engine is to.
 
         A bridge that has this one as its engine gets our own models only, so that two bridges cannot ask in a circle.
         """
-        local, upstreams = self._local, self._upstreams
+        upstreams = self._upstreams
         if upstreams is None or request.headers.get("x-dvai-forwarded") == FORWARDED_TO_ENGINE:
             return None
-        if local is not None and (model is None or is_same_model(model, local.model.model_id)):
+        if self._local.get(model) is not None:
             return None
         found = await upstreams.pool.find(model)
         if found is not None:
@@ -20157,7 +21772,7 @@ class Service:
     ) -> HttpResponse:
         """The answer of a server behind this bridge. Who is not of this user's house gets what a list of fields has."""
         assert self._upstreams is not None  # it found the engine
-        if request.caller not in (Caller.LOOPBACK, Caller.KEY_HOLDER):
+        if request.caller not in OWNERS:
             body = build_restricted_body(form, body, PEER_TOKENS_LIMIT)
         if form is ForwardForm.EMBEDDINGS:
             parse_embeddings_request(body)
@@ -20179,10 +21794,10 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        parsed, terms = parse_embeddings_request(body, tenant=build_tenant(request)), build_use_terms(request, body)
         try:
             async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
-                embedded = await local.embed(parsed, account)
+                embedded = await local.embed(parsed, account, terms)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
         answer = build_embeddings(
@@ -20199,10 +21814,18 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
-        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
-        parsed = answer_form.parsed
-        generation = self._run(local, limit_generations(parsed.generations, request.pairing), request.pairing, account)
+        parse = functools.partial(build_answer_form, form, body, tenant=build_tenant(request), model=local.model)
+        known = local.engine.info  # what the engine can do; before it was loaded once, that is verified when it is
+        answer_form = parse(features=known.features if known is not None else frozenset(ENGINE_PARAMETERS))
+
+        def verify(info: ModelInfo) -> None:
+            if known is None:
+                parse(features=info.features)
+
+        parsed, pairing = answer_form.parsed, request.pairing
+        requests = limit_generations(parsed.generations, pairing)
+        events = local.generate(requests, account, build_use_terms(request, body), verify)
+        generation = self._run(events, pairing)
         first = await self._read_first(generation)
         if parsed.stream:
             body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
@@ -20214,15 +21837,9 @@ class Service:
                 collector.add(index, event)
         return build_json_response(collector.build(), headers=headers)
 
-    async def _run(
-        self,
-        local: LocalEngine,
-        generations: Sequence[GenerationRequest],
-        pairing: Pairing | None,
-        account: InferenceAccount,
-    ) -> Generation:
-        async with self._quotas.place(pairing), contextlib.aclosing(local.generate(generations, account)) as events:
-            async for event in events:
+    async def _run(self, generation: Generation, pairing: Pairing | None) -> Generation:
+        async with self._quotas.place(pairing), contextlib.aclosing(generation):
+            async for event in generation:
                 yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
@@ -20261,7 +21878,7 @@ class Service:
         return ModelNotFoundError(f"there is no model {display_name(asked)!r} here; there is: {known}", param="model")
 
     def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
-        served = [self._local.model] if self._local is not None else []
+        served = [each.model for each in self._local.list_offered(may_load=request.caller in OWNERS)]
         if self._upstreams is not None and request.headers.get("x-dvai-forwarded") != FORWARDED_TO_ENGINE:
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._upstreams.list_models() if model.model_id.casefold() not in names]
@@ -20340,7 +21957,8 @@ class Offloading:
         if here is None:
             verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            raise build_refusal(decision, request.request_id, failures)
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
 
@@ -20369,10 +21987,13 @@ class Offloading:
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
-        """What an attempt says of its peer."""
+        """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
         self._count_attempt(attempt.target.route, outcome.name.lower())
-        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+        if outcome is AttemptOutcome.COMMITTED:
+            if self._on_offload is not None:
+                self._tell(device_id)
+        elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
             monitor.note_unauthorized(device_id)
@@ -20381,14 +22002,16 @@ class Offloading:
             monitor.note_failure(
                 device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
             )
-        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
-            self._tell(attempt.target.device_id)
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
-        target = report.target
+        target, monitor = report.target, self._monitor
         account.note_report(report)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
+        elif report.first_content_s is not None:
+            monitor.note_success(target.device_id)
         if report.decode_tok_per_s is not None and target.model_id:
-            self._monitor.record_measurement(
+            monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 
@@ -20408,14 +22031,12 @@ class Offloading:
             task.add_done_callback(self._callbacks.discard)
 
 
-def choose_health_word(local: EngineState | None, upstreams: Sequence[UpstreamState]) -> str:
-    """How a bridge is, as long as anything here can answer; without any engine it passes requests on, and is well.
+def choose_health_word(upstreams: Sequence[UpstreamState]) -> str:
+    """How a bridge is that serves no model itself: well while one of the servers behind it answers, or it has none.
 
-    An engine behind it that is gone degrades it only if nothing else is left: users end such programs as they like.
+    Beside a model of its own such a server may be gone: users end those programs as they like.
     """
-    if local is not None or not upstreams:
-        return HEALTH_WORDS[local] if local is not None else "ok"
-    if UpstreamState.UP in upstreams:
+    if UpstreamState.UP in upstreams or not upstreams:
         return "ok"
     is_coming = any(state in (UpstreamState.LOADING, UpstreamState.UNKNOWN) for state in upstreams)
     return "loading" if is_coming else "degraded"
@@ -20496,16 +22117,16 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
 class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
-    `get_speed` gives the local model's speed. `initiator`, `store` None: there are no pairings.
+    `get_speeds` gives the speeds of the local models, by id. `initiator`, `store` None: there are no pairings.
     """
 
     def __init__(
         self,
         *,
         identity: Identity,
-        local: LocalEngine | None,
+        local: LocalModels,
         upstreams: UpstreamBackend | None = None,
-        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
         store: PairingStore | None,
         monitor: PeerMonitor | None,
@@ -20514,7 +22135,7 @@ class DeviceService:
         self._identity = identity
         self._local = local
         self._upstreams = upstreams
-        self._get_speed = get_speed
+        self._get_speeds = get_speeds
         self._desk = desk
         self._store = store
         self._monitor = monitor
@@ -20533,33 +22154,37 @@ class DeviceService:
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
-        local, upstreams = self._local, self._upstreams
-        default = upstreams.pool.find_default() if upstreams else None
+        local, current, upstreams = self._local, self._local.current, self._upstreams
         engines = upstreams.pool.engines if upstreams else []
+        default = upstreams.pool.find_default() if upstreams else None
+        states = [each.state for each in engines]
         health: dict[str, Any] = {
-            "status": choose_health_word(local.engine.state if local else None, [each.state for each in engines]),
+            "status": local.build_status() if len(local) else choose_health_word(states),
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": local.model.model_id if local else default,
+            "currentModelId": current.model.model_id if current else default,
         }
-        if not request.is_known_caller:
-            return build_json_response(health)
-        health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
-        queue = local.queue if local else upstreams.queue if upstreams else None
-        if queue is not None:
+        if request.is_known_caller:
+            health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+        if request.is_known_caller and current is not None:
+            health["queue"] = local.build_queue()
+            health["loadProgress"] = round(current.engine.progress, 3)
+            if current.engine.error is not None:
+                health["error"] = current.engine.error.message
+            offered = local.list_offered(may_load=request.caller in OWNERS)
+            health["models"] = [build_model_health(each) for each in offered]
+        elif request.is_known_caller and upstreams is not None:
+            queue = upstreams.queue
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-        if local is not None:
-            health["loadProgress"] = round(local.engine.progress, 3)
-            if local.engine.error is not None:
-                health["error"] = local.engine.error.message
-        if upstreams is not None and request.caller is not Caller.PAIRED:
+        if upstreams is not None and request.is_known_caller and request.caller in OWNERS:
             health["upstreams"] = [build_upstream_json(each) for each in engines]
         return build_json_response(health)
 
     async def show_capability(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
-        speed = await self._get_speed()
-        scores = [] if speed is None else [speed.score]
+        speeds = await self._get_speeds()
+        offered = [each.model.model_id for each in self._local.list_offered(may_load=request.caller in OWNERS)]
+        scores = [speeds[model_id].score for model_id in offered if model_id in speeds]
         if self._upstreams is not None:
             scores += build_upstream_scores(self._upstreams.pool, self._identity.device_id, self._clock_ms())
         if request.caller is Caller.PAIRED:
@@ -20572,15 +22197,14 @@ class DeviceService:
         return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
     async def probe(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/dvai/probe`: measure the model now."""
-        model = request.parse_body().get("modelId")
-        local, speed = self._local, await self._get_speed()
-        if local is None or speed is None:
+        """`POST /v1/dvai/probe`: measure a model now."""
+        model, speeds = request.parse_body().get("modelId"), await self._get_speeds()
+        if not self._local:
             raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
         if model is not None and not isinstance(model, str):
             raise MissingModelIdError("modelId must be a string", param="modelId")
-        local.verify_model(model)
-        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        local = self._local.find(model)
+        score = await probe_local(local, speeds[local.model.model_id])
         return build_json_response({"score": build_score_json(score)})
 
     # Pairing
@@ -20593,11 +22217,10 @@ class DeviceService:
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
-        pairings: list[dict[str, Any]] = []
-        if self._store is not None:
-            await self._store.refresh()
-            now_ms = self._clock_ms()
-            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        store = self._get_store()
+        await store.refresh()
+        now_ms = self._clock_ms()
+        pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
         pending = [build_pairing_request_json(each) for each in self._desk.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
@@ -20608,11 +22231,10 @@ class DeviceService:
             raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
         if self._monitor is None:
             raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        store = self._get_store()
         pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
-        assert self._store is not None
-        return build_json_response(
-            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
-        )
+        state = store.get_state(pairing, self._clock_ms())
+        return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
@@ -20625,16 +22247,23 @@ class DeviceService:
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
         """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
-        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        pairing = await self._get_store().revoke(request.path.rpartition("/")[2])
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    def _get_store(self) -> PairingStore:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        return self._store
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
+REFUSAL_LIMIT_CHARS = 512  # of another device's message
+MODELS_LIMIT = 200  # offered by one bridge
 ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
 UPSTREAM_SLOTS = 64  # connections to the servers behind this bridge; they have queues of their own
@@ -20664,23 +22293,68 @@ def search_models(environ: Mapping[str, str], directories: Directories) -> list[
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
-    """What `--model` means here; `search` is called only if the machine has to be searched.
+    """What the first `--model` means here; `search` is called only if the machine has to be searched.
 
     Raises UsageError when the model that was named is not there.
     """
-    named = config.model or "builtin"
-    if named == "builtin":
-        return _serve_demonstration(config, "" if config.model else "no --model was named")
+    return _choose_named(config.models[0] if config.models else None, config.alias, search)
+
+
+def choose_servings(
+    config: Config,
+    search: Callable[[], Sequence[FoundModel]],
+    list_directory: Callable[[str], Sequence[FoundModel]],
+) -> list[Serving]:
+    """The models to offer: those of `--model` in their order, then those that `list_directory` finds in --models-dir.
+
+    Raises UsageError for what is not there, for two models of one id, and for an alias that could be anybody's.
+    """
+    names = config.models or (() if config.models_dir else (None,))
+    if config.alias is not None and len(names) != 1:
+        raise UsageError("--alias names one --model; where there are several, each goes by the name of its file")
+    servings: list[Serving] = []
+    for named in names:
+        serving = _choose_named(named, config.alias, search)
+        if any(is_same_model(serving.model_id, each.model_id) for each in servings):
+            raise UsageError(f"--model {named}: there is another model called {serving.model_id}; rename one of them")
+        servings.append(serving)
+    for model in list_directory(config.models_dir) if config.models_dir else ():
+        is_taken = any(is_same_model(model.model_id, each.model_id) for each in servings)
+        if is_taken and not any(each.path and os.path.samefile(each.path, model.path) for each in servings):
+            bridge_log.warning("not offered: %s, since there is another %s", model.path, display_name(model.model_id))
+        if not is_taken:
+            servings.append(_serve_file(model.model_id, model.path, f"in {config.models_dir}"))
+    if not servings:
+        raise UsageError(f"--models-dir {config.models_dir}: there is no GGUF model in it")
+    return servings
+
+
+def list_models_directory(directory: str) -> list[FoundModel]:
+    """The models below a directory, at most MODELS_LIMIT. Blocks for the disk.
+
+    What is no whole model is left out; a damaged one is not: who asks for it is told what is wrong with it.
+    """
+    if not os.path.isdir(directory):
+        raise UsageError(f"--models-dir {directory}: there is no such directory")
+    found = find_models([ModelPlace(source="--models-dir", path=Path(directory))])
+    return [model for model in found if model.is_whole][:MODELS_LIMIT]
+
+
+def _choose_named(named: str | None, alias: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
+    """What one `--model` means."""
+    if named in (None, "builtin"):
+        return _serve_demonstration(alias, "" if named else "no --model was named")
+    assert named is not None
     if named == "auto":
         choice = choose_best_model(search())
         if choice.model is None:
-            return _serve_demonstration(config, choice.reason)
-        return _serve_file(config.alias or choice.model.model_id, choice.model.path, choice.reason)
+            return _serve_demonstration(alias, choice.reason)
+        return _serve_file(alias or choice.model.model_id, choice.model.path, choice.reason)
     if os.path.isfile(named):
-        return _serve_file(build_model_id(named, config.alias), Path(named), "")
+        return _serve_file(build_model_id(named, alias), Path(named), "")
     for model in search():
         if is_same_model(model.model_id, named):
-            return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
+            return _serve_file(alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
 
 
@@ -20688,7 +22362,7 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
     if config.hf_repo is None:
         return config
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     found = find_downloaded(parse_hub_reference(config.hf_repo), places)
     if found is None:
@@ -20696,18 +22370,13 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     return replace(config, model=str(found.path), hf_repo=None)
 
 
-def _serve_demonstration(config: Config, reason: str) -> Serving:
+def _serve_demonstration(alias: str | None, reason: str) -> Serving:
     created = int(os.stat(__file__).st_mtime)
-    return Serving(model_id=config.alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
+    return Serving(model_id=alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
 
 
 def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
     return Serving(model_id=model_id, path=str(path), created=int(path.stat().st_mtime), reason=reason)
-
-
-def choose_engine(config: Config) -> str:
-    """The engine of ours that `--engine` means here; there is one to choose from."""
-    return "builtin"
 
 
 def verify_engine_options(config: Config) -> None:
@@ -20746,13 +22415,50 @@ def build_upstreams(
 
     named = build_named_upstream(config, client)
     if named is not None:
-        pool = UpstreamPool(named=named, default_model=config.model)
+        pool = UpstreamPool(named=named, default_model=next(iter(config.models), None))
     elif config.engine == "auto":
         pool = UpstreamPool(find=lambda: find_engines(environ), build=build)
     else:
         return None
     queue = AdmissionQueue(UPSTREAM_SLOTS, config.queue_size)
     return UpstreamBackend(pool=pool, queue=queue, timeout_s=config.timeout, note_attempt=note_attempt)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class EngineChoice:
+    """What computes, `builtin` or `llama`, and why, for people."""
+
+    engine: str
+    reason: str
+
+
+def choose_engine(config: Config, serving: Serving) -> EngineChoice:
+    """The engine that `--engine` means for this model. Imports nothing: the engine's own process does.
+
+    Raises UsageError when the llama engine is asked for and not there.
+    """
+    has_llama = is_package_installed("llama_cpp")
+    if config.engine == "llama":
+        if not has_llama:
+            raise UsageError(f"--engine llama needs llama-cpp-python: {LLAMA_INSTALL_COMMAND}")
+        if serving.path is None:
+            raise UsageError("--engine llama needs a model: name a GGUF file with --model")
+        return EngineChoice(engine="llama", reason="as --engine says")
+    if config.engine == "builtin":
+        return EngineChoice(engine="builtin", reason="as --engine says")
+    if serving.path is None:
+        return EngineChoice(engine="builtin", reason="which the demonstration model needs nothing more than")
+    if not has_llama:
+        reason = f"llama.cpp is faster, but llama-cpp-python is not installed: {LLAMA_INSTALL_COMMAND}"
+        return EngineChoice(engine="builtin", reason=reason)
+    try:
+        with open_gguf(serving.path) as gguf:
+            obstacle = explain_llama_obstacle(gguf, None)
+    except ModelFileError as exc:
+        obstacle = exc.message
+    if obstacle is not None:
+        return EngineChoice(engine="builtin", reason=f"llama.cpp cannot serve this model: {obstacle}")
+    return EngineChoice(engine="llama", reason="llama-cpp-python is installed")
 
 
 def count_cores() -> int:
@@ -20818,6 +22524,221 @@ def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
         return "", None
 
 
+def build_load_request(config: Config, serving: Serving) -> LoadRequest:
+    """What the process of a model's engine is to load. Reads the file that --chat-template names."""
+    template = config.chat_template
+    if template is not None and os.path.isfile(template):
+        template = read_option_file("--chat-template", template)
+    return LoadRequest(
+        engine=choose_engine(config, serving).engine,
+        model=serving.path,
+        n_ctx=config.ctx_size or None,
+        slots=config.parallel,
+        threads=config.threads or count_cores(),
+        chat_template=template,
+        n_gpu_layers=config.n_gpu_layers,
+        batch_size=config.batch_size,
+        flash_attn=config.flash_attn,
+        rpc=config.rpc,
+        verbose=config.verbose,
+    )
+
+
+def estimate_load_bytes(load: LoadRequest) -> int:
+    """Memory that loading this will take. Blocks for the file's header; ModelFileError if it is no good."""
+    if load.model is None:
+        return os.path.getsize(__file__)  # more than the demonstration model needs
+    try:
+        with open_gguf(load.model) as gguf:
+            if load.engine == "llama":
+                return estimate_llama_memory_bytes(gguf, measure_model_files(load.model), load)
+            return estimate_memory_bytes(gguf, load.n_ctx, load.slots)
+    except ModelFileError as exc:
+        raise ModelFileError(f"{load.model}: {exc.message}") from exc
+
+
+class ModelHost:
+    """What this device serves itself: the models of a config, their engines and speeds, and those that come later.
+
+    Of the models that --model names the first is loaded at the start; each other one when it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        servings: Sequence[Serving],
+        *,
+        scores: Path,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.servings = list(servings)
+        self.models = LocalModels()
+        self._config = config
+        self._scores = scores
+        self._pool = ModelPool(
+            limit=config.models_max,
+            keep_alive_s=config.sleep_idle_seconds or math.inf,
+            estimate=estimate_load_bytes,
+            on_loaded=self._note_loaded,
+        )
+        for serving in servings:
+            self._offer(serving)
+        for engine in self._list_first():
+            engine.on_progress = on_progress
+        self._meter: CapabilityMeter | None = None
+        self._speeds: dict[str, LocalSpeed] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._measuring: set[asyncio.Task[None]] = set()
+        self._is_measured = False
+        self._device_id = ""
+
+    @property
+    def default(self) -> PooledEngine | None:
+        """The engine of the model that is meant by requests that name none; None if nothing is served here."""
+        local = self.models.get(None)
+        return local.engine if local is not None else None
+
+    def start(self, device_id: str, *, is_measured: bool) -> None:
+        """Begin to load the default model. `is_measured`: it matters to somebody how fast the models are."""
+        self._device_id, self._is_measured = device_id, is_measured
+        self._pool.start(*self._list_first())
+        if is_measured and self.models:
+            self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+
+    async def wait_loaded(self) -> None:
+        """Until that is loaded. Raises why it cannot be."""
+        for engine in self._list_first():
+            await engine.ready()
+
+    def _list_first(self) -> list[PooledEngine]:
+        is_named = bool(self._config.models) or self._config.models_dir is None
+        return [self.default] if self.default is not None and is_named else []
+
+    async def close(self) -> None:
+        """End the engines, and what measures them."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])  # soon: it looks at files, and at the machine for a moment
+        if self._measuring:
+            await asyncio.wait(self._measuring)  # they begin to measure, and do not wait for the end of it
+        if self._meter is not None:
+            await self._meter.close()
+        await self._pool.close()
+
+    # Models that come and go
+
+    async def load(
+        self,
+        model: str,
+        search: Callable[[], Sequence[FoundModel]],
+        on_progress: Callable[[float], None] | None,
+    ) -> str:
+        """See DVAI.load_model."""
+        local, is_new = self.models.get(model), False
+        if local is None:
+            serving = await asyncio.to_thread(_choose_named, model, None, search)
+            local = self.models.get(serving.model_id)
+            if local is not None and local.engine.load.model != serving.path:
+                raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
+            if local is None:
+                if len(self.models) >= MODELS_LIMIT:
+                    raise UsageError(f"at most {MODELS_LIMIT} models may be offered")
+                local, is_new = self._offer(serving), True
+        self._pool.resume(local.engine)
+        local.engine.on_progress = on_progress
+        try:
+            await local.engine.ready()
+        except BaseException:
+            if is_new:
+                await self._withdraw(local)
+            raise
+        return local.model.model_id
+
+    async def unload(self, *models: str) -> None:
+        """End these models, all if none is named: what needs them is answered with an error from then on."""
+        chosen = [self.models.find(model) for model in models] or list(self.models)
+        await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
+
+    def drop(self) -> None:
+        """Serve nothing after all; before the start."""
+        for local in list(self.models):
+            self.models.remove(local)
+        self.servings = []
+
+    def _offer(self, serving: Serving) -> LocalEngine:
+        load = build_load_request(self._config, serving)
+        local = LocalEngine(
+            model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
+            engine=self._pool.add(serving.model_id, load),
+            queue=AdmissionQueue(self._config.parallel, self._config.queue_size),
+            watch=RequestWatch(),
+            observe=functools.partial(self._observe, serving.model_id),
+        )
+        self.models.add(local)
+        return local
+
+    async def _withdraw(self, local: LocalEngine) -> None:
+        self.models.remove(local)
+        self._speeds.pop(local.model.model_id, None)
+        await self._pool.stop(local.engine)
+        self._pool.discard(local.engine)
+
+    # Speeds
+
+    def list_local(self, *, may_load: bool = True) -> list[LocalModel]:
+        """What the decision needs to know of the local models; without `may_load`, of those that others may use."""
+        return [
+            LocalModel(
+                model_id=local.model.model_id,
+                score=speed.score.tok_per_s if (speed := self._speeds.get(local.model.model_id)) else None,
+                is_demonstration=local.engine.load.model is None,
+            )
+            for local in self.models.list_offered(may_load=may_load)
+        ]
+
+    async def get_speeds(self) -> Mapping[str, LocalSpeed]:
+        """The speeds of the local models by id, found out at first use."""
+        while any(local.model.model_id not in self._speeds for local in self.models):
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+            await asyncio.shield(self._looking)
+        return self._speeds
+
+    async def _look_at_speeds(self) -> None:
+        if self._meter is None:
+            meter = CapabilityMeter(ScoreCache(self._scores), self._device_id)
+            await meter.start()
+            self._meter = meter
+        for local in list(self.models):
+            model_id, load = local.model.model_id, local.engine.load
+            if model_id not in self._speeds:
+                quantization, cost = await asyncio.to_thread(load_model_cost, load.model)
+                key = ScoreKey(
+                    model_id=model_id,
+                    engine=load.engine,
+                    quantization=quantization,
+                    n_gpu_layers=load.n_gpu_layers or 0,
+                )
+                self._speeds[model_id] = LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    def _note_loaded(self, engine: PooledEngine) -> None:
+        """A model that never was measured is measured when it is loaded for the first time, and nobody needs it."""
+        local = self.models.get(engine.model_id)
+        if self._is_measured and local is not None and engine.process is not None:
+            task = asyncio.create_task(self._measure(local, engine.process), name="measuring")
+            self._measuring.add(task)
+            task.add_done_callback(self._measuring.discard)
+
+    async def _measure(self, local: LocalEngine, engine: EngineProcess) -> None:
+        speed = (await self.get_speeds()).get(local.model.model_id)
+        if speed is not None:
+            speed.meter.probe_on_first_use(engine, speed.key, local.watch, local.queue)
+
+    def _observe(self, model_id: str, usage: Usage) -> None:
+        speed = self._speeds.get(model_id)
+        if speed is not None:
+            speed.observe(usage)
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class DeviceState:
     """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
@@ -20837,7 +22758,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
-        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
         return DeviceState(
             identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
@@ -20863,7 +22784,7 @@ def choose_lan_host() -> str:
 
 
 class Devices:
-    """This device among others: who may use it, and whom it uses.
+    """This device among others: who may use it, and whom it uses. `list_local`: see ModelHost.
 
     Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
     """
@@ -20874,7 +22795,7 @@ class Devices:
         state: DeviceState,
         *,
         is_operated: bool,
-        list_local: Callable[[], Sequence[LocalModel]],
+        list_local: Callable[..., Sequence[LocalModel]],
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         offload = config.offload
@@ -21028,7 +22949,7 @@ class Devices:
         """What to say of this device; None if it is not open to others, or they cannot reach it."""
         if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
             return None
-        models = [each for each in self._list_local() if not each.is_demonstration]
+        models = [each for each in self._list_local(may_load=False) if not each.is_demonstration]
         return Announcement(
             device_id=self.identity.device_id,
             device_name=self.identity.device_name,
@@ -21077,8 +22998,133 @@ class Devices:
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
 
 
+@record(frozen=True, kw_only=True, slots=True)
+class CompletionStats:
+    """What a completion took. Counts None: whoever answered did not say. `served_by`: a device's id, or `local`."""
+
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    time_to_first_token_s: float | None
+    tokens_per_s: float | None
+    served_by: str
+    route: str
+
+
+class Completion:
+    """An answer while it is written, after QVAC: `token_stream` has its text piece by piece, then `stats` is known.
+
+        async for piece in completion.token_stream: ...
+        print(await completion.stats)
+
+    Both belong to one reading of one answer: `stats` reads what is left of the stream. Reading raises the BridgeError
+    that the request ends with. Who leaves before the end calls `aclose`.
+    """
+
+    def __init__(self, handle: Handler, body: Mapping[str, Any], *, stream: bool) -> None:
+        self.token_stream: AsyncGenerator[str, None] = self._read(handle, body, stream)
+        self._usage: Mapping[str, Any] = {}
+        self._error: BridgeError | None = None
+        self._headers: Headers = Headers(())
+        self._began_s = 0.0
+        self._first_s: float | None = None
+        self._ended_s: float | None = None
+
+    @property
+    def stats(self) -> Awaitable[CompletionStats]:
+        """What it took, once the answer has been written."""
+        return self._wait_stats()
+
+    async def aclose(self) -> None:
+        """End the answer where it is."""
+        await self.token_stream.aclose()
+
+    async def _wait_stats(self) -> CompletionStats:
+        async for _ in self.token_stream:
+            pass
+        if self._ended_s is None:
+            raise EngineError("the answer was not read to its end")
+        return self._build_stats(self._ended_s)
+
+    def _build_stats(self, ended_s: float) -> CompletionStats:
+        usage, first_s = self._usage.get("usage") or {}, self._first_s
+        count, rate = usage.get("completion_tokens"), (self._usage.get("timings") or {}).get("predicted_per_second")
+        if rate is None and count and first_s is not None and ended_s > first_s:
+            rate = count / (ended_s - first_s)
+        return CompletionStats(
+            prompt_tokens=usage.get("prompt_tokens"),
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            completion_tokens=count,
+            time_to_first_token_s=None if first_s is None else first_s - self._began_s,
+            tokens_per_s=rate,
+            served_by=self._headers.get("x-dvai-served-by") or "local",
+            route=self._headers.get("x-dvai-route") or "local",
+        )
+
+    async def _read(self, handle: Handler, body: Mapping[str, Any], stream: bool) -> AsyncGenerator[str, None]:
+        self._began_s = time.monotonic()
+        response = await handle(build_own_request({**body, "stream": True, "stream_options": {"include_usage": True}}))
+        self._headers = Headers([(name.lower(), value) for name, value in response.headers])
+        if isinstance(response.body, bytes):
+            raise read_refusal(response.status, response.body)
+        parser, pieces = SseParser(), list[str]()
+        async with contextlib.aclosing(cast(AsyncGenerator[bytes, None], response.body)) as chunks:
+            async for chunk in chunks:
+                for event in parser.feed(chunk):
+                    piece = self._take(event.data)
+                    if piece and stream:
+                        yield piece
+                    pieces += [piece] if piece and not stream else []
+        if self._error is not None:
+            raise self._error
+        if pieces:
+            yield "".join(pieces)
+        self._ended_s = time.monotonic()
+
+    def _take(self, data: str) -> str:
+        """The text of one event of the stream; notes what else it says."""
+        if data == "[DONE]":
+            return ""
+        chunk = parse_json(data.encode())
+        if "error" in chunk:  # the last event of a torn answer; an engine here raises what it was, next
+            self._error = read_refusal(502, data.encode())
+        if chunk.get("usage"):
+            self._usage = chunk
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or ())
+        if text and self._first_s is None:
+            self._first_s = time.monotonic()
+        return text
+
+
+def build_own_request(body: Mapping[str, Any]) -> HttpRequest:
+    """A chat completion that the program asks for in which the bridge runs, as if it had come over loopback."""
+    path = "/v1/chat/completions"
+    return HttpRequest(
+        method="POST",
+        path=path,
+        raw_path=path,
+        query="",
+        headers=Headers([("content-type", "application/json")]),
+        body=encode_json(body),
+        client_address="127.0.0.1",
+        is_loopback=True,
+        is_tls=False,
+        caller=Caller.LOOPBACK,
+        request_id=choose_request_id(Headers(())),
+    )
+
+
+def read_refusal(status: int, body: bytes) -> BridgeError:
+    """The error that another device, or an interceptor, answered with."""
+    try:
+        message = replace_unprintable(parse_json(body)["error"]["message"])[:REFUSAL_LIMIT_CHARS]
+    except (ValueError, KeyError, TypeError):
+        message = f"the answer was no stream but status {status}"
+    return InvalidRequestError(message) if 400 <= status < 500 else UpstreamError(message)
+
+
 class DVAI:
-    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
+    """A bridge: engines in processes of their own, and other devices, behind an HTTP server.
 
         async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
@@ -21108,21 +23154,18 @@ class DVAI:
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
-        self.serving: Serving | None = None
-        self.engine: EngineProcess | None = None
         self.devices: Devices | None = None
-        if not config.offload.only and not is_engine_url(config.engine):
-            self.serving = choose_serving(config, lambda: search_models(environ, self.directories))
-            self.engine = EngineProcess(self._build_load_request(self.serving), on_progress=on_progress)
-        self._local: LocalEngine | None = None
+        is_elsewhere = config.offload.only or is_engine_url(config.engine)
+        servings = [] if is_elsewhere else choose_servings(config, self._search_models, list_models_directory)
+        scores = self.directories.cache / "capability.json"
+        self.host = ModelHost(config, servings, scores=scores, on_progress=on_progress)
         self.upstreams: UpstreamBackend | None = None
         self._upstream_client: HttpClient | None = None
         self._metrics = BridgeMetrics()
+        self._handle: Handler | None = None
         self._api_keys = load_api_keys(config)
         self._interceptor = chat_completion_interceptor
         self._is_operated = is_operated
-        self._meter: CapabilityMeter | None = None
-        self._speed: asyncio.Task[LocalSpeed | None] | None = None
         self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
         self._server: HttpServer | None = None
@@ -21141,8 +23184,20 @@ class DVAI:
 
     @property
     def model_id(self) -> str | None:
-        """The id under which this device serves a model; None if it serves none."""
-        return self.serving.model_id if self.serving is not None else None
+        """The id of the model that answers when a request names none; None if no model is served here."""
+        if self.engine is None and self.upstreams is not None:
+            return self.upstreams.pool.find_default()
+        return self.engine.model_id if self.engine is not None else None
+
+    @property
+    def serving(self) -> Serving | None:
+        """What the first model of the config is."""
+        return self.host.servings[0] if self.host.servings else None
+
+    @property
+    def engine(self) -> PooledEngine | None:
+        """The engine of the first model."""
+        return self.host.default
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -21162,11 +23217,10 @@ class DVAI:
     # Its life
 
     async def initialize(self) -> None:
-        """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again."""
+        """Listen, and return when the first model is loaded. Raises BridgeError, with everything closed again."""
         try:
             await self.start()
-            if self.engine is not None:
-                await self.engine.ready()
+            await self.host.wait_loaded()
             if self.upstreams is not None:
                 await self.upstreams.pool.ready()
         except BaseException:
@@ -21174,12 +23228,12 @@ class DVAI:
             raise
 
     async def start(self) -> None:
-        """Listen, begin to load the model, and look for other devices."""
+        """Listen, begin to load the first model, and look for other devices."""
         offload = self.config.offload
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
-        self._local = local = self._build_local()
+        host = self.host
         self._upstream_client = client = HttpClient()
         self.upstreams = upstreams = build_upstreams(self.config, client, self._environ, self._metrics.note_attempt)
         self.devices = devices = Devices(
@@ -21190,7 +23244,7 @@ class DVAI:
             note_attempt=self._metrics.note_attempt,
         )
         service = Service(
-            local=local,
+            local=host.models,
             upstreams=upstreams,
             offload=devices.offloading,
             interceptor=self._interceptor,
@@ -21200,9 +23254,9 @@ class DVAI:
         )
         device_service = DeviceService(
             identity=state.identity,
-            local=local,
+            local=host.models,
             upstreams=upstreams,
-            get_speed=self._get_speed,
+            get_speeds=host.get_speeds,
             desk=devices.desk,
             store=devices.store,
             monitor=devices.monitor,
@@ -21214,25 +23268,24 @@ class DVAI:
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
+        self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
         if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
             bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
-        if self.engine is not None:
-            self.engine.start()
+        host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
         if upstreams is not None:
             upstreams.pool.start()
         await devices.start(self._server)
-        self._tasks = [
-            asyncio.create_task(self._claim_state(), name="running record"),
-            asyncio.create_task(self._measure(), name="measuring"),
-        ]
+        self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
     async def unload(self) -> None:
-        """End the engine and give its memory back; requests that need it are answered with an error from then on."""
-        if self.engine is not None:
-            await self.engine.close()
+        """End the engines and give their memory back; requests that need one are answered with an error from then on.
+
+        `load_model` brings one back.
+        """
+        await self.host.unload()
 
     async def close(self) -> None:
         """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
@@ -21240,20 +23293,13 @@ class DVAI:
             self.devices.desk.close()
         if self._server is not None:
             await self._server.stop()
-        for task in self._tasks[1:]:
-            task.cancel()
-        if self._speed is not None:
-            await asyncio.wait([self._speed])  # soon: it looks at files, and at the machine for a moment
-        if self._meter is not None:
-            await self._meter.close()
         if self.devices is not None:
             await self.devices.close()
         if self.upstreams is not None:
             await self.upstreams.pool.close()
         if self._upstream_client is not None:
             await self._upstream_client.close()
-        if self.engine is not None:
-            await self.engine.close()
+        await self.host.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await asyncio.to_thread(self._audit.close)
@@ -21266,20 +23312,20 @@ class DVAI:
         monitor = self._get_devices().monitor
         return tuple(monitor.peers()) if monitor is not None else ()
 
-    async def probe_capability(self) -> Score | None:
-        """Measure the local model, once it is idle; None with offload off, or without a local model."""
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        local = self._local
-        if speed is None or local is None:
+    async def probe_capability(self, model_id: str | None = None) -> Score | None:
+        """Measure a local model, the first unless it is named, once it is idle.
+
+        None with offload off, or for a model not served here.
+        """
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        if local is None:
             return None
-        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return await probe_local(local, (await self.host.get_speeds())[local.model.model_id])
 
     async def get_capability(self, model_id: str | None = None) -> Score | None:
-        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
-            return None
-        return speed.score
+        """What a local model scores, without measuring; None as for probe_capability."""
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        return None if local is None else (await self.host.get_speeds())[local.model.model_id].score
 
     async def assess_hardware(self) -> HardwareAssessment:
         """How well this hardware runs models, by the thresholds of the offload config."""
@@ -21292,6 +23338,40 @@ class DVAI:
         if monitor is None:
             raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
         return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    # Models, after QVAC
+
+    async def load_model(self, model: str, *, on_progress: Callable[[float], None] | None = None) -> str:
+        """Load a model and offer it, and return its id, when requests may name it.
+
+        `model`: a GGUF file, the id of a model that is offered already or was unloaded, or the name of one on this
+        machine. `on_progress` is called with 0 to 1. Raises UsageError when there is no such model, ModelFileError when
+        it cannot be loaded.
+        """
+        self._get_server()
+        return await self.host.load(model, self._search_models, on_progress)
+
+    async def unload_model(self, model_id: str) -> None:
+        """End a model's engine; what runs on it, and what names it until it is loaded again, ends with an error."""
+        await self.host.unload(model_id)
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> Completion:
+        """Ask a model, wherever the bridge finds it best answered; nothing is sent before the answer is read.
+
+        `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`.
+        Without `stream` the token stream has one item: the whole text.
+        """
+        self._get_server()
+        assert self._handle is not None
+        body = {"messages": list(history), **parameters} | ({} if model_id is None else {"model": model_id})
+        return Completion(self._handle, body, stream=stream)
 
     def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
         """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
@@ -21312,98 +23392,30 @@ class DVAI:
     async def _leave_weak_hardware(self) -> None:
         """Load nothing where nothing would run well, unless the user named the model."""
         offload = self.config.offload
-        if not offload.enabled or self.config.model is not None or self.engine is None:
+        if not offload.enabled or self.config.models or self.config.models_dir is not None:
             return
         assessment = await self.assess_hardware()
         if assessment.mode is HardwareMode.TOO_WEAK:
             bridge_log.warning("loading no model: %s", assessment.reason)
-            self.engine = self.serving = None
-
-    def _build_local(self) -> LocalEngine | None:
-        if self.engine is None or self.serving is None:
-            return None
-        return LocalEngine(
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            engine=self.engine,
-            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
-            watch=RequestWatch(),
-            observe=self._observe,
-        )
+            self.host.drop()
 
     def _build_metrics_service(self, devices: Devices) -> MetricsService:
-        queues = [each.queue for each in (self._local, self.upstreams) if each is not None]
-        upstreams = self.upstreams
+        upstreams, host = self.upstreams, self.host
+        behind = [upstreams.queue] if upstreams else []
         return MetricsService(
             self._metrics if self.config.metrics else None,
-            queues=lambda: queues,
+            queues=lambda: [*(local.queue for local in host.models), *behind],
             peers=lambda: [each.state for each in devices.monitor.candidates()] if devices.monitor else [],
             upstreams=lambda: [each.state for each in upstreams.pool.engines] if upstreams else [],
         )
 
-    def _list_local(self) -> list[LocalModel]:
+    def _list_local(self, *, may_load: bool = True) -> list[LocalModel]:
         """What the decision needs to know of the models that this device serves, the default first."""
-        return [*self._list_loaded(), *self._list_upstream()]
+        behind = [] if self.upstreams is None else self.upstreams.list_local(self.config.offload.min_local_capability)
+        return [*self.host.list_local(may_load=may_load), *behind]
 
-    def _list_loaded(self) -> Iterator[LocalModel]:
-        if self.serving is not None:
-            speed = self._find_speed()
-            yield LocalModel(
-                model_id=self.serving.model_id,
-                score=speed.score.tok_per_s if speed is not None else None,
-                is_demonstration=self.serving.path is None,
-            )
-
-    def _list_upstream(self) -> list[LocalModel]:
-        """The models of the servers behind this bridge. One that was not measured yet counts as good enough, as an
-        unmeasured peer does: the user put it there, and its first answers measure it."""
-        if self.upstreams is None:
-            return []
-        unknown = self.config.offload.min_local_capability
-        pool = self.upstreams.pool
-        models = [
-            LocalModel(model_id=model.model_id, score=engine.scores.get(model.model_id, unknown))
-            for model, engine in pool.list_models()
-        ]
-        default = pool.find_default()
-        return sorted(models, key=lambda each: default is None or not is_same_model(each.model_id, default))
-
-    def _find_speed(self) -> LocalSpeed | None:
-        """What is known of the local model's speed, without waiting."""
-        speed = self._speed
-        return speed.result() if speed is not None and speed.done() and not speed.cancelled() else None
-
-    def _observe(self, usage: Usage) -> None:
-        speed = self._find_speed()
-        if speed is not None:
-            speed.observe(usage)
-
-    async def _get_speed(self) -> LocalSpeed | None:
-        """The local model's speed, found out at first use; None without a local model."""
-        if self._speed is None:
-            self._speed = asyncio.create_task(self._build_speed(), name="speed")
-        return await asyncio.shield(self._speed)
-
-    async def _build_speed(self) -> LocalSpeed | None:
-        serving, devices = self.serving, self._get_devices()
-        if serving is None:
-            return None
-        self._meter = CapabilityMeter(
-            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
-        )
-        await self._meter.start()
-        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
-        key = ScoreKey(model_id=serving.model_id, engine=choose_engine(self.config), quantization=quantization)
-        return LocalSpeed(meter=self._meter, key=key, cost=cost)
-
-    async def _measure(self) -> None:
-        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
-        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
-        speed = await self._get_speed() if local is not None and is_needed else None
-        if local is None or speed is None:
-            return
-        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
-            await local.engine.ready()
-            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+    def _search_models(self) -> list[FoundModel]:
+        return search_models(self._environ, self.directories)
 
     async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
@@ -21413,19 +23425,6 @@ class DVAI:
                 bridge_log.warning("another bridge runs with this state; give this one a --home of its own")
         except StorageError as exc:
             bridge_log.warning("`status` will not find this bridge: %s", exc)
-
-    def _build_load_request(self, serving: Serving) -> LoadRequest:
-        config, template = self.config, self.config.chat_template
-        if template is not None and os.path.isfile(template):
-            template = read_option_file("--chat-template", template)
-        return LoadRequest(
-            engine=choose_engine(config),
-            model=serving.path,
-            n_ctx=config.ctx_size or None,
-            slots=config.parallel,
-            threads=config.threads or count_cores(),
-            chat_template=template,
-        )
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
@@ -21441,6 +23440,33 @@ class DVAI:
             ssl_cert_file=config.ssl_cert_file,
             ssl_key_file=config.ssl_key_file,
         )
+
+
+class BlockingCompletion:
+    """A Completion for programs without an event loop: `for piece in completion.token_stream: …`, then `.stats`."""
+
+    def __init__(self, completion: Completion, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._completion = completion
+        self._wait = wait
+        self.token_stream: Iterator[str] = self._read()
+
+    @property
+    def stats(self) -> CompletionStats:
+        """What it took, once the answer has been written: waits for that."""
+        return cast(CompletionStats, self._wait(self._completion._wait_stats()))
+
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._wait(self._completion.aclose())
+
+    def _read(self) -> Iterator[str]:
+        pieces = self._completion.token_stream
+        while (piece := self._wait(self._next(pieces))) is not None:
+            yield piece
+
+    @staticmethod
+    async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
+        return await anext(pieces, None)
 
 
 class BlockingDVAI:
@@ -21495,6 +23521,26 @@ class BlockingDVAI:
         """See DVAI.initiate_pairing."""
         return self._wait(self._bridge.initiate_pairing(peer))
 
+    def load_model(self, model: str, *, on_progress: Callable[[float], None] | None = None) -> str:
+        """See DVAI.load_model."""
+        return self._wait(self._bridge.load_model(model, on_progress=on_progress))
+
+    def unload_model(self, model_id: str) -> None:
+        """See DVAI.unload_model."""
+        self._wait(self._bridge.unload_model(model_id))
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> BlockingCompletion:
+        """See DVAI.completion."""
+        arguments = {"history": history, "model_id": model_id, "stream": stream, **parameters}
+        return BlockingCompletion(self._call(lambda: self._bridge.completion(**arguments)), self._wait)
+
     def pairing_requests(self) -> Iterator[PairingRequest]:
         """See DVAI.pairing_requests."""
         requests = self._bridge.pairing_requests()
@@ -21544,12 +23590,13 @@ examples:
   python3 dvai_bridge.py                              serve the built-in demonstration model
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
+  python3 dvai_bridge.py serve --models-dir models    offer all of a directory, each loaded when asked for
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
   python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = (*("--rendezvous-url", "--n-gpu-layers", "-ngl", "--models-dir"),)
+PLANNED_OPTIONS = ("--rendezvous-url",)
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -21689,11 +23736,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {
-        name: ",".join(value) if isinstance(value, list) else value
-        for name, value in vars(arguments).items()
-        if name in known
-    }
+    flags = {name: value for name, value in vars(arguments).items() if name in known}
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -21865,7 +23908,7 @@ def bring_hub_model(command: Command) -> Command:
     verify_engine_options(config)
     if config.hf_repo is None:
         return command
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     pulled = fetch_model(command, config.hf_repo)
     return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
@@ -21914,10 +23957,9 @@ async def serve_until_stopped(command: Command) -> int:
         print(f"listening on {bridge.base_url}", flush=True)
         if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
             tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
-        if bridge.engine is not None:
-            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-            tasks.append(loading)
-            await wait_first(loading, stopping)
+        loading = asyncio.create_task(bridge.host.wait_loaded(), name="loading")
+        tasks.append(loading)
+        await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -21991,8 +24033,11 @@ async def introduce(bridge: DVAI, command: Command) -> None:
         if bridge.upstreams is None:
             print("serving no model here: paired devices answer", flush=True)
         return
-    if serving.path is not None:
-        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""), flush=True)
+    if serving.path is not None or len(bridge.host.servings) > 1:
+        for each in bridge.host.servings:
+            print(f"serving {display_name(each.model_id)}" + (f": {each.reason}" if each.reason else ""))
+        choice = choose_engine(bridge.config, serving)
+        print(f"engine: {choice.engine} ({choice.reason})", flush=True)
         return
     print(
         f"serving {serving.model_id}, the built-in demonstration model, which knows this program and nothing else"
@@ -22093,6 +24138,10 @@ def run_status(command: Command) -> int:
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
+    for model in health.get("models", ()) if len(health.get("models", ())) > 1 else ():
+        print(
+            f"    {display_name(model['id'])}: {model['state']}" + (f" ({model['error']})" if "error" in model else "")
+        )
     if "error" in health:
         print(f"the engine failed: {health['error']}")
     for upstream in health.get("upstreams", ()):
@@ -22242,7 +24291,8 @@ def run_pair(command: Command) -> int:
         return show_pairings(command, listed["pairings"], listed["pending"])
     if action == "request":
         raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
-    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    fitting = listed["pairings"] if action == "revoke" else listed["pending"]
+    chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
@@ -22250,7 +24300,8 @@ def run_pair(command: Command) -> int:
     if command.json:
         show_json(answer)
     else:
-        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+        name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
 
 
@@ -22262,8 +24313,10 @@ def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: 
     if len(fitting) == 1:
         return str(fitting[0]["id"])
     if not listed:
-        raise BridgeError(f"pair {action}: there is nothing to {action}")
-    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+        nothing = "nothing is paired" if action == "revoke" else "no device waits for an answer"
+        raise BridgeError(f"pair {action}: {nothing}")
+    names = ", ".join(f"{each['id']} ({display_name(str(each['deviceName']))})" for each in listed)
+    raise UsageError(f"pair {action} ID: one of {names}")
 
 
 def pair_without_bridge(command: Command) -> int:
@@ -22479,13 +24532,7 @@ def run_bench(command: Command) -> int:
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories))
-    load = LoadRequest(
-        engine=choose_engine(config),
-        model=serving.path,
-        n_ctx=config.ctx_size or None,
-        slots=1,
-        threads=config.threads or count_cores(),
-    )
+    load = replace(build_load_request(config, serving), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
     if command.json:
@@ -22629,9 +24676,10 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
     if entry.get("caller") == "peer":
         who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
     asked, served = text("modelAsked"), text("modelServed")
-    model = asked if asked == served else f"{asked} -> {served}"
-    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
-    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    model = asked if served in (asked, "-") else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") not in (None, entry.get("route")) else "")
+    has_tokens = entry.get("promptTokens") is not None or entry.get("completionTokens") is not None
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens" if has_tokens else "no tokens"
     end = f"{text('outcome')} {text('status')}"
     return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
 

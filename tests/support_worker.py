@@ -17,8 +17,11 @@ PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "
 KINDS = [2, 3, 3, *[6] * 256, 1, 1]
 
 
-def build_byte_model(**plan) -> bytes:
-    """A GGUF file of random weights whose tokens are the 256 bytes and the space: it writes whatever bytes."""
+def build_byte_model(metadata=None, **plan) -> bytes:
+    """A GGUF file of random weights whose tokens are the 256 bytes and the space: it writes whatever bytes.
+
+    `metadata`: further keys of its header, or other values.
+    """
     tokenizer = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": PIECES,
@@ -28,7 +31,7 @@ def build_byte_model(**plan) -> bytes:
         "tokenizer.ggml.eos_token_id": END_ID,
         "tokenizer.ggml.add_space_prefix": False,
     }
-    return random_model(ModelPlan(n_vocab=len(PIECES), n_ctx=N_CTX, **plan).with_extra(**tokenizer))
+    return random_model(ModelPlan(n_vocab=len(PIECES), n_ctx=N_CTX, **plan).with_extra(**tokenizer | (metadata or {})))
 
 
 WORKER = "import sys, dvai_bridge; sys.exit(dvai_bridge.run_worker_process(lambda: b''))"

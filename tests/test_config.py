@@ -135,3 +135,17 @@ def test_a_switch_that_is_on_can_be_turned_off():
 def test_the_table_lists_each_option_of_its_group():
     table = build_options_table(Config, "server")
     assert "| `--port` `PORT` | `DVAI_PORT`, `LLAMA_ARG_PORT` |" in table and "--model" not in table
+
+
+def test_a_model_may_be_one_or_several():
+    assert build_config().models == () and build_config(flags={"model": "a,b.gguf"}).models == ("a,b.gguf",)
+    assert build_config(flags={"model": ["a", "b"]}).models == ("a", "b")
+    assert build_config(environ={"DVAI_MODEL": "a\nb"}).models == ("a", "b")
+    assert build_config(file={"model": ["a", "b"]}).model == ("a", "b")
+
+
+def test_never_sleeping_is_written_as_llama_server_does():
+    assert build_config(environ={"LLAMA_ARG_SLEEP_IDLE_SECONDS": "-1"}).sleep_idle_seconds == 0
+    assert build_config(flags={"sleep_idle_seconds": "90"}).sleep_idle_seconds == 90
+    with pytest.raises(UsageError):
+        build_config(flags={"sleep_idle_seconds": "-2"})

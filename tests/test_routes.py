@@ -14,13 +14,26 @@ from dvai_bridge import (
     AnswerHead,
     ChatForm,
     EngineError,
+    EngineState,
     EventStreamBody,
     Finished,
+    LocalEngine,
+    LocalModels,
+    ModelNotFoundError,
+    ModelState,
+    NoCapableDeviceError,
+    NoLocalBackendError,
     OverloadedError,
+    Pairing,
     PrefillProgress,
+    RequestWatch,
+    ServedModel,
+    SignatureError,
     TextDelta,
     TextForm,
     Usage,
+    limit_generations,
+    name_outcome,
     parse_chat_request,
     parse_completion_request,
 )
@@ -55,6 +68,29 @@ def read_events(data):
 def encode_all(form, events):
     encoder = AnswerEncoder(form)
     return read_events(b"".join(encoder.encode(*event) for event in events) + encoder.finish())
+
+
+# What the audit calls an end
+
+
+def test_ends_are_named_by_words():
+    """The refusal's code is its status, as existing software has it."""
+    assert name_outcome(NoCapableDeviceError("nobody")) == "no_capable_device"
+    assert name_outcome(OverloadedError("full")) == "queue_full"
+    assert name_outcome(SignatureError()) == "invalid_signature"
+    assert (name_outcome(ValueError()), name_outcome(asyncio.CancelledError())) == ("internal_error", "cancelled")
+
+
+# What a paired device may ask for
+
+
+@pytest.mark.parametrize(("asked", "granted"), [(5, 5), (8192, 8192), (8193, 8192), (10**9, 8192), (None, 8192)])
+def test_a_paired_device_gets_answers_of_bounded_length(asked, granted):
+    more = {} if asked is None else {"max_tokens": asked}
+    generations = chat_form(n=2, **more).parsed.generations
+    pairing = Pairing(device_id="d", app_id="a", device_name="n", paired_at_ms=0, last_used_at_ms=0)
+    assert [each.max_tokens for each in limit_generations(generations, pairing)] == [granted] * 2
+    assert limit_generations(generations, None) is generations
 
 
 # The queue
@@ -258,3 +294,91 @@ def test_a_long_prompt_shows_signs_of_life_glued_to_the_next_event(monkeypatch):
     pings = chunks.count(PING)
     assert pings >= 2 and chunks[:pings] == [PING] * pings and PING == b": ping\n"
     assert chunks[pings].startswith(b"data: ")
+
+
+# The models here
+
+
+class StubProcess:
+    def __init__(self, state):
+        self.state = state
+
+
+class StubEngine:
+    """What health looks at."""
+
+    def __init__(self, state, process_state=None, last_used_s=0.0):
+        self.state = state
+        self.process = StubProcess(process_state) if process_state else None
+        self.is_occupying = state in (ModelState.LOADING, ModelState.LOADED, ModelState.ENDING)
+        self.last_used_s = last_used_s
+
+
+def local_models(**engines):
+    models = LocalModels()
+    for name, engine in engines.items():
+        model = ServedModel(model_id=name, created=0, owned_by="test")
+        models.add(LocalEngine(model=model, engine=engine, queue=AdmissionQueue(2, 9), watch=RequestWatch()))
+    return models
+
+
+UNLOADED, SLEEPING = StubEngine(ModelState.UNLOADED), StubEngine(ModelState.SLEEPING)
+LOADING = StubEngine(ModelState.LOADING, EngineState.LOADING)
+RESTARTING = StubEngine(ModelState.LOADING, EngineState.RESTARTING)
+LOADED = StubEngine(ModelState.LOADED, EngineState.READY)
+ENDING = StubEngine(ModelState.ENDING, EngineState.STOPPED)
+FAILED = StubEngine(ModelState.FAILED, EngineState.FAILED)
+STOPPED = StubEngine(ModelState.STOPPED)
+
+
+@pytest.mark.parametrize(
+    ("engines", "word"),
+    [
+        ([], "ok"),
+        ([LOADED], "ok"),
+        ([LOADING], "loading"),
+        ([RESTARTING], "degraded"),
+        ([FAILED], "degraded"),
+        ([STOPPED], "loading"),
+        ([SLEEPING], "ok"),
+        ([UNLOADED], "ok"),
+        ([LOADED, LOADING, FAILED], "ok"),
+        ([UNLOADED, LOADING], "loading"),
+        ([UNLOADED, FAILED], "ok"),
+        ([ENDING, UNLOADED], "ok"),
+        ([FAILED, STOPPED], "degraded"),
+    ],
+)
+def test_health_in_one_word(engines, word):
+    assert local_models(**{f"m{index}": engine for index, engine in enumerate(engines)}).build_status() == word
+
+
+def test_a_model_is_found_by_its_name_or_is_the_first():
+    models = local_models(One=LOADED, two=UNLOADED)
+    assert models.find(None) is models.find("ONE") and models.find("two").model.model_id == "two"
+    with pytest.raises(ModelNotFoundError, match=r"'x' here, only 'One', 'two'; "):
+        models.find("x")
+    with pytest.raises(ModelNotFoundError, match="'m4', …;"):
+        local_models(**{f"m{index}": UNLOADED for index in range(6)}).find("x")
+    with pytest.raises(NoLocalBackendError):
+        local_models().find(None)
+
+
+def test_the_current_model_is_the_first_or_the_one_in_memory():
+    late, early = (StubEngine(ModelState.LOADED, EngineState.READY, last_used_s=time_s) for time_s in (2, 1))
+
+    def current(**engines):
+        return local_models(**engines).current.model.model_id
+
+    assert current(a=LOADING, b=late) == "a" and current(a=SLEEPING, b=early, c=late) == "c"
+    assert current(a=UNLOADED, b=SLEEPING) == "a" and local_models().current is None
+
+
+def test_others_are_shown_what_they_may_use():
+    models = local_models(a=UNLOADED, b=LOADED, c=SLEEPING, d=STOPPED, e=LOADING)
+
+    def offered(may_load):
+        return "".join(each.model.model_id for each in models.list_offered(may_load=may_load))
+
+    assert offered(True) == "abce" and offered(False) == "bce"
+    assert models.build_queue() == {"running": 0, "waiting": 0, "slots": 4}

@@ -95,19 +95,19 @@ def test_products_are_recognised(headers, owner, product):
 
 
 @pytest.mark.parametrize(
-    ("local", "upstreams", "word"),
+    ("upstreams", "word"),
     [
-        (None, [], "ok"),
-        (None, [UpstreamState.UP], "ok"),
-        (None, [UpstreamState.DOWN, UpstreamState.UP], "ok"),
-        (None, [UpstreamState.DOWN], "degraded"),
-        (None, [UpstreamState.REFUSED], "degraded"),
-        (None, [UpstreamState.UNKNOWN], "loading"),
-        (None, [UpstreamState.LOADING, UpstreamState.DOWN], "loading"),
+        ([], "ok"),
+        ([UpstreamState.UP], "ok"),
+        ([UpstreamState.DOWN, UpstreamState.UP], "ok"),
+        ([UpstreamState.DOWN], "degraded"),
+        ([UpstreamState.REFUSED], "degraded"),
+        ([UpstreamState.UNKNOWN], "loading"),
+        ([UpstreamState.LOADING, UpstreamState.DOWN], "loading"),
     ],
 )
-def test_health_is_what_is_left(local, upstreams, word):
-    assert choose_health_word(local, upstreams) == word
+def test_health_is_what_is_left(upstreams, word):
+    assert choose_health_word(upstreams) == word
 
 
 def test_which_servers_are_near():
