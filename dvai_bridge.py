@@ -13,10 +13,10 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
-    decisions     models, memory, capability, audit, routing
+    decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, peers, offload: who is there, and who answers
+    peers         discovery, peers, offload, upstream engine: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -715,6 +715,20 @@ def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def is_engine_url(engine: str | None) -> TypeGuard[str]:
+    """Whether `--engine` names a server, rather than an engine of ours."""
+    return engine is not None and "://" in engine
+
+
+def parse_engine(text: str) -> str:
+    """`auto`, `builtin`, `llama`, or the base URL of a server."""
+    if text in ("auto", "builtin", "llama"):
+        return text
+    if not is_engine_url(text) or "," in text:
+        raise ValueError("it must be auto, builtin, llama, or a URL such as http://127.0.0.1:11434/v1")
+    return parse_urls("http", "https")(text)[0]
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -962,14 +976,23 @@ class Config:
         metavar="NAME",
         fallbacks=("LLAMA_ARG_ALIAS",),
     )
-    engine: str = option(
+    engine: str | None = option(
         "--engine",
-        "auto",
-        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; `auto` "
-        "takes llama.cpp where it is installed and can serve the model",
+        None,
+        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; a URL is "
+        "the OpenAI-compatible server there, and no model is loaded here; `auto` is what suits the model, and the "
+        "servers that run on this machine answer for their models, too. Default: what suits the model",
         "model",
-        parse=parse_choice("auto", "builtin", "llama"),
-        metavar="auto|builtin|llama",
+        parse=parse_engine,
+        metavar="auto|builtin|llama|URL",
+    )
+    upstream_api_key: str | None = option(
+        "--upstream-api-key",
+        None,
+        "key that the server of `--engine URL` wants; environment only. No other server is ever sent it",
+        "model",
+        metavar="KEY",
+        secret=True,
     )
     ctx_size: int = option(
         "-c/--ctx-size",
@@ -1086,6 +1109,15 @@ class Config:
         parse=parse_integer(1, 86400),
         metavar="SECONDS",
         fallbacks=("LLAMA_ARG_TIMEOUT",),
+    )
+    metrics: bool = option(
+        "--metrics",
+        False,
+        "answer `GET /metrics` for Prometheus: requests, queue, tokens, speeds, offloads, peers",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_ENDPOINT_METRICS",),
     )
     ssl_cert_file: str | None = option(
         "--ssl-cert-file",
@@ -1281,9 +1313,11 @@ def _find_setting(
 
 def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
     if opt.secret and place == opt.flags[-1]:
+        has_file = any(f"{place}-file" in other.flags for other in get_options(Config).values())
         raise UsageError(
-            f"{place} would show the key to everyone on this machine: "
-            f"put it in a file ({place}-file) or in the environment ({opt.environment})"
+            f"{place} would show the key to everyone on this machine: put it "
+            + (f"in a file ({place}-file) or " if has_file else "")
+            + f"in the environment ({opt.environment})"
         )
     if isinstance(raw, bool):
         raw = str(raw).lower()
@@ -7883,6 +7917,228 @@ def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) 
             newest_first.appendleft(found)
             left -= len(found)
     return [entry for found in newest_first for entry in found]
+
+
+# ---- Metrics --------------------------------------------------------------------------
+# What a bridge counts of itself, and Prometheus' text format for it. Pure.
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRIC_SERIES_LIMIT = 256  # of one metric: whoever finds a label to fill with words of their own fills no memory
+FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+SPEED_BOUNDS_TOK_PER_S = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+
+_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_LABEL_NAME = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+Labels = tuple[tuple[str, str], ...]  # (name, value) in the order to write them
+
+
+class MetricType(enum.Enum):
+    """The word of a `# TYPE` line."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricSample:
+    """One line. `suffix`: what stands behind the family's name: `_bucket`, `_sum` or `_count` of a histogram."""
+
+    value: float
+    labels: Labels = ()
+    suffix: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricFamily:
+    """A metric with all its series. The samples of one series of a histogram stand together, its buckets ascending."""
+
+    name: str
+    type: MetricType
+    help: str
+    samples: tuple[MetricSample, ...]
+
+
+def format_metric_value(value: float) -> str:
+    """A number as Go's ParseFloat reads it."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+
+
+def encode_metrics(families: Iterable[MetricFamily]) -> bytes:
+    """The text format 0.0.4. ValueError for a name that the format does not have; values of labels are escaped.
+
+    # HELP dvai_requests_total Requests that have ended.
+    # TYPE dvai_requests_total counter
+    dvai_requests_total{route="local",status="200"} 3
+    """
+    lines: list[str] = []
+    for family in families:
+        if not _METRIC_NAME.fullmatch(family.name):
+            raise ValueError(f"{family.name!r} is no name of a metric")
+        help_text = family.help.replace("\\", r"\\").replace("\n", r"\n")
+        lines += [f"# HELP {family.name} {help_text}", f"# TYPE {family.name} {family.type.value}"]
+        lines += [
+            f"{family.name}{sample.suffix}{_encode_labels(sample.labels)} {format_metric_value(sample.value)}"
+            for sample in family.samples
+        ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _encode_labels(labels: Labels) -> str:
+    for name, _ in labels:
+        if not _LABEL_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a label")
+    pairs = ((name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels)
+    inside = ",".join(f'{name}="{value}"' for name, value in pairs)
+    return f"{{{inside}}}" if inside else ""
+
+
+def build_gauge(name: str, help: str, values: Iterable[tuple[Labels, float]]) -> MetricFamily:
+    """What is measured at the moment it is asked for: the labels and value of each series."""
+    samples = tuple(MetricSample(labels=labels, value=value) for labels, value in values)
+    return MetricFamily(name=name, type=MetricType.GAUGE, help=help, samples=samples)
+
+
+class SeriesTable:
+    """The series of one metric by the values of its labels; beyond METRIC_SERIES_LIMIT all are "other"."""
+
+    def __init__(self, label_names: Sequence[str]) -> None:
+        self._label_names = tuple(label_names)
+        self._series: dict[tuple[str, ...], list[float]] = {}
+
+    def get(self, values: Sequence[str], width: int) -> list[float]:
+        """The numbers of a series, `width` of them, 0 at first."""
+        key = tuple(values)
+        if len(key) != len(self._label_names):
+            raise ValueError(f"this metric has the labels {', '.join(self._label_names)}")
+        if key not in self._series and len(self._series) >= METRIC_SERIES_LIMIT:
+            key = ("other",) * len(key)
+        return self._series.setdefault(key, [0.0] * width)
+
+    def items(self) -> Iterator[tuple[Labels, list[float]]]:
+        """(labels, numbers) of each series."""
+        for key, numbers in self._series.items():
+            yield tuple(zip(self._label_names, key, strict=True)), numbers
+
+
+class CounterVector:
+    """A number that only grows, for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str] = ()) -> None:
+        self._name = name
+        self._help = help
+        self._series = SeriesTable(label_names)
+
+    def add(self, *values: str, amount: float = 1) -> None:
+        """Count `amount` more."""
+        self._series.get(values, 1)[0] += amount
+
+    def build_family(self) -> MetricFamily:
+        """As it stands."""
+        samples = tuple(MetricSample(labels=labels, value=numbers[0]) for labels, numbers in self._series.items())
+        return MetricFamily(name=self._name, type=MetricType.COUNTER, help=self._help, samples=samples)
+
+
+class HistogramVector:
+    """How often a measured value was at most each of `bounds` (ascending), for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str], bounds: Sequence[float]) -> None:
+        self._name = name
+        self._help = help
+        self._bounds = tuple(bounds)
+        self._series = SeriesTable(label_names)
+
+    def observe(self, *values: str, value: float) -> None:
+        """Take in one measurement. A series has the count of each bucket, of what is above all bounds, and the sum."""
+        numbers = self._series.get(values, len(self._bounds) + 2)
+        numbers[bisect.bisect_left(self._bounds, value)] += 1
+        numbers[-1] += value
+
+    def build_family(self) -> MetricFamily:
+        """As it stands; buckets are cumulative."""
+        samples: list[MetricSample] = []
+        for labels, (*counts, total) in self._series.items():
+            bounds = [*map(format_metric_value, self._bounds), "+Inf"]
+            for bound, count in zip(bounds, itertools.accumulate(counts), strict=True):
+                samples.append(MetricSample(suffix="_bucket", labels=(*labels, ("le", bound)), value=count))
+            samples.append(MetricSample(suffix="_sum", labels=labels, value=total))
+            samples.append(MetricSample(suffix="_count", labels=labels, value=sum(counts)))
+        return MetricFamily(name=self._name, type=MetricType.HISTOGRAM, help=self._help, samples=tuple(samples))
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RequestSample:
+    """What the metrics take from a request that has ended. None: it did not come to that, or nobody knows.
+
+    `path`: one of our routes; `route`: local, lan, relay or upstream. `outcome`: as in the audit.
+    """
+
+    path: str
+    status: int
+    outcome: str
+    route: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token_s: float | None = None
+    decode_tok_per_s: float | None = None
+
+
+class BridgeMetrics:
+    """All that a bridge counts. No label has a client's words: a model's name is none."""
+
+    def __init__(self) -> None:
+        self._requests = CounterVector(
+            "dvai_requests_total", "Inference requests that have ended.", ("path", "route", "status", "outcome")
+        )
+        self._prompt_tokens = CounterVector("dvai_prompt_tokens_total", "Tokens of prompts.", ("route",))
+        self._completion_tokens = CounterVector("dvai_completion_tokens_total", "Tokens written.", ("route",))
+        self._first_token = HistogramVector(
+            "dvai_time_to_first_token_seconds",
+            "From the request to the first content, waiting and loading included.",
+            ("route",),
+            FIRST_TOKEN_BOUNDS_S,
+        )
+        self._speed = HistogramVector(
+            "dvai_decode_tokens_per_second", "Tokens per second of one answer.", ("route",), SPEED_BOUNDS_TOK_PER_S
+        )
+        self._offloads = CounterVector(
+            "dvai_offloads_total", "Servers asked to answer a request, each time.", ("route", "outcome")
+        )
+
+    def record(self, sample: RequestSample) -> None:
+        """A request has ended."""
+        route = sample.route or "none"
+        self._requests.add(sample.path, route, str(sample.status), sample.outcome)
+        if sample.prompt_tokens is not None:
+            self._prompt_tokens.add(route, amount=sample.prompt_tokens)
+        if sample.completion_tokens is not None:
+            self._completion_tokens.add(route, amount=sample.completion_tokens)
+        if sample.first_token_s is not None:
+            self._first_token.observe(route, value=sample.first_token_s)
+        if sample.decode_tok_per_s is not None:
+            self._speed.observe(route, value=sample.decode_tok_per_s)
+
+    def note_attempt(self, route: str, outcome: str) -> None:
+        """A peer or an upstream engine was asked, and this came of it."""
+        self._offloads.add(route, outcome)
+
+    def build_families(self) -> list[MetricFamily]:
+        """As it stands."""
+        vectors = (
+            self._requests,
+            self._prompt_tokens,
+            self._completion_tokens,
+            self._first_token,
+            self._speed,
+            self._offloads,
+        )
+        return [vector.build_family() for vector in vectors]
 
 
 # ---- Routing --------------------------------------------------------------------------
@@ -14537,7 +14793,7 @@ async def find_engines(environ: Mapping[str, str], ports: Sequence[int] = ENGINE
 
 
 def describe_engine(engine: FoundEngine) -> str:
-    """One line: what runs where, and that clients can use it there today."""
+    """One line: what runs where."""
     count = len(engine.models)
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
@@ -18635,6 +18891,7 @@ PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
 
 class ForwardForm(enum.Enum):
@@ -18653,7 +18910,8 @@ class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
     `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
-    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned.
+    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned. `is_own_engine`: a server that
+    the user put behind this bridge; it is asked in the client's form, and what it refuses is the client's answer.
     """
 
     device_id: str
@@ -18665,6 +18923,7 @@ class ForwardTarget:
     substituted_for: str | None = None
     prefill_tok_per_s: float | None = None
     sign: SignRequest | None = field(default=None, repr=False)
+    is_own_engine: bool = False
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -18713,12 +18972,16 @@ class AttemptOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none."""
+    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none.
+
+    `said`: the error in the peer's own words, where it gave some.
+    """
 
     target: ForwardTarget
     outcome: AttemptOutcome
     reason: str
     retry_after_s: int = 0
+    said: str = ""
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -18749,7 +19012,10 @@ class ForwardOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardReport:
-    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second."""
+    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second.
+
+    `first_content_s` and the rates are None where nobody can say, as with an answer that came whole.
+    """
 
     target: ForwardTarget
     outcome: ForwardOutcome
@@ -18762,22 +19028,28 @@ class ForwardReport:
 
 
 class AttemptError(UpstreamError):
-    """A peer gave no answer, so the next one is asked; never shown to a client."""
+    """A peer gave no answer, so the next one is asked; never shown to a client. `said`: its own words."""
 
-    def __init__(self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, **details: Any) -> None:
+    def __init__(
+        self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, *, said: str = "", **details: Any
+    ) -> None:
         super().__init__(message, **details)
         self.outcome = outcome
+        self.said = said
 
 
 # What is sent
 
 
-def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
-    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
+def build_forward_body(request: ForwardRequest, model_id: str, *, keeps_form: bool = False) -> dict[str, Any]:
+    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one.
+
+    `keeps_form`: a stream only if the client wants one.
+    """
     body = {**request.body, "model": model_id}
     if not model_id:
         del body["model"]
-    if request.form is not ForwardForm.EMBEDDINGS:
+    if request.form is not ForwardForm.EMBEDDINGS and (request.is_stream or not keeps_form):
         options = request.body.get("stream_options")
         body["stream"] = True
         body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
@@ -18790,14 +19062,17 @@ def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill
     return min(budgets.first_content_s + prefill_s, budgets.first_content_limit_s)
 
 
-def build_forward_headers(request: ForwardRequest) -> list[tuple[str, str]]:
-    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
-    accept = "text/event-stream" if request.form is not ForwardForm.EMBEDDINGS else "application/json"
+def build_forward_headers(request: ForwardRequest, *, is_own_engine: bool = False) -> list[tuple[str, str]]:
+    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id.
+
+    Not even that to an engine: some (llama_cpp.server) refuse every id that is no UUID.
+    """
+    is_whole = request.form is ForwardForm.EMBEDDINGS or (is_own_engine and not request.is_stream)
     return [
         ("Content-Type", "application/json"),
-        ("Accept", accept),
-        ("X-Request-Id", request.request_id),
-        ("X-DVAI-Forwarded", "1"),
+        ("Accept", "application/json" if is_whole else "text/event-stream"),
+        ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE if is_own_engine else "1"),
+        *([] if is_own_engine else [("X-Request-Id", request.request_id)]),
     ]
 
 
@@ -18853,6 +19128,21 @@ def parse_peer_usage(value: Any) -> dict[str, Any] | None:
     }
 
 
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+def find_error_message(value: Any) -> str:
+    """What a server said is wrong, "" if nothing: `error` an object or a text; FastAPI's `detail`; or `message`."""
+    if isinstance(value, list):  # FastAPI's complaints, each with its place
+        return "; ".join(filter(None, map(find_error_message, value)))
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    found = next((value[name] for name in ("error", "detail", "message", "msg") if value.get(name)), "")
+    steps = value.get("loc")
+    place = [each for each in steps if isinstance(each, str) and each != "body"] if isinstance(steps, list) else []
+    return ": ".join(filter(None, (".".join(place), find_error_message(found))))
+
+
 def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     """The body of a peer's error answer as clients expect it, whatever form the peer gave it."""
     try:
@@ -18860,11 +19150,23 @@ def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     except JsonError:
         value = None
     error = value.get("error", value) if isinstance(value, dict) else None
-    if isinstance(error, str):
-        error = {"message": error}
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        error = {"message": f"the peer refused the request (HTTP {status})"}
-    return {"error": {"type": "invalid_request_error", "param": None, "code": None, **error}}
+    members = dict(error) if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
+    members = {name: member for name, member in members.items() if name != "object"}
+    members["message"] = find_error_message(value) or f"the peer refused the request (HTTP {status})"
+    type_ = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if not isinstance(members.get("type"), str) or not members["type"]:
+        members["type"] = type_
+    return {"error": {"param": None, "code": None, **members}}
+
+
+_VALIDATION_ERROR = re.compile(r"[0-9]+ validation errors?:")  # pydantic's words
+
+
+def correct_engine_error(status: int, error: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and body of an engine's refusal; llama_cpp.server calls the client's mistakes its own (500)."""
+    if status == 500 and _VALIDATION_ERROR.match(error["error"]["message"]):
+        return 400, {"error": error["error"] | {"type": "invalid_request_error"}}
+    return status, error
 
 
 class ChoiceState:
@@ -18941,8 +19243,9 @@ class ChunkNormalizer:
         """
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
-        if value.get("error"):
-            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR)
+        if value.get("error") or value.get("object") == "error":
+            said = find_error_message(value)
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR, said=said)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
@@ -19066,7 +19369,7 @@ class AnswerAssembler:
                 "index": index,
                 **self._build_content(index),
                 "finish_reason": finish_reason,
-                "logprobs": {"refusal": None, **self._logprobs[index]} if index in self._logprobs else None,
+                "logprobs": self._build_logprobs(index),
             }
             for index, finish_reason in sorted(self._finish_reasons.items())
         ]
@@ -19081,6 +19384,11 @@ class AnswerAssembler:
                 )
             else:
                 calls[fragment["index"]]["function"]["arguments"] += fragment["function"]["arguments"]
+
+    def _build_logprobs(self, index: int) -> dict[str, Any] | None:
+        if index not in self._logprobs:
+            return None
+        return {**({"refusal": None} if self._is_chat else {}), **self._logprobs[index]}
 
     def _build_content(self, index: int) -> dict[str, Any]:
         texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
@@ -19217,6 +19525,10 @@ class PeerStream:
         except JsonError as exc:
             raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
 
+    def feed_end(self) -> bytes:
+        """The same for the end of a stream that has no [DONE]. UpstreamError in the middle of an answer."""
+        return self._finish()
+
     def _split(self, data: bytes) -> list[bytes]:
         """The data of each event; quickly where whole events of one line come, as they usually do."""
         if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
@@ -19293,8 +19605,13 @@ def parse_peer_vector(item: Any) -> Sequence[float]:
 # Asking
 
 
-def judge_status(status: int) -> AttemptOutcome:
-    """What a status other than 200 means for the next step."""
+def judge_status(status: int, *, is_own_engine: bool = False) -> AttemptOutcome:
+    """What a status other than 200 means for the next step.
+
+    What an engine of the user's own says is final, but for a 401: the client's key is not what it asks for.
+    """
+    if is_own_engine and status >= 400:
+        return AttemptOutcome.UNAUTHORIZED if status == 401 else AttemptOutcome.REFUSED
     named = {
         401: AttemptOutcome.UNAUTHORIZED,
         404: AttemptOutcome.NO_MODEL,
@@ -19346,6 +19663,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
         self._on_end = on_end
         self._has_ended = False
@@ -19360,8 +19678,10 @@ class PeerExchange:
         self._response = response = await self._exchange.receive()
         response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
-            outcome = judge_status(response.status)
-            if outcome is AttemptOutcome.UNAUTHORIZED and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+            is_own = self.target.is_own_engine
+            outcome = judge_status(response.status, is_own_engine=is_own)
+            is_refused = outcome is AttemptOutcome.UNAUTHORIZED and not is_own
+            if is_refused and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
                 raise AttemptError("the clocks of the two devices differ too much", AttemptOutcome.BROKEN)
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
@@ -19372,6 +19692,7 @@ class PeerExchange:
         """What the client gets first: content, or for a long prefill a sign of life (then `has_content` is False)."""
         media_type = self._response.headers.get("content-type").partition(";")[0].strip().lower()
         if media_type == "application/json":
+            self._came_whole = True
             first = self.stream.feed_whole(await self._response.read(FORWARD_ANSWER_LIMIT_BYTES))
             self._note_content()
             self.end(ForwardOutcome.COMPLETED)
@@ -19385,7 +19706,7 @@ class PeerExchange:
         while True:
             data = await self._response.read_piece()
             if not data:
-                raise UpstreamLostError("the peer ended its stream too early")
+                return self._read_end()
             piece = self.stream.feed(data)
             if self.stream.has_content:
                 if self._content_at is None:
@@ -19400,8 +19721,17 @@ class PeerExchange:
                 self._written_at = self._loop.time()
                 return PING
 
+    def _read_end(self) -> bytes:
+        """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
+        if not self.target.is_own_engine or not self.stream.has_content:
+            raise UpstreamLostError("the peer ended its stream too early")
+        piece = self.stream.feed_end()
+        self.end(ForwardOutcome.COMPLETED)
+        return piece
+
     async def read_embeddings(self) -> bytes:
         """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
+        self._came_whole = True
         parsed = parse_embeddings_request(self._request.body)
         data = await self._response.read(FORWARD_ANSWER_LIMIT_BYTES)
         arguments = (data, self.target.model_id, len(parsed.embedding.inputs), parsed.encoding_format)
@@ -19431,7 +19761,7 @@ class PeerExchange:
         self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
-        now, content_at = self._loop.time(), self._content_at
+        now, content_at = self._loop.time(), None if self._came_whole else self._content_at
         usage = self.normalizer.usage or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         first_content_s = None if content_at is None else content_at - self._started_at
@@ -19494,7 +19824,9 @@ class ForwardedStream:
 def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError:
     """The client's error for a peer that failed after the commit point."""
     name = display_name(target.device_name or target.device_id)
-    return PeerError(f"{name} began to answer and failed: {error.message}; what came before is incomplete")
+    said = display_name(error.said) if isinstance(error, AttemptError) and target.is_own_engine else ""
+    reason = error.message + (f" ({said})" if said else "")
+    return PeerError(f"{name} began to answer and failed: {reason}; what came before is incomplete")
 
 
 class Forwarder:
@@ -19532,7 +19864,9 @@ class Forwarder:
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
-                self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
+                said = exc.said if isinstance(exc, AttemptError) else ""
+                attempt = Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s, said=said)
+                self._note(attempts, attempt)
                 continue
             except BaseException:
                 if exchange is not None:
@@ -19544,9 +19878,11 @@ class Forwarder:
     async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
         """Sends the request; what its answer needs is made while it is on its way."""
         budgets, started_at = self._budgets, asyncio.get_running_loop().time()
-        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        is_own = target.is_own_engine
+        encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
+        body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
         url = self._parse_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request)
+        headers = build_forward_headers(request, is_own_engine=is_own)
         if target.sign is not None:
             headers += target.sign("POST", url.target, body)
         budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
@@ -19614,14 +19950,515 @@ class Forwarder:
         reason = f"it answered {response.status}"
         self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
         exchange.end(ForwardOutcome.REFUSED)
+        status, error = response.status, build_peer_error(response.status, data)
+        if exchange.target.is_own_engine:
+            status, error = correct_engine_error(status, error)
         retry_after_s = parse_retry_after(response.headers)
-        should_retry = response.headers.get("x-should-retry", "false")
+        should_retry = response.headers.get("x-should-retry")
         headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
         if retry_after_s:
             headers.append(("Retry-After", str(min(retry_after_s, 60))))
-        headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
-        body = encode_json(build_peer_error(response.status, data))
-        return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+        if should_retry or (status < 500 and status not in (408, 429)):
+            headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
+        return ForwardAnswer(status=status, headers=tuple(headers), body=encode_json(error))
+
+
+# ---- Upstream engine ------------------------------------------------------------------
+# An OpenAI-compatible server that the user runs, as an engine of this bridge: watched, listed, asked.
+#
+# A server is in the state that its last answer says, whatever it was in before:
+#
+#     nothing asked yet → UNKNOWN     a list of models, or a 404 for it → UP     503 → LOADING
+#     401, 403 → REFUSED              no connection, no answer, any other answer → DOWN
+#
+# But for one that is UP and takes connections while its list is late: it is busy, and stays UP for a while.
+#
+# While it is UP, a connection that is made and closed again says every second that it is still there: that costs it
+# nothing and leaves no line in its log. Its models are asked for now and then, whenever it returns, and when a request
+# names a model that nobody knows. A request never waits for any of this: it is sent, and what comes of it is news, too.
+
+UPSTREAM_ANSWER_LIMIT_BYTES = MIB  # a list of models that never ends
+UPSTREAM_MODELS_LIMIT = 512  # models that a server may claim to have
+UPSTREAM_ANSWER_S = 5.0  # for the list of models
+UPSTREAM_SILENCE_S = 300.0  # within an answer: engines that send a tool call only when it is whole are silent so long
+UPSTREAM_BACK_OFF_FACTOR = 1.5
+UPSTREAM_SLOW_LISTS_LIMIT = 3  # lists in a row that do not come in time: so long an engine may just be busy
+UPSTREAM_REFRESH_S = 1.0  # requests that name unknown models, one after the other
+UPSTREAM_SCAN_S = 10.0  # between two looks for servers that were started meanwhile
+UPSTREAMS_LIMIT = 16  # servers watched at once
+
+upstream_log = logging.getLogger("dvai_bridge.upstream")
+
+
+class UpstreamState(enum.Enum):
+    """How a server stands; the value is what health shows."""
+
+    UNKNOWN = "connecting"
+    LOADING = "loading"
+    UP = "up"
+    REFUSED = "refused"
+    DOWN = "down"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamModel:
+    """A model of a server, under the server's own id. `created`: unix seconds, 0 where it gave none."""
+
+    model_id: str
+    created: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamWord:
+    """What a server's answer says of it. `models` None: nothing new; `product` None: no mark that we know."""
+
+    state: UpstreamState
+    error: str = ""
+    models: tuple[UpstreamModel, ...] | None = None
+    product: str | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamIntervals:
+    """How often a server is looked at, in seconds. `down_s`: at first; it grows to `down_limit_s`."""
+
+    up_s: float = 1.0
+    list_s: float = 15.0
+    down_s: float = 0.25
+    down_limit_s: float = 2.0
+
+
+NEAR_INTERVALS = UpstreamIntervals()
+FAR_INTERVALS = UpstreamIntervals(up_s=10.0, list_s=120.0, down_s=1.0, down_limit_s=30.0)
+
+
+def is_near(base_url: str) -> bool:
+    """Whether a server is on this machine, so that asking it often costs nobody anything."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_upstream_models(value: Any) -> tuple[UpstreamModel, ...]:
+    """The models in a list as OpenAI has it (`data`, `id`), or Ollama (`models`, `name`); ValueError if it is none."""
+    items = value.get("data", value.get("models")) if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise ValueError("it does not list models as an OpenAI server does")
+    found: dict[str, UpstreamModel] = {}
+    for item in items[:UPSTREAM_MODELS_LIMIT]:
+        model_id = item.get("id", item.get("name")) if isinstance(item, dict) else None
+        created = as_integer(item.get("created")) if isinstance(item, dict) else None
+        if isinstance(model_id, str) and is_model_id(model_id):
+            model = UpstreamModel(model_id=model_id, created=created if is_count(created) else 0)
+            found.setdefault(model_id.casefold(), model)
+    return tuple(found.values())
+
+
+def parse_upstream_answer(status: int, headers: Mapping[str, str], data: bytes) -> UpstreamWord:
+    """What the answer to `GET /v1/models` says of a server."""
+    if status in (401, 403):
+        return UpstreamWord(state=UpstreamState.REFUSED, error="it wants another API key")
+    if status == 503:
+        return UpstreamWord(state=UpstreamState.LOADING, error="it is still loading")
+    if status == 404:
+        return UpstreamWord(state=UpstreamState.UP, product=recognise_engine(headers, ()))
+    if status != 200:
+        return UpstreamWord(state=UpstreamState.DOWN, error=f"it answered {status} when it was asked for its models")
+    try:
+        value = parse_json(data)
+        models = parse_upstream_models(value)
+    except ValueError as exc:
+        error = "its answer is not JSON" if isinstance(exc, JsonError) else str(exc)
+        return UpstreamWord(state=UpstreamState.DOWN, error=error)
+    owners = [item.get("owned_by") for item in value.get("data") or () if isinstance(item, dict)]
+    product = "DVAI Bridge" if "dvai-bridge" in owners else recognise_engine(headers, owners)
+    return UpstreamWord(state=UpstreamState.UP, models=models, product=product)
+
+
+# What paired devices may ask it for
+
+
+_PEER_FEATURES = frozenset(
+    {"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format"}
+    | {"logprobs", "logit_bias", "reasoning_effort"}
+)
+_PEER_FIELDS = frozenset(
+    {"model", "messages", "prompt", "input", "encoding_format", "dimensions", "stream", "stream_options", "n", "seed"}
+    | {"max_tokens", "max_completion_tokens", "stop", "temperature", "top_p", "top_k", "min_p", "top_logprobs", "echo"}
+    | {"presence_penalty", "frequency_penalty", "repeat_penalty"}
+    | _PEER_FEATURES
+)
+
+
+def build_restricted_body(form: ForwardForm, body: Mapping[str, Any], tokens_limit: int) -> dict[str, Any]:
+    """A foreign device's request, with nothing in it but fields that we know, in their ranges; else a 400.
+
+    No answer is longer than `tokens_limit`. An address of an image would have the server fetch it: only data is taken.
+    """
+    fields = RequestFields(dict(body))
+    verify_features(fields, _PEER_FEATURES)
+    restricted = {name: value for name, value in fields.values.items() if name in _PEER_FIELDS}
+    if form is ForwardForm.EMBEDDINGS:
+        parse_embeddings_request(restricted)
+        return restricted
+    parse_stream(fields)
+    parse_stop(fields)
+    parse_sampling(fields)
+    fields.integer("n", 1, MAX_CHOICES, 1)
+    if form is ForwardForm.CHAT:
+        for index, message in enumerate(fields.array("messages", MAX_MESSAGES)):
+            verify_content_is_data(message, f"messages[{index}]")
+    else:
+        parse_inputs(fields, "prompt", MAX_CHOICES)
+    wanted = parse_max_tokens(fields, low=0, default=None)
+    limit = tokens_limit if wanted is None else min(wanted, tokens_limit)
+    return restricted | {"max_tokens": limit} | ({"max_completion_tokens": limit} if form is ForwardForm.CHAT else {})
+
+
+def verify_content_is_data(message: Any, path: str) -> None:
+    """Raises InvalidRequestError for content that is somewhere else: a server would fetch it from its own network."""
+    content = RequestFields(message, path).values.get("content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal", "image_url", "input_audio"):
+            raise InvalidRequestError(f"'{path}': content of this type is not taken from other devices", param=path)
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if kind == "image_url" and not (isinstance(url, str) and url.startswith("data:")):
+            raise InvalidRequestError(f"'{path}': other devices send an image as data, not as a URL", param=path)
+
+
+class UpstreamEngine:
+    """One server behind this bridge. Belongs to one event loop; between `start` and `close` it is watched.
+
+    `api_key` is sent to this server only. `product` None: what its answers show. `timeout_s`: until the first content,
+    and for the whole of an answer that is not streamed; `answer_s`: for its list of models.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        client: HttpClient,
+        *,
+        timeout_s: float,
+        api_key: str | None = None,
+        product: str | None = None,
+        intervals: UpstreamIntervals | None = None,
+        answer_s: float = UPSTREAM_ANSWER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base_url = base_url
+        self.product = product or "an OpenAI-compatible server"
+        self.state = UpstreamState.UNKNOWN
+        self.error = ""
+        self.models: tuple[UpstreamModel, ...] = ()
+        self.scores: dict[str, float] = {}  # tokens per second, as requests saw them, by model id
+        self._prefill: dict[str, float] = {}
+        self._client = client
+        self._api_key = api_key
+        self._intervals = intervals or (NEAR_INTERVALS if is_near(base_url) else FAR_INTERVALS)
+        self._budgets = ForwardBudgets(
+            first_content_s=timeout_s, first_content_limit_s=timeout_s, silence_s=UPSTREAM_SILENCE_S
+        )
+        self._answer_s = answer_s
+        self._clock = clock
+        self._failures = 0  # looks in a row that found no server
+        self._slow_lists = 0
+        self._listed_at_s = -math.inf
+        self._listing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._has_looked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"{self.product} at {display_name(self.base_url)}"
+
+    def start(self) -> None:
+        """Begin to watch it."""
+        self._task = asyncio.create_task(self._watch(), name="upstream engine")
+
+    async def close(self) -> None:
+        """End watching."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def ready(self) -> None:
+        """Return when it was looked at once, whatever came of it."""
+        await self._has_looked.wait()
+
+    async def refresh(self) -> None:
+        """Ask for its models, unless that was done a moment ago."""
+        async with self._listing:
+            if self._clock() - self._listed_at_s >= UPSTREAM_REFRESH_S:
+                await self._list_models()
+
+    def find_model(self, asked: str) -> str | None:
+        """Its id for the model that a client asks for; as with Ollama, a name without a tag means `:latest`."""
+        for wanted in (asked, f"{asked}:latest"):
+            for model in self.models:
+                if is_same_model(model.model_id, wanted):
+                    return model.model_id
+        return None
+
+    async def forward(
+        self,
+        request: ForwardRequest,
+        *,
+        model_id: str,
+        reason: str = "",
+        on_attempt: Callable[[Attempt], None] = lambda attempt: None,
+        on_end: Callable[[ForwardReport], None] = lambda report: None,
+    ) -> ForwardAnswer:
+        """Its answer, in order; also its refusal of the request. UpstreamError when it gives none."""
+
+        def note_attempt(attempt: Attempt) -> None:
+            self._note_attempt(attempt)
+            on_attempt(attempt)
+
+        def note_end(report: ForwardReport) -> None:
+            self._note_end(report)
+            on_end(report)
+
+        target = ForwardTarget(
+            device_id="local",
+            device_name=self.name,
+            base_url=self.base_url,
+            model_id=model_id,
+            route="upstream",
+            reason=reason,
+            prefill_tok_per_s=self._prefill.get(model_id),
+            sign=self._sign,
+            is_own_engine=True,
+        )
+        forwarder = Forwarder(self._client, on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarded = await forwarder.forward(request, [target])
+        if forwarded.answer is None:
+            raise self._build_failure(forwarded.attempts[0])
+        return forwarded.answer
+
+    # What requests teach
+
+    def _sign(self, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+        return [] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")]
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        outcome = attempt.outcome
+        has_answered = outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED)
+        if has_answered and self.state is UpstreamState.UP:
+            return
+        if outcome is AttemptOutcome.UNREACHABLE:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=attempt.reason))
+        self._listed_at_s = -math.inf
+        self._wake.set()
+
+    def _note_end(self, report: ForwardReport) -> None:
+        model_id = report.target.model_id
+        for averages, measured in ((self.scores, report.decode_tok_per_s), (self._prefill, report.prefill_tok_per_s)):
+            has_room = model_id in averages or len(averages) < UPSTREAM_MODELS_LIMIT
+            if measured is not None and is_score(measured) and has_room:
+                averages[model_id] = average_measurement(averages.get(model_id), measured)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            self._wake.set()
+
+    def _build_failure(self, attempt: Attempt) -> UpstreamError:
+        """The client's error for a server that gave no answer."""
+        outcome = attempt.outcome
+        if outcome is AttemptOutcome.UNREACHABLE:
+            return UpstreamConnectError(f"{self.name} does not answer: {attempt.reason}; start it again")
+        if outcome is AttemptOutcome.UNAUTHORIZED:
+            advice = "set DVAI_UPSTREAM_API_KEY, which is for the server that --engine URL names"
+            return UpstreamError(f"{self.name} wants another API key: {advice}", should_retry=False)
+        if outcome is AttemptOutcome.TIMEOUT:
+            return UpstreamTimeoutError(f"{self.name} gave no answer in time: {attempt.reason} (--timeout)")
+        said = display_name(attempt.said)
+        return UpstreamError(f"{self.name} failed: {said or attempt.reason}", should_retry=False if said else None)
+
+    # Watching
+
+    async def _watch(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._look()
+            except Exception:
+                upstream_log.exception("asking %s failed", self.name)
+                self._take_in(UpstreamWord(state=UpstreamState.DOWN, error="internal error"))
+            self._has_looked.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._compute_delay_s()):
+                    await self._wake.wait()
+
+    def _compute_delay_s(self) -> float:
+        intervals = self._intervals
+        if self.state is UpstreamState.UP:
+            return intervals.up_s
+        grown_s = intervals.down_s * UPSTREAM_BACK_OFF_FACTOR ** min(self._failures, 32)
+        return min(grown_s, intervals.down_limit_s)
+
+    async def _look(self) -> None:
+        is_due = self._clock() - self._listed_at_s >= self._intervals.list_s
+        if self.state is not UpstreamState.UP or is_due:
+            async with self._listing:
+                await self._list_models()
+            return
+        try:
+            url = parse_http_url(self.base_url)
+            (await self._client.connect(url, HttpBudgets(total_s=self._answer_s))).close()
+        except UpstreamError as exc:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=exc.message))
+
+    async def _list_models(self) -> None:
+        try:
+            word = await self._ask(f"{self.base_url}/models")
+            if word.state is UpstreamState.UP and word.models is None:  # older versions of Ollama have their own list
+                native = await self._ask(f"{self.base_url.removesuffix('/v1')}/api/tags")
+                word = replace(native, product="Ollama") if native.models is not None else word
+            self._slow_lists = 0
+        except UpstreamError as exc:
+            self._slow_lists += isinstance(exc, UpstreamTimeoutError)
+            is_busy = isinstance(exc, UpstreamTimeoutError) and self._slow_lists < UPSTREAM_SLOW_LISTS_LIMIT
+            state = UpstreamState.UP if is_busy and self.state is UpstreamState.UP else UpstreamState.DOWN
+            word = UpstreamWord(state=state, error=exc.message)
+        self._listed_at_s = self._clock()
+        self._take_in(word)
+
+    async def _ask(self, url: str) -> UpstreamWord:
+        headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
+        headers += self._sign("GET", url, b"")
+        budgets = HttpBudgets(total_s=self._answer_s)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
+            return parse_upstream_answer(response.status, dict(response.headers), data)
+
+    def _take_in(self, word: UpstreamWord) -> None:
+        before, self.state, self.error = self.state, word.state, word.error
+        self.product = word.product or self.product
+        if word.models is not None:
+            known = {model.model_id: model for model in self.models}
+            # llama-server says "created now" each time: what was said first stays.
+            self.models = tuple(known.get(model.model_id, model) for model in word.models)
+        self._failures = 0 if word.state is UpstreamState.UP else self._failures + 1
+        if word.state is before:
+            return
+        if word.state is UpstreamState.UP:
+            upstream_log.info("%s answers (models: %d)", self.name, len(self.models))
+        else:
+            upstream_log.warning("%s is not usable now: %s", self.name, display_name(word.error))
+
+
+class UpstreamPool:
+    """The servers behind one bridge: the one that `--engine URL` names, or those that `find` finds again and again.
+
+    `build` makes the engine for one that was found. `default_model`: for requests that name none.
+    """
+
+    def __init__(
+        self,
+        *,
+        named: UpstreamEngine | None = None,
+        default_model: str | None = None,
+        find: Callable[[], Awaitable[Sequence[FoundEngine]]] | None = None,
+        build: Callable[[FoundEngine], UpstreamEngine] | None = None,
+    ) -> None:
+        self.named = named
+        self.engines: list[UpstreamEngine] = [named] if named is not None else []
+        self._default_model = default_model
+        self._find = find
+        self._build = build
+        self._has_scanned = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch, and to look for more."""
+        for engine in self.engines:
+            engine.start()
+        if self._find is not None:
+            self._task = asyncio.create_task(self._scan(), name="looking for engines")
+
+    async def ready(self) -> None:
+        """Return when everything was looked at once."""
+        if self._find is not None:
+            await self._has_scanned.wait()
+        for engine in self.engines:
+            await engine.ready()
+
+    async def close(self) -> None:
+        """End what was begun."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        for engine in self.engines:
+            await engine.close()
+
+    def list_models(self) -> list[tuple[UpstreamModel, UpstreamEngine]]:
+        """The models of servers that answer, each once: the first server that has it is asked for it."""
+        found: dict[str, tuple[UpstreamModel, UpstreamEngine]] = {}
+        for engine in self.engines:
+            for model in engine.models if engine.state is UpstreamState.UP else ():
+                found.setdefault(model.model_id.casefold(), (model, engine))
+        return list(found.values())
+
+    def find_default(self) -> str | None:
+        """The id of the model that answers when none is named; None while nobody knows."""
+        if self._default_model is not None:
+            return self._default_model
+        return next((model.model_id for model, _ in self.list_models()), None)
+
+    async def find(self, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """Who is to answer for a model, and its id there ("": the server's own choice); None: nobody has it.
+
+        A server that lists no models is asked for any. One that is down is asked, too: it may have just come back.
+        """
+        asked = model or self.find_default()
+        found = self._match(asked)
+        if found is None and asked is not None:
+            await asyncio.gather(*(engine.refresh() for engine in self.engines))
+            found = self._match(asked)
+        return found
+
+    def _match(self, asked: str | None) -> tuple[UpstreamEngine, str] | None:
+        for engine in sorted(self.engines, key=lambda engine: engine.state is not UpstreamState.UP):
+            model_id = engine.find_model(asked) if asked is not None else None
+            if model_id is not None:
+                return engine, model_id
+            if asked is None and engine.models:
+                return engine, engine.models[0].model_id
+            if engine is self.named and not engine.models:
+                return engine, asked or ""
+        return None
+
+    async def _scan(self) -> None:
+        while True:
+            try:
+                for found in await self._find() if self._find is not None else ():
+                    self._add(found)
+            except Exception:
+                upstream_log.exception("looking for engines failed")
+            self._has_scanned.set()
+            await asyncio.sleep(UPSTREAM_SCAN_S)
+
+    def _add(self, found: FoundEngine) -> None:
+        known = {engine.base_url for engine in self.engines}
+        if found.base_url not in known and len(known) < UPSTREAMS_LIMIT and self._build is not None:
+            engine = self._build(found)
+            self.engines.append(engine)
+            engine.start()
+
+
+def build_upstream_json(engine: UpstreamEngine) -> dict[str, Any]:
+    """A server as health shows it."""
+    return {
+        "baseUrl": engine.base_url,
+        "product": engine.product,
+        "state": engine.state.value,
+        "models": [model.model_id for model in engine.models],
+        **({"error": display_name(engine.error)} if engine.error else {}),
+    }
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -20983,9 +21820,17 @@ class ServedModel:
 
 
 class InferenceAccount:
-    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
+    """What audit and metrics say of an inference request: filled in while it is answered, told once, when it has ended.
 
-    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+    `record` takes the audit's entry, `observe` what the metrics count.
+    """
+
+    def __init__(
+        self,
+        request: HttpRequest,
+        record: Callable[[AuditEntry], None],
+        observe: Callable[[RequestSample], None] = lambda sample: None,
+    ) -> None:
         self.route: str | None = None
         self.engine: str | None = None
         self.served_by: str | None = None
@@ -20993,9 +21838,12 @@ class InferenceAccount:
         self.model_served: str | None = None
         self._request = request
         self._record: Callable[[AuditEntry], None] | None = record
+        self._observe = observe
         self._started = time.monotonic()
         self._prompt_tokens: int | None = None
         self._completion_tokens: int | None = None
+        self._first_content_s: float | None = None
+        self._decode_tok_per_s: float | None = None
 
     def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
         """Adds the tokens of one generation; None: nobody said how many."""
@@ -21003,6 +21851,25 @@ class InferenceAccount:
             self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
         if completion_tokens is not None:
             self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def note_usage(self, usage: Usage) -> None:
+        """A generation of our own has ended."""
+        self.count(usage.prompt_tokens, usage.completion_tokens)
+        self._decode_tok_per_s = compute_decode_rate(usage) or self._decode_tok_per_s
+
+    def note_report(self, report: ForwardReport) -> None:
+        """Another server's answer has ended."""
+        target = report.target
+        self.route, self.served_by, self.model_served = target.route, target.device_id, target.model_id
+        self.count(report.prompt_tokens, report.completion_tokens)
+        self._decode_tok_per_s = report.decode_tok_per_s
+        if report.first_content_s is not None:
+            self.note_content(report.duration_s - report.first_content_s)
+
+    def note_content(self, ago_s: float = 0.0) -> None:
+        """The first content of the answer has come; what comes after it changes nothing."""
+        if self._first_content_s is None:
+            self._first_content_s = max(0.0, time.monotonic() - self._started - ago_s)
 
     def close(self, status: int, outcome: str) -> None:
         """The request has ended; what comes after the first end is not an end."""
@@ -21028,6 +21895,18 @@ class InferenceAccount:
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._completion_tokens,
                 served_by=self.served_by,
+            )
+        )
+        self._observe(
+            RequestSample(
+                path=request.path.removeprefix("/v1"),
+                status=status,
+                outcome=outcome,
+                route=self.route,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                first_token_s=self._first_content_s,
+                decode_tok_per_s=self._decode_tok_per_s,
             )
         )
 
@@ -21133,9 +22012,11 @@ class LocalEngine:
                 try:
                     async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
+                            if isinstance(event, TextDelta | Finished):
+                                account.note_content()
                             if isinstance(event, Finished):
                                 usage = event.usage
-                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                                account.note_usage(usage)
                             yield index, event
                 finally:
                     if self.watch.leave(ticket) and usage is not None:
@@ -21245,6 +22126,95 @@ async def probe_local(local: LocalEngine, speed: LocalSpeed) -> Score:
     return await speed.meter.probe(engine, speed.key, local.watch, local.queue)
 
 
+class HeldBody:
+    """A streamed answer that gives back what it holds, a place in a queue, when it ends."""
+
+    def __init__(self, body: AsyncIterator[bytes], held: contextlib.AsyncExitStack) -> None:
+        self._body = body
+        self._held = held
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except BaseException:
+            await self._held.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            close = getattr(self._body, "aclose", None)
+            if close is not None:
+                await close()
+        finally:
+            await self._held.aclose()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamBackend:
+    """The servers behind this bridge, with the queue before them. `note_attempt`: (route, outcome) of each request."""
+
+    pool: UpstreamPool
+    queue: AdmissionQueue
+    timeout_s: float
+    note_attempt: Callable[[str, str], None] = lambda route, outcome: None
+
+    async def answer(
+        self,
+        engine: UpstreamEngine,
+        request: ForwardRequest,
+        model_id: str,
+        account: InferenceAccount,
+        *,
+        reason: str,
+    ) -> ForwardAnswer:
+        """The answer of one of them; a place in the queue is held until it ends."""
+        account.route, account.served_by = "upstream", "local"
+        account.engine, account.model_served = engine.product, model_id
+        held = contextlib.AsyncExitStack()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await held.enter_async_context(self.queue.place())
+                answer = await engine.forward(
+                    request,
+                    model_id=model_id,
+                    reason=reason,
+                    on_attempt=lambda attempt: self.note_attempt("upstream", attempt.outcome.name.lower()),
+                    on_end=account.note_report,
+                )
+        except TimeoutError as exc:
+            await held.aclose()
+            raise UpstreamTimeoutError(f"{engine.name} gave no answer within {self.timeout_s:g} s (--timeout)") from exc
+        except BaseException:
+            await held.aclose()
+            raise
+        if isinstance(answer.body, bytes):
+            await held.aclose()
+            return answer
+        return replace(answer, body=HeldBody(answer.body, held))
+
+    def list_local(self, unknown_tok_per_s: float) -> list[LocalModel]:
+        """The models as the decision looks at them, the default first; Ollama's `:latest` under the short name, too.
+
+        One that was not measured yet counts as so fast, as an unmeasured peer does: its first answers measure it.
+        """
+        default, listed = self.pool.find_default(), list[LocalModel]()
+        for model, engine in self.pool.list_models():
+            score = engine.scores.get(model.model_id, unknown_tok_per_s)
+            names = dict.fromkeys((model.model_id, model.model_id.removesuffix(":latest")))
+            listed += [LocalModel(model_id=name, score=score) for name in names]
+        return sorted(listed, key=lambda each: default is None or not is_same_model(each.model_id, default))
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of the servers that answer."""
+        return [
+            ServedModel(model_id=model.model_id, created=model.created, owned_by=engine.product)
+            for model, engine in self.pool.list_models()
+        ]
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class InterceptorContext:
     """What an interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller.
@@ -21318,24 +22288,28 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engines here, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engines here, the servers behind it, or through whoever `offload` finds.
 
-    `record` takes the audit's entry of each inference request when it has ended.
+    `record` takes the audit's entry of each inference request that has ended, `observe` what the metrics count of it.
     """
 
     def __init__(
         self,
         *,
         local: LocalModels,
+        upstreams: UpstreamBackend | None = None,
         offload: Offloading | None = None,
         interceptor: Interceptor | None = None,
         record: Callable[[AuditEntry], None] = lambda entry: None,
+        observe: Callable[[RequestSample], None] = lambda sample: None,
         timeout_s: float,
     ) -> None:
         self._local = local
+        self._upstreams = upstreams
         self._offload = offload
         self._interceptor = interceptor
         self._record = record
+        self._observe = observe
         self._timeout_s = timeout_s
         self._quotas = PeerQuotas()
         self.routes: RouteTable = {
@@ -21350,7 +22324,7 @@ class Service:
 
     async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
         """One inference request, from its body to its entry in the audit."""
-        account = InferenceAccount(request, self._record)
+        account = InferenceAccount(request, self._record, self._observe)
         try:
             async with contextlib.AsyncExitStack() as place:
                 await self._enter(place, request)
@@ -21380,13 +22354,17 @@ class Service:
             answer = await self._intercept(self._interceptor, request, body, account)
             if answer is not None:
                 return answer
-        model, headers = read_model(body), LOCAL_HEADERS
+        model, headers, reason = read_model(body), LOCAL_HEADERS, ""
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
             forwarded = placement.answer
             if forwarded is not None:
                 return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
+            reason = placement.reason
+        upstream = await self._find_upstream(request, model)
+        if upstream is not None:
+            return await self._relay(*upstream, form, request, body, account, reason)
         local = self._local.find(model)
         account.route, account.served_by = "local", "local"
         account.model_served = local.model.model_id
@@ -21412,6 +22390,48 @@ class Service:
             return None
         account.engine = "interceptor"
         return build_intercepted_response(answer)
+
+    async def _find_upstream(self, request: HttpRequest, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """The server behind this bridge that is to answer, and its id of the model; None: the local engine is to.
+
+        A bridge that has this one as its engine gets our own models only, so that two bridges cannot ask in a circle.
+        """
+        upstreams = self._upstreams
+        if upstreams is None or request.headers.get("x-dvai-forwarded") == FORWARDED_TO_ENGINE:
+            return None
+        if self._local.get(model) is not None:
+            return None
+        found = await upstreams.pool.find(model)
+        if found is not None:
+            return found
+        if model is None:
+            raise EngineUnavailableError("none of the engines behind this bridge answers; `status` says why")
+        raise self._build_unknown_model(request, model)
+
+    async def _relay(
+        self,
+        engine: UpstreamEngine,
+        model_id: str,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        reason: str,
+    ) -> HttpResponse:
+        """The answer of a server behind this bridge. Who is not of this user's house gets what a list of fields has."""
+        assert self._upstreams is not None  # it found the engine
+        if request.caller not in OWNERS:
+            body = build_restricted_body(form, body, PEER_TOKENS_LIMIT)
+        if form is ForwardForm.EMBEDDINGS:
+            parse_embeddings_request(body)
+        answer = await self._upstreams.answer(
+            engine,
+            ForwardRequest(form=form, body=body, request_id=request.request_id),
+            model_id,
+            account,
+            reason=reason,
+        )
+        return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
 
     async def _embed(
         self,
@@ -21490,14 +22510,18 @@ class Service:
         models = self._build_models(request)
         found = next((model for model in models if is_same_model(model["id"], asked)), None)
         if found is None:
-            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
-            raise ModelNotFoundError(
-                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
-            )
+            raise self._build_unknown_model(request, asked)
         return build_json_response(found)
+
+    def _build_unknown_model(self, request: HttpRequest, asked: str) -> ModelNotFoundError:
+        known = ", ".join(repr(model["id"]) for model in self._build_models(request)[:5]) or "none"
+        return ModelNotFoundError(f"there is no model {display_name(asked)!r} here; there is: {known}", param="model")
 
     def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
         served = [each.model for each in self._local.list_offered(may_load=request.caller in OWNERS)]
+        if self._upstreams is not None and request.headers.get("x-dvai-forwarded") != FORWARDED_TO_ENGINE:
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._upstreams.list_models() if model.model_id.casefold() not in names]
         if self._offload is not None and may_offload(request):
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
@@ -21525,12 +22549,14 @@ class Offloading:
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
         on_offload: Callable[[Peer], None] = lambda peer: None,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._policy = policy
         self._monitor = monitor
         self._list_local = list_local
         self._sign = sign
         self._on_offload = on_offload
+        self._count_attempt = note_attempt
         self._client = client
 
     def list_models(self) -> list[ServedModel]:
@@ -21597,6 +22623,7 @@ class Offloading:
     def _note_attempt(self, attempt: Attempt) -> None:
         """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
+        self._count_attempt(attempt.target.route, outcome.name.lower())
         if outcome is AttemptOutcome.COMMITTED:
             for peer in monitor.peers():
                 if peer.device_id == device_id:
@@ -21613,8 +22640,7 @@ class Offloading:
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
         target, monitor = report.target, self._monitor
-        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
-        account.count(report.prompt_tokens, report.completion_tokens)
+        account.note_report(report)
         if report.outcome is ForwardOutcome.PEER_FAILED:
             monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
         elif report.first_content_s is not None:
@@ -21623,6 +22649,75 @@ class Offloading:
             monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
+
+
+def choose_health_word(upstreams: Sequence[UpstreamState]) -> str:
+    """How a bridge is that serves no model itself: well while one of the servers behind it answers, or it has none.
+
+    Beside a model of its own such a server may be gone: users end those programs as they like.
+    """
+    if UpstreamState.UP in upstreams or not upstreams:
+        return "ok"
+    is_coming = any(state in (UpstreamState.LOADING, UpstreamState.UNKNOWN) for state in upstreams)
+    return "loading" if is_coming else "degraded"
+
+
+def build_upstream_scores(pool: UpstreamPool, device_id: str, now_ms: int) -> list[Score]:
+    """How fast the engines behind this bridge were seen to be; what was never asked for has no score."""
+    return [
+        Score(
+            model_id=model.model_id,
+            device_id=device_id,
+            library_version=__version__,
+            tok_per_s=engine.scores[model.model_id],
+            source=ScoreSource.MEASURED,
+            measured_at_ms=now_ms,
+        )
+        for model, engine in pool.list_models()
+        if model.model_id in engine.scores
+    ]
+
+
+class MetricsService:
+    """`/metrics` for Prometheus. `metrics` None: it is off. `queues`, `peers`, `upstreams`: asked at each reading."""
+
+    def __init__(
+        self,
+        metrics: BridgeMetrics | None,
+        *,
+        queues: Callable[[], Iterable[AdmissionQueue]],
+        peers: Callable[[], Iterable[PeerState]],
+        upstreams: Callable[[], Iterable[UpstreamState]],
+    ) -> None:
+        self._metrics = metrics
+        self._queues = queues
+        self._peers = peers
+        self._upstreams = upstreams
+        self._started = time.monotonic()
+        self.routes: RouteTable = {"/metrics": {"GET": self.show}}
+
+    async def show(self, request: HttpRequest) -> HttpResponse:
+        """`GET /metrics`."""
+        if self._metrics is None:
+            raise RouteNotFoundError("metrics are off; start the bridge with --metrics")
+        families = [*self._build_gauges(), *self._metrics.build_families()]
+        return HttpResponse(headers=(("Content-Type", METRICS_MEDIA_TYPE),), body=encode_metrics(families))
+
+    def _build_gauges(self) -> Iterator[MetricFamily]:
+        queues = list(self._queues())
+        build = (("version", __version__), ("python", ".".join(map(str, sys.version_info[:3]))))
+        yield build_gauge("dvai_build_info", "What runs; always 1.", [(build, 1)])
+        yield build_gauge("dvai_uptime_seconds", "Since the start.", [((), time.monotonic() - self._started)])
+        running, waiting = sum(queue.running for queue in queues), sum(queue.waiting for queue in queues)
+        yield build_gauge("dvai_requests_running", "Requests that are computed now.", [((), running)])
+        yield build_gauge("dvai_requests_waiting", "Requests that wait for an engine.", [((), waiting)])
+        yield self._build_states("dvai_peers", "Other devices.", PeerState, self._peers())
+        yield self._build_states("dvai_upstreams", "Engines behind this bridge.", UpstreamState, self._upstreams())
+
+    @staticmethod
+    def _build_states(name: str, help: str, kinds: type[enum.Enum], states: Iterable[enum.Enum]) -> MetricFamily:
+        counts = Counter(states)
+        return build_gauge(name, help, [((("state", each.value),), counts[each]) for each in kinds])
 
 
 def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
@@ -21651,6 +22746,7 @@ class DeviceService:
         *,
         identity: Identity,
         local: LocalModels,
+        upstreams: UpstreamBackend | None = None,
         get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
         store: PairingStore | None,
@@ -21659,6 +22755,7 @@ class DeviceService:
     ) -> None:
         self._identity = identity
         self._local = local
+        self._upstreams = upstreams
         self._get_speeds = get_speeds
         self._desk = desk
         self._store = store
@@ -21678,12 +22775,15 @@ class DeviceService:
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
-        local, current = self._local, self._local.current
+        local, current, upstreams = self._local, self._local.current, self._upstreams
+        engines = upstreams.pool.engines if upstreams else []
+        default = upstreams.pool.find_default() if upstreams else None
+        states = [each.state for each in engines]
         health: dict[str, Any] = {
-            "status": local.build_status(),
+            "status": local.build_status() if len(local) else choose_health_word(states),
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": current.model.model_id if current else None,
+            "currentModelId": current.model.model_id if current else default,
         }
         if request.is_known_caller:
             health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
@@ -21694,6 +22794,11 @@ class DeviceService:
                 health["error"] = current.engine.error.message
             offered = local.list_offered(may_load=request.caller in OWNERS)
             health["models"] = [build_model_health(each) for each in offered]
+        elif request.is_known_caller and upstreams is not None:
+            queue = upstreams.queue
+            health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
+        if upstreams is not None and request.is_known_caller and request.caller in OWNERS:
+            health["upstreams"] = [build_upstream_json(each) for each in engines]
         return build_json_response(health)
 
     async def show_capability(self, request: HttpRequest) -> HttpResponse:
@@ -21701,6 +22806,8 @@ class DeviceService:
         speeds = await self._get_speeds()
         offered = [each.model.model_id for each in self._local.list_offered(may_load=request.caller in OWNERS)]
         scores = [speeds[model_id].score for model_id in offered if model_id in speeds]
+        if self._upstreams is not None:
+            scores += build_upstream_scores(self._upstreams.pool, self._identity.device_id, self._clock_ms())
         if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
@@ -21780,6 +22887,7 @@ REFUSAL_LIMIT_CHARS = 512  # of another device's message
 MODELS_LIMIT = 200  # offered by one bridge
 ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
+UPSTREAM_SLOTS = 64  # connections to the servers behind this bridge; they have queues of their own
 
 bridge_log = logging.getLogger("dvai_bridge")
 
@@ -21898,6 +23006,51 @@ def _serve_demonstration(alias: str | None, reason: str) -> Serving:
 
 def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
     return Serving(model_id=model_id, path=str(path), created=int(path.stat().st_mtime), reason=reason)
+
+
+def verify_engine_options(config: Config) -> None:
+    """Raises UsageError for options that mean nothing beside `--engine URL`."""
+    if not is_engine_url(config.engine):
+        return
+    for flag, value in (("--alias", config.alias), ("--hf-repo", config.hf_repo)):
+        if value is not None:
+            raise UsageError(f"{flag} is for a model that is loaded here; the server of --engine has its own")
+    key = config.upstream_api_key
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError("DVAI_UPSTREAM_API_KEY must be printable ASCII without blanks")
+
+
+def build_named_upstream(config: Config, client: HttpClient) -> UpstreamEngine | None:
+    """The server that `--engine URL` names, if it names one. Raises UsageError."""
+    if not is_engine_url(config.engine):
+        return None
+    try:
+        base_url = parse_base_url(config.engine)
+    except ValueError as exc:
+        raise UsageError(f"--engine {display_name(config.engine)}: {exc}") from None
+    key = config.upstream_api_key
+    if key is not None and base_url.startswith("http:") and not is_near(base_url):
+        bridge_log.warning("the key for %s crosses the network readably: it is no https", display_name(base_url))
+    return UpstreamEngine(base_url, client, timeout_s=config.timeout, api_key=key)
+
+
+def build_upstreams(
+    config: Config, client: HttpClient, environ: Mapping[str, str], note_attempt: Callable[[str, str], None]
+) -> UpstreamBackend | None:
+    """The servers behind this bridge: the one that --engine names, or with `--engine auto` those that run here."""
+
+    def build(found: FoundEngine) -> UpstreamEngine:
+        return UpstreamEngine(found.base_url, client, timeout_s=config.timeout, product=found.product)
+
+    named = build_named_upstream(config, client)
+    if named is not None:
+        pool = UpstreamPool(named=named, default_model=next(iter(config.models), None))
+    elif config.engine == "auto":
+        pool = UpstreamPool(find=lambda: find_engines(environ), build=build)
+    else:
+        return None
+    queue = AdmissionQueue(UPSTREAM_SLOTS, config.queue_size)
+    return UpstreamBackend(pool=pool, queue=queue, timeout_s=config.timeout, note_attempt=note_attempt)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -22284,6 +23437,7 @@ class Devices:
         is_operated: bool,
         list_local: Callable[..., Sequence[LocalModel]],
         notifier: Notifier,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         offload = config.offload
         self._notifier = notifier
@@ -22312,9 +23466,11 @@ class Devices:
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
-            self._build_outbound(list_local)
+            self._build_outbound(list_local, note_attempt)
 
-    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+    def _build_outbound(
+        self, list_local: Callable[[], Sequence[LocalModel]], note_attempt: Callable[[str, str], None]
+    ) -> None:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
@@ -22348,6 +23504,7 @@ class Devices:
             list_local=list_local,
             sign=self._sign,
             on_offload=self._note_offload,
+            note_attempt=note_attempt,
         )
 
     def _note_offload(self, peer: Peer) -> None:
@@ -22647,13 +23804,18 @@ class DVAI:
         self._environ = environ = os.environ if environ is None else environ
         config = normalize_config(replace(config or build_config(environ=environ), **options))
         self.directories = choose_directories(environ, sys.platform, config.home)
+        verify_engine_options(config)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
         self.devices: Devices | None = None
-        servings = [] if config.offload.only else choose_servings(config, self._search_models, list_models_directory)
+        is_elsewhere = config.offload.only or is_engine_url(config.engine)
+        servings = [] if is_elsewhere else choose_servings(config, self._search_models, list_models_directory)
         scores = self.directories.cache / "capability.json"
         self.host = ModelHost(config, servings, scores=scores, on_progress=self._report_progress)
+        self.upstreams: UpstreamBackend | None = None
+        self._upstream_client: HttpClient | None = None
+        self._metrics = BridgeMetrics()
         self._handle: Handler | None = None
         self._api_keys = load_api_keys(config)
         self._on_progress = on_progress
@@ -22681,7 +23843,9 @@ class DVAI:
 
     @property
     def model_id(self) -> str | None:
-        """The id under which this device serves its first model; None if it serves none."""
+        """The id of the model that answers when a request names none; None if no model is served here."""
+        if self.engine is None and self.upstreams is not None:
+            return self.upstreams.pool.find_default()
         return self.engine.model_id if self.engine is not None else None
 
     @property
@@ -22722,6 +23886,8 @@ class DVAI:
         try:
             await self.start()
             await self.host.wait_loaded()
+            if self.upstreams is not None:
+                await self.upstreams.pool.ready()
         except BaseException:
             await self.close()
             raise
@@ -22768,12 +23934,15 @@ class DVAI:
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
+        self._upstream_client = client = HttpClient()
+        self.upstreams = build_upstreams(self.config, client, self._environ, self._metrics.note_attempt)
         self.devices = devices = Devices(
             self.config,
             state,
             is_operated=self._is_operated,
-            list_local=self.host.list_local,
+            list_local=self._list_local,
             notifier=self._notifier,
+            note_attempt=self._metrics.note_attempt,
         )
         tables = self._build_routes(devices)
 
@@ -22787,27 +23956,32 @@ class DVAI:
             bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
         self._audit.start()
         self.host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
+        if self.upstreams is not None:
+            self.upstreams.pool.start()
         await devices.start(self._server)
         self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
-    def _build_routes(self, devices: Devices) -> tuple[RouteTable, RouteTable]:
+    def _build_routes(self, devices: Devices) -> tuple[RouteTable, ...]:
         service = Service(
             local=self.host.models,
+            upstreams=self.upstreams,
             offload=devices.offloading,
             interceptor=self._interceptor,
             record=self._audit.record,
+            observe=self._metrics.record,
             timeout_s=self.config.timeout,
         )
         device_service = DeviceService(
             identity=devices.identity,
             local=self.host.models,
+            upstreams=self.upstreams,
             get_speeds=self.host.get_speeds,
             desk=devices.desk,
             store=devices.store,
             monitor=devices.monitor,
             clock_ms=read_clock_ms,
         )
-        return service.routes, device_service.routes
+        return service.routes, device_service.routes, self._build_metrics_service(devices).routes
 
     async def _release(self) -> None:
         """End every part, also if the end of another one fails. What is pushed last ends first."""
@@ -22816,6 +23990,10 @@ class DVAI:
             parts.push_async_callback(asyncio.to_thread, self._audit.close)
             parts.push_async_callback(self._notifier.close)
             parts.push_async_callback(self.host.close)
+            if self._upstream_client is not None:
+                parts.push_async_callback(self._upstream_client.close)
+            if self.upstreams is not None:
+                parts.push_async_callback(self.upstreams.pool.close)
             if self.devices is not None:
                 parts.push_async_callback(self.devices.close)
             if self._tasks:
@@ -22931,6 +24109,21 @@ class DVAI:
         if assessment.mode is HardwareMode.TOO_WEAK:
             bridge_log.warning("loading no model: %s", assessment.reason)
             self.host.drop()
+
+    def _build_metrics_service(self, devices: Devices) -> MetricsService:
+        upstreams, host = self.upstreams, self.host
+        behind = [upstreams.queue] if upstreams else []
+        return MetricsService(
+            self._metrics if self.config.metrics else None,
+            queues=lambda: [*(local.queue for local in host.models), *behind],
+            peers=lambda: [each.state for each in devices.monitor.candidates()] if devices.monitor else [],
+            upstreams=lambda: [each.state for each in upstreams.pool.engines] if upstreams else [],
+        )
+
+    def _list_local(self, *, may_load: bool = True) -> list[LocalModel]:
+        """What the decision needs to know of the models that this device serves, the default first."""
+        behind = [] if self.upstreams is None else self.upstreams.list_local(self.config.offload.min_local_capability)
+        return [*self.host.list_local(may_load=may_load), *behind]
 
     def _search_models(self) -> list[FoundModel]:
         return search_models(self._environ, self.directories, self.config)
@@ -23170,9 +24363,10 @@ examples:
   python3 dvai_bridge.py serve --models-dir models    offer all of a directory, each loaded when asked for
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
+  python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = ("--rendezvous-url", "--metrics")
+PLANNED_OPTIONS = ("--rendezvous-url",)
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -23481,6 +24675,7 @@ def fetch_model(command: Command, target: str) -> PulledModel:
 def bring_hub_model(command: Command) -> Command:
     """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
     config = command.config
+    verify_engine_options(config)
     if config.hf_repo is None:
         return command
     if config.models:
@@ -23601,8 +24796,12 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     serving = bridge.serving
     for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
         print(f"other devices reach it at {url}")
+    if bridge.upstreams is not None:
+        await bridge.upstreams.pool.ready()
+        print("\n".join(describe_upstreams(bridge.upstreams.pool)), flush=True)
     if serving is None:
-        print("serving no model here: paired devices answer", flush=True)
+        if bridge.upstreams is None:
+            print("serving no model here: paired devices answer", flush=True)
         return
     if serving.path is not None or len(bridge.host.servings) > 1:
         for each in bridge.host.servings:
@@ -23621,7 +24820,22 @@ async def introduce(bridge: DVAI, command: Command) -> None:
         asyncio.to_thread(search_models, command.environ, bridge.directories, command.config),
         find_engines(command.environ),
     )
+    if bridge.upstreams is not None:
+        engines = []  # they were named already, as served
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
+
+
+def describe_upstreams(pool: UpstreamPool) -> list[str]:
+    """Each server behind the bridge: what it gives, or why nothing."""
+    lines = []
+    for engine in pool.engines:
+        if engine.state is UpstreamState.UP:
+            names = [display_name(model.model_id) for model in engine.models]
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            lines.append(f"serving {shown or 'whatever model is asked for'} through {engine.name}")
+        else:
+            lines.append(f"{engine.name} is not usable now: {display_name(engine.error)}; its models come when it is")
+    return lines or ["no engine runs on this machine now; one that is started is found"]
 
 
 def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], program: str) -> list[str]:
@@ -23632,8 +24846,9 @@ def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], p
     for model in models:
         lines.append(describe_model(model))
         lines.append("    " + (model.obstacle or build_serve_command(model, program=program)))
-    note = "(clients can use it there; the bridge does not forward to it yet)"
-    return lines + [f"{describe_engine(engine)} {note}" for engine in engines]
+    for engine in engines:
+        lines += [describe_engine(engine), f"    {program} serve --engine {engine.base_url}"]
+    return lines
 
 
 def run_models(command: Command) -> int:
@@ -23669,7 +24884,13 @@ def build_survey_json(
         for model in models
     ]
     servers = [
-        {"product": engine.product, "baseUrl": engine.base_url, "models": list(engine.models)} for engine in engines
+        {
+            "product": engine.product,
+            "baseUrl": engine.base_url,
+            "models": list(engine.models),
+            "command": f"{program} serve --engine {engine.base_url}",
+        }
+        for engine in engines
     ]
     return {"models": [demonstration, *found], "engines": servers}
 
@@ -23694,6 +24915,11 @@ def run_status(command: Command) -> int:
         )
     if "error" in health:
         print(f"the engine failed: {health['error']}")
+    for upstream in health.get("upstreams", ()):
+        models, trouble = ", ".join(upstream["models"][:5]), upstream.get("error")
+        print(f"{upstream['product']} at {upstream['baseUrl']}: {upstream['state']}; models: {models or 'none'}")
+        if trouble:
+            print(f"    {trouble}")
     return 0
 
 
@@ -24072,6 +25298,8 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    if is_engine_url(command.config.engine):
+        raise UsageError("bench measures models that this program loads; the server of --engine is another program")
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories, config))
