@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from dvai_bridge import (
+    AdmissionQueue,
     AttemptOutcome,
     ForwardForm,
     ForwardOutcome,
@@ -21,6 +22,7 @@ from dvai_bridge import (
     FoundEngine,
     HttpClient,
     InvalidRequestError,
+    UpstreamBackend,
     UpstreamConnectError,
     UpstreamEngine,
     UpstreamError,
@@ -708,6 +710,18 @@ def test_a_pool_finds_who_has_a_model():
             assert await pool.find("a") == (first, "a"), "it may have come back"
             await pool.close()
         await client.close()
+
+    asyncio.run(main())
+
+
+def test_the_decision_knows_short_names_and_takes_the_unmeasured_for_good_enough():
+    async def main():
+        async with put_behind({"/v1/models": list_answer("a", "b:latest")}) as (_, engine):
+            engine.scores["a"] = 3.5
+            pool = UpstreamPool(named=engine, default_model="b:latest")
+            backend = UpstreamBackend(pool=pool, queue=AdmissionQueue(1, 0), timeout_s=9)
+            listed = [(model.model_id, model.score) for model in backend.list_local(10.0)]
+            assert listed == [("b:latest", 10.0), ("a", 3.5), ("b", 10.0)]
 
     asyncio.run(main())
 
