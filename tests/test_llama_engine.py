@@ -350,7 +350,7 @@ def test_prompts_are_those_of_the_built_in_engine(source, template, tmp_path):
 
 @pytest.mark.llama
 def test_eight_at_once_write_what_each_writes_alone(model):
-    backend = load_llama(model, slots=8, threads=2)
+    backend = load_llama(model, slots=8)
     asked = [request(build_prompt(number), sampling=VARIED) for number in SURE]
     texts = [write_without_cache(backend, each) for each in asked]
     assert len(set(texts)) == 8

@@ -31,7 +31,7 @@ def run_command(home, *arguments, timeout_s=60):
 
 
 def start_strong(home, model, *arguments):
-    return start_bridge(home, "--model", model, "--lan", "--host", "127.0.0.1", *arguments)
+    return start_bridge(home, "--model", model, "--engine", "builtin", "--lan", "--host", "127.0.0.1", *arguments)
 
 
 def start_weak(home, *peers, only=True, arguments=()):
@@ -203,7 +203,7 @@ def test_two_peers_and_one_dies(tmp_path, model):
 
 
 def test_prefer_serves_here_when_nobody_else_can(tmp_path, model):
-    arguments = ("--model", model, "--min-local-capability", "100000")
+    arguments = ("--model", model, "--engine", "builtin", "--min-local-capability", "100000")
     with start_weak(tmp_path / "home", only=False, arguments=arguments) as alone:
         status, headers, _ = ask(alone)
         assert status == 200 and headers["X-DVAI-Served-By"] == "local" and headers["X-DVAI-Reason"]

@@ -101,7 +101,7 @@ def test_found_by_multicast_dns_approved_once_and_used(machines, tmp_path, stron
     strong, weak = machines
     model = tmp_path / "strong.gguf"
     model.write_bytes(build_byte_model())
-    strong.start("--lan", "--model", model, "--mdns", strong_mdns)
+    strong.start("--lan", "--model", model, "--engine", "builtin", "--mdns", strong_mdns)
     weak.start("--offload-only", "--mdns", weak_mdns)
 
     def list_peers():
@@ -115,20 +115,25 @@ def test_found_by_multicast_dns_approved_once_and_used(machines, tmp_path, stron
     assert peer["via"] == "mdns" and ADDRESS["one"] in peer["baseUrl"]
 
     answers = []
-    asking = threading.Thread(target=lambda: answers.append(weak.ask(CHAT | {"stream": True})))
+
+    def ask_until_answered():  # while its model loads, the strong one is not asked to pair
+        while not answers or answers[-1][0] == 503:
+            answers.append(weak.ask(CHAT | {"stream": True}))
+
+    asking = threading.Thread(target=ask_until_answered, daemon=True)
     asking.start()
-    (pending,) = wait_for(lambda: json.loads(strong.run("pair", "list", "--json").stdout)["pending"], 30, "the request")
+    (pending,) = wait_for(lambda: json.loads(strong.run("pair", "list", "--json").stdout)["pending"], 60, "the request")
     assert pending["address"].endswith(ADDRESS["two"])
     assert strong.run("pair", "approve").returncode == 0
     asking.join(100)
-    status, text = answers[0]
+    status, text = answers[-1]
     assert status == 200 and text.rstrip().endswith("data: [DONE]"), (status, text)
 
     assert weak.ask(CHAT)[0] == 200, "no second approval"
     strong.stop()
     status, text = weak.ask(CHAT)
     assert status == 503 and json.loads(text)["error"]["type"] == "no_capable_device"
-    strong.start("--lan", "--model", model, "--mdns", strong_mdns, "--port", "0")
+    strong.start("--lan", "--model", model, "--engine", "builtin", "--mdns", strong_mdns, "--port", "0")
     wait_for(lambda: weak.ask(CHAT)[0] == 200, 90, "it is used again, on another port, without an approval")
 
 
@@ -136,7 +141,7 @@ def test_strangers_on_the_network_get_nothing(machines, tmp_path):
     strong, other = machines
     model = tmp_path / "strong.gguf"
     model.write_bytes(build_byte_model())
-    strong.start("--lan", "--model", model)
+    strong.start("--lan", "--model", model, "--engine", "builtin")
     port = strong.url.rpartition(":")[2].partition("/")[0]
     base = f"http://{ADDRESS['one']}:{port}"
 
