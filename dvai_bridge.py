@@ -12743,7 +12743,7 @@ WORKING_MEMORY_BYTES = 48 * MIB  # of llama.cpp itself, besides weights, caches 
 _TOKEN_ATTRIBUTES = {1: TokenKind.UNKNOWN, 2: TokenKind.UNUSED, 4: TokenKind.NORMAL, 8: TokenKind.CONTROL}
 _TOKEN_ATTRIBUTES |= {16: TokenKind.USER_DEFINED, 32: TokenKind.BYTE}
 _TOKEN_ATTRIBUTES_MASK = 63
-_LOG_ERROR, _LOG_CONTINUED = 4, 5
+_LOG_INFO, _LOG_ERROR, _LOG_CONTINUED = 2, 4, 5
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 
 
@@ -12780,17 +12780,17 @@ def estimate_llama_memory_bytes(gguf: GgufFile | GgufHeader, weights_bytes: int,
     """Main memory that llama.cpp takes: weights, the caches of all sequences, one batch's activations. Pure."""
     metadata, prefix = gguf.metadata, gguf.metadata.get("general.architecture", "")
 
-    def integer(key: str, default: int) -> int:
-        return get_metadata_int(metadata, f"{prefix}.{key}", high=1 << 24, default=default)
+    def integer(key: str, default: int, high: int = 1 << 24) -> int:
+        return get_metadata_int(metadata, f"{prefix}.{key}", high=high, default=default)
 
     def count_heads(key: str, default: int) -> list[int]:
         """One number a layer: some models give them all, the others one for all."""
         value = metadata.get(f"{prefix}.{key}", default)
-        if isinstance(value, int):
+        if isinstance(value, str) or not isinstance(value, Iterable):
             return [integer(key, default)] * n_layer
         return [min(count, 1 << 16) for count in value if isinstance(count, int) and count > 0]
 
-    n_embd, n_layer = integer("embedding_length", 0), integer("block_count", 0)
+    n_embd, n_layer = integer("embedding_length", 0), integer("block_count", 0, 1 << 12)
     n_head = max(count_heads("attention.head_count", 1), default=1) or 1
     head_dim = n_embd // n_head
     per_position = 2 * (integer("attention.key_length", head_dim) + integer("attention.value_length", head_dim))
@@ -12838,7 +12838,7 @@ def import_llama() -> Any:
 
 
 class NativeLog:
-    """What llama.cpp says goes to standard error: errors, and with `is_verbose` everything. `error`: the first one."""
+    """What llama.cpp says goes to standard error: errors, with `is_verbose` also the rest. `error`: the first one."""
 
     def __init__(self, llama: Any, *, is_verbose: bool) -> None:
         self.error = ""
@@ -12854,7 +12854,7 @@ class NativeLog:
 
     def _write(self, level: int, text: bytes, _: object) -> None:
         if level != _LOG_CONTINUED:
-            self._is_shown = self._is_verbose or level == _LOG_ERROR
+            self._is_shown = level >= (_LOG_INFO if self._is_verbose else _LOG_ERROR)
         line = text.decode("utf-8", "replace")
         if level == _LOG_ERROR:
             self.error = self.error or line.strip()

@@ -216,6 +216,9 @@ def test_a_context_is_the_models_own_at_most():
         ({"general.type": "mmproj"}, "image projector"),
         ({"general.type": "adapter"}, "adapter"),
         ({"tokenizer.ggml.tokens": Array(TEXT, [])}, "no vocabulary"),
+        ({"llama.attention.head_count": 1.5}, "head_count"),
+        ({"llama.attention.head_count_kv": "many"}, "head_count_kv"),
+        ({"llama.block_count": 1 << 20}, "block_count"),
     ],
 )
 def test_what_llama_cpp_cannot_serve_is_told_by_the_header(metadata, obstacle):
