@@ -583,7 +583,7 @@ def test_an_rpc_server_that_is_not_there_is_said(address):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]  # bound and not listening: nobody else can take it
-        with pytest.raises(UsageError, match="no llama.cpp RPC server"):
+        with pytest.raises(UsageError, match=r"no llama\.cpp RPC server"):
             verify_rpc_server(address.format(port=port))
         listener.listen()
         verify_rpc_server(f"127.0.0.1:{port}")
