@@ -13,10 +13,10 @@ The file reads from top to bottom, each section using only what stands above it 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
-    decisions     models, memory, capability, audit, routing
+    decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, peers, offload: who is there, and who answers
+    peers         discovery, peers, offload, upstream engine: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -42,6 +42,7 @@ import base64
 import binascii
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -309,6 +310,13 @@ class ModelFileError(BridgeError):
     """A model file is damaged, hostile, unsupported or too large for this machine."""
 
     status, type, code, exit_code = 500, "server_error", "model_file", 2
+
+
+class ModelLoadError(BridgeError):
+    """A model that was asked for cannot be loaded now: its file is no good, or it does not fit."""
+
+    status, type, code = 503, "unavailable_error", "model_load_failed"
+    should_retry = False
 
 
 class DownloadError(BridgeError):
@@ -621,7 +629,8 @@ class Option:
 
     `parse` turns text into the value and raises ValueError with what it wants. `flags` are spelled as typed,
     the last one long; `fallbacks` are environment variables of other programs that mean the same. A switch that is on
-    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere.
+    by default gets a flag `--no-…` as well; what `is_repeated` may be given several times, and as a list elsewhere,
+    which `parse` gets as one text with `separator` between the items.
     """
 
     flags: tuple[str, ...]
@@ -633,6 +642,7 @@ class Option:
     secret: bool = False
     is_switch: bool = False
     is_repeated: bool = False
+    separator: str = ","
 
     @property
     def name(self) -> str:
@@ -705,6 +715,20 @@ def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def is_engine_url(engine: str | None) -> TypeGuard[str]:
+    """Whether `--engine` names a server, rather than an engine of ours."""
+    return engine is not None and "://" in engine
+
+
+def parse_engine(text: str) -> str:
+    """`auto`, `builtin`, `llama`, or the base URL of a server."""
+    if text in ("auto", "builtin", "llama"):
+        return text
+    if not is_engine_url(text) or "," in text:
+        raise ValueError("it must be auto, builtin, llama, or a URL such as http://127.0.0.1:11434/v1")
+    return parse_urls("http", "https")(text)[0]
+
+
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Build a parser that accepts one of `choices`."""
 
@@ -714,6 +738,19 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def parse_models(text: str) -> str | tuple[str, ...]:
+    """One model, or several, one a line: paths may have commas in them."""
+    lines = tuple(line for line in text.split("\n") if line)
+    if not lines:
+        raise ValueError("it may not be empty")
+    return lines if len(lines) > 1 else lines[0]
+
+
+def parse_idle_seconds(text: str) -> int:
+    """Whole seconds; 0 and llama-server's -1 mean never."""
+    return 0 if text == "-1" else parse_integer(0, 31_536_000)(text)
 
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -741,7 +778,8 @@ class OffloadConfig:
     `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
     their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
     served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
-    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then.
+    that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then; they may
+    also be in their JSON form. `rendezvous_url` is refused: the internet path is not in this version.
     """
 
     enabled: bool = option(
@@ -760,7 +798,7 @@ class OffloadConfig:
         parse=parse_switch,
         is_switch=True,
     )
-    known_peers: tuple[str | Peer, ...] = option(
+    known_peers: Sequence[str | Peer] = option(
         "--peer",
         (),
         "base URL of a device to offload to, wherever discovery does not reach; may be repeated",
@@ -867,6 +905,7 @@ class OffloadConfig:
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
     custom_discovery: Callable[[], Any] | None = None
+    rendezvous_url: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -878,14 +917,46 @@ class OffloadConfig:
 class Config:
     """All settings of a bridge. The README's option tables are this class, printed."""
 
-    model: str | None = option(
+    model: str | Sequence[str] | None = option(
         "-m/--model",
         None,
         "model to serve: a GGUF file, `auto` for the best one found on this machine, or `builtin` for the "
-        "demonstration model that is part of this file (the default)",
+        "demonstration model that is part of this file (the default); may be repeated: the first is loaded at once "
+        "and answers requests that name none, the others are loaded when they are asked for",
         "model",
+        parse=parse_models,
         metavar="PATH|auto|builtin",
         fallbacks=("LLAMA_ARG_MODEL",),
+        is_repeated=True,
+        separator="\n",
+    )
+    models_dir: str | None = option(
+        "--models-dir",
+        None,
+        "offer every GGUF model in this directory, each loaded when it is asked for",
+        "model",
+        metavar="DIR",
+        fallbacks=("LLAMA_ARG_MODELS_DIR",),
+    )
+    models_max: int = option(
+        "--models-max",
+        4,
+        "models that are loaded at the same time; for a further one, or where memory is short, the one that was not "
+        "used for longest is unloaded. 0: as many as fit",
+        "model",
+        parse=parse_integer(0, 256),
+        metavar="N",
+        fallbacks=("LLAMA_ARG_MODELS_MAX",),
+    )
+    sleep_idle_seconds: int = option(
+        "--sleep-idle-seconds",
+        0,
+        "unload a model that nobody asked for so long, until somebody does; a request's `keep_alive` or `ttl` says "
+        "otherwise. 0: never",
+        "model",
+        parse=parse_idle_seconds,
+        metavar="SECONDS",
+        fallbacks=("LLAMA_ARG_SLEEP_IDLE_SECONDS",),
     )
     hf_repo: str | None = option(
         "-hf/--hf-repo",
@@ -900,19 +971,28 @@ class Config:
     alias: str | None = option(
         "-a/--alias",
         None,
-        "id under which the model is served; default: its file name without `.gguf`",
+        "id under which the one --model is served; default: its file name without `.gguf`",
         "model",
         metavar="NAME",
         fallbacks=("LLAMA_ARG_ALIAS",),
     )
-    engine: str = option(
+    engine: str | None = option(
         "--engine",
-        "auto",
-        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; `auto` "
-        "takes llama.cpp where it is installed and can serve the model",
+        None,
+        "what computes: `llama`, by llama.cpp, needs the package llama-cpp-python; `builtin` is pure Python; a URL is "
+        "the OpenAI-compatible server there, and no model is loaded here; `auto` is what suits the model, and the "
+        "servers that run on this machine answer for their models, too. Default: what suits the model",
         "model",
-        parse=parse_choice("auto", "builtin", "llama"),
-        metavar="auto|builtin|llama",
+        parse=parse_engine,
+        metavar="auto|builtin|llama|URL",
+    )
+    upstream_api_key: str | None = option(
+        "--upstream-api-key",
+        None,
+        "key that the server of `--engine URL` wants; environment only. No other server is ever sent it",
+        "model",
+        metavar="KEY",
+        secret=True,
     )
     ctx_size: int = option(
         "-c/--ctx-size",
@@ -1030,6 +1110,15 @@ class Config:
         metavar="SECONDS",
         fallbacks=("LLAMA_ARG_TIMEOUT",),
     )
+    metrics: bool = option(
+        "--metrics",
+        False,
+        "answer `GET /metrics` for Prometheus: requests, queue, tokens, speeds, offloads, peers",
+        "server",
+        parse=parse_switch,
+        is_switch=True,
+        fallbacks=("LLAMA_ARG_ENDPOINT_METRICS",),
+    )
     ssl_cert_file: str | None = option(
         "--ssl-cert-file",
         None,
@@ -1046,7 +1135,7 @@ class Config:
         metavar="FILE",
         fallbacks=("LLAMA_ARG_SSL_KEY_FILE",),
     )
-    api_key: tuple[str, ...] = option(
+    api_key: Sequence[str] = option(
         "--api-key",
         (),
         "keys that clients must send as `Authorization: Bearer …`; environment only, because everyone on the "
@@ -1065,7 +1154,7 @@ class Config:
         metavar="FILE",
         fallbacks=("LLAMA_ARG_API_KEY_FILE",),
     )
-    allowed_hosts: tuple[str, ...] = option(
+    allowed_hosts: Sequence[str] = option(
         "--allowed-hosts",
         (),
         "further names that may stand in a request's `Host` header",
@@ -1073,7 +1162,7 @@ class Config:
         parse=parse_list,
         metavar="NAME,…",
     )
-    cors_origins: tuple[str, ...] = option(
+    cors_origins: Sequence[str] = option(
         "--cors-origins",
         (),
         "web origins whose pages may use the bridge, e.g. `http://localhost:5173`; none by default",
@@ -1112,6 +1201,13 @@ class Config:
     )
     offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What --model names, the default first."""
+        if self.model is None:
+            return ()
+        return (self.model,) if isinstance(self.model, str) else tuple(self.model)
+
 
 OPTION_GROUPS = {
     "model": "Model",
@@ -1149,7 +1245,7 @@ def format_default(default: Any) -> str:
 
 def build_config(
     *,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, str | list[str]] | None = None,
     environ: Mapping[str, str] | None = None,
     file: Mapping[str, Any] | None = None,
 ) -> Config:
@@ -1170,8 +1266,39 @@ def build_config(
     return Config(**values, offload=OffloadConfig(**offload))
 
 
+def normalize_config(config: Config) -> Config:
+    """A config that a program made, its values as the other sources would give them: a Path as its text, a list as a
+    tuple. UsageError names the field whose value they would not take."""
+    if config.offload.rendezvous_url is not None:
+        raise UsageError("OffloadConfig.rendezvous_url: the internet path is not in this version yet; leave it out")
+    offload = replace(config.offload, **_normalize_fields(config.offload, "OffloadConfig."))
+    return replace(config, **_normalize_fields(config, ""), offload=offload)
+
+
+def _normalize_fields(config: Config | OffloadConfig, prefix: str) -> dict[str, Any]:
+    """The fields that are not at their defaults, normalized."""
+    fields: dict[str, Any] = {}
+    for name, opt in get_options(type(config)).items():
+        if "." in name:  # of the config within this one
+            continue
+        value, default = getattr(config, name), get_default(type(config), name)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, list | tuple):
+            value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        if value == default and type(value) is type(default):
+            continue
+        place = prefix + name
+        if isinstance(default, tuple) and isinstance(value, Collection) and not isinstance(value, str):
+            items = [_parse_setting(opt, place, item) if isinstance(item, str) else (item,) for item in value]
+            fields[name] = tuple(itertools.chain.from_iterable(items))
+        else:
+            fields[name] = _parse_setting(opt, place, value)
+    return fields
+
+
 def _find_setting(
-    name: str, opt: Option, flags: Mapping[str, str], environ: Mapping[str, str], file: Mapping[str, Any]
+    name: str, opt: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
 ) -> tuple[str, Any] | None:
     """The place and raw value with the highest precedence, or None."""
     if name in flags:
@@ -1186,15 +1313,17 @@ def _find_setting(
 
 def _parse_setting(opt: Option, place: str, raw: Any) -> Any:
     if opt.secret and place == opt.flags[-1]:
+        has_file = any(f"{place}-file" in other.flags for other in get_options(Config).values())
         raise UsageError(
-            f"{place} would show the key to everyone on this machine: "
-            f"put it in a file ({place}-file) or in the environment ({opt.environment})"
+            f"{place} would show the key to everyone on this machine: put it "
+            + (f"in a file ({place}-file) or " if has_file else "")
+            + f"in the environment ({opt.environment})"
         )
     if isinstance(raw, bool):
         raw = str(raw).lower()
-    elif isinstance(raw, list) and all(isinstance(item, str) for item in raw):
-        raw = ",".join(raw)
-    elif not isinstance(raw, str | int):
+    elif isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
+        raw = opt.separator.join(raw)
+    elif not isinstance(raw, str | int | float):
         raise UsageError(f"{place}: {type(raw).__name__} is not a value for it")
     try:
         return opt.parse(str(raw))
@@ -4544,6 +4673,41 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     return ChatRequest(model=parse_model(fields), generations=generations, stream=stream, include_usage=include_usage)
 
 
+_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(rf"([+-]?)((?:{_DURATION_PART.pattern})+|[0-9]{{1,9}})")
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of a duration as Go writes it (`5m`, `1h30m`, `-1s`), or of a plain number; ValueError otherwise."""
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ValueError("not a duration")
+    parts = _DURATION_PART.findall(match[2])
+    seconds = sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in parts) if parts else float(match[2])
+    return -seconds if match[1] == "-" else seconds
+
+
+def parse_keep_alive(body: Mapping[str, Any]) -> float | None:
+    """Seconds for which a request wants its model kept when idle, None if it says nothing.
+
+    `keep_alive` as Ollama takes it (a number of seconds or a duration; 0: unload at once, negative: never), else `ttl`
+    as LM Studio does (seconds).
+    """
+    fields = RequestFields(dict(body))
+    for name in ("keep_alive", "ttl"):
+        value = fields.values.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = parse_duration_s(value) if isinstance(value, str) and name == "keep_alive" else None
+        except ValueError:
+            raise fields.refusal(name, "must be seconds, or a duration such as 5m") from None
+        seconds = fields.number(name, -1e9, 1e9, 0) if seconds is None else seconds
+        return seconds if seconds >= 0 else math.inf
+    return None
+
+
 def parse_token_ids(fields: RequestFields, name: str, items: list[Any]) -> tuple[int, ...]:
     """A prompt or input given as token ids, checked for type and sign; the engine knows its vocabulary."""
     tokens = [as_integer(item) for item in items]
@@ -5437,7 +5601,9 @@ def parse_foreign_pairings(data: bytes) -> PairingRecords:
     rows = document.values() if isinstance(document, dict) else document
     if not isinstance(rows, list | type({}.values())):
         raise ValueError("not a list of pairings")
-    pairings = filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT)))
+    pairings = list(filter(None, map(_parse_foreign_pairing, itertools.islice(rows, PAIRINGS_LIMIT))))
+    if rows and not pairings:
+        raise ValueError("nothing in it is a pairing")
     return {each.key: each for each in pairings}
 
 
@@ -5875,6 +6041,7 @@ HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusa
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
 PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
+PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
@@ -6123,7 +6290,9 @@ class PairingDesk:
         """
         store = self._store
         if store is None or self._is_closed:
-            raise PairingDisabledError("this bridge does not accept pairings; start it with --lan")
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
         request = parse_handshake_request(body)
         if signer is not None:
             if signer.key != (request.app_id, request.device_id):
@@ -6284,7 +6453,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
     if status == 429:
         return PairingBusyError(f"{name} was asked too often; try again in ten minutes", retry_after_s=60)
     if status == 503:
-        return PairingDisabledError(f"{name} does not accept pairings; start it with --lan")
+        return PairingDisabledError(
+            f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
+        )
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -7748,6 +7919,228 @@ def load_audit(directory: Path, *, since_ms: int = 0, limit: int | None = None) 
     return [entry for found in newest_first for entry in found]
 
 
+# ---- Metrics --------------------------------------------------------------------------
+# What a bridge counts of itself, and Prometheus' text format for it. Pure.
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRIC_SERIES_LIMIT = 256  # of one metric: whoever finds a label to fill with words of their own fills no memory
+FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+SPEED_BOUNDS_TOK_PER_S = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+
+_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_LABEL_NAME = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+Labels = tuple[tuple[str, str], ...]  # (name, value) in the order to write them
+
+
+class MetricType(enum.Enum):
+    """The word of a `# TYPE` line."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricSample:
+    """One line. `suffix`: what stands behind the family's name: `_bucket`, `_sum` or `_count` of a histogram."""
+
+    value: float
+    labels: Labels = ()
+    suffix: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class MetricFamily:
+    """A metric with all its series. The samples of one series of a histogram stand together, its buckets ascending."""
+
+    name: str
+    type: MetricType
+    help: str
+    samples: tuple[MetricSample, ...]
+
+
+def format_metric_value(value: float) -> str:
+    """A number as Go's ParseFloat reads it."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+
+
+def encode_metrics(families: Iterable[MetricFamily]) -> bytes:
+    """The text format 0.0.4. ValueError for a name that the format does not have; values of labels are escaped.
+
+    # HELP dvai_requests_total Requests that have ended.
+    # TYPE dvai_requests_total counter
+    dvai_requests_total{route="local",status="200"} 3
+    """
+    lines: list[str] = []
+    for family in families:
+        if not _METRIC_NAME.fullmatch(family.name):
+            raise ValueError(f"{family.name!r} is no name of a metric")
+        help_text = family.help.replace("\\", r"\\").replace("\n", r"\n")
+        lines += [f"# HELP {family.name} {help_text}", f"# TYPE {family.name} {family.type.value}"]
+        lines += [
+            f"{family.name}{sample.suffix}{_encode_labels(sample.labels)} {format_metric_value(sample.value)}"
+            for sample in family.samples
+        ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _encode_labels(labels: Labels) -> str:
+    for name, _ in labels:
+        if not _LABEL_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a label")
+    pairs = ((name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels)
+    inside = ",".join(f'{name}="{value}"' for name, value in pairs)
+    return f"{{{inside}}}" if inside else ""
+
+
+def build_gauge(name: str, help: str, values: Iterable[tuple[Labels, float]]) -> MetricFamily:
+    """What is measured at the moment it is asked for: the labels and value of each series."""
+    samples = tuple(MetricSample(labels=labels, value=value) for labels, value in values)
+    return MetricFamily(name=name, type=MetricType.GAUGE, help=help, samples=samples)
+
+
+class SeriesTable:
+    """The series of one metric by the values of its labels; beyond METRIC_SERIES_LIMIT all are "other"."""
+
+    def __init__(self, label_names: Sequence[str]) -> None:
+        self._label_names = tuple(label_names)
+        self._series: dict[tuple[str, ...], list[float]] = {}
+
+    def get(self, values: Sequence[str], width: int) -> list[float]:
+        """The numbers of a series, `width` of them, 0 at first."""
+        key = tuple(values)
+        if len(key) != len(self._label_names):
+            raise ValueError(f"this metric has the labels {', '.join(self._label_names)}")
+        if key not in self._series and len(self._series) >= METRIC_SERIES_LIMIT:
+            key = ("other",) * len(key)
+        return self._series.setdefault(key, [0.0] * width)
+
+    def items(self) -> Iterator[tuple[Labels, list[float]]]:
+        """(labels, numbers) of each series."""
+        for key, numbers in self._series.items():
+            yield tuple(zip(self._label_names, key, strict=True)), numbers
+
+
+class CounterVector:
+    """A number that only grows, for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str] = ()) -> None:
+        self._name = name
+        self._help = help
+        self._series = SeriesTable(label_names)
+
+    def add(self, *values: str, amount: float = 1) -> None:
+        """Count `amount` more."""
+        self._series.get(values, 1)[0] += amount
+
+    def build_family(self) -> MetricFamily:
+        """As it stands."""
+        samples = tuple(MetricSample(labels=labels, value=numbers[0]) for labels, numbers in self._series.items())
+        return MetricFamily(name=self._name, type=MetricType.COUNTER, help=self._help, samples=samples)
+
+
+class HistogramVector:
+    """How often a measured value was at most each of `bounds` (ascending), for each set of label values."""
+
+    def __init__(self, name: str, help: str, label_names: Sequence[str], bounds: Sequence[float]) -> None:
+        self._name = name
+        self._help = help
+        self._bounds = tuple(bounds)
+        self._series = SeriesTable(label_names)
+
+    def observe(self, *values: str, value: float) -> None:
+        """Take in one measurement. A series has the count of each bucket, of what is above all bounds, and the sum."""
+        numbers = self._series.get(values, len(self._bounds) + 2)
+        numbers[bisect.bisect_left(self._bounds, value)] += 1
+        numbers[-1] += value
+
+    def build_family(self) -> MetricFamily:
+        """As it stands; buckets are cumulative."""
+        samples: list[MetricSample] = []
+        for labels, (*counts, total) in self._series.items():
+            bounds = [*map(format_metric_value, self._bounds), "+Inf"]
+            for bound, count in zip(bounds, itertools.accumulate(counts), strict=True):
+                samples.append(MetricSample(suffix="_bucket", labels=(*labels, ("le", bound)), value=count))
+            samples.append(MetricSample(suffix="_sum", labels=labels, value=total))
+            samples.append(MetricSample(suffix="_count", labels=labels, value=sum(counts)))
+        return MetricFamily(name=self._name, type=MetricType.HISTOGRAM, help=self._help, samples=tuple(samples))
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RequestSample:
+    """What the metrics take from a request that has ended. None: it did not come to that, or nobody knows.
+
+    `path`: one of our routes; `route`: local, lan, relay or upstream. `outcome`: as in the audit.
+    """
+
+    path: str
+    status: int
+    outcome: str
+    route: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    first_token_s: float | None = None
+    decode_tok_per_s: float | None = None
+
+
+class BridgeMetrics:
+    """All that a bridge counts. No label has a client's words: a model's name is none."""
+
+    def __init__(self) -> None:
+        self._requests = CounterVector(
+            "dvai_requests_total", "Inference requests that have ended.", ("path", "route", "status", "outcome")
+        )
+        self._prompt_tokens = CounterVector("dvai_prompt_tokens_total", "Tokens of prompts.", ("route",))
+        self._completion_tokens = CounterVector("dvai_completion_tokens_total", "Tokens written.", ("route",))
+        self._first_token = HistogramVector(
+            "dvai_time_to_first_token_seconds",
+            "From the request to the first content, waiting and loading included.",
+            ("route",),
+            FIRST_TOKEN_BOUNDS_S,
+        )
+        self._speed = HistogramVector(
+            "dvai_decode_tokens_per_second", "Tokens per second of one answer.", ("route",), SPEED_BOUNDS_TOK_PER_S
+        )
+        self._offloads = CounterVector(
+            "dvai_offloads_total", "Servers asked to answer a request, each time.", ("route", "outcome")
+        )
+
+    def record(self, sample: RequestSample) -> None:
+        """A request has ended."""
+        route = sample.route or "none"
+        self._requests.add(sample.path, route, str(sample.status), sample.outcome)
+        if sample.prompt_tokens is not None:
+            self._prompt_tokens.add(route, amount=sample.prompt_tokens)
+        if sample.completion_tokens is not None:
+            self._completion_tokens.add(route, amount=sample.completion_tokens)
+        if sample.first_token_s is not None:
+            self._first_token.observe(route, value=sample.first_token_s)
+        if sample.decode_tok_per_s is not None:
+            self._speed.observe(route, value=sample.decode_tok_per_s)
+
+    def note_attempt(self, route: str, outcome: str) -> None:
+        """A peer or an upstream engine was asked, and this came of it."""
+        self._offloads.add(route, outcome)
+
+    def build_families(self) -> list[MetricFamily]:
+        """As it stands."""
+        vectors = (
+            self._requests,
+            self._prompt_tokens,
+            self._completion_tokens,
+            self._first_token,
+            self._speed,
+            self._offloads,
+        )
+        return [vector.build_family() for vector in vectors]
+
+
 # ---- Routing --------------------------------------------------------------------------
 # Where a request runs: peers, candidates and the decision. Pure.
 
@@ -8378,7 +8771,7 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
         name = display_name(refused.candidate.peer.device_name)
-        return f"{name} refused to pair: `pair request` asks it again."
+        return f"{name} does not let this device use it: `pair request` asks again."
     if not offers:
         return "None is known: start a bridge with --lan on a stronger device, or name one with --peer URL."
     return "`peers` says what each of them lacks."
@@ -8418,6 +8811,9 @@ def _build_checked_json(checked: Checked, failure: str | None) -> dict[str, Any]
 
 # ---- Streams --------------------------------------------------------------------------
 # Sockets with deadlines: reading bounded, writing with back-pressure. asyncio begins here.
+
+CALLBACKS_LIMIT = 64  # callbacks that never return
+CALLBACK_END_S = 1.0  # those that do not end with the bridge
 
 _stream_logger = logging.getLogger("dvai_bridge.streams")
 
@@ -8585,6 +8981,46 @@ async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a user's callback gives, which may be a coroutine function or an ordinary one."""
     given = function(*arguments)
     return await given if isinstance(given, Awaitable) else given
+
+
+class Notifier:
+    """Tells a program's callbacks what happened; what they return or raise changes nothing, but errors are logged.
+
+    An ordinary function runs at once, on the loop; what a coroutine function began is a task until `close`.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def tell(self, callback: Callable[..., Any], *arguments: Any) -> None:
+        """Call back without waiting."""
+        if len(self._tasks) >= CALLBACKS_LIMIT:
+            _stream_logger.warning("a callback is left out: %d calls have not returned", CALLBACKS_LIMIT)
+            return
+        try:
+            given = callback(*arguments)
+        except Exception:
+            _stream_logger.exception("a callback failed")
+            return
+        if isinstance(given, Awaitable):
+            task = asyncio.create_task(self._finish(given), name="callback")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Give the calls that run CALLBACK_END_S to return, then end them."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CALLBACK_END_S)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=CALLBACK_END_S)
+
+    async def _finish(self, work: Awaitable[Any]) -> None:
+        try:
+            await work
+        except Exception:
+            _stream_logger.exception("a callback failed")
 
 
 async def bind_sockets(host: str, port: int | None) -> list[socket.socket]:
@@ -9011,6 +9447,13 @@ class ClientExchange:
             connection.release(may_linger=self._response is not None and self._response.may_linger)
 
 
+def explain_connect_error(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words; asyncio's own are of calls and of tuples."""
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
+    return getattr(error, "strerror", None) or display_name(str(error))
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -9108,8 +9551,7 @@ class HttpClient:
             reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
             raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
         except (OSError, UnicodeError) as exc:
-            reason = getattr(exc, "strerror", None) or display_name(str(exc))
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {reason}") from exc
+            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
         return connection
 
     async def _get_tls_context(self) -> ssl.SSLContext:
@@ -13847,7 +14289,8 @@ class FoundModel:
     """A model file on this machine. Texts that come from the file are printable, ≤ 64 characters.
 
     `size_bytes` counts all parts of a split model; `n_params` and `n_ctx_train` None: not known. `obstacle`: why the
-    engine in question cannot serve it; None: it can.
+    engine in question cannot serve it; None: it can. `is_whole`: it is not only a part of a model, as far as one can
+    see.
     """
 
     model_id: str
@@ -13860,6 +14303,7 @@ class FoundModel:
     n_ctx_train: int | None
     has_chat_template: bool
     obstacle: str | None
+    is_whole: bool = True
 
 
 # Memory. Files are read below `root`, so that a whole fake system can stand there.
@@ -14069,7 +14513,7 @@ def _describe_candidate(
     )
     if len(candidate.files) < candidate.part_count:
         missing = candidate.part_count - len(candidate.files)
-        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing")
+        return replace(found, obstacle=f"{missing} of its {candidate.part_count} parts are missing", is_whole=False)
     try:
         with open_gguf(first.path) as gguf:
             summary = summarize_gguf(gguf)
@@ -14081,6 +14525,7 @@ def _describe_candidate(
                 n_ctx_train=summary.context_length,
                 has_chat_template="tokenizer.chat_template" in gguf.metadata,
                 obstacle=explain(gguf, memory),
+                is_whole=summary.kind == "model" and summary.architecture != "clip" and bool(gguf.tensors),
             )
     except ModelFileError as exc:
         return replace(found, obstacle=exc.message)
@@ -14363,7 +14808,7 @@ async def find_engines(environ: Mapping[str, str], ports: Sequence[int] = ENGINE
 
 
 def describe_engine(engine: FoundEngine) -> str:
-    """One line: what runs where, and that clients can use it there today."""
+    """One line: what runs where."""
     count = len(engine.models)
     names = ", ".join(engine.models[:5]) + (", …" if count > 5 else "")
     models = f"{count} model{'' if count == 1 else 's'}" + (f" ({names})" if names else "")
@@ -15613,6 +16058,428 @@ class LocalSpeed:
     def observe(self, usage: Usage) -> None:
         """A request ran alone and took this."""
         self.meter.observe(self.key, usage)
+
+
+# ---- Model pool -----------------------------------------------------------------------
+# Several models, as many in memory as there is room for: loaded when asked for, ended when idle.
+
+FAILED_LOAD_KEPT_S = 30.0  # a model that cannot be loaded is tried again after that, not for each request
+NO_ROOM_RETRY_S = 5  # what another device is told that would have to displace a model
+
+pool_log = logging.getLogger("dvai_bridge.pool")
+
+
+class ModelState(enum.Enum):
+    """Where a model of a pool is; the value is what health says.
+
+        UNLOADED ──► LOADING ──► LOADED ──► ENDING ──► UNLOADED    another model needed its place
+           ▲          │  ▲         │          ├──────► SLEEPING    nobody asked for it for its keep-alive time
+           │          ▼  └─ died ──┘          └──────► STOPPED     its owner unloaded it
+           │        FAILED
+           │          │
+        UNLOADED, SLEEPING, and FAILED after FAILED_LOAD_KEPT_S ──► LOADING    a request asks for it
+        STOPPED ──► LOADING                                         its owner loads it again
+
+    Invariants: only LOADING, LOADED and ENDING hold memory, and at most `limit` models do; a model that is in use is
+    never ended for another one; nobody's request begins on a model that is to be ended.
+    """
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    ENDING = "ending"
+    SLEEPING = "sleeping"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_STATES_BY_ENGINE = {
+    EngineState.STARTING: ModelState.LOADING,
+    EngineState.LOADING: ModelState.LOADING,
+    EngineState.RESTARTING: ModelState.LOADING,
+    EngineState.READY: ModelState.LOADED,
+    EngineState.FAILED: ModelState.FAILED,
+}
+OCCUPYING_STATES = frozenset({ModelState.LOADING, ModelState.LOADED, ModelState.ENDING})
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Occupant:
+    """A model that holds memory, as the decision sees it. `users`: requests that run on it, or wait until it is loaded.
+
+    `needed_bytes`: what it was estimated to take; `last_used_s`: of the clock, when its last user came or went.
+    """
+
+    model_id: str
+    state: ModelState
+    users: int
+    last_used_s: float
+    needed_bytes: int
+
+
+class RoomStep(enum.Enum):
+    """What to do for a model that is to be loaded."""
+
+    LOAD = "load"
+    END = "end another one, once its users have left"
+    WAIT = "wait for one that is being ended"
+    REFUSE = "refuse: nothing would help"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class RoomDecision:
+    """`model_id`: whom to end. `reason`: for logs, and for who is refused."""
+
+    step: RoomStep
+    model_id: str | None = None
+    reason: str = ""
+
+
+def choose_room(occupants: Sequence[Occupant], limit: int, needed_bytes: int, memory: MemoryInfo) -> RoomDecision:
+    """The next step towards loading a model that needs so much. Pure; to be asked again after each step.
+
+    | a place is free (`limit`; 0: any number) | it fits into what is free | then |
+    |---|---|---|
+    | yes | yes, or nobody else holds memory: its own process says no better | LOAD |
+    | any | not even if all the others were ended | REFUSE |
+    | else | else | END the one that was used longest ago, an idle one first; while one is ENDING, WAIT |
+
+    What loads has not taken all of its memory yet: the rest is not free.
+    """
+    if not occupants:
+        return RoomDecision(step=RoomStep.LOAD)
+    promised = sum(each.needed_bytes for each in occupants if each.state is ModelState.LOADING)
+    free_bytes = None if memory.free_bytes is None else max(0, memory.free_bytes - promised)
+    misfit = explain_misfit(needed_bytes, replace(memory, free_bytes=free_bytes))
+    if misfit is None and (limit == 0 or len(occupants) < limit):
+        return RoomDecision(step=RoomStep.LOAD)
+    if misfit is not None and memory.free_bytes is not None:
+        most_bytes = memory.free_bytes + sum(each.needed_bytes for each in occupants)
+        hopeless = explain_misfit(needed_bytes, replace(memory, free_bytes=most_bytes))
+        if hopeless is not None:
+            return RoomDecision(step=RoomStep.REFUSE, reason=f"it {hopeless}, even with all others unloaded")
+    if any(each.state is ModelState.ENDING for each in occupants):
+        return RoomDecision(step=RoomStep.WAIT)
+    victim = min(occupants, key=lambda each: (each.users > 0, each.last_used_s))
+    reason = f"at most {limit} models are loaded (--models-max)" if misfit is None else f"the next one {misfit}"
+    return RoomDecision(step=RoomStep.END, model_id=victim.model_id, reason=reason)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UseTerms:
+    """How a request may use a model. `may_load`: not of other devices, who get what is there and wake what sleeps.
+
+    `keep_alive_s`: how long the model is to stay when idle from then on; None: as it is.
+    """
+
+    may_load: bool = True
+    keep_alive_s: float | None = None
+
+
+class PooledEngine:
+    """One model of a pool, and its engine process while it has one."""
+
+    def __init__(self, pool: ModelPool, model_id: str, load: LoadRequest) -> None:
+        self.model_id = model_id
+        self.load = load
+        self.on_progress: Callable[[float], None] | None = None  # of its next load
+        self.info: ModelInfo | None = None  # since it was loaded for the first time
+        self.process: EngineProcess | None = None
+        self.rest = ModelState.UNLOADED  # the state without a process: UNLOADED, SLEEPING or STOPPED
+        self.ending: asyncio.Task[None] | None = None
+        self.is_leaving = False  # it is to be ended as soon as its users have left
+        self.users = 0
+        self.last_used_s = 0.0
+        self.failed_at_s: float | None = None
+        self.keep_alive_s = pool.keep_alive_s
+        self.needed_bytes: int | None = None
+        self._pool = pool
+
+    @property
+    def state(self) -> ModelState:
+        """Where it is in its life."""
+        if self.ending is not None:
+            return ModelState.ENDING
+        return self.rest if self.process is None else _STATES_BY_ENGINE.get(self.process.state, self.rest)
+
+    @property
+    def is_occupying(self) -> bool:
+        """Whether it holds memory."""
+        return self.state in OCCUPYING_STATES
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1 while it loads."""
+        return self.process.progress if self.process is not None else 0.0
+
+    @property
+    def error(self) -> BridgeError | None:
+        """Why it could not be loaded, or was not to be kept running."""
+        return self.process.error if self.process is not None else None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while it runs."""
+        return self.process.pid if self.process is not None else None
+
+    @contextlib.asynccontextmanager
+    async def use(self, terms: UseTerms) -> AsyncIterator[tuple[EngineProcess, ModelInfo]]:
+        """The loaded engine, which stays while the body runs; waits for room, loading and restarts.
+
+        Raises ModelLoadError when the model cannot be loaded, EngineUnavailableError when it was stopped, and
+        ModelNotFoundError for who may not have it loaded.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                process = await held.enter_async_context(self._pool.hold(self, terms))
+                info = await process.ready()
+            except ModelFileError as exc:
+                raise ModelLoadError(f"the model {self.model_id!r} cannot be loaded: {exc.message}") from exc
+            yield process, info
+
+    async def ready(self) -> ModelInfo:
+        """Load it, as its owner; raises what makes that impossible, as the engine says it."""
+        async with self._pool.hold(self, UseTerms()) as process:
+            return await process.ready()
+
+
+EstimateBytes = Callable[[LoadRequest], int]  # memory that a load will take; blocks, raises ModelFileError
+
+
+class ModelPool:
+    """Owns the engine processes of several models.
+
+    `limit` models at most hold memory at the same time (0: as many as fit), each until it was idle for `keep_alive_s`,
+    unless a request said otherwise. Whoever needs room takes turns, in order of arrival: the model that has to give
+    way finishes what runs on it, and what comes for it meanwhile waits for its own turn, so that nobody is starved.
+    `on_loaded` is told of each load that has succeeded. All methods belong to one event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 0,
+        keep_alive_s: float = math.inf,
+        estimate: EstimateBytes,
+        probe_memory: Callable[[], MemoryInfo] = probe_free_memory,
+        build_process: Callable[..., EngineProcess] = EngineProcess,
+        on_loaded: Callable[[PooledEngine], None] = lambda engine: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keep_alive_s = keep_alive_s
+        self.engines: list[PooledEngine] = []
+        self._limit = limit
+        self._estimate = estimate
+        self._probe_memory = probe_memory
+        self._build_process = build_process
+        self._on_loaded = on_loaded
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._idle_watch: asyncio.Task[None] | None = None
+        self._followers: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def add(self, model_id: str, load: LoadRequest) -> PooledEngine:
+        """A further model, not loaded yet."""
+        engine = PooledEngine(self, model_id, load)
+        self.engines.append(engine)
+        return engine
+
+    def start(self, *engines: PooledEngine) -> None:
+        """Begin the pool's work, and to load these without looking for room."""
+        for engine in engines:
+            self._begin(engine)
+        self._idle_watch = asyncio.create_task(self._end_idle(), name="idle models")
+
+    async def stop(self, engine: PooledEngine) -> None:
+        """Unload a model for good, or until `resume`; requests that run on it end with an error."""
+        engine.rest = ModelState.STOPPED
+        await self._end(engine, ModelState.STOPPED)
+
+    def resume(self, engine: PooledEngine) -> None:
+        """Let a model that was stopped be loaded again."""
+        if engine.rest is ModelState.STOPPED:
+            engine.rest = ModelState.UNLOADED
+
+    async def close(self) -> None:
+        """End all processes and tasks."""
+        self._is_closed = True
+        if self._idle_watch is not None:
+            self._idle_watch.cancel()
+            await asyncio.wait([self._idle_watch])
+        await asyncio.gather(*map(self.stop, self.engines))
+        if self._followers:
+            await asyncio.wait(self._followers)
+
+    @contextlib.asynccontextmanager
+    async def hold(self, engine: PooledEngine, terms: UseTerms) -> AsyncIterator[EngineProcess]:
+        """Count a user of a model, whose process then stays; it has one, which may still be loading."""
+        if not engine.is_occupying or engine.is_leaving or engine.ending is not None:
+            await self._make_loaded(engine, terms)
+        assert engine.process is not None
+        engine.users += 1
+        engine.last_used_s = self._clock()
+        try:
+            yield engine.process
+        finally:
+            engine.users -= 1
+            engine.last_used_s = self._clock()
+            if terms.keep_alive_s is not None and terms.may_load:
+                engine.keep_alive_s = terms.keep_alive_s
+            self._note_change()
+
+    # Making room
+
+    async def _make_loaded(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Return when the model has a process that is not to be ended."""
+        self._verify_may_load(engine, terms)
+        async with self._turn:
+            while not engine.is_occupying or engine.ending is not None:
+                if engine.ending is not None:
+                    await asyncio.shield(engine.ending)
+                    continue
+                self._verify_may_load(engine, terms)
+                if engine.process is not None:  # it failed, long ago
+                    await self._end(engine, ModelState.UNLOADED)
+                    continue
+                decision = await self._decide(engine)
+                if decision.step is RoomStep.REFUSE:
+                    raise ModelFileError(decision.reason)
+                if decision.step is RoomStep.LOAD:
+                    self._verify_may_load(engine, terms)
+                    self._begin(engine)
+                elif not terms.may_load:
+                    raise EngineUnavailableError("other models use the memory now", retry_after_s=NO_ROOM_RETRY_S)
+                elif decision.step is RoomStep.WAIT:
+                    await self._wait_ended()
+                else:
+                    await self._end_for_another(decision)
+
+    def _verify_may_load(self, engine: PooledEngine, terms: UseTerms) -> None:
+        """Raises why nobody, or not this user, gets the model loaded."""
+        if self._is_closed or engine.state is ModelState.STOPPED:
+            raise EngineUnavailableError("the engine is stopped")
+        is_recent = engine.failed_at_s is None or self._clock() - engine.failed_at_s < FAILED_LOAD_KEPT_S
+        if engine.state is ModelState.FAILED and engine.error is not None and is_recent:
+            raise engine.error
+        if not terms.may_load and engine.state is ModelState.UNLOADED:
+            raise ModelNotFoundError(
+                f"the model {engine.model_id!r} is not loaded, and a request of another device loads none",
+                param="model",
+            )
+
+    async def _decide(self, engine: PooledEngine) -> RoomDecision:
+        others = [each for each in self.engines if each.is_occupying]
+        memory = MemoryInfo(free_bytes=None, limit_source="")
+        if others:
+            memory = await asyncio.to_thread(self._look_at_memory, engine, others)
+        occupants = [
+            Occupant(
+                model_id=each.model_id,
+                state=each.state,
+                users=each.users,
+                last_used_s=each.last_used_s,
+                needed_bytes=each.needed_bytes or 0,
+            )
+            for each in self.engines
+            if each.is_occupying and each is not engine
+        ]
+        return choose_room(occupants, self._limit, engine.needed_bytes or 0, memory)
+
+    def _look_at_memory(self, engine: PooledEngine, others: Sequence[PooledEngine]) -> MemoryInfo:
+        """What is free, once the models' needs are known. In a thread; ModelFileError: of `engine`'s file."""
+        for each in (engine, *others):
+            if each.needed_bytes is None:
+                try:
+                    each.needed_bytes = self._estimate(each.load)
+                except ModelFileError:
+                    if each is engine:
+                        raise
+        return self._probe_memory()
+
+    async def _wait_ended(self) -> None:
+        """Until one of the processes that are being ended is gone."""
+        ending = [each.ending for each in self.engines if each.ending is not None]
+        if ending:
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _end_for_another(self, decision: RoomDecision) -> None:
+        """End a model when its users have left; nobody begins to use it meanwhile. Giving up leaves it as it is."""
+        victim = next(each for each in self.engines if each.model_id == decision.model_id)
+        victim.is_leaving = True
+        try:
+            while victim.users and victim.is_occupying:
+                await self._changed.wait()
+            if victim.is_occupying:
+                pool_log.info("unloading %s: %s", display_name(victim.model_id), decision.reason)
+                await self._end(victim, ModelState.UNLOADED)
+        finally:
+            victim.is_leaving = False
+
+    # Processes
+
+    def _begin(self, engine: PooledEngine) -> None:
+        """Start a process for a model that has none."""
+        engine.process = self._build_process(engine.load, on_progress=engine.on_progress)
+        engine.on_progress = None
+        engine.rest, engine.failed_at_s = ModelState.UNLOADED, None
+        engine.keep_alive_s, engine.last_used_s = self.keep_alive_s, self._clock()
+        engine.process.start()
+        follower = asyncio.create_task(self._follow(engine, engine.process), name=f"loading {engine.model_id}")
+        self._followers.add(follower)
+        follower.add_done_callback(self._followers.discard)
+
+    async def _follow(self, engine: PooledEngine, process: EngineProcess) -> None:
+        """Take note of how a load ends."""
+        try:
+            engine.info = await process.ready()
+        except BridgeError:  # who waits for the model is told
+            if process.state is EngineState.FAILED:
+                engine.failed_at_s = self._clock()
+        else:
+            if not engine.users:
+                engine.last_used_s = self._clock()
+            self._on_loaded(engine)
+        self._note_change()
+
+    async def _end(self, engine: PooledEngine, rest: ModelState) -> None:
+        """End a model's process, to the end even if nobody waits for it any more."""
+        self._begin_ending(engine, rest)
+        if engine.ending is not None:
+            await asyncio.shield(engine.ending)
+
+    def _begin_ending(self, engine: PooledEngine, rest: ModelState) -> None:
+        """From now on nobody begins to use the process, if it has one."""
+        if engine.ending is None and engine.process is not None:
+            engine.ending = asyncio.create_task(self._end_process(engine, engine.process, rest), name="ending a model")
+
+    async def _end_process(self, engine: PooledEngine, process: EngineProcess, rest: ModelState) -> None:
+        try:
+            await process.close()
+        finally:
+            engine.process = engine.ending = None
+            if engine.rest is not ModelState.STOPPED:
+                engine.rest = rest
+            self._note_change()
+
+    async def _end_idle(self) -> None:
+        """End each model that nobody has used for its keep-alive time."""
+        while True:
+            idle = [each for each in self.engines if each.state is ModelState.LOADED and not each.users]
+            now_s, changed = self._clock(), self._changed
+            late = [each for each in idle if each.last_used_s + each.keep_alive_s <= now_s]
+            for each in late:
+                pool_log.info("%s sleeps: nobody asked for it for %g s", each.model_id, each.keep_alive_s)
+            for each in late:
+                self._begin_ending(each, ModelState.SLEEPING)
+            next_s = min((each.last_used_s + each.keep_alive_s for each in idle if each not in late), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), None if next_s == math.inf else next_s - now_s)
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 # ---- Discovery ------------------------------------------------------------------------
@@ -17321,6 +18188,11 @@ class KnownPeer:
         self.learned_at_s = -math.inf
 
     @property
+    def is_lasting(self) -> bool:
+        """Whether the user or a pairing named this peer."""
+        return any(way.is_lasting for way in self.ways.values())
+
+    @property
     def told_id(self) -> str | None:
         """The id, None while it is the base URL that stands in for it."""
         return self.device_id if is_telling_id(self.device_id) else None
@@ -17537,9 +18409,8 @@ class PeerTable:
 
         The network's word neither gives an id to an address that the user named, nor a name to a paired device.
         """
-        has_lasting = any(way.is_lasting for way in known.ways.values())
         tells_id = peer.device_id != peer.base_url
-        if tells_id and known.device_id != peer.device_id and (is_lasting or not has_lasting):
+        if tells_id and known.device_id != peer.device_id and (is_lasting or not known.is_lasting):
             del self._peers[known.device_id]
             known.device_id = peer.device_id
             self._peers[peer.device_id] = known
@@ -17572,8 +18443,7 @@ class PeerTable:
         strangers = [
             each
             for each in self._peers.values()
-            if not each.has_pairing and each.state is PeerState.SEEN and each.failures
-            if not any(way.is_lasting for way in each.ways.values())
+            if not (each.has_pairing or each.is_lasting) and each.state is PeerState.SEEN and each.failures
         ]
         if strangers:
             self.remove(max(strangers, key=lambda each: each.failures))
@@ -17809,7 +18679,7 @@ class PeerMonitor:
 
     async def _pair(self, known: KnownPeer, *, is_explicit: bool) -> Pairing:
         if self._initiator is None:
-            raise PairingDisabledError("pairing is off on this device")
+            raise PairingDisabledError(PAIRING_OFF)
         target = PairingTarget(
             base_url=known.peer.base_url, device_id=known.told_id, device_name=known.peer.device_name
         )
@@ -17990,10 +18860,16 @@ def build_handshake_post(client: HttpClient) -> HandshakePost:
 
 def _build_refused_error(body: bytes) -> AuthenticationError:
     """What a 401 to a signed question means: the pairing is gone, or a clock is wrong, which is no fault of its."""
-    with contextlib.suppress(ValueError, AttributeError):
-        if parse_json(body).get("error", {}).get("code") == ClockSkewError.code:
-            return AuthenticationError("the clocks of the two devices differ too much")
+    if is_clock_skew(body):
+        return AuthenticationError("the clocks of the two devices differ too much")
     return SignatureError("it does not know this device any more")
+
+
+def is_clock_skew(body: bytes) -> bool:
+    """Whether the body of a peer's 401 holds that the pairing is good and a clock is wrong."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(parse_json(body).get("error", {}).get("code") == ClockSkewError.code)
+    return False
 
 
 def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
@@ -18030,6 +18906,7 @@ PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
 
 class ForwardForm(enum.Enum):
@@ -18048,7 +18925,8 @@ class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
     `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
-    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned.
+    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned. `is_own_engine`: a server that
+    the user put behind this bridge; it is asked in the client's form, and what it refuses is the client's answer.
     """
 
     device_id: str
@@ -18060,6 +18938,7 @@ class ForwardTarget:
     substituted_for: str | None = None
     prefill_tok_per_s: float | None = None
     sign: SignRequest | None = field(default=None, repr=False)
+    is_own_engine: bool = False
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -18108,12 +18987,16 @@ class AttemptOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none."""
+    """One peer that was asked. `reason`: for people, in ASCII. `retry_after_s`: the peer's wish, 0 if none.
+
+    `said`: the error in the peer's own words, where it gave some.
+    """
 
     target: ForwardTarget
     outcome: AttemptOutcome
     reason: str
     retry_after_s: int = 0
+    said: str = ""
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -18144,7 +19027,10 @@ class ForwardOutcome(enum.Enum):
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardReport:
-    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second."""
+    """What a forwarded request took. Counts are the peer's, None where it gave none; rates are tokens per second.
+
+    `first_content_s` and the rates are None where nobody can say, as with an answer that came whole.
+    """
 
     target: ForwardTarget
     outcome: ForwardOutcome
@@ -18157,22 +19043,28 @@ class ForwardReport:
 
 
 class AttemptError(UpstreamError):
-    """A peer gave no answer, so the next one is asked; never shown to a client."""
+    """A peer gave no answer, so the next one is asked; never shown to a client. `said`: its own words."""
 
-    def __init__(self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, **details: Any) -> None:
+    def __init__(
+        self, message: str, outcome: AttemptOutcome = AttemptOutcome.BROKEN, *, said: str = "", **details: Any
+    ) -> None:
         super().__init__(message, **details)
         self.outcome = outcome
+        self.said = said
 
 
 # What is sent
 
 
-def build_forward_body(request: ForwardRequest, model_id: str) -> dict[str, Any]:
-    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one."""
+def build_forward_body(request: ForwardRequest, model_id: str, *, keeps_form: bool = False) -> dict[str, Any]:
+    """The client's body for a peer: the peer's name of the model, and a stream with usage where there can be one.
+
+    `keeps_form`: a stream only if the client wants one.
+    """
     body = {**request.body, "model": model_id}
     if not model_id:
         del body["model"]
-    if request.form is not ForwardForm.EMBEDDINGS:
+    if request.form is not ForwardForm.EMBEDDINGS and (request.is_stream or not keeps_form):
         options = request.body.get("stream_options")
         body["stream"] = True
         body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
@@ -18185,14 +19077,17 @@ def build_first_content_budget(budgets: ForwardBudgets, body_bytes: int, prefill
     return min(budgets.first_content_s + prefill_s, budgets.first_content_limit_s)
 
 
-def build_forward_headers(request: ForwardRequest) -> list[tuple[str, str]]:
-    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id."""
-    accept = "text/event-stream" if request.form is not ForwardForm.EMBEDDINGS else "application/json"
+def build_forward_headers(request: ForwardRequest, *, is_own_engine: bool = False) -> list[tuple[str, str]]:
+    """All that travels to a peer besides a signature: nothing of the client's own fields but the request's id.
+
+    Not even that to an engine: some (llama_cpp.server) refuse every id that is no UUID.
+    """
+    is_whole = request.form is ForwardForm.EMBEDDINGS or (is_own_engine and not request.is_stream)
     return [
         ("Content-Type", "application/json"),
-        ("Accept", accept),
-        ("X-Request-Id", request.request_id),
-        ("X-DVAI-Forwarded", "1"),
+        ("Accept", "application/json" if is_whole else "text/event-stream"),
+        ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE if is_own_engine else "1"),
+        *([] if is_own_engine else [("X-Request-Id", request.request_id)]),
     ]
 
 
@@ -18248,6 +19143,21 @@ def parse_peer_usage(value: Any) -> dict[str, Any] | None:
     }
 
 
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+def find_error_message(value: Any) -> str:
+    """What a server said is wrong, "" if nothing: `error` an object or a text; FastAPI's `detail`; or `message`."""
+    if isinstance(value, list):  # FastAPI's complaints, each with its place
+        return "; ".join(filter(None, map(find_error_message, value)))
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    found = next((value[name] for name in ("error", "detail", "message", "msg") if value.get(name)), "")
+    steps = value.get("loc")
+    place = [each for each in steps if isinstance(each, str) and each != "body"] if isinstance(steps, list) else []
+    return ": ".join(filter(None, (".".join(place), find_error_message(found))))
+
+
 def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     """The body of a peer's error answer as clients expect it, whatever form the peer gave it."""
     try:
@@ -18255,11 +19165,23 @@ def build_peer_error(status: int, data: bytes) -> dict[str, Any]:
     except JsonError:
         value = None
     error = value.get("error", value) if isinstance(value, dict) else None
-    if isinstance(error, str):
-        error = {"message": error}
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        error = {"message": f"the peer refused the request (HTTP {status})"}
-    return {"error": {"type": "invalid_request_error", "param": None, "code": None, **error}}
+    members = dict(error) if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
+    members = {name: member for name, member in members.items() if name != "object"}
+    members["message"] = find_error_message(value) or f"the peer refused the request (HTTP {status})"
+    type_ = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if not isinstance(members.get("type"), str) or not members["type"]:
+        members["type"] = type_
+    return {"error": {"param": None, "code": None, **members}}
+
+
+_VALIDATION_ERROR = re.compile(r"[0-9]+ validation errors?:")  # pydantic's words
+
+
+def correct_engine_error(status: int, error: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and body of an engine's refusal; llama_cpp.server calls the client's mistakes its own (500)."""
+    if status == 500 and _VALIDATION_ERROR.match(error["error"]["message"]):
+        return 400, {"error": error["error"] | {"type": "invalid_request_error"}}
+    return status, error
 
 
 class ChoiceState:
@@ -18336,8 +19258,9 @@ class ChunkNormalizer:
         """
         if not isinstance(value, dict):
             raise UpstreamError("the peer sent something that is no chunk")
-        if value.get("error"):
-            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR)
+        if value.get("error") or value.get("object") == "error":
+            said = find_error_message(value)
+            raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR, said=said)
         self._note_model(value.get("model"))
         self.usage = parse_peer_usage(value.get("usage")) or self.usage
         self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
@@ -18461,7 +19384,7 @@ class AnswerAssembler:
                 "index": index,
                 **self._build_content(index),
                 "finish_reason": finish_reason,
-                "logprobs": {"refusal": None, **self._logprobs[index]} if index in self._logprobs else None,
+                "logprobs": self._build_logprobs(index),
             }
             for index, finish_reason in sorted(self._finish_reasons.items())
         ]
@@ -18476,6 +19399,11 @@ class AnswerAssembler:
                 )
             else:
                 calls[fragment["index"]]["function"]["arguments"] += fragment["function"]["arguments"]
+
+    def _build_logprobs(self, index: int) -> dict[str, Any] | None:
+        if index not in self._logprobs:
+            return None
+        return {**({"refusal": None} if self._is_chat else {}), **self._logprobs[index]}
 
     def _build_content(self, index: int) -> dict[str, Any]:
         texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
@@ -18612,6 +19540,10 @@ class PeerStream:
         except JsonError as exc:
             raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
 
+    def feed_end(self) -> bytes:
+        """The same for the end of a stream that has no [DONE]. UpstreamError in the middle of an answer."""
+        return self._finish()
+
     def _split(self, data: bytes) -> list[bytes]:
         """The data of each event; quickly where whole events of one line come, as they usually do."""
         if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
@@ -18688,8 +19620,13 @@ def parse_peer_vector(item: Any) -> Sequence[float]:
 # Asking
 
 
-def judge_status(status: int) -> AttemptOutcome:
-    """What a status other than 200 means for the next step."""
+def judge_status(status: int, *, is_own_engine: bool = False) -> AttemptOutcome:
+    """What a status other than 200 means for the next step.
+
+    What an engine of the user's own says is final, but for a 401: the client's key is not what it asks for.
+    """
+    if is_own_engine and status >= 400:
+        return AttemptOutcome.UNAUTHORIZED if status == 401 else AttemptOutcome.REFUSED
     named = {
         401: AttemptOutcome.UNAUTHORIZED,
         404: AttemptOutcome.NO_MODEL,
@@ -18741,6 +19678,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
         self._on_end = on_end
         self._has_ended = False
@@ -18755,7 +19693,11 @@ class PeerExchange:
         self._response = response = await self._exchange.receive()
         response.end_within(self._content_by - self._loop.time())
         if response.status != 200:
-            outcome = judge_status(response.status)
+            is_own = self.target.is_own_engine
+            outcome = judge_status(response.status, is_own_engine=is_own)
+            is_refused = outcome is AttemptOutcome.UNAUTHORIZED and not is_own
+            if is_refused and is_clock_skew(await response.read(PEER_ERROR_LIMIT_BYTES)):
+                raise AttemptError("the clocks of the two devices differ too much", AttemptOutcome.BROKEN)
             if outcome is not AttemptOutcome.REFUSED:
                 retry_after_s = parse_retry_after(response.headers)
                 raise AttemptError(f"it answered {response.status}", outcome, retry_after_s=retry_after_s)
@@ -18765,6 +19707,7 @@ class PeerExchange:
         """What the client gets first: content, or for a long prefill a sign of life (then `has_content` is False)."""
         media_type = self._response.headers.get("content-type").partition(";")[0].strip().lower()
         if media_type == "application/json":
+            self._came_whole = True
             first = self.stream.feed_whole(await self._response.read(FORWARD_ANSWER_LIMIT_BYTES))
             self._note_content()
             self.end(ForwardOutcome.COMPLETED)
@@ -18778,7 +19721,7 @@ class PeerExchange:
         while True:
             data = await self._response.read_piece()
             if not data:
-                raise UpstreamLostError("the peer ended its stream too early")
+                return self._read_end()
             piece = self.stream.feed(data)
             if self.stream.has_content:
                 if self._content_at is None:
@@ -18793,8 +19736,17 @@ class PeerExchange:
                 self._written_at = self._loop.time()
                 return PING
 
+    def _read_end(self) -> bytes:
+        """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
+        if not self.target.is_own_engine or not self.stream.has_content:
+            raise UpstreamLostError("the peer ended its stream too early")
+        piece = self.stream.feed_end()
+        self.end(ForwardOutcome.COMPLETED)
+        return piece
+
     async def read_embeddings(self) -> bytes:
         """The whole answer; a large one is read in a thread, so that others are answered meanwhile."""
+        self._came_whole = True
         parsed = parse_embeddings_request(self._request.body)
         data = await self._response.read(FORWARD_ANSWER_LIMIT_BYTES)
         arguments = (data, self.target.model_id, len(parsed.embedding.inputs), parsed.encoding_format)
@@ -18824,7 +19776,7 @@ class PeerExchange:
         self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
-        now, content_at = self._loop.time(), self._content_at
+        now, content_at = self._loop.time(), None if self._came_whole else self._content_at
         usage = self.normalizer.usage or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         first_content_s = None if content_at is None else content_at - self._started_at
@@ -18887,7 +19839,9 @@ class ForwardedStream:
 def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError:
     """The client's error for a peer that failed after the commit point."""
     name = display_name(target.device_name or target.device_id)
-    return PeerError(f"{name} began to answer and failed: {error.message}; what came before is incomplete")
+    said = display_name(error.said) if isinstance(error, AttemptError) and target.is_own_engine else ""
+    reason = error.message + (f" ({said})" if said else "")
+    return PeerError(f"{name} began to answer and failed: {reason}; what came before is incomplete")
 
 
 class Forwarder:
@@ -18925,7 +19879,9 @@ class Forwarder:
                 if isinstance(exc, PeerError):
                     raise
                 outcome, wish_s = judge_error(exc), exc.retry_after_s or 0
-                self._note(attempts, Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s))
+                said = exc.said if isinstance(exc, AttemptError) else ""
+                attempt = Attempt(target=target, outcome=outcome, reason=exc.message, retry_after_s=wish_s, said=said)
+                self._note(attempts, attempt)
                 continue
             except BaseException:
                 if exchange is not None:
@@ -18937,9 +19893,11 @@ class Forwarder:
     async def _send(self, request: ForwardRequest, target: ForwardTarget) -> PeerExchange:
         """Sends the request; what its answer needs is made while it is on its way."""
         budgets, started_at = self._budgets, asyncio.get_running_loop().time()
-        body = encode_canonical_json(build_forward_body(request, target.model_id))
+        is_own = target.is_own_engine
+        encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
+        body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
         url = self._parse_url(target.base_url + request.form.value)
-        headers = build_forward_headers(request)
+        headers = build_forward_headers(request, is_own_engine=is_own)
         if target.sign is not None:
             headers += target.sign("POST", url.target, body)
         budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
@@ -19007,14 +19965,515 @@ class Forwarder:
         reason = f"it answered {response.status}"
         self._note(attempts, Attempt(target=exchange.target, outcome=AttemptOutcome.REFUSED, reason=reason))
         exchange.end(ForwardOutcome.REFUSED)
+        status, error = response.status, build_peer_error(response.status, data)
+        if exchange.target.is_own_engine:
+            status, error = correct_engine_error(status, error)
         retry_after_s = parse_retry_after(response.headers)
-        should_retry = response.headers.get("x-should-retry", "false")
+        should_retry = response.headers.get("x-should-retry")
         headers = [JSON_HEADER, *build_served_by_headers(exchange.target)]
         if retry_after_s:
             headers.append(("Retry-After", str(min(retry_after_s, 60))))
-        headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
-        body = encode_json(build_peer_error(response.status, data))
-        return ForwardAnswer(status=response.status, headers=tuple(headers), body=body)
+        if should_retry or (status < 500 and status not in (408, 429)):
+            headers.append(("x-should-retry", "true" if should_retry == "true" else "false"))
+        return ForwardAnswer(status=status, headers=tuple(headers), body=encode_json(error))
+
+
+# ---- Upstream engine ------------------------------------------------------------------
+# An OpenAI-compatible server that the user runs, as an engine of this bridge: watched, listed, asked.
+#
+# A server is in the state that its last answer says, whatever it was in before:
+#
+#     nothing asked yet → UNKNOWN     a list of models, or a 404 for it → UP     503 → LOADING
+#     401, 403 → REFUSED              no connection, no answer, any other answer → DOWN
+#
+# But for one that is UP and takes connections while its list is late: it is busy, and stays UP for a while.
+#
+# While it is UP, a connection that is made and closed again says every second that it is still there: that costs it
+# nothing and leaves no line in its log. Its models are asked for now and then, whenever it returns, and when a request
+# names a model that nobody knows. A request never waits for any of this: it is sent, and what comes of it is news, too.
+
+UPSTREAM_ANSWER_LIMIT_BYTES = MIB  # a list of models that never ends
+UPSTREAM_MODELS_LIMIT = 512  # models that a server may claim to have
+UPSTREAM_ANSWER_S = 5.0  # for the list of models
+UPSTREAM_SILENCE_S = 300.0  # within an answer: engines that send a tool call only when it is whole are silent so long
+UPSTREAM_BACK_OFF_FACTOR = 1.5
+UPSTREAM_SLOW_LISTS_LIMIT = 3  # lists in a row that do not come in time: so long an engine may just be busy
+UPSTREAM_REFRESH_S = 1.0  # requests that name unknown models, one after the other
+UPSTREAM_SCAN_S = 10.0  # between two looks for servers that were started meanwhile
+UPSTREAMS_LIMIT = 16  # servers watched at once
+
+upstream_log = logging.getLogger("dvai_bridge.upstream")
+
+
+class UpstreamState(enum.Enum):
+    """How a server stands; the value is what health shows."""
+
+    UNKNOWN = "connecting"
+    LOADING = "loading"
+    UP = "up"
+    REFUSED = "refused"
+    DOWN = "down"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamModel:
+    """A model of a server, under the server's own id. `created`: unix seconds, 0 where it gave none."""
+
+    model_id: str
+    created: int = 0
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamWord:
+    """What a server's answer says of it. `models` None: nothing new; `product` None: no mark that we know."""
+
+    state: UpstreamState
+    error: str = ""
+    models: tuple[UpstreamModel, ...] | None = None
+    product: str | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamIntervals:
+    """How often a server is looked at, in seconds. `down_s`: at first; it grows to `down_limit_s`."""
+
+    up_s: float = 1.0
+    list_s: float = 15.0
+    down_s: float = 0.25
+    down_limit_s: float = 2.0
+
+
+NEAR_INTERVALS = UpstreamIntervals()
+FAR_INTERVALS = UpstreamIntervals(up_s=10.0, list_s=120.0, down_s=1.0, down_limit_s=30.0)
+
+
+def is_near(base_url: str) -> bool:
+    """Whether a server is on this machine, so that asking it often costs nobody anything."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_upstream_models(value: Any) -> tuple[UpstreamModel, ...]:
+    """The models in a list as OpenAI has it (`data`, `id`), or Ollama (`models`, `name`); ValueError if it is none."""
+    items = value.get("data", value.get("models")) if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise ValueError("it does not list models as an OpenAI server does")
+    found: dict[str, UpstreamModel] = {}
+    for item in items[:UPSTREAM_MODELS_LIMIT]:
+        model_id = item.get("id", item.get("name")) if isinstance(item, dict) else None
+        created = as_integer(item.get("created")) if isinstance(item, dict) else None
+        if isinstance(model_id, str) and is_model_id(model_id):
+            model = UpstreamModel(model_id=model_id, created=created if is_count(created) else 0)
+            found.setdefault(model_id.casefold(), model)
+    return tuple(found.values())
+
+
+def parse_upstream_answer(status: int, headers: Mapping[str, str], data: bytes) -> UpstreamWord:
+    """What the answer to `GET /v1/models` says of a server."""
+    if status in (401, 403):
+        return UpstreamWord(state=UpstreamState.REFUSED, error="it wants another API key")
+    if status == 503:
+        return UpstreamWord(state=UpstreamState.LOADING, error="it is still loading")
+    if status == 404:
+        return UpstreamWord(state=UpstreamState.UP, product=recognise_engine(headers, ()))
+    if status != 200:
+        return UpstreamWord(state=UpstreamState.DOWN, error=f"it answered {status} when it was asked for its models")
+    try:
+        value = parse_json(data)
+        models = parse_upstream_models(value)
+    except ValueError as exc:
+        error = "its answer is not JSON" if isinstance(exc, JsonError) else str(exc)
+        return UpstreamWord(state=UpstreamState.DOWN, error=error)
+    owners = [item.get("owned_by") for item in value.get("data") or () if isinstance(item, dict)]
+    product = "DVAI Bridge" if "dvai-bridge" in owners else recognise_engine(headers, owners)
+    return UpstreamWord(state=UpstreamState.UP, models=models, product=product)
+
+
+# What paired devices may ask it for
+
+
+_PEER_FEATURES = frozenset(
+    {"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format"}
+    | {"logprobs", "logit_bias", "reasoning_effort"}
+)
+_PEER_FIELDS = frozenset(
+    {"model", "messages", "prompt", "input", "encoding_format", "dimensions", "stream", "stream_options", "n", "seed"}
+    | {"max_tokens", "max_completion_tokens", "stop", "temperature", "top_p", "top_k", "min_p", "top_logprobs", "echo"}
+    | {"presence_penalty", "frequency_penalty", "repeat_penalty"}
+    | _PEER_FEATURES
+)
+
+
+def build_restricted_body(form: ForwardForm, body: Mapping[str, Any], tokens_limit: int) -> dict[str, Any]:
+    """A foreign device's request, with nothing in it but fields that we know, in their ranges; else a 400.
+
+    No answer is longer than `tokens_limit`. An address of an image would have the server fetch it: only data is taken.
+    """
+    fields = RequestFields(dict(body))
+    verify_features(fields, _PEER_FEATURES)
+    restricted = {name: value for name, value in fields.values.items() if name in _PEER_FIELDS}
+    if form is ForwardForm.EMBEDDINGS:
+        parse_embeddings_request(restricted)
+        return restricted
+    parse_stream(fields)
+    parse_stop(fields)
+    parse_sampling(fields)
+    fields.integer("n", 1, MAX_CHOICES, 1)
+    if form is ForwardForm.CHAT:
+        for index, message in enumerate(fields.array("messages", MAX_MESSAGES)):
+            verify_content_is_data(message, f"messages[{index}]")
+    else:
+        parse_inputs(fields, "prompt", MAX_CHOICES)
+    wanted = parse_max_tokens(fields, low=0, default=None)
+    limit = tokens_limit if wanted is None else min(wanted, tokens_limit)
+    return restricted | {"max_tokens": limit} | ({"max_completion_tokens": limit} if form is ForwardForm.CHAT else {})
+
+
+def verify_content_is_data(message: Any, path: str) -> None:
+    """Raises InvalidRequestError for content that is somewhere else: a server would fetch it from its own network."""
+    content = RequestFields(message, path).values.get("content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal", "image_url", "input_audio"):
+            raise InvalidRequestError(f"'{path}': content of this type is not taken from other devices", param=path)
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, dict) else image
+        if kind == "image_url" and not (isinstance(url, str) and url.startswith("data:")):
+            raise InvalidRequestError(f"'{path}': other devices send an image as data, not as a URL", param=path)
+
+
+class UpstreamEngine:
+    """One server behind this bridge. Belongs to one event loop; between `start` and `close` it is watched.
+
+    `api_key` is sent to this server only. `product` None: what its answers show. `timeout_s`: until the first content,
+    and for the whole of an answer that is not streamed; `answer_s`: for its list of models.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        client: HttpClient,
+        *,
+        timeout_s: float,
+        api_key: str | None = None,
+        product: str | None = None,
+        intervals: UpstreamIntervals | None = None,
+        answer_s: float = UPSTREAM_ANSWER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base_url = base_url
+        self.product = product or "an OpenAI-compatible server"
+        self.state = UpstreamState.UNKNOWN
+        self.error = ""
+        self.models: tuple[UpstreamModel, ...] = ()
+        self.scores: dict[str, float] = {}  # tokens per second, as requests saw them, by model id
+        self._prefill: dict[str, float] = {}
+        self._client = client
+        self._api_key = api_key
+        self._intervals = intervals or (NEAR_INTERVALS if is_near(base_url) else FAR_INTERVALS)
+        self._budgets = ForwardBudgets(
+            first_content_s=timeout_s, first_content_limit_s=timeout_s, silence_s=UPSTREAM_SILENCE_S
+        )
+        self._answer_s = answer_s
+        self._clock = clock
+        self._failures = 0  # looks in a row that found no server
+        self._slow_lists = 0
+        self._listed_at_s = -math.inf
+        self._listing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._has_looked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"{self.product} at {display_name(self.base_url)}"
+
+    def start(self) -> None:
+        """Begin to watch it."""
+        self._task = asyncio.create_task(self._watch(), name="upstream engine")
+
+    async def close(self) -> None:
+        """End watching."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def ready(self) -> None:
+        """Return when it was looked at once, whatever came of it."""
+        await self._has_looked.wait()
+
+    async def refresh(self) -> None:
+        """Ask for its models, unless that was done a moment ago."""
+        async with self._listing:
+            if self._clock() - self._listed_at_s >= UPSTREAM_REFRESH_S:
+                await self._list_models()
+
+    def find_model(self, asked: str) -> str | None:
+        """Its id for the model that a client asks for; as with Ollama, a name without a tag means `:latest`."""
+        for wanted in (asked, f"{asked}:latest"):
+            for model in self.models:
+                if is_same_model(model.model_id, wanted):
+                    return model.model_id
+        return None
+
+    async def forward(
+        self,
+        request: ForwardRequest,
+        *,
+        model_id: str,
+        reason: str = "",
+        on_attempt: Callable[[Attempt], None] = lambda attempt: None,
+        on_end: Callable[[ForwardReport], None] = lambda report: None,
+    ) -> ForwardAnswer:
+        """Its answer, in order; also its refusal of the request. UpstreamError when it gives none."""
+
+        def note_attempt(attempt: Attempt) -> None:
+            self._note_attempt(attempt)
+            on_attempt(attempt)
+
+        def note_end(report: ForwardReport) -> None:
+            self._note_end(report)
+            on_end(report)
+
+        target = ForwardTarget(
+            device_id="local",
+            device_name=self.name,
+            base_url=self.base_url,
+            model_id=model_id,
+            route="upstream",
+            reason=reason,
+            prefill_tok_per_s=self._prefill.get(model_id),
+            sign=self._sign,
+            is_own_engine=True,
+        )
+        forwarder = Forwarder(self._client, on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarded = await forwarder.forward(request, [target])
+        if forwarded.answer is None:
+            raise self._build_failure(forwarded.attempts[0])
+        return forwarded.answer
+
+    # What requests teach
+
+    def _sign(self, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+        return [] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")]
+
+    def _note_attempt(self, attempt: Attempt) -> None:
+        outcome = attempt.outcome
+        has_answered = outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED)
+        if has_answered and self.state is UpstreamState.UP:
+            return
+        if outcome is AttemptOutcome.UNREACHABLE:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=attempt.reason))
+        self._listed_at_s = -math.inf
+        self._wake.set()
+
+    def _note_end(self, report: ForwardReport) -> None:
+        model_id = report.target.model_id
+        for averages, measured in ((self.scores, report.decode_tok_per_s), (self._prefill, report.prefill_tok_per_s)):
+            has_room = model_id in averages or len(averages) < UPSTREAM_MODELS_LIMIT
+            if measured is not None and is_score(measured) and has_room:
+                averages[model_id] = average_measurement(averages.get(model_id), measured)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            self._wake.set()
+
+    def _build_failure(self, attempt: Attempt) -> UpstreamError:
+        """The client's error for a server that gave no answer."""
+        outcome = attempt.outcome
+        if outcome is AttemptOutcome.UNREACHABLE:
+            return UpstreamConnectError(f"{self.name} does not answer: {attempt.reason}; start it again")
+        if outcome is AttemptOutcome.UNAUTHORIZED:
+            advice = "set DVAI_UPSTREAM_API_KEY, which is for the server that --engine URL names"
+            return UpstreamError(f"{self.name} wants another API key: {advice}", should_retry=False)
+        if outcome is AttemptOutcome.TIMEOUT:
+            return UpstreamTimeoutError(f"{self.name} gave no answer in time: {attempt.reason} (--timeout)")
+        said = display_name(attempt.said)
+        return UpstreamError(f"{self.name} failed: {said or attempt.reason}", should_retry=False if said else None)
+
+    # Watching
+
+    async def _watch(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._look()
+            except Exception:
+                upstream_log.exception("asking %s failed", self.name)
+                self._take_in(UpstreamWord(state=UpstreamState.DOWN, error="internal error"))
+            self._has_looked.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._compute_delay_s()):
+                    await self._wake.wait()
+
+    def _compute_delay_s(self) -> float:
+        intervals = self._intervals
+        if self.state is UpstreamState.UP:
+            return intervals.up_s
+        grown_s = intervals.down_s * UPSTREAM_BACK_OFF_FACTOR ** min(self._failures, 32)
+        return min(grown_s, intervals.down_limit_s)
+
+    async def _look(self) -> None:
+        is_due = self._clock() - self._listed_at_s >= self._intervals.list_s
+        if self.state is not UpstreamState.UP or is_due:
+            async with self._listing:
+                await self._list_models()
+            return
+        try:
+            url = parse_http_url(self.base_url)
+            (await self._client.connect(url, HttpBudgets(total_s=self._answer_s))).close()
+        except UpstreamError as exc:
+            self._take_in(UpstreamWord(state=UpstreamState.DOWN, error=exc.message))
+
+    async def _list_models(self) -> None:
+        try:
+            word = await self._ask(f"{self.base_url}/models")
+            if word.state is UpstreamState.UP and word.models is None:  # older versions of Ollama have their own list
+                native = await self._ask(f"{self.base_url.removesuffix('/v1')}/api/tags")
+                word = replace(native, product="Ollama") if native.models is not None else word
+            self._slow_lists = 0
+        except UpstreamError as exc:
+            self._slow_lists += isinstance(exc, UpstreamTimeoutError)
+            is_busy = isinstance(exc, UpstreamTimeoutError) and self._slow_lists < UPSTREAM_SLOW_LISTS_LIMIT
+            state = UpstreamState.UP if is_busy and self.state is UpstreamState.UP else UpstreamState.DOWN
+            word = UpstreamWord(state=state, error=exc.message)
+        self._listed_at_s = self._clock()
+        self._take_in(word)
+
+    async def _ask(self, url: str) -> UpstreamWord:
+        headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
+        headers += self._sign("GET", url, b"")
+        budgets = HttpBudgets(total_s=self._answer_s)
+        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+            data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
+            return parse_upstream_answer(response.status, dict(response.headers), data)
+
+    def _take_in(self, word: UpstreamWord) -> None:
+        before, self.state, self.error = self.state, word.state, word.error
+        self.product = word.product or self.product
+        if word.models is not None:
+            known = {model.model_id: model for model in self.models}
+            # llama-server says "created now" each time: what was said first stays.
+            self.models = tuple(known.get(model.model_id, model) for model in word.models)
+        self._failures = 0 if word.state is UpstreamState.UP else self._failures + 1
+        if word.state is before:
+            return
+        if word.state is UpstreamState.UP:
+            upstream_log.info("%s answers (models: %d)", self.name, len(self.models))
+        else:
+            upstream_log.warning("%s is not usable now: %s", self.name, display_name(word.error))
+
+
+class UpstreamPool:
+    """The servers behind one bridge: the one that `--engine URL` names, or those that `find` finds again and again.
+
+    `build` makes the engine for one that was found. `default_model`: for requests that name none.
+    """
+
+    def __init__(
+        self,
+        *,
+        named: UpstreamEngine | None = None,
+        default_model: str | None = None,
+        find: Callable[[], Awaitable[Sequence[FoundEngine]]] | None = None,
+        build: Callable[[FoundEngine], UpstreamEngine] | None = None,
+    ) -> None:
+        self.named = named
+        self.engines: list[UpstreamEngine] = [named] if named is not None else []
+        self._default_model = default_model
+        self._find = find
+        self._build = build
+        self._has_scanned = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch, and to look for more."""
+        for engine in self.engines:
+            engine.start()
+        if self._find is not None:
+            self._task = asyncio.create_task(self._scan(), name="looking for engines")
+
+    async def ready(self) -> None:
+        """Return when everything was looked at once."""
+        if self._find is not None:
+            await self._has_scanned.wait()
+        for engine in self.engines:
+            await engine.ready()
+
+    async def close(self) -> None:
+        """End what was begun."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        for engine in self.engines:
+            await engine.close()
+
+    def list_models(self) -> list[tuple[UpstreamModel, UpstreamEngine]]:
+        """The models of servers that answer, each once: the first server that has it is asked for it."""
+        found: dict[str, tuple[UpstreamModel, UpstreamEngine]] = {}
+        for engine in self.engines:
+            for model in engine.models if engine.state is UpstreamState.UP else ():
+                found.setdefault(model.model_id.casefold(), (model, engine))
+        return list(found.values())
+
+    def find_default(self) -> str | None:
+        """The id of the model that answers when none is named; None while nobody knows."""
+        if self._default_model is not None:
+            return self._default_model
+        return next((model.model_id for model, _ in self.list_models()), None)
+
+    async def find(self, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """Who is to answer for a model, and its id there ("": the server's own choice); None: nobody has it.
+
+        A server that lists no models is asked for any. One that is down is asked, too: it may have just come back.
+        """
+        asked = model or self.find_default()
+        found = self._match(asked)
+        if found is None and asked is not None:
+            await asyncio.gather(*(engine.refresh() for engine in self.engines))
+            found = self._match(asked)
+        return found
+
+    def _match(self, asked: str | None) -> tuple[UpstreamEngine, str] | None:
+        for engine in sorted(self.engines, key=lambda engine: engine.state is not UpstreamState.UP):
+            model_id = engine.find_model(asked) if asked is not None else None
+            if model_id is not None:
+                return engine, model_id
+            if asked is None and engine.models:
+                return engine, engine.models[0].model_id
+            if engine is self.named and not engine.models:
+                return engine, asked or ""
+        return None
+
+    async def _scan(self) -> None:
+        while True:
+            try:
+                for found in await self._find() if self._find is not None else ():
+                    self._add(found)
+            except Exception:
+                upstream_log.exception("looking for engines failed")
+            self._has_scanned.set()
+            await asyncio.sleep(UPSTREAM_SCAN_S)
+
+    def _add(self, found: FoundEngine) -> None:
+        known = {engine.base_url for engine in self.engines}
+        if found.base_url not in known and len(known) < UPSTREAMS_LIMIT and self._build is not None:
+            engine = self._build(found)
+            self.engines.append(engine)
+            engine.start()
+
+
+def build_upstream_json(engine: UpstreamEngine) -> dict[str, Any]:
+    """A server as health shows it."""
+    return {
+        "baseUrl": engine.base_url,
+        "product": engine.product,
+        "state": engine.state.value,
+        "models": [model.model_id for model in engine.models],
+        **({"error": display_name(engine.error)} if engine.error else {}),
+    }
 
 
 # ---- HTTP server ----------------------------------------------------------------------
@@ -19466,7 +20925,11 @@ class HttpExchange:
         """What the handler returns or raises, with its head prepared."""
         try:
             response = await handler(self.request)
-            self._prepare(response)
+            try:
+                self._prepare(response)
+            except Exception:
+                await close_response_body(response)
+                raise
             return response
         except BridgeError as error:
             response = build_error_response(error)
@@ -20026,19 +21489,19 @@ class HttpServer:
 LARGE_BODY_BYTES = MIB
 RETRY_AFTER_LIMITS_S = (1, 60)  # what SDKs accept
 DURATION_WEIGHT = 0.3  # of the newest request in the average that Retry-After is made from
-LOCAL_HEADERS = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
-PEER_SLOTS = 2  # a paired device that takes the engine for itself: it has so many requests running
+LOCAL_HEADERS: Sequence[tuple[str, str]] = (("X-DVAI-Served-By", "local"), ("X-DVAI-Route", "local"))
+PEER_SLOTS = 2  # a guest (name_guest) that takes the engine for itself: it has so many requests running
 PEER_WAITING = 8  # and so many waiting
-PEER_TOKENS_LIMIT = 8192  # answers of paired devices that never end
-CALLBACKS_LIMIT = 64  # on_offload callbacks that never return
-CALLBACK_END_S = 1.0  # those that do not end with the bridge
+PEER_TOKENS_LIMIT = 8192  # answers to guests that never end
 APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+SERVER_FIELDS = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding", "x-request-id"})
 AUDIT_CALLERS = {
     Caller.LOOPBACK: AuditCaller.LOCAL,
     Caller.KEY_HOLDER: AuditCaller.KEY,
     Caller.PAIRED: AuditCaller.PEER,
     Caller.STRANGER: AuditCaller.ANONYMOUS,
 }
+OWNERS = frozenset({Caller.LOOPBACK, Caller.KEY_HOLDER})  # whoever else asks comes from another device
 HEALTH_WORDS = {
     EngineState.STOPPED: "loading",
     EngineState.STARTING: "loading",
@@ -20260,17 +21723,34 @@ def verify_body(form: ForwardForm, body: Mapping[str, Any]) -> None:
 
 def may_offload(request: HttpRequest) -> bool:
     """Whether a request may go on to another device: it has not come from one already, and its sender is ours."""
-    is_ours = request.caller in (Caller.LOOPBACK, Caller.KEY_HOLDER)
-    return is_ours and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
+    return request.caller in OWNERS and not parse_forwarded(request.headers.get("x-dvai-forwarded"))
 
 
-def limit_generations(generations: Sequence[GenerationRequest], pairing: Pairing | None) -> Sequence[GenerationRequest]:
-    """What a paired device asks for, with PEER_TOKENS_LIMIT as the longest answer."""
-    if pairing is None:
+def name_guest(request: HttpRequest) -> str | None:
+    """Under whose limits a request falls: a paired device's, or those of all strangers (--allow-anonymous-lan).
+
+    None: it is the owner's, and has none.
+    """
+    if request.pairing is not None:
+        return f"pairing {request.pairing.pairing_id}"
+    return "strangers" if request.caller is Caller.STRANGER else None
+
+
+def limit_generations(generations: Sequence[GenerationRequest], guest: str | None) -> Sequence[GenerationRequest]:
+    """What a guest asks for, with PEER_TOKENS_LIMIT as the longest answer."""
+    if guest is None:
         return generations
     return [
-        replace(each, max_tokens=min(each.max_tokens or PEER_TOKENS_LIMIT, PEER_TOKENS_LIMIT)) for each in generations
+        replace(each, max_tokens=PEER_TOKENS_LIMIT)
+        if each.max_tokens is None or each.max_tokens > PEER_TOKENS_LIMIT
+        else each
+        for each in generations
     ]
+
+
+def build_use_terms(request: HttpRequest, body: Mapping[str, Any]) -> UseTerms:
+    """How a request may use a model here. InvalidRequestError for a `keep_alive` or `ttl` that is none."""
+    return UseTerms(may_load=request.caller in OWNERS, keep_alive_s=parse_keep_alive(body))
 
 
 async def read_json(request: HttpRequest) -> dict[str, Any]:
@@ -20280,12 +21760,24 @@ async def read_json(request: HttpRequest) -> dict[str, Any]:
     return request.parse_body()
 
 
+def read_model(body: Mapping[str, Any]) -> str | None:
+    """The model that a request names, if any."""
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise InvalidRequestError("model must be a string", param="model")
+    return model
+
+
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed)."""
+    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed).
+
+    Where no key is needed anybody may send any credentials, so a stranger's count for its address only.
+    """
     if request.pairing is not None:
         return f"pairing {request.pairing.pairing_id}"
     credentials = request.headers.get("authorization")
-    return hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
+    tenant = hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
+    return f"{request.client_address} {tenant}" if request.caller is Caller.STRANGER else tenant
 
 
 def count_choices(parsed: ChatRequest | CompletionRequest) -> int:
@@ -20343,9 +21835,17 @@ class ServedModel:
 
 
 class InferenceAccount:
-    """What the audit says of an inference request: filled in while it is answered, recorded once, when it has ended."""
+    """What audit and metrics say of an inference request: filled in while it is answered, told once, when it has ended.
 
-    def __init__(self, request: HttpRequest, record: Callable[[AuditEntry], None]) -> None:
+    `record` takes the audit's entry, `observe` what the metrics count.
+    """
+
+    def __init__(
+        self,
+        request: HttpRequest,
+        record: Callable[[AuditEntry], None],
+        observe: Callable[[RequestSample], None] = lambda sample: None,
+    ) -> None:
         self.route: str | None = None
         self.engine: str | None = None
         self.served_by: str | None = None
@@ -20353,9 +21853,12 @@ class InferenceAccount:
         self.model_served: str | None = None
         self._request = request
         self._record: Callable[[AuditEntry], None] | None = record
+        self._observe = observe
         self._started = time.monotonic()
         self._prompt_tokens: int | None = None
         self._completion_tokens: int | None = None
+        self._first_content_s: float | None = None
+        self._decode_tok_per_s: float | None = None
 
     def count(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
         """Adds the tokens of one generation; None: nobody said how many."""
@@ -20363,6 +21866,25 @@ class InferenceAccount:
             self._prompt_tokens = (self._prompt_tokens or 0) + prompt_tokens
         if completion_tokens is not None:
             self._completion_tokens = (self._completion_tokens or 0) + completion_tokens
+
+    def note_usage(self, usage: Usage) -> None:
+        """A generation of our own has ended."""
+        self.count(usage.prompt_tokens, usage.completion_tokens)
+        self._decode_tok_per_s = compute_decode_rate(usage) or self._decode_tok_per_s
+
+    def note_report(self, report: ForwardReport) -> None:
+        """Another server's answer has ended."""
+        target = report.target
+        self.route, self.served_by, self.model_served = target.route, target.device_id, target.model_id
+        self.count(report.prompt_tokens, report.completion_tokens)
+        self._decode_tok_per_s = report.decode_tok_per_s
+        if report.first_content_s is not None:
+            self.note_content(report.duration_s - report.first_content_s)
+
+    def note_content(self, ago_s: float = 0.0) -> None:
+        """The first content of the answer has come; what comes after it changes nothing."""
+        if self._first_content_s is None:
+            self._first_content_s = max(0.0, time.monotonic() - self._started - ago_s)
 
     def close(self, status: int, outcome: str) -> None:
         """The request has ended; what comes after the first end is not an end."""
@@ -20390,15 +21912,37 @@ class InferenceAccount:
                 served_by=self.served_by,
             )
         )
+        self._observe(
+            RequestSample(
+                path=request.path.removeprefix("/v1"),
+                status=status,
+                outcome=outcome,
+                route=self.route,
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._completion_tokens,
+                first_token_s=self._first_content_s,
+                decode_tok_per_s=self._decode_tok_per_s,
+            )
+        )
 
 
 class AccountedBody:
-    """A streamed answer whose end closes its account: whole, torn off by an error, or left by the client."""
+    """A streamed answer whose end closes its account and gives up its place, whether or not it was ever read.
 
-    def __init__(self, body: AsyncIterator[bytes], account: InferenceAccount, status: int) -> None:
+    It may have ended whole, been torn off by an error, or left by the client.
+    """
+
+    def __init__(
+        self,
+        body: AsyncIterator[bytes],
+        account: InferenceAccount,
+        status: int,
+        place: contextlib.AsyncExitStack,
+    ) -> None:
         self._body = body
         self._account = account
         self._status = status
+        self._place = place
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -20415,37 +21959,40 @@ class AccountedBody:
 
     async def aclose(self) -> None:
         self._account.close(self._status, "cancelled")
-        close = getattr(self._body, "aclose", None)
-        if close is not None:
-            await close()
+        async with self._place:
+            close = getattr(self._body, "aclose", None)
+            if close is not None:
+                await close()
 
 
 def name_outcome(exc: BaseException) -> str:
     """How the audit names what a request ended with."""
     if isinstance(exc, asyncio.CancelledError):
         return "cancelled"
-    return str(exc.code or exc.type) if isinstance(exc, BridgeError) else "internal_error"
+    if not isinstance(exc, BridgeError):
+        return "internal_error"
+    return exc.code if isinstance(exc.code, str) else exc.type  # a code may be the status, as existing software has it
 
 
 class PeerQuotas:
-    """What paired devices may take of this one at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
+    """What guests may take of this device at a time: each PEER_SLOTS running and PEER_WAITING waiting requests."""
 
     def __init__(self) -> None:
         self._queues: dict[str, AdmissionQueue] = {}
 
     @contextlib.asynccontextmanager
-    async def place(self, pairing: Pairing | None) -> AsyncIterator[None]:
-        """Hold one of the device's places; everybody else has no quota. Raises OverloadedError."""
-        if pairing is None:
+    async def place(self, guest: str | None) -> AsyncIterator[None]:
+        """Hold one of the guest's places; the owner (None) has no quota. Raises OverloadedError."""
+        if guest is None:
             yield
             return
-        queue = self._queues.setdefault(pairing.pairing_id, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
+        queue = self._queues.setdefault(guest, AdmissionQueue(PEER_SLOTS, PEER_WAITING))
         try:
             async with queue.place():
                 yield
         finally:
             if not queue.running and not queue.waiting:
-                self._queues.pop(pairing.pairing_id, None)
+                self._queues.pop(guest, None)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -20456,51 +22003,239 @@ class LocalEngine:
     """
 
     model: ServedModel
-    engine: Engine
+    engine: PooledEngine
     queue: AdmissionQueue
     watch: RequestWatch
     observe: Callable[[Usage], None] = lambda usage: None
 
-    async def generate(self, requests: Sequence[GenerationRequest], account: InferenceAccount) -> Generation:
-        """The events of each generation in turn, with one place in the queue for all of them."""
-        async with self.queue.place():
-            account.engine = (await self.engine.ready()).engine
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        account: InferenceAccount,
+        terms: UseTerms,
+        verify: Callable[[ModelInfo], None] = lambda info: None,
+    ) -> Generation:
+        """The events of each generation in turn, with one place in the queue for all of them.
+
+        `verify` raises what the model, once it is loaded, turns out not to be able to do.
+        """
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
+            account.engine = info.engine
+            verify(info)
             for index, request in enumerate(requests):
                 ticket, usage = self.watch.enter(), None
                 try:
-                    async with contextlib.aclosing(self.engine.generate(request)) as events:
+                    async with contextlib.aclosing(engine.generate(request)) as events:
                         async for event in events:
+                            if isinstance(event, TextDelta | Finished):
+                                account.note_content()
                             if isinstance(event, Finished):
                                 usage = event.usage
-                                account.count(usage.prompt_tokens, usage.completion_tokens)
+                                account.note_usage(usage)
                             yield index, event
                 finally:
                     if self.watch.leave(ticket) and usage is not None:
                         self.observe(usage)
 
-    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount) -> Embedded:
+    async def embed(self, parsed: EmbeddingsRequest, account: InferenceAccount, terms: UseTerms) -> Embedded:
         """The vectors of a request's inputs."""
-        async with self.queue.place():
-            info = await self.engine.ready()
+        async with self.queue.place(), self.engine.use(terms) as (engine, info):
             account.engine = info.engine
             parsed.verify_dimensions(info.n_embd)
-            embedded = await self.engine.embed(parsed.embedding)
+            embedded = await engine.embed(parsed.embedding)
             account.count(embedded.prompt_tokens, 0)
             return embedded
 
-    def verify_model(self, model: str | None) -> None:
-        """Raises ModelNotFoundError for any name but this model's."""
-        if model is not None and not is_same_model(model, self.model.model_id):
+
+MODELS_SHOWN = 5  # in the message about a model that is not there
+
+
+class LocalModels:
+    """The models that this device serves itself, the default first; none in offload-only mode."""
+
+    def __init__(self) -> None:
+        self._models: list[LocalEngine] = []
+
+    def __iter__(self) -> Iterator[LocalEngine]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def add(self, local: LocalEngine) -> None:
+        """Offer a further model."""
+        self._models.append(local)
+
+    def remove(self, local: LocalEngine) -> None:
+        """Offer a model no more."""
+        self._models.remove(local)
+
+    def get(self, model: str | None) -> LocalEngine | None:
+        """The model of this name, the default one for None; None if it is not here."""
+        if model is None:
+            return self._models[0] if self._models else None
+        return next((each for each in self._models if is_same_model(each.model.model_id, model)), None)
+
+    def find(self, model: str | None) -> LocalEngine:
+        """As `get`. Raises ModelNotFoundError, or NoLocalBackendError where there are no models at all."""
+        if not self._models:
+            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
+        local = self.get(model)
+        if local is None:
+            names = [repr(each.model.model_id) for each in self._models[:MODELS_SHOWN]]
+            more = ", …" if len(self._models) > len(names) else ""
             raise ModelNotFoundError(
-                f"there is no model {display_name(model)!r} here, only {self.model.model_id!r}; "
+                f"there is no model {display_name(model or '')!r} here, only {', '.join(names)}{more}; "
                 "`python3 dvai_bridge.py models` lists what this machine could serve",
                 param="model",
             )
+        return local
+
+    def list_offered(self, *, may_load: bool) -> list[LocalEngine]:
+        """The models that can be asked for: none that its owner stopped, and by others none that was never loaded."""
+        hidden = {ModelState.STOPPED} if may_load else {ModelState.STOPPED, ModelState.UNLOADED}
+        return [each for each in self._models if each.engine.state not in hidden]
+
+    @property
+    def current(self) -> LocalEngine | None:
+        """The default model; while it is not in memory, the one there that was used last."""
+        default = self.get(None)
+        if default is None or default.engine.is_occupying:
+            return default
+        loaded = [each for each in self._models if each.engine.is_occupying]
+        return max(loaded, key=lambda each: each.engine.last_used_s, default=default)
+
+    def build_status(self) -> str:
+        """The word of health: `ok` while a model answers, or would be loaded by a request."""
+        states = {each.engine.state for each in self._models}
+        if not states or ModelState.LOADED in states:
+            return "ok"
+        processes = [each.engine.process for each in self._models if each.engine.state is ModelState.LOADING]
+        if processes:
+            return min(HEALTH_WORDS[each.state] for each in processes if each is not None)
+        if states & {ModelState.UNLOADED, ModelState.SLEEPING, ModelState.ENDING}:
+            return "ok"
+        return "degraded" if ModelState.FAILED in states else "loading"
+
+    def build_queue(self) -> dict[str, int]:
+        """How busy the models in memory are, all together."""
+        current = [each for each in (self.current,) if each is not None]
+        queues = [each.queue for each in self._models if each.engine.is_occupying] or [each.queue for each in current]
+        names = ("running", "waiting", "slots")
+        return {name: sum(getattr(each, name) for each in queues) for name in names}
+
+
+def build_model_health(local: LocalEngine) -> dict[str, Any]:
+    """What health tells those who know this device of one model."""
+    engine = local.engine
+    health: dict[str, Any] = {"id": local.model.model_id, "state": engine.state.value}
+    if engine.state is ModelState.LOADING:
+        health["progress"] = round(engine.progress, 3)
+    return health if engine.error is None else health | {"error": engine.error.message}
+
+
+async def probe_local(local: LocalEngine, speed: LocalSpeed) -> Score:
+    """Load a model if need be, and measure it. A model that others need room for is not kept for that."""
+    async with local.engine.use(UseTerms()) as (engine, _):
+        pass
+    return await speed.meter.probe(engine, speed.key, local.watch, local.queue)
+
+
+class HeldBody:
+    """A streamed answer that gives back what it holds, a place in a queue, when it ends."""
+
+    def __init__(self, body: AsyncIterator[bytes], held: contextlib.AsyncExitStack) -> None:
+        self._body = body
+        self._held = held
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._body)
+        except BaseException:
+            await self._held.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        try:
+            close = getattr(self._body, "aclose", None)
+            if close is not None:
+                await close()
+        finally:
+            await self._held.aclose()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UpstreamBackend:
+    """The servers behind this bridge, with the queue before them. `note_attempt`: (route, outcome) of each request."""
+
+    pool: UpstreamPool
+    queue: AdmissionQueue
+    timeout_s: float
+    note_attempt: Callable[[str, str], None] = lambda route, outcome: None
+
+    async def answer(
+        self,
+        engine: UpstreamEngine,
+        request: ForwardRequest,
+        model_id: str,
+        account: InferenceAccount,
+        *,
+        reason: str,
+    ) -> ForwardAnswer:
+        """The answer of one of them; a place in the queue is held until it ends."""
+        account.route, account.served_by = "upstream", "local"
+        account.engine, account.model_served = engine.product, model_id
+        held = contextlib.AsyncExitStack()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await held.enter_async_context(self.queue.place())
+                answer = await engine.forward(
+                    request,
+                    model_id=model_id,
+                    reason=reason,
+                    on_attempt=lambda attempt: self.note_attempt("upstream", attempt.outcome.name.lower()),
+                    on_end=account.note_report,
+                )
+        except TimeoutError as exc:
+            await held.aclose()
+            raise UpstreamTimeoutError(f"{engine.name} gave no answer within {self.timeout_s:g} s (--timeout)") from exc
+        except BaseException:
+            await held.aclose()
+            raise
+        if isinstance(answer.body, bytes):
+            await held.aclose()
+            return answer
+        return replace(answer, body=HeldBody(answer.body, held))
+
+    def list_local(self, unknown_tok_per_s: float) -> list[LocalModel]:
+        """The models as the decision looks at them, the default first; Ollama's `:latest` under the short name, too.
+
+        One that was not measured yet counts as so fast, as an unmeasured peer does: its first answers measure it.
+        """
+        default, listed = self.pool.find_default(), list[LocalModel]()
+        for model, engine in self.pool.list_models():
+            score = engine.scores.get(model.model_id, unknown_tok_per_s)
+            names = dict.fromkeys((model.model_id, model.model_id.removesuffix(":latest")))
+            listed += [LocalModel(model_id=name, score=score) for name in names]
+        return sorted(listed, key=lambda each: default is None or not is_same_model(each.model_id, default))
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of the servers that answer."""
+        return [
+            ServedModel(model_id=model.model_id, created=model.created, owned_by=engine.product)
+            for model, engine in self.pool.list_models()
+        ]
 
 
 @record(frozen=True, kw_only=True, slots=True)
 class InterceptorContext:
-    """What a chat_completion_interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller."""
+    """What an interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller.
+
+    `model_id`: what this device serves itself, None for nothing.
+    """
 
     request_id: str
     client_address: str
@@ -20510,26 +22245,42 @@ class InterceptorContext:
     model_id: str | None
 
 
+# (body, context, lower-cased headers) → None, an HttpResponse or a dict; or a coroutine that gives one of them.
 Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any]
 
 
-async def intercept(
-    interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], model: ServedModel | None
-) -> HttpResponse | None:
-    """The answer of an interceptor, or None. Its error is ours to answer: a BridgeError as it is, others with a 500."""
+def build_interceptor_context(request: HttpRequest, model_id: str | None) -> InterceptorContext:
+    """What an interceptor is told of a request."""
     pairing = request.pairing
-    context = InterceptorContext(
+    return InterceptorContext(
         request_id=request.request_id,
         client_address=request.client_address,
         caller=request.caller,
         device_id=pairing.device_id if pairing else None,
         app_id=pairing.app_id if pairing else None,
-        model_id=model.model_id if model else None,
+        model_id=model_id,
     )
-    answer = await call_back(interceptor, body, context, {name.lower(): value for name, value in request.headers})
-    if answer is None or isinstance(answer, HttpResponse):
-        return answer
-    raise TypeError(f"an interceptor returns None or an HttpResponse, not {type(answer).__name__}")
+
+
+def build_intercepted_response(answer: HttpResponse | Mapping[str, Any]) -> HttpResponse:
+    """What an interceptor answers, fit for the server: a mapping becomes JSON, a text body bytes.
+
+    Fields that are the server's, as in an answer copied from elsewhere, are left out. TypeError or ValueError says
+    what cannot be sent.
+    """
+    if isinstance(answer, Mapping):
+        return build_json_response(answer)
+    if not isinstance(answer, HttpResponse):
+        raise TypeError(f"an interceptor returns None, an HttpResponse or a dict, not {type(answer).__name__}")
+    if type(answer.status) is not int or not 200 <= answer.status <= 599:
+        raise ValueError("an interceptor's status is a number from 200 to 599")
+    fields = answer.headers.items() if isinstance(answer.headers, Mapping) else answer.headers
+    body: Any = answer.body
+    if isinstance(body, str):
+        body = body.encode()
+    elif not isinstance(body, bytes):
+        body = aiter(body)
+    return replace(answer, headers=[each for each in fields if each[0].lower() not in SERVER_FIELDS], body=body)
 
 
 RouteTable = Mapping[str, Mapping[str, Handler]]  # path without `/v1`, perhaps ending in `/*` → method → handler
@@ -20552,24 +22303,28 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engine here, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engines here, the servers behind it, or through whoever `offload` finds.
 
-    `local` None: offload-only mode. `record` takes the audit's entry of each inference request when it has ended.
+    `record` takes the audit's entry of each inference request that has ended, `observe` what the metrics count of it.
     """
 
     def __init__(
         self,
         *,
-        local: LocalEngine | None,
+        local: LocalModels,
+        upstreams: UpstreamBackend | None = None,
         offload: Offloading | None = None,
         interceptor: Interceptor | None = None,
         record: Callable[[AuditEntry], None] = lambda entry: None,
+        observe: Callable[[RequestSample], None] = lambda sample: None,
         timeout_s: float,
     ) -> None:
         self._local = local
+        self._upstreams = upstreams
         self._offload = offload
         self._interceptor = interceptor
         self._record = record
+        self._observe = observe
         self._timeout_s = timeout_s
         self._quotas = PeerQuotas()
         self.routes: RouteTable = {
@@ -20584,43 +22339,114 @@ class Service:
 
     async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
         """One inference request, from its body to its entry in the audit."""
-        account = InferenceAccount(request, self._record)
+        account = InferenceAccount(request, self._record, self._observe)
         try:
-            response = await self._answer(form, request, account)
+            async with contextlib.AsyncExitStack() as place:
+                await self._enter(place, request)
+                response = await self._answer(form, request, account)
+                if not isinstance(response.body, bytes):
+                    body = AccountedBody(response.body, account, response.status, place.pop_all())
+                    return replace(response, body=body)
         except BaseException as exc:
             account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
             raise
-        if isinstance(response.body, bytes):
-            account.close(response.status, "ok" if response.status < 400 else "refused")
-            return response
-        return replace(response, body=AccountedBody(response.body, account, response.status))
+        account.close(response.status, "ok" if response.status < 400 else "refused")
+        return response
+
+    async def _enter(self, place: contextlib.AsyncExitStack, request: HttpRequest) -> None:
+        """Wait for one of the guest's places, to be held until its answer has ended."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await place.enter_async_context(self._quotas.place(name_guest(request)))
+        except TimeoutError as exc:
+            raise self._build_timeout() from exc
 
     async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
-        """The interceptor's answer, else a peer's, else the local engine's."""
+        """The interceptor's answer, else a peer's, else that of an engine here."""
         body = await read_json(request)
-        model = body.get("model")
-        if model is not None and not isinstance(model, str):
-            raise InvalidRequestError("model must be a string", param="model")
-        account.model_asked = model
+        account.model_asked = read_model(body)
         if self._interceptor is not None and form is ForwardForm.CHAT:
-            answer = await intercept(self._interceptor, request, body, self._local.model if self._local else None)
+            answer = await self._intercept(self._interceptor, request, body, account)
             if answer is not None:
                 return answer
-        headers: Sequence[tuple[str, str]] = LOCAL_HEADERS
+        model, headers, reason = read_model(body), LOCAL_HEADERS, ""
         if self._offload is not None:
             placement = await self._offload.place(form, request, body, account)
             forwarded = placement.answer
             if forwarded is not None:
                 return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
             headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
-        if self._local is None:
-            raise NoLocalBackendError("this bridge serves no model itself, and the request may not leave it")
-        self._local.verify_model(model)
+            reason = placement.reason
+        upstream = await self._find_upstream(request, model)
+        if upstream is not None:
+            return await self._relay(*upstream, form, request, body, account, reason)
+        local = self._local.find(model)
         account.route, account.served_by = "local", "local"
-        account.model_served = self._local.model.model_id
+        account.model_served = local.model.model_id
         if form is ForwardForm.EMBEDDINGS:
-            return await self._embed(self._local, request, body, account, headers)
-        return await self._generate(self._local, form, request, body, account, headers)
+            return await self._embed(local, request, body, account, headers)
+        return await self._generate(local, form, request, body, account, headers)
+
+    async def _intercept(
+        self, interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], account: InferenceAccount
+    ) -> HttpResponse | None:
+        """The answer of an interceptor, or None; what it changes in `body` counts. Its error ends the request."""
+        local = self._local.get(account.model_asked) or self._local.get(None)
+        context = build_interceptor_context(request, local.model.model_id if local else None)
+        headers = {name: request.headers.get(name) for name, _ in request.headers}
+        try:
+            async with asyncio.timeout(self._timeout_s) as deadline:
+                answer = await call_back(interceptor, body, context, headers)
+        except TimeoutError as exc:
+            if deadline.expired():
+                raise self._build_timeout() from exc
+            raise
+        if answer is None:
+            return None
+        account.engine = "interceptor"
+        return build_intercepted_response(answer)
+
+    async def _find_upstream(self, request: HttpRequest, model: str | None) -> tuple[UpstreamEngine, str] | None:
+        """The server behind this bridge that is to answer, and its id of the model; None: the local engine is to.
+
+        A bridge that has this one as its engine gets our own models only, so that two bridges cannot ask in a circle.
+        """
+        upstreams = self._upstreams
+        if upstreams is None or request.headers.get("x-dvai-forwarded") == FORWARDED_TO_ENGINE:
+            return None
+        if self._local.get(model) is not None:
+            return None
+        found = await upstreams.pool.find(model)
+        if found is not None:
+            return found
+        if model is None:
+            raise EngineUnavailableError("none of the engines behind this bridge answers; `status` says why")
+        raise self._build_unknown_model(request, model)
+
+    async def _relay(
+        self,
+        engine: UpstreamEngine,
+        model_id: str,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+        reason: str,
+    ) -> HttpResponse:
+        """The answer of a server behind this bridge. Who is not of this user's house gets what a list of fields has."""
+        assert self._upstreams is not None  # it found the engine
+        if request.caller not in OWNERS:
+            body = build_restricted_body(form, body, PEER_TOKENS_LIMIT)
+        if form is ForwardForm.EMBEDDINGS:
+            parse_embeddings_request(body)
+        answer = await self._upstreams.answer(
+            engine,
+            ForwardRequest(form=form, body=body, request_id=request.request_id),
+            model_id,
+            account,
+            reason=reason,
+        )
+        return HttpResponse(status=answer.status, headers=answer.headers, body=answer.body)
 
     async def _embed(
         self,
@@ -20630,10 +22456,10 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        parsed = parse_embeddings_request(body, tenant=build_tenant(request))
+        parsed, terms = parse_embeddings_request(body, tenant=build_tenant(request)), build_use_terms(request, body)
         try:
-            async with asyncio.timeout(self._timeout_s), self._quotas.place(request.pairing):
-                embedded = await local.embed(parsed, account)
+            async with asyncio.timeout(self._timeout_s):
+                embedded = await local.embed(parsed, account, terms)
         except TimeoutError as exc:
             raise self._build_timeout() from exc
         answer = build_embeddings(
@@ -20650,10 +22476,16 @@ class Service:
         account: InferenceAccount,
         headers: Sequence[tuple[str, str]],
     ) -> HttpResponse:
-        features = local.engine.info.features if local.engine.info else SAMPLING_FEATURES
-        answer_form = build_answer_form(form, body, features=features, tenant=build_tenant(request), model=local.model)
-        parsed = answer_form.parsed
-        generation = self._run(local, limit_generations(parsed.generations, request.pairing), request.pairing, account)
+        parse = functools.partial(build_answer_form, form, body, tenant=build_tenant(request), model=local.model)
+        known = local.engine.info  # what the engine can do; before it was loaded once, that is verified when it is
+        answer_form = parse(features=known.features if known is not None else frozenset(ENGINE_PARAMETERS))
+
+        def verify(info: ModelInfo) -> None:
+            if known is None:
+                parse(features=info.features)
+
+        parsed, terms = answer_form.parsed, build_use_terms(request, body)
+        generation = local.generate(limit_generations(parsed.generations, name_guest(request)), account, terms, verify)
         first = await self._read_first(generation)
         if parsed.stream:
             body_stream = EventStreamBody(generation, first, AnswerEncoder(answer_form))
@@ -20664,17 +22496,6 @@ class Service:
             async for index, event in generation:
                 collector.add(index, event)
         return build_json_response(collector.build(), headers=headers)
-
-    async def _run(
-        self,
-        local: LocalEngine,
-        generations: Sequence[GenerationRequest],
-        pairing: Pairing | None,
-        account: InferenceAccount,
-    ) -> Generation:
-        async with self._quotas.place(pairing), contextlib.aclosing(local.generate(generations, account)) as events:
-            async for event in events:
-                yield event
 
     async def _read_first(self, generation: Generation) -> tuple[int, EngineEvent]:
         """The event that decides that the answer is a 200: text, or progress after PING_INTERVAL_S."""
@@ -20704,14 +22525,18 @@ class Service:
         models = self._build_models(request)
         found = next((model for model in models if is_same_model(model["id"], asked)), None)
         if found is None:
-            known = ", ".join(repr(model["id"]) for model in models[:5]) or "none"
-            raise ModelNotFoundError(
-                f"there is no model {display_name(asked)!r} here; there is: {known}", param="model"
-            )
+            raise self._build_unknown_model(request, asked)
         return build_json_response(found)
 
+    def _build_unknown_model(self, request: HttpRequest, asked: str) -> ModelNotFoundError:
+        known = ", ".join(repr(model["id"]) for model in self._build_models(request)[:5]) or "none"
+        return ModelNotFoundError(f"there is no model {display_name(asked)!r} here; there is: {known}", param="model")
+
     def _build_models(self, request: HttpRequest) -> list[dict[str, Any]]:
-        served = [self._local.model] if self._local is not None else []
+        served = [each.model for each in self._local.list_offered(may_load=request.caller in OWNERS)]
+        if self._upstreams is not None and request.headers.get("x-dvai-forwarded") != FORWARDED_TO_ENGINE:
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._upstreams.list_models() if model.model_id.casefold() not in names]
         if self._offload is not None and may_offload(request):
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
@@ -20738,15 +22563,16 @@ class Offloading:
         client: HttpClient,
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
-        on_offload: Callable[[Peer], Any] | None = None,
+        on_offload: Callable[[Peer], None] = lambda peer: None,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._policy = policy
         self._monitor = monitor
         self._list_local = list_local
         self._sign = sign
         self._on_offload = on_offload
+        self._count_attempt = note_attempt
         self._client = client
-        self._callbacks: set[asyncio.Task[None]] = set()
 
     def list_models(self) -> list[ServedModel]:
         """The models of paired devices, each once under its own name."""
@@ -20785,14 +22611,10 @@ class Offloading:
         if here is None:
             verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
             failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            raise build_refusal(decision, request.request_id, failures)
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
         reason = f"{len(attempts)} peers failed" if attempts else decision.reason
         return Placement(model=here.model_id, reason=reason)
-
-    async def close(self) -> None:
-        """Wait for the callbacks that run."""
-        if self._callbacks:
-            await asyncio.wait(self._callbacks, timeout=CALLBACK_END_S)
 
     def _decide(self, asked: RouteRequest) -> RouteDecision:
         monitor = self._monitor
@@ -20814,9 +22636,14 @@ class Offloading:
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
-        """What an attempt says of its peer."""
+        """What an attempt says of its peer; of one whose answer has begun, only its end does."""
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
-        if outcome in (AttemptOutcome.COMMITTED, AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
+        self._count_attempt(attempt.target.route, outcome.name.lower())
+        if outcome is AttemptOutcome.COMMITTED:
+            for peer in monitor.peers():
+                if peer.device_id == device_id:
+                    self._on_offload(peer)
+        elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
             monitor.note_unauthorized(device_id)
@@ -20825,39 +22652,94 @@ class Offloading:
             monitor.note_failure(
                 device_id, attempt.reason, has_answered=has_answered, retry_after_s=attempt.retry_after_s
             )
-        if outcome is AttemptOutcome.COMMITTED and self._on_offload is not None:
-            self._tell(attempt.target.device_id)
 
     def _note_end(self, account: InferenceAccount, report: ForwardReport) -> None:
-        target = report.target
-        account.route, account.served_by, account.model_served = target.route, target.device_id, target.model_id
-        account.count(report.prompt_tokens, report.completion_tokens)
+        target, monitor = report.target, self._monitor
+        account.note_report(report)
+        if report.outcome is ForwardOutcome.PEER_FAILED:
+            monitor.note_failure(target.device_id, report.outcome.value, has_answered=True)
+        elif report.first_content_s is not None:
+            monitor.note_success(target.device_id)
         if report.decode_tok_per_s is not None and target.model_id:
-            self._monitor.record_measurement(
+            monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
 
-    def _tell(self, device_id: str) -> None:
-        """Call `on_offload`, whose error is logged and breaks nothing."""
-        peer = next((each for each in self._monitor.peers() if each.device_id == device_id), None)
 
-        async def call() -> None:
-            try:
-                await call_back(cast(Callable[..., Any], self._on_offload), peer)
-            except Exception:
-                routes_log.exception("on_offload failed")
+def choose_health_word(upstreams: Sequence[UpstreamState]) -> str:
+    """How a bridge is that serves no model itself: well while one of the servers behind it answers, or it has none.
 
-        if peer is not None and len(self._callbacks) < CALLBACKS_LIMIT:
-            task = asyncio.create_task(call(), name="on_offload")
-            self._callbacks.add(task)
-            task.add_done_callback(self._callbacks.discard)
+    Beside a model of its own such a server may be gone: users end those programs as they like.
+    """
+    if UpstreamState.UP in upstreams or not upstreams:
+        return "ok"
+    is_coming = any(state in (UpstreamState.LOADING, UpstreamState.UNKNOWN) for state in upstreams)
+    return "loading" if is_coming else "degraded"
+
+
+def build_upstream_scores(pool: UpstreamPool, device_id: str, now_ms: int) -> list[Score]:
+    """How fast the engines behind this bridge were seen to be; what was never asked for has no score."""
+    return [
+        Score(
+            model_id=model.model_id,
+            device_id=device_id,
+            library_version=__version__,
+            tok_per_s=engine.scores[model.model_id],
+            source=ScoreSource.MEASURED,
+            measured_at_ms=now_ms,
+        )
+        for model, engine in pool.list_models()
+        if model.model_id in engine.scores
+    ]
+
+
+class MetricsService:
+    """`/metrics` for Prometheus. `metrics` None: it is off. `queues`, `peers`, `upstreams`: asked at each reading."""
+
+    def __init__(
+        self,
+        metrics: BridgeMetrics | None,
+        *,
+        queues: Callable[[], Iterable[AdmissionQueue]],
+        peers: Callable[[], Iterable[PeerState]],
+        upstreams: Callable[[], Iterable[UpstreamState]],
+    ) -> None:
+        self._metrics = metrics
+        self._queues = queues
+        self._peers = peers
+        self._upstreams = upstreams
+        self._started = time.monotonic()
+        self.routes: RouteTable = {"/metrics": {"GET": self.show}}
+
+    async def show(self, request: HttpRequest) -> HttpResponse:
+        """`GET /metrics`."""
+        if self._metrics is None:
+            raise RouteNotFoundError("metrics are off; start the bridge with --metrics")
+        families = [*self._build_gauges(), *self._metrics.build_families()]
+        return HttpResponse(headers=(("Content-Type", METRICS_MEDIA_TYPE),), body=encode_metrics(families))
+
+    def _build_gauges(self) -> Iterator[MetricFamily]:
+        queues = list(self._queues())
+        build = (("version", __version__), ("python", ".".join(map(str, sys.version_info[:3]))))
+        yield build_gauge("dvai_build_info", "What runs; always 1.", [(build, 1)])
+        yield build_gauge("dvai_uptime_seconds", "Since the start.", [((), time.monotonic() - self._started)])
+        running, waiting = sum(queue.running for queue in queues), sum(queue.waiting for queue in queues)
+        yield build_gauge("dvai_requests_running", "Requests that are computed now.", [((), running)])
+        yield build_gauge("dvai_requests_waiting", "Requests that wait for an engine.", [((), waiting)])
+        yield self._build_states("dvai_peers", "Other devices.", PeerState, self._peers())
+        yield self._build_states("dvai_upstreams", "Engines behind this bridge.", UpstreamState, self._upstreams())
+
+    @staticmethod
+    def _build_states(name: str, help: str, kinds: type[enum.Enum], states: Iterable[enum.Enum]) -> MetricFamily:
+        counts = Counter(states)
+        return build_gauge(name, help, [((("state", each.value),), counts[each]) for each in kinds])
 
 
 def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
     """The peer that a base URL, an id or a name means. InvalidRequestError if there is none, or more than one."""
     if "://" in named:
         try:
-            return build_static_peer(named)
+            return build_static_peer(parse_base_url(named))
         except ValueError as exc:
             raise InvalidRequestError(f"{display_name(named)!r} is no base URL: {exc}", param="peer") from exc
     found = [peer for peer in peers if named == peer.device_id or named.casefold() == peer.device_name.casefold()]
@@ -20870,15 +22752,17 @@ def choose_peer(peers: Sequence[Peer], named: str) -> Peer:
 class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
-    `get_speed` gives the local model's speed. `initiator`, `store` None: there are no pairings.
+    `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: this
+    device uses no others.
     """
 
     def __init__(
         self,
         *,
         identity: Identity,
-        local: LocalEngine | None,
-        get_speed: Callable[[], Awaitable[LocalSpeed | None]],
+        local: LocalModels,
+        upstreams: UpstreamBackend | None = None,
+        get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
         store: PairingStore | None,
         monitor: PeerMonitor | None,
@@ -20886,7 +22770,8 @@ class DeviceService:
     ) -> None:
         self._identity = identity
         self._local = local
-        self._get_speed = get_speed
+        self._upstreams = upstreams
+        self._get_speeds = get_speeds
         self._desk = desk
         self._store = store
         self._monitor = monitor
@@ -20905,27 +22790,39 @@ class DeviceService:
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
         """`GET /health`, of which strangers see the short form."""
-        local = self._local
+        local, current, upstreams = self._local, self._local.current, self._upstreams
+        engines = upstreams.pool.engines if upstreams else []
+        default = upstreams.pool.find_default() if upstreams else None
+        states = [each.state for each in engines]
         health: dict[str, Any] = {
-            "status": HEALTH_WORDS[local.engine.state] if local else "ok",
+            "status": local.build_status() if len(local) else choose_health_word(states),
             "version": __version__,
             "uptimeSec": int(time.monotonic() - self._started),
-            "currentModelId": local.model.model_id if local else None,
+            "currentModelId": current.model.model_id if current else default,
         }
         if request.is_known_caller:
             health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
-        if request.is_known_caller and local is not None:
-            queue = local.queue
+        if request.is_known_caller and current is not None:
+            health["queue"] = local.build_queue()
+            health["loadProgress"] = round(current.engine.progress, 3)
+            if current.engine.error is not None:
+                health["error"] = current.engine.error.message
+            offered = local.list_offered(may_load=request.caller in OWNERS)
+            health["models"] = [build_model_health(each) for each in offered]
+        elif request.is_known_caller and upstreams is not None:
+            queue = upstreams.queue
             health["queue"] = {"running": queue.running, "waiting": queue.waiting, "slots": queue.slots}
-            health["loadProgress"] = round(local.engine.progress, 3)
-            if local.engine.error is not None:
-                health["error"] = local.engine.error.message
+        if upstreams is not None and request.is_known_caller and request.caller in OWNERS:
+            health["upstreams"] = [build_upstream_json(each) for each in engines]
         return build_json_response(health)
 
     async def show_capability(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/capability`. Other devices are not told of the demonstration model."""
-        speed = await self._get_speed()
-        scores = [] if speed is None else [speed.score]
+        speeds = await self._get_speeds()
+        offered = [each.model.model_id for each in self._local.list_offered(may_load=request.caller in OWNERS)]
+        scores = [speeds[model_id].score for model_id in offered if model_id in speeds]
+        if self._upstreams is not None:
+            scores += build_upstream_scores(self._upstreams.pool, self._identity.device_id, self._clock_ms())
         if request.caller is Caller.PAIRED:
             scores = [score for score in scores if not is_same_model(score.model_id, BUILTIN_MODEL_ID)]
         return build_json_response(build_scores_json(scores))
@@ -20936,15 +22833,14 @@ class DeviceService:
         return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
 
     async def probe(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/dvai/probe`: measure the model now."""
-        model = request.parse_body().get("modelId")
-        local, speed = self._local, await self._get_speed()
-        if local is None or speed is None:
+        """`POST /v1/dvai/probe`: measure a model now."""
+        model, speeds = request.parse_body().get("modelId"), await self._get_speeds()
+        if not self._local:
             raise NoBackendError("this bridge serves no model itself: there is nothing to measure")
         if model is not None and not isinstance(model, str):
             raise MissingModelIdError("modelId must be a string", param="modelId")
-        local.verify_model(model)
-        score = await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        local = self._local.find(model)
+        score = await probe_local(local, speeds[local.model.model_id])
         return build_json_response({"score": build_score_json(score)})
 
     # Pairing
@@ -20957,11 +22853,10 @@ class DeviceService:
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
-        pairings: list[dict[str, Any]] = []
-        if self._store is not None:
-            await self._store.refresh()
-            now_ms = self._clock_ms()
-            pairings = [build_pairing_json(each, self._store.get_state(each, now_ms)) for each in self._store.pairings]
+        store = self._get_store()
+        await store.refresh()
+        now_ms = self._clock_ms()
+        pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
         pending = [build_pairing_request_json(each) for each in self._desk.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
@@ -20972,11 +22867,10 @@ class DeviceService:
             raise InvalidRequestError("peer must be a base URL, or the id or name of a device", param="peer")
         if self._monitor is None:
             raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        store = self._get_store()
         pairing = await self._monitor.pair(choose_peer(self._monitor.peers(), peer))
-        assert self._store is not None
-        return build_json_response(
-            {"paired": True, "pairing": build_pairing_json(pairing, self._store.get_state(pairing, self._clock_ms()))}
-        )
+        state = store.get_state(pairing, self._clock_ms())
+        return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
@@ -20989,18 +22883,26 @@ class DeviceService:
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
         """`DELETE /v1/dvai/pairings/{id}`: forget a pairing, and end what it runs."""
-        pairing = await self._store.revoke(request.path.rpartition("/")[2]) if self._store is not None else None
+        pairing = await self._get_store().revoke(request.path.rpartition("/")[2])
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    def _get_store(self) -> PairingStore:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        return self._store
 
 
 # ---- Bridge ---------------------------------------------------------------------------
 # Builds everything from a config and owns it.
 
 CONTROL_TOKEN_BYTES = 32
+REFUSAL_LIMIT_CHARS = 512  # of another device's message
+MODELS_LIMIT = 200  # offered by one bridge
 ANNOUNCEMENT_CHECK_S = 30.0  # a model that was measured meanwhile is announced with its score
 CORES_LIMIT = 8  # more processes wait for each other longer than they compute
+UPSTREAM_SLOTS = 64  # connections to the servers behind this bridge; they have queues of their own
 
 bridge_log = logging.getLogger("dvai_bridge")
 
@@ -21033,24 +22935,70 @@ def search_models(environ: Mapping[str, str], directories: Directories, config: 
 
 
 def choose_serving(config: Config, search: Callable[[], Sequence[FoundModel]]) -> Serving:
-    """What `--model` means here; `search` is called only if the machine has to be searched.
+    """What the first `--model` means here; `search` is called only if the machine has to be searched.
 
     Raises UsageError when the model that was named is not there.
     """
-    named = config.model or "builtin"
-    if named == "builtin":
-        return _serve_demonstration(config, "" if config.model else "no --model was named")
+    return _choose_named(config, config.models[0] if config.models else None, search)
+
+
+def choose_servings(
+    config: Config,
+    search: Callable[[], Sequence[FoundModel]],
+    list_directory: Callable[[str], Sequence[FoundModel]],
+) -> list[Serving]:
+    """The models to offer: those of `--model` in their order, then those that `list_directory` finds in --models-dir.
+
+    Raises UsageError for what is not there, for two models of one id, and for an alias that could be anybody's.
+    """
+    names = config.models or (() if config.models_dir else (None,))
+    if config.alias is not None and len(names) != 1:
+        raise UsageError("--alias names one --model; where there are several, each goes by the name of its file")
+    servings: list[Serving] = []
+    for named in names:
+        serving = _choose_named(config, named, search)
+        if any(is_same_model(serving.model_id, each.model_id) for each in servings):
+            raise UsageError(f"--model {named}: there is another model called {serving.model_id}; rename one of them")
+        servings.append(serving)
+    for model in list_directory(config.models_dir) if config.models_dir else ():
+        is_taken = any(is_same_model(model.model_id, each.model_id) for each in servings)
+        if is_taken and not any(each.path and os.path.samefile(each.path, model.path) for each in servings):
+            bridge_log.warning("not offered: %s, since there is another %s", model.path, display_name(model.model_id))
+        if not is_taken:
+            servings.append(_serve_file(model.model_id, model.path, f"in {config.models_dir}"))
+    if not servings:
+        raise UsageError(f"--models-dir {config.models_dir}: there is no GGUF model in it")
+    return servings
+
+
+def list_models_directory(directory: str) -> list[FoundModel]:
+    """The models below a directory, at most MODELS_LIMIT. Blocks for the disk.
+
+    What is no whole model is left out; a damaged one is not: who asks for it is told what is wrong with it.
+    """
+    if not os.path.isdir(directory):
+        raise UsageError(f"--models-dir {directory}: there is no such directory")
+    found = find_models([ModelPlace(source="--models-dir", path=Path(directory))])
+    return [model for model in found if model.is_whole][:MODELS_LIMIT]
+
+
+def _choose_named(config: Config, named: str | None, search: Callable[[], Sequence[FoundModel]]) -> Serving:
+    """What one `--model` means, under the config's alias."""
+    alias = config.alias
+    if named in (None, "builtin"):
+        return _serve_demonstration(alias, "" if named else "no --model was named")
+    assert named is not None
     if named == "auto":
         engine = (estimate_llama_tok_per_s, "llama.cpp") if has_llama_engine(config) else ()
         choice = choose_best_model(search(), *engine)
         if choice.model is None:
-            return _serve_demonstration(config, choice.reason)
-        return _serve_file(config.alias or choice.model.model_id, choice.model.path, choice.reason)
+            return _serve_demonstration(alias, choice.reason)
+        return _serve_file(alias or choice.model.model_id, choice.model.path, choice.reason)
     if os.path.isfile(named):
-        return _serve_file(build_model_id(named, config.alias), Path(named), "")
+        return _serve_file(build_model_id(named, alias), Path(named), "")
     for model in search():
         if is_same_model(model.model_id, named):
-            return _serve_file(config.alias or model.model_id, model.path, f"found in {model.source}")
+            return _serve_file(alias or model.model_id, model.path, f"found in {model.source}")
     raise UsageError(f"--model {named}: there is no such file or model; `models` lists what this machine has")
 
 
@@ -21058,7 +23006,7 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     """A config whose `model` is the file that its `hf_repo` means. Asks no network; UsageError if it is not here."""
     if config.hf_repo is None:
         return config
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     found = find_downloaded(parse_hub_reference(config.hf_repo), places)
     if found is None:
@@ -21066,13 +23014,58 @@ def use_hub_model(config: Config, places: Sequence[ModelPlace]) -> Config:
     return replace(config, model=str(found.path), hf_repo=None)
 
 
-def _serve_demonstration(config: Config, reason: str) -> Serving:
+def _serve_demonstration(alias: str | None, reason: str) -> Serving:
     created = int(os.stat(__file__).st_mtime)
-    return Serving(model_id=config.alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
+    return Serving(model_id=alias or BUILTIN_MODEL_ID, path=None, created=created, reason=reason)
 
 
 def _serve_file(model_id: str, path: Path, reason: str) -> Serving:
     return Serving(model_id=model_id, path=str(path), created=int(path.stat().st_mtime), reason=reason)
+
+
+def verify_engine_options(config: Config) -> None:
+    """Raises UsageError for options that mean nothing beside `--engine URL`."""
+    if not is_engine_url(config.engine):
+        return
+    for flag, value in (("--alias", config.alias), ("--hf-repo", config.hf_repo)):
+        if value is not None:
+            raise UsageError(f"{flag} is for a model that is loaded here; the server of --engine has its own")
+    key = config.upstream_api_key
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError("DVAI_UPSTREAM_API_KEY must be printable ASCII without blanks")
+
+
+def build_named_upstream(config: Config, client: HttpClient) -> UpstreamEngine | None:
+    """The server that `--engine URL` names, if it names one. Raises UsageError."""
+    if not is_engine_url(config.engine):
+        return None
+    try:
+        base_url = parse_base_url(config.engine)
+    except ValueError as exc:
+        raise UsageError(f"--engine {display_name(config.engine)}: {exc}") from None
+    key = config.upstream_api_key
+    if key is not None and base_url.startswith("http:") and not is_near(base_url):
+        bridge_log.warning("the key for %s crosses the network readably: it is no https", display_name(base_url))
+    return UpstreamEngine(base_url, client, timeout_s=config.timeout, api_key=key)
+
+
+def build_upstreams(
+    config: Config, client: HttpClient, environ: Mapping[str, str], note_attempt: Callable[[str, str], None]
+) -> UpstreamBackend | None:
+    """The servers behind this bridge: the one that --engine names, or with `--engine auto` those that run here."""
+
+    def build(found: FoundEngine) -> UpstreamEngine:
+        return UpstreamEngine(found.base_url, client, timeout_s=config.timeout, product=found.product)
+
+    named = build_named_upstream(config, client)
+    if named is not None:
+        pool = UpstreamPool(named=named, default_model=next(iter(config.models), None))
+    elif config.engine == "auto":
+        pool = UpstreamPool(find=lambda: find_engines(environ), build=build)
+    else:
+        return None
+    queue = AdmissionQueue(UPSTREAM_SLOTS, config.queue_size)
+    return UpstreamBackend(pool=pool, queue=queue, timeout_s=config.timeout, note_attempt=note_attempt)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -21174,6 +23167,233 @@ def load_model_cost(path: str | None) -> tuple[str, ModelCost | None]:
         return "", None
 
 
+def build_load_request(config: Config, serving: Serving) -> LoadRequest:
+    """What the process of a model's engine is to load. Reads the file that --chat-template names."""
+    template = config.chat_template
+    if template is not None and os.path.isfile(template):
+        template = read_option_file("--chat-template", template)
+    return LoadRequest(
+        engine=choose_engine(config, serving).engine,
+        model=serving.path,
+        n_ctx=config.ctx_size or None,
+        slots=config.parallel,
+        threads=config.threads or count_cores(),
+        chat_template=template,
+        n_gpu_layers=config.n_gpu_layers,
+        batch_size=config.batch_size,
+        flash_attn=config.flash_attn,
+        rpc=config.rpc,
+        verbose=config.verbose,
+    )
+
+
+def estimate_load_bytes(load: LoadRequest) -> int:
+    """Memory that loading this will take. Blocks for the file's header; ModelFileError if it is no good."""
+    if load.model is None:
+        return os.path.getsize(__file__)  # more than the demonstration model needs
+    try:
+        with open_gguf(load.model) as gguf:
+            if load.engine == "llama":
+                return estimate_llama_memory_bytes(gguf, measure_model_files(load.model), load)
+            return estimate_memory_bytes(gguf, load.n_ctx, load.slots)
+    except ModelFileError as exc:
+        raise ModelFileError(f"{load.model}: {exc.message}") from exc
+
+
+class ModelHost:
+    """What this device serves itself: the models of a config, their engines and speeds, and those that come later.
+
+    Of the models that --model names the first is loaded at the start; each other one when it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        servings: Sequence[Serving],
+        *,
+        scores: Path,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.models = LocalModels()
+        self._servings: dict[str, Serving] = {}
+        self._unloaded: list[LocalEngine] = []  # no longer offered, until `load` brings one back
+        self._config = config
+        self._scores = scores
+        self._pool = ModelPool(
+            limit=config.models_max,
+            keep_alive_s=config.sleep_idle_seconds or math.inf,
+            estimate=estimate_load_bytes,
+            on_loaded=self._note_loaded,
+        )
+        for serving in servings:
+            self.models.add(self._make(serving, build_load_request(config, serving)))
+        for engine in self._list_first():
+            engine.on_progress = on_progress
+        self._meter: CapabilityMeter | None = None
+        self._speeds: dict[str, LocalSpeed] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._measuring: set[asyncio.Task[None]] = set()
+        self._is_measured = False
+        self._device_id = ""
+
+    @property
+    def servings(self) -> list[Serving]:
+        """What is offered, the default first."""
+        return [self._servings[local.model.model_id] for local in self.models]
+
+    @property
+    def default(self) -> PooledEngine | None:
+        """The engine of the model that is meant by requests that name none; None if nothing is served here."""
+        local = self.models.get(None)
+        return local.engine if local is not None else None
+
+    def start(self, device_id: str, *, is_measured: bool) -> None:
+        """Begin to load the default model. `is_measured`: it matters to somebody how fast the models are."""
+        self._device_id, self._is_measured = device_id, is_measured
+        self._pool.start(*self._list_first())
+        if is_measured and self.models:
+            self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+
+    async def wait_loaded(self) -> None:
+        """Until that is loaded. Raises why it cannot be."""
+        for engine in self._list_first():
+            await engine.ready()
+
+    def _list_first(self) -> list[PooledEngine]:
+        is_named = bool(self._config.models) or self._config.models_dir is None
+        return [self.default] if self.default is not None and is_named else []
+
+    async def close(self) -> None:
+        """End the engines, and what measures them."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])  # soon: it looks at files, and at the machine for a moment
+        if self._measuring:
+            await asyncio.wait(self._measuring)  # they begin to measure, and do not wait for the end of it
+        if self._meter is not None:
+            await self._meter.close()
+        await self._pool.close()
+
+    # Models that come and go
+
+    async def load(
+        self,
+        model: str,
+        search: Callable[[], Sequence[FoundModel]],
+        on_progress: Callable[[float], None] | None,
+    ) -> str:
+        """See DVAI.load_model."""
+        local = self.models.get(model) or next(
+            (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
+        )
+        if local is None:
+            serving = await asyncio.to_thread(_choose_named, replace(self._config, alias=None), model, search)
+            local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
+        self._pool.resume(local.engine)
+        local.engine.on_progress = on_progress
+        try:
+            await local.engine.ready()
+        except BaseException:
+            if local not in self.models:
+                await self._pool.stop(local.engine)
+            raise
+        if local not in self.models:
+            self.models.add(local)
+        self._unloaded = [each for each in self._unloaded if each is not local]
+        return local.model.model_id
+
+    async def unload(self, *models: str) -> None:
+        """Offer these models no more, all if none is named, and end their engines."""
+        chosen = [self.models.find(model) for model in models] or list(self.models)
+        for local in chosen:
+            self.models.remove(local)
+            self._unloaded.append(local)
+        await asyncio.gather(*(self._pool.stop(local.engine) for local in chosen))
+
+    def _find_or_make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        """The model that goes by this id, which must be of the same file; else a new one, not yet offered."""
+        known = [*self.models, *self._unloaded]
+        local = next((each for each in known if is_same_model(each.model.model_id, serving.model_id)), None)
+        if local is None:
+            if len(known) >= MODELS_LIMIT:
+                raise UsageError(f"at most {MODELS_LIMIT} models can be offered")
+            local = self._make(serving, load)
+            self._unloaded.append(local)
+        elif local.engine.load.model != serving.path:
+            raise UsageError(f"there is another model called {serving.model_id}; rename one of the files")
+        return local
+
+    def drop(self) -> None:
+        """Serve nothing after all; before the start."""
+        for local in list(self.models):
+            self.models.remove(local)
+
+    def _make(self, serving: Serving, load: LoadRequest) -> LocalEngine:
+        self._servings[serving.model_id] = serving
+        return LocalEngine(
+            model=ServedModel(model_id=serving.model_id, created=serving.created, owned_by="dvai-bridge"),
+            engine=self._pool.add(serving.model_id, load),
+            queue=AdmissionQueue(self._config.parallel, self._config.queue_size),
+            watch=RequestWatch(),
+            observe=functools.partial(self._observe, serving.model_id),
+        )
+
+    # Speeds
+
+    def list_local(self, *, may_load: bool = True) -> list[LocalModel]:
+        """What the decision needs to know of the local models; without `may_load`, of those that others may use."""
+        return [
+            LocalModel(
+                model_id=local.model.model_id,
+                score=speed.score.tok_per_s if (speed := self._speeds.get(local.model.model_id)) else None,
+                is_demonstration=local.engine.load.model is None,
+            )
+            for local in self.models.list_offered(may_load=may_load)
+        ]
+
+    async def get_speeds(self) -> Mapping[str, LocalSpeed]:
+        """The speeds of the local models by id, found out at first use."""
+        while any(local.model.model_id not in self._speeds for local in self.models):
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look_at_speeds(), name="speeds")
+            await asyncio.shield(self._looking)
+        return self._speeds
+
+    async def _look_at_speeds(self) -> None:
+        if self._meter is None:
+            meter = CapabilityMeter(ScoreCache(self._scores), self._device_id)
+            await meter.start()
+            self._meter = meter
+        for local in list(self.models):
+            model_id, load = local.model.model_id, local.engine.load
+            if model_id not in self._speeds:
+                quantization, cost = await asyncio.to_thread(load_model_cost, load.model)
+                key = ScoreKey(
+                    model_id=model_id,
+                    engine=load.engine,
+                    quantization=quantization,
+                    n_gpu_layers=load.n_gpu_layers or 0,
+                )
+                self._speeds[model_id] = LocalSpeed(meter=self._meter, key=key, cost=cost)
+
+    def _note_loaded(self, engine: PooledEngine) -> None:
+        """A model that never was measured is measured when it is loaded for the first time, and nobody needs it."""
+        local = self.models.get(engine.model_id)
+        if self._is_measured and local is not None and engine.process is not None:
+            task = asyncio.create_task(self._measure(local, engine.process), name="measuring")
+            self._measuring.add(task)
+            task.add_done_callback(self._measuring.discard)
+
+    async def _measure(self, local: LocalEngine, engine: EngineProcess) -> None:
+        speed = (await self.get_speeds()).get(local.model.model_id)
+        if speed is not None:
+            speed.meter.probe_on_first_use(engine, speed.key, local.watch, local.queue)
+
+    def _observe(self, model_id: str, usage: Usage) -> None:
+        speed = self._speeds.get(model_id)
+        if speed is not None:
+            speed.observe(usage)
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class DeviceState:
     """What of this device lasts longer than one run. `pairings` None: they cannot be read, and nobody can pair."""
@@ -21193,7 +23413,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
-        bridge_log.warning("nobody can pair with this bridge: %s", exc)
+        bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
         return DeviceState(
             identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
@@ -21219,7 +23439,7 @@ def choose_lan_host() -> str:
 
 
 class Devices:
-    """This device among others: who may use it, and whom it uses.
+    """This device among others: who may use it, and whom it uses. `list_local`: see ModelHost.
 
     Pairing is open to others with --lan. Nothing looks for other devices unless offload is on.
     """
@@ -21230,9 +23450,12 @@ class Devices:
         state: DeviceState,
         *,
         is_operated: bool,
-        list_local: Callable[[], Sequence[LocalModel]],
+        list_local: Callable[..., Sequence[LocalModel]],
+        notifier: Notifier,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         offload = config.offload
+        self._notifier = notifier
         self._list_local = list_local
         self._own_hosts: tuple[str, ...] = ()
         self._announced: Announcement | None = None
@@ -21258,9 +23481,11 @@ class Devices:
         self.monitor: PeerMonitor | None = None
         self.offloading: Offloading | None = None
         if offload.is_active:
-            self._build_outbound(list_local)
+            self._build_outbound(list_local, note_attempt)
 
-    def _build_outbound(self, list_local: Callable[[], Sequence[LocalModel]]) -> None:
+    def _build_outbound(
+        self, list_local: Callable[[], Sequence[LocalModel]], note_attempt: Callable[[str, str], None]
+    ) -> None:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
@@ -21293,8 +23518,13 @@ class Devices:
             client=client,
             list_local=list_local,
             sign=self._sign,
-            on_offload=offload.on_offload,
+            on_offload=self._note_offload,
+            note_attempt=note_attempt,
         )
+
+    def _note_offload(self, peer: Peer) -> None:
+        if self._offload.on_offload is not None:
+            self._notifier.tell(self._offload.on_offload, peer)
 
     def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
         """The fields that prove to a peer who asks; none for one that we are not paired with."""
@@ -21380,7 +23610,7 @@ class Devices:
         """What to say of this device; None if it is not open to others, or they cannot reach it."""
         if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
             return None
-        models = [each for each in self._list_local() if not each.is_demonstration]
+        models = [each for each in self._list_local(may_load=False) if not each.is_demonstration]
         return Announcement(
             device_id=self.identity.device_id,
             device_name=self.identity.device_name,
@@ -21414,12 +23644,13 @@ class Devices:
             await self.monitor.close()
         if self._initiator is not None:
             await self._initiator.close()
-        if self.offloading is not None:
-            await self.offloading.close()
         if self._client is not None:
             await self._client.close()
         if self.store is not None:
-            await self.store.close()
+            try:
+                await self.store.close()
+            except StorageError as exc:
+                bridge_log.warning("%s", exc)
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
@@ -21429,38 +23660,150 @@ class Devices:
         self._server.end_requests(lambda request: request.pairing is not None and request.pairing.pairing_id == ended)
 
 
-def build_load_request(config: Config, serving: Serving, choice: EngineChoice) -> LoadRequest:
-    """What the engine's process is to load. Reads the file that --chat-template names."""
-    template = config.chat_template
-    if template is not None and os.path.isfile(template):
-        template = read_option_file("--chat-template", template)
-    return LoadRequest(
-        engine=choice.engine,
-        model=serving.path,
-        n_ctx=config.ctx_size or None,
-        slots=config.parallel,
-        threads=config.threads or count_cores(),
-        chat_template=template,
-        n_gpu_layers=config.n_gpu_layers,
-        batch_size=config.batch_size,
-        flash_attn=config.flash_attn,
-        rpc=config.rpc,
-        verbose=config.verbose,
+@record(frozen=True, kw_only=True, slots=True)
+class CompletionStats:
+    """What a completion took. Counts None: whoever answered did not say. `served_by`: a device's id, or `local`."""
+
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    time_to_first_token_s: float | None
+    tokens_per_s: float | None
+    served_by: str
+    route: str
+
+
+class Completion:
+    """An answer while it is written, after QVAC: `token_stream` has its text piece by piece, then `stats` is known.
+
+        async for piece in completion.token_stream: ...
+        print(await completion.stats)
+
+    Both belong to one reading of one answer: `stats` reads what is left of the stream. Reading raises the BridgeError
+    that the request ends with. Who leaves before the end calls `aclose`.
+    """
+
+    def __init__(self, handle: Handler, body: Mapping[str, Any], *, stream: bool) -> None:
+        self.token_stream: AsyncGenerator[str, None] = self._read(handle, body, stream)
+        self._usage: Mapping[str, Any] = {}
+        self._error: BridgeError | None = None
+        self._headers: Headers = Headers(())
+        self._began_s = 0.0
+        self._first_s: float | None = None
+        self._ended_s: float | None = None
+
+    @property
+    def stats(self) -> Awaitable[CompletionStats]:
+        """What it took, once the answer has been written."""
+        return self._wait_stats()
+
+    async def aclose(self) -> None:
+        """End the answer where it is."""
+        await self.token_stream.aclose()
+
+    async def _wait_stats(self) -> CompletionStats:
+        async for _ in self.token_stream:
+            pass
+        if self._ended_s is None:
+            raise EngineError("the answer was not read to its end")
+        return self._build_stats(self._ended_s)
+
+    def _build_stats(self, ended_s: float) -> CompletionStats:
+        usage, first_s = self._usage.get("usage") or {}, self._first_s
+        count, rate = usage.get("completion_tokens"), (self._usage.get("timings") or {}).get("predicted_per_second")
+        if rate is None and count and first_s is not None and ended_s > first_s:
+            rate = count / (ended_s - first_s)
+        return CompletionStats(
+            prompt_tokens=usage.get("prompt_tokens"),
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            completion_tokens=count,
+            time_to_first_token_s=None if first_s is None else first_s - self._began_s,
+            tokens_per_s=rate,
+            served_by=self._headers.get("x-dvai-served-by") or "local",
+            route=self._headers.get("x-dvai-route") or "local",
+        )
+
+    async def _read(self, handle: Handler, body: Mapping[str, Any], stream: bool) -> AsyncGenerator[str, None]:
+        self._began_s = time.monotonic()
+        response = await handle(build_own_request({**body, "stream": True, "stream_options": {"include_usage": True}}))
+        self._headers = Headers([(name.lower(), value) for name, value in response.headers])
+        if isinstance(response.body, bytes):
+            raise read_refusal(response.status, response.body)
+        parser, pieces = SseParser(), list[str]()
+        async with contextlib.aclosing(cast(AsyncGenerator[bytes, None], response.body)) as chunks:
+            async for chunk in chunks:
+                for event in parser.feed(chunk):
+                    piece = self._take(event.data)
+                    if piece and stream:
+                        yield piece
+                    pieces += [piece] if piece and not stream else []
+        if self._error is not None:
+            raise self._error
+        if pieces:
+            yield "".join(pieces)
+        self._ended_s = time.monotonic()
+
+    def _take(self, data: str) -> str:
+        """The text of one event of the stream; notes what else it says."""
+        if data == "[DONE]":
+            return ""
+        chunk = parse_json(data.encode())
+        if "error" in chunk:  # the last event of a torn answer; an engine here raises what it was, next
+            self._error = read_refusal(502, data.encode())
+        if chunk.get("usage"):
+            self._usage = chunk
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or ())
+        if text and self._first_s is None:
+            self._first_s = time.monotonic()
+        return text
+
+
+def build_own_request(body: Mapping[str, Any]) -> HttpRequest:
+    """A chat completion that the program asks for in which the bridge runs, as if it had come over loopback."""
+    path = "/v1/chat/completions"
+    return HttpRequest(
+        method="POST",
+        path=path,
+        raw_path=path,
+        query="",
+        headers=Headers([("content-type", "application/json")]),
+        body=encode_json(body),
+        client_address="127.0.0.1",
+        is_loopback=True,
+        is_tls=False,
+        caller=Caller.LOOPBACK,
+        request_id=choose_request_id(Headers(())),
     )
 
 
+def read_refusal(status: int, body: bytes) -> BridgeError:
+    """The error that another device, or an interceptor, answered with."""
+    try:
+        message = replace_unprintable(parse_json(body)["error"]["message"])[:REFUSAL_LIMIT_CHARS]
+    except (ValueError, KeyError, TypeError):
+        message = f"the answer was no stream but status {status}"
+    return InvalidRequestError(message) if 400 <= status < 500 else UpstreamError(message)
+
+
 class DVAI:
-    """A bridge: an engine in a process of its own, and other devices, behind an HTTP server.
+    """A bridge: engines in processes of their own, and other devices, behind an HTTP server.
 
         async with DVAI(model="x.gguf", offload=OffloadConfig(enabled=True)) as dvai:
             client = openai.AsyncOpenAI(base_url=dvai.base_url, api_key="ignored")
 
     Without an event loop, `with DVAI(…) as dvai:` does the same from a thread of its own: see BlockingDVAI.
-    The keyword arguments are the fields of Config; `config`, if given, has the others. The server answers before the
-    model is loaded (health says "loading", requests wait). All methods belong to one event loop; several bridges may
-    live in one process, each with a home of its own. `environ`: where caches are and what tools are configured.
-    `chat_completion_interceptor(body, context, headers)` sees every chat completion after authentication and before
-    routing (headers lower-cased); it returns None, or the HttpResponse to answer with. It may be a coroutine function.
+
+    The keyword arguments are the fields of Config; those of `config`, else of the environment, are the others.
+    UsageError names one that is wrong. `environ`: the environment, where caches and tools are configured, too.
+
+    `on_progress(fraction)` is told how far the model is loaded. `chat_completion_interceptor(body, context, headers)`
+    sees every chat completion after authentication and before routing, headers lower-cased. It returns None, which
+    leaves the request (and what it changed in `body`) to the bridge, or the answer: an HttpResponse with status,
+    headers and a body of bytes or an asynchronous iterator of bytes, or a dict, which is sent as JSON. An error of
+    it is a 500, unless it is a BridgeError. Callbacks run on the bridge's loop and may be coroutine functions.
+
+    One bridge lives once, on one event loop; several live in one process, each with a home of its own. Nothing here
+    handles signals, configures logging or asks on a terminal.
     """
 
     def __init__(
@@ -21468,35 +23811,38 @@ class DVAI:
         config: Config | None = None,
         *,
         environ: Mapping[str, str] | None = None,
-        on_progress: Callable[[float], None] | None = None,
+        on_progress: Callable[[float], Any] | None = None,
         chat_completion_interceptor: Interceptor | None = None,
         is_operated: bool = False,
         **options: Any,
     ) -> None:
         self._environ = environ = os.environ if environ is None else environ
-        config = replace(config or build_config(environ=environ), **options)
+        config = normalize_config(replace(config or build_config(environ=environ), **options))
         self.directories = choose_directories(environ, sys.platform, config.home)
+        verify_engine_options(config)
         if config.hf_repo is not None:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
-        self.serving: Serving | None = None
-        self.engine: EngineProcess | None = None
-        self.engine_choice: EngineChoice | None = None
         self.devices: Devices | None = None
-        if not config.offload.only:
-            self.serving = choose_serving(config, lambda: search_models(environ, self.directories, config))
-            self.engine_choice = choose_engine(config, self.serving)
-            load = build_load_request(config, self.serving, self.engine_choice)
-            self.engine = EngineProcess(load, on_progress=on_progress)
-        self._local: LocalEngine | None = None
+        is_elsewhere = config.offload.only or is_engine_url(config.engine)
+        servings = [] if is_elsewhere else choose_servings(config, self._search_models, list_models_directory)
+        scores = self.directories.cache / "capability.json"
+        self.host = ModelHost(config, servings, scores=scores, on_progress=self._report_progress)
+        self.upstreams: UpstreamBackend | None = None
+        self._upstream_client: HttpClient | None = None
+        self._metrics = BridgeMetrics()
+        self._handle: Handler | None = None
         self._api_keys = load_api_keys(config)
+        self._on_progress = on_progress
+        self._notifier = Notifier()
         self._interceptor = chat_completion_interceptor
         self._is_operated = is_operated
-        self._meter: CapabilityMeter | None = None
-        self._speed: asyncio.Task[LocalSpeed | None] | None = None
         self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
         self._server: HttpServer | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._blocking: BlockingDVAI | None = None
 
@@ -21512,8 +23858,20 @@ class DVAI:
 
     @property
     def model_id(self) -> str | None:
-        """The id under which this device serves a model; None if it serves none."""
-        return self.serving.model_id if self.serving is not None else None
+        """The id of the model that answers when a request names none; None if no model is served here."""
+        if self.engine is None and self.upstreams is not None:
+            return self.upstreams.pool.find_default()
+        return self.engine.model_id if self.engine is not None else None
+
+    @property
+    def serving(self) -> Serving | None:
+        """What that model is."""
+        return self.host.servings[0] if self.host.servings else None
+
+    @property
+    def engine(self) -> PooledEngine | None:
+        """The engine of the first model."""
+        return self.host.default
 
     async def __aenter__(self) -> DVAI:
         await self.initialize()
@@ -21524,6 +23882,7 @@ class DVAI:
 
     def __enter__(self) -> BlockingDVAI:
         self._blocking = BlockingDVAI(self)
+        self._blocking.initialize()
         return self._blocking
 
     def __exit__(self, *exc_info: object) -> None:
@@ -21532,80 +23891,128 @@ class DVAI:
 
     # Its life
 
-    async def initialize(self) -> None:
-        """Listen, and return when the model is loaded. Raises BridgeError, with everything closed again."""
+    async def initialize(self, on_progress: Callable[[float], Any] | None = None) -> None:
+        """Listen, and return when the first model is loaded. Raises BridgeError, with everything closed again.
+
+        `on_progress`: as in the constructor. Requests that come meanwhile wait; health says "loading".
+        """
+        self._verify_new()
+        self._on_progress = on_progress or self._on_progress
         try:
             await self.start()
-            if self.engine is not None:
-                await self.engine.ready()
+            await self.host.wait_loaded()
+            if self.upstreams is not None:
+                await self.upstreams.pool.ready()
         except BaseException:
             await self.close()
             raise
 
     async def start(self) -> None:
-        """Listen, begin to load the model, and look for other devices."""
+        """Listen, begin to load the first model, and look for other devices. If that raises, `close` is to follow."""
+        self._verify_new()
+        self._opening = asyncio.create_task(self._open(), name="opening")
+        try:
+            await self._opening
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._is_closed and caller is not None and not caller.cancelling():
+                raise RuntimeError("the bridge was closed while it started") from None
+            raise
+
+    async def unload(self) -> None:
+        """End the engines and give their memory back: from then on this device serves nothing itself.
+
+        `load_model` brings a model back.
+        """
+        self._get_devices()
+        await self.host.unload()
+
+    async def close(self) -> None:
+        """Stop accepting, let running streams finish for STOP_GRACE_S, end everything. A second call hurries.
+
+        It may be called at any time, also while the bridge starts, which then ends with an error.
+        """
+        self._is_closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self.devices is not None:
+            self.devices.desk.close()
+        if self._server is not None:
+            await self._server.stop()
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._release(), name="closing")
+        await asyncio.shield(self._closing)
+
+    async def _open(self) -> None:
         offload = self.config.offload
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
         await self._leave_weak_hardware()
-        self._local = local = self._build_local()
-        self.devices = devices = Devices(self.config, state, is_operated=self._is_operated, list_local=self._list_local)
+        self._upstream_client = client = HttpClient()
+        self.upstreams = build_upstreams(self.config, client, self._environ, self._metrics.note_attempt)
+        self.devices = devices = Devices(
+            self.config,
+            state,
+            is_operated=self._is_operated,
+            list_local=self._list_local,
+            notifier=self._notifier,
+            note_attempt=self._metrics.note_attempt,
+        )
+        tables = self._build_routes(devices)
+
+        async def handle(request: HttpRequest) -> HttpResponse:
+            return await find_route(tables, request)(request)
+
+        self._handle = handle
+        self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
+        await self._server.start()
+        if offload.allow_anonymous_lan and not all(is_loopback_address(host) for host, _ in self._server.addresses):
+            bridge_log.warning("--allow-anonymous-lan: everybody who reaches this port may use the models, unasked")
+        self._audit.start()
+        self.host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
+        if self.upstreams is not None:
+            self.upstreams.pool.start()
+        await devices.start(self._server)
+        self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
+
+    def _build_routes(self, devices: Devices) -> tuple[RouteTable, ...]:
         service = Service(
-            local=local,
+            local=self.host.models,
+            upstreams=self.upstreams,
             offload=devices.offloading,
             interceptor=self._interceptor,
             record=self._audit.record,
+            observe=self._metrics.record,
             timeout_s=self.config.timeout,
         )
         device_service = DeviceService(
-            identity=state.identity,
-            local=local,
-            get_speed=self._get_speed,
+            identity=devices.identity,
+            local=self.host.models,
+            upstreams=self.upstreams,
+            get_speeds=self.host.get_speeds,
             desk=devices.desk,
             store=devices.store,
             monitor=devices.monitor,
             clock_ms=read_clock_ms,
         )
+        return service.routes, device_service.routes, self._build_metrics_service(devices).routes
 
-        async def handle(request: HttpRequest) -> HttpResponse:
-            return await find_route((service.routes, device_service.routes), request)(request)
-
-        self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
-        await self._server.start()
-        self._audit.start()
-        if self.engine is not None:
-            self.engine.start()
-        await devices.start(self._server)
-        self._tasks = [
-            asyncio.create_task(self._claim_state(), name="running record"),
-            asyncio.create_task(self._measure(), name="measuring"),
-        ]
-
-    async def unload(self) -> None:
-        """End the engine and give its memory back; requests that need it are answered with an error from then on."""
-        if self.engine is not None:
-            await self.engine.close()
-
-    async def close(self) -> None:
-        """Stop accepting, let running streams finish for STOP_GRACE_S, end the engine. A second call hurries."""
-        if self.devices is not None:
-            self.devices.desk.close()
-        if self._server is not None:
-            await self._server.stop()
-        for task in self._tasks[1:]:
-            task.cancel()
-        if self._speed is not None:
-            await asyncio.wait([self._speed])  # soon: it looks at files, and at the machine for a moment
-        if self._meter is not None:
-            await self._meter.close()
-        if self.devices is not None:
-            await self.devices.close()
-        if self.engine is not None:
-            await self.engine.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._audit.close)
-        self._record.release()
+    async def _release(self) -> None:
+        """End every part, also if the end of another one fails. What is pushed last ends first."""
+        async with contextlib.AsyncExitStack() as parts:
+            parts.callback(self._record.release)
+            parts.push_async_callback(asyncio.to_thread, self._audit.close)
+            parts.push_async_callback(self._notifier.close)
+            parts.push_async_callback(self.host.close)
+            if self._upstream_client is not None:
+                parts.push_async_callback(self._upstream_client.close)
+            if self.upstreams is not None:
+                parts.push_async_callback(self.upstreams.pool.close)
+            if self.devices is not None:
+                parts.push_async_callback(self.devices.close)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     # What it knows and can be told
 
@@ -21614,23 +24021,25 @@ class DVAI:
         monitor = self._get_devices().monitor
         return tuple(monitor.peers()) if monitor is not None else ()
 
-    async def probe_capability(self) -> Score | None:
-        """Measure the local model, once it is idle; None with offload off, or without a local model."""
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        local = self._local
-        if speed is None or local is None:
+    async def probe_capability(self, model_id: str | None = None) -> Score | None:
+        """Measure a local model, the first unless it is named, once it is idle.
+
+        None with offload off, or for a model not served here.
+        """
+        self._get_devices()
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        if local is None:
             return None
-        return await speed.meter.probe(local.engine, speed.key, local.watch, local.queue)
+        return await probe_local(local, (await self.host.get_speeds())[local.model.model_id])
 
     async def get_capability(self, model_id: str | None = None) -> Score | None:
-        """What the local model scores, without measuring; None with offload off, or for a model not served here."""
-        speed = await self._get_speed() if self.config.offload.is_active else None
-        if speed is None or (model_id is not None and not is_same_model(model_id, speed.key.model_id)):
-            return None
-        return speed.score
+        """What a local model scores, without measuring; None as for probe_capability."""
+        self._get_devices()
+        local = self.host.models.get(model_id) if self.config.offload.is_active else None
+        return None if local is None else (await self.host.get_speeds())[local.model.model_id].score
 
     async def assess_hardware(self) -> HardwareAssessment:
-        """How well this hardware runs models, by the thresholds of the offload config."""
+        """How well this hardware runs models, by the thresholds of the offload config; known before the start."""
         offload = self.config.offload
         return await asyncio.to_thread(assess_hardware, offload.hardware_minimum, offload.min_local_capability)
 
@@ -21641,98 +24050,98 @@ class DVAI:
             raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
         return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
 
+    # Models, after QVAC
+
+    async def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+        """Load a model and offer it, and return its id, when requests may name it.
+
+        `model`: a GGUF file, the id of a model that is offered already or was unloaded, or the name of one on this
+        machine. `on_progress` is called with 0 to 1. Raises UsageError when there is no such model, ModelFileError when
+        it cannot be loaded.
+        """
+        self._get_devices()
+        tell = functools.partial(self._notifier.tell, on_progress) if on_progress is not None else None
+        return await self.host.load(model, self._search_models, tell)
+
+    async def unload_model(self, model_id: str) -> None:
+        """Offer a model no more, and end its engine; what runs on it ends with an error. ModelNotFoundError."""
+        self._get_devices()
+        await self.host.unload(model_id)
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> Completion:
+        """Ask a model, wherever the bridge finds it best answered; nothing is sent before the answer is read.
+
+        `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`.
+        Without `stream` the token stream has one item: the whole text.
+        """
+        self._get_devices()
+        assert self._handle is not None
+        body = {"messages": list(history), **parameters} | ({} if model_id is None else {"model": model_id})
+        return Completion(self._handle, body, stream=stream)
+
     def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
-        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it."""
+        """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it.
+
+        Ends when the bridge closes. Whoever reads them is somebody who may be asked, as `on_pairing_request` is.
+        """
         return self._get_devices().desk.requests()
 
     # Parts
 
+    def _verify_new(self) -> None:
+        if self._opening is not None or self._is_closed:
+            raise RuntimeError("a bridge starts once: make another DVAI")
+
     def _get_server(self) -> HttpServer:
-        if self._server is None:
-            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+        if self._server is None or not self._server.addresses:
+            raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
         return self._server
 
     def _get_devices(self) -> Devices:
+        if self._is_closed:
+            raise RuntimeError("the bridge is closed: make another DVAI")
         if self.devices is None:
-            raise RuntimeError("the bridge has not started: await initialize(), or use it in a with statement")
+            raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
         return self.devices
+
+    def _report_progress(self, fraction: float) -> None:
+        if self._on_progress is not None:
+            self._notifier.tell(self._on_progress, fraction)
 
     async def _leave_weak_hardware(self) -> None:
         """Load nothing where nothing would run well, unless the user named the model."""
         offload = self.config.offload
-        if not offload.enabled or self.config.model is not None or self.engine is None:
+        if not offload.enabled or self.config.models or self.config.models_dir is not None:
             return
         assessment = await self.assess_hardware()
         if assessment.mode is HardwareMode.TOO_WEAK:
             bridge_log.warning("loading no model: %s", assessment.reason)
-            self.engine = self.serving = None
+            self.host.drop()
 
-    def _build_local(self) -> LocalEngine | None:
-        if self.engine is None or self.serving is None:
-            return None
-        return LocalEngine(
-            model=ServedModel(model_id=self.serving.model_id, created=self.serving.created, owned_by="dvai-bridge"),
-            engine=self.engine,
-            queue=AdmissionQueue(self.config.parallel, self.config.queue_size),
-            watch=RequestWatch(),
-            observe=self._observe,
+    def _build_metrics_service(self, devices: Devices) -> MetricsService:
+        upstreams, host = self.upstreams, self.host
+        behind = [upstreams.queue] if upstreams else []
+        return MetricsService(
+            self._metrics if self.config.metrics else None,
+            queues=lambda: [*(local.queue for local in host.models), *behind],
+            peers=lambda: [each.state for each in devices.monitor.candidates()] if devices.monitor else [],
+            upstreams=lambda: [each.state for each in upstreams.pool.engines] if upstreams else [],
         )
 
-    def _list_local(self) -> list[LocalModel]:
-        """What the decision needs to know of the local model."""
-        if self.serving is None:
-            return []
-        speed = self._find_speed()
-        return [
-            LocalModel(
-                model_id=self.serving.model_id,
-                score=speed.score.tok_per_s if speed is not None else None,
-                is_demonstration=self.serving.path is None,
-            )
-        ]
+    def _list_local(self, *, may_load: bool = True) -> list[LocalModel]:
+        """What the decision needs to know of the models that this device serves, the default first."""
+        behind = [] if self.upstreams is None else self.upstreams.list_local(self.config.offload.min_local_capability)
+        return [*self.host.list_local(may_load=may_load), *behind]
 
-    def _find_speed(self) -> LocalSpeed | None:
-        """What is known of the local model's speed, without waiting."""
-        speed = self._speed
-        return speed.result() if speed is not None and speed.done() and not speed.cancelled() else None
-
-    def _observe(self, usage: Usage) -> None:
-        speed = self._find_speed()
-        if speed is not None:
-            speed.observe(usage)
-
-    async def _get_speed(self) -> LocalSpeed | None:
-        """The local model's speed, found out at first use; None without a local model."""
-        if self._speed is None:
-            self._speed = asyncio.create_task(self._build_speed(), name="speed")
-        return await asyncio.shield(self._speed)
-
-    async def _build_speed(self) -> LocalSpeed | None:
-        serving, choice, devices = self.serving, self.engine_choice, self._get_devices()
-        if serving is None or choice is None:
-            return None
-        self._meter = CapabilityMeter(
-            ScoreCache(self.directories.cache / "capability.json"), devices.identity.device_id
-        )
-        await self._meter.start()
-        quantization, cost = await asyncio.to_thread(load_model_cost, serving.path)
-        key = ScoreKey(
-            model_id=serving.model_id,
-            engine=choice.engine,
-            quantization=quantization,
-            n_gpu_layers=self.config.n_gpu_layers or 0,
-        )
-        return LocalSpeed(meter=self._meter, key=key, cost=cost)
-
-    async def _measure(self) -> None:
-        """Let a model that never was measured be measured, once it is loaded and nobody needs it."""
-        local, is_needed = self._local, self.config.offload.is_active or self._get_devices().is_open
-        speed = await self._get_speed() if local is not None and is_needed else None
-        if local is None or speed is None:
-            return
-        with contextlib.suppress(BridgeError):  # whoever waits for the engine is told
-            await local.engine.ready()
-            speed.meter.probe_on_first_use(local.engine, speed.key, local.watch, local.queue)
+    def _search_models(self) -> list[FoundModel]:
+        return search_models(self._environ, self.directories, self.config)
 
     async def _claim_state(self) -> None:
         """Let commands find this bridge; in a thread, because it waits for the disk."""
@@ -21751,7 +24160,7 @@ class DVAI:
             port=config.port,
             api_keys=self._api_keys,
             control_token=state.control_token,
-            cors_origins=config.cors_origins,
+            cors_origins=tuple(config.cors_origins),
             allowed_hosts=(*config.allowed_hosts, f"{state.identity.device_id}.local"),
             allow_anonymous_lan=config.offload.allow_anonymous_lan,
             ssl_cert_file=config.ssl_cert_file,
@@ -21759,21 +24168,59 @@ class DVAI:
         )
 
 
-class BlockingDVAI:
-    """A running DVAI for programs without an event loop: its own thread runs one, and every method waits for it.
+class BlockingCompletion:
+    """A Completion for programs without an event loop: `for piece in completion.token_stream: …`, then `.stats`."""
 
-    Made by `with DVAI(…) as dvai:`. Callbacks run on that thread. The methods raise what those of DVAI raise.
+    def __init__(self, completion: Completion, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._completion = completion
+        self._wait = wait
+        self.token_stream: Iterator[str] = self._read()
+
+    @property
+    def stats(self) -> CompletionStats:
+        """What it took, once the answer has been written: waits for that."""
+        return cast(CompletionStats, self._wait(self._completion._wait_stats()))
+
+    def close(self) -> None:
+        """End the answer where it is."""
+        self._wait(self._completion.aclose())
+
+    def _read(self) -> Iterator[str]:
+        pieces = self._completion.token_stream
+        while (piece := self._wait(self._next(pieces))) is not None:
+            yield piece
+
+    @staticmethod
+    async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
+        return await anext(pieces, None)
+
+
+class BlockingDVAI:
+    """A DVAI for programs without an event loop: a thread of its own runs one, and every method waits for it.
+
+    `with DVAI(…) as dvai:` makes and closes one. Its methods raise what those of DVAI raise, and may be called from
+    any thread but that one, on which callbacks run.
     """
 
     def __init__(self, bridge: DVAI) -> None:
         self._bridge = bridge
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dvai-bridge", daemon=True)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_over = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="dvai-bridge", daemon=True)
+        self._closing = threading.Lock()
+        self._waiting: set[concurrent.futures.Future[Any]] = set()
+
+    def initialize(self, on_progress: Callable[[float], Any] | None = None) -> None:
+        """See DVAI.initialize."""
+        if self._loop is not None:
+            raise RuntimeError("a bridge starts once: make another DVAI")
+        self._loop = self._runner.get_loop()
         self._thread.start()
         try:
-            self._wait(bridge.initialize())
+            self._wait(self._bridge.initialize(on_progress))
         except BaseException:
-            self._end_loop()
+            self.close()
             raise
 
     @property
@@ -21811,14 +24258,29 @@ class BlockingDVAI:
         """See DVAI.initiate_pairing."""
         return self._wait(self._bridge.initiate_pairing(peer))
 
+    def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+        """See DVAI.load_model."""
+        return self._wait(self._bridge.load_model(model, on_progress=on_progress))
+
+    def unload_model(self, model_id: str) -> None:
+        """See DVAI.unload_model."""
+        self._wait(self._bridge.unload_model(model_id))
+
+    def completion(
+        self,
+        *,
+        history: Sequence[Mapping[str, Any]],
+        model_id: str | None = None,
+        stream: bool = True,
+        **parameters: Any,
+    ) -> BlockingCompletion:
+        """See DVAI.completion."""
+        arguments = {"history": history, "model_id": model_id, "stream": stream, **parameters}
+        return BlockingCompletion(self._call(lambda: self._bridge.completion(**arguments)), self._wait)
+
     def pairing_requests(self) -> Iterator[PairingRequest]:
-        """See DVAI.pairing_requests."""
-        requests = self._bridge.pairing_requests()
-        try:
-            while (request := self._wait(anext(requests, None))) is not None:
-                yield request
-        finally:
-            self._wait(requests.aclose())
+        """See DVAI.pairing_requests. Blocks until the next one."""
+        return self._iterate(self._call(self._bridge.pairing_requests))
 
     def unload(self) -> None:
         """See DVAI.unload."""
@@ -21826,14 +24288,58 @@ class BlockingDVAI:
 
     def close(self) -> None:
         """End the bridge, then its loop and thread. A second call does nothing."""
-        if self._thread.is_alive():
+        if self._loop is None:
+            return
+        self._verify_other_thread()
+        with self._closing:
+            if not self._thread.is_alive():
+                return
             try:
                 self._wait(self._bridge.close())
             finally:
-                self._end_loop()
+                self._loop.call_soon_threadsafe(self._is_over.set)
+                self._thread.join()
+
+    # The loop
+
+    def _run(self) -> None:
+        """The thread: a loop, until `close`; then whoever still waits for it learns that it is over."""
+        with self._runner:
+            self._runner.run(self._is_over.wait())
+        for future in tuple(self._waiting):
+            future.cancel()
+
+    def _verify_other_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a callback may not wait for its own bridge: hand that over to another thread")
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        """What `work` gives on the loop. Interrupted, it ends that work."""
+        future = self._submit(work)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the bridge is closed: make another DVAI") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        try:
+            self._verify_other_thread()
+            if self._loop is None:
+                raise RuntimeError("the bridge has not started: initialize it, or use it in a with statement")
+            if self._loop.is_closed():
+                raise RuntimeError("the bridge is closed: make another DVAI")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        if self._loop.is_closed():  # since then: the thread may not have seen this future
+            future.cancel()
+        return future
 
     def _call(self, function: Callable[[], T]) -> T:
         async def call() -> T:
@@ -21841,10 +24347,19 @@ class BlockingDVAI:
 
         return self._wait(call())
 
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def _iterate(self, requests: AsyncGenerator[PairingRequest, None]) -> Iterator[PairingRequest]:
+        async def read() -> PairingRequest | None:
+            return await anext(requests, None)
+
+        async def end() -> None:
+            await requests.aclose()
+
+        try:
+            while (request := self._wait(read())) is not None:
+                yield request
+        finally:  # perhaps by the garbage collector, on any thread: it may not wait
+            if self._loop is not None and not self._loop.is_closed():
+                asyncio.run_coroutine_threadsafe(end(), self._loop)
 
 
 # ---- Command line ---------------------------------------------------------------------
@@ -21860,11 +24375,13 @@ examples:
   python3 dvai_bridge.py                              serve the built-in demonstration model
   python3 dvai_bridge.py serve --model x.gguf         serve a real one
   python3 dvai_bridge.py serve --model auto           serve the best one found on this machine
+  python3 dvai_bridge.py serve --models-dir models    offer all of a directory, each loaded when asked for
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
+  python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = ("--rendezvous-url", "--models-dir", "--metrics")
+PLANNED_OPTIONS = ("--rendezvous-url",)
 PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -22004,11 +24521,7 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Config, Directories]:
     """Merge the command line with the environment and config.toml, which may stand in the data directory."""
     known = get_options(Config)
-    flags = {
-        name: ",".join(value) if isinstance(value, list) else value
-        for name, value in vars(arguments).items()
-        if name in known
-    }
+    flags = {name: value for name, value in vars(arguments).items() if name in known}
     config = build_config(flags=flags, environ=environ)
     directories = choose_directories(environ, sys.platform, config.home)
     path = Path(config.config) if config.config else directories.data / "config.toml"
@@ -22177,9 +24690,10 @@ def fetch_model(command: Command, target: str) -> PulledModel:
 def bring_hub_model(command: Command) -> Command:
     """The command with the file that `--hf-repo` means as its model. Downloads, so before anything listens."""
     config = command.config
+    verify_engine_options(config)
     if config.hf_repo is None:
         return command
-    if config.model is not None:
+    if config.models:
         raise UsageError("--model and --hf-repo both name a model: keep one")
     pulled = fetch_model(command, config.hf_repo)
     return replace(command, config=replace(config, model=str(pulled.path), hf_repo=None))
@@ -22228,10 +24742,9 @@ async def serve_until_stopped(command: Command) -> int:
         print(f"listening on {bridge.base_url}", flush=True)
         if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
             tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
-        if bridge.engine is not None:
-            loading = asyncio.create_task(bridge.engine.ready(), name="loading")
-            tasks.append(loading)
-            await wait_first(loading, stopping)
+        loading = asyncio.create_task(bridge.host.wait_loaded(), name="loading")
+        tasks.append(loading)
+        await wait_first(loading, stopping)
         if not stopping.done():
             tasks.append(asyncio.create_task(introduce(bridge, command), name="introduction"))
             await stopping
@@ -22295,14 +24808,20 @@ async def wait_over(request: PairingRequest) -> None:
 
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
-    serving, choice = bridge.serving, bridge.engine_choice
+    serving = bridge.serving
     for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
         print(f"other devices reach it at {url}")
-    if serving is None or choice is None:
-        print("serving no model here: paired devices answer", flush=True)
+    if bridge.upstreams is not None:
+        await bridge.upstreams.pool.ready()
+        print("\n".join(describe_upstreams(bridge.upstreams.pool)), flush=True)
+    if serving is None:
+        if bridge.upstreams is None:
+            print("serving no model here: paired devices answer", flush=True)
         return
-    if serving.path is not None:
-        print(f"serving {serving.model_id}" + (f": {serving.reason}" if serving.reason else ""))
+    if serving.path is not None or len(bridge.host.servings) > 1:
+        for each in bridge.host.servings:
+            print(f"serving {display_name(each.model_id)}" + (f": {each.reason}" if each.reason else ""))
+        choice = choose_engine(bridge.config, serving)
         print(f"engine: {choice.engine} ({choice.reason})", flush=True)
         return
     print(
@@ -22316,7 +24835,22 @@ async def introduce(bridge: DVAI, command: Command) -> None:
         asyncio.to_thread(search_models, command.environ, bridge.directories, command.config),
         find_engines(command.environ),
     )
+    if bridge.upstreams is not None:
+        engines = []  # they were named already, as served
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
+
+
+def describe_upstreams(pool: UpstreamPool) -> list[str]:
+    """Each server behind the bridge: what it gives, or why nothing."""
+    lines = []
+    for engine in pool.engines:
+        if engine.state is UpstreamState.UP:
+            names = [display_name(model.model_id) for model in engine.models]
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            lines.append(f"serving {shown or 'whatever model is asked for'} through {engine.name}")
+        else:
+            lines.append(f"{engine.name} is not usable now: {display_name(engine.error)}; its models come when it is")
+    return lines or ["no engine runs on this machine now; one that is started is found"]
 
 
 def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], program: str) -> list[str]:
@@ -22327,8 +24861,9 @@ def build_survey(models: Sequence[FoundModel], engines: Sequence[FoundEngine], p
     for model in models:
         lines.append(describe_model(model))
         lines.append("    " + (model.obstacle or build_serve_command(model, program=program)))
-    note = "(clients can use it there; the bridge does not forward to it yet)"
-    return lines + [f"{describe_engine(engine)} {note}" for engine in engines]
+    for engine in engines:
+        lines += [describe_engine(engine), f"    {program} serve --engine {engine.base_url}"]
+    return lines
 
 
 def run_models(command: Command) -> int:
@@ -22364,7 +24899,13 @@ def build_survey_json(
         for model in models
     ]
     servers = [
-        {"product": engine.product, "baseUrl": engine.base_url, "models": list(engine.models)} for engine in engines
+        {
+            "product": engine.product,
+            "baseUrl": engine.base_url,
+            "models": list(engine.models),
+            "command": f"{program} serve --engine {engine.base_url}",
+        }
+        for engine in engines
     ]
     return {"models": [demonstration, *found], "engines": servers}
 
@@ -22378,12 +24919,22 @@ def run_status(command: Command) -> int:
     if command.json:
         show_json(health)
         return 0
-    print(f"{url}: {health['status']}, serving {health['currentModelId']}, up {health['uptimeSec']} s")
+    serving = f"serving {health['currentModelId']}" if health["currentModelId"] else "serving no model itself"
+    print(f"{url}: {health['status']}, {serving}, up {health['uptimeSec']} s")
     queue = health.get("queue")
     if queue:
         print(f"{queue['running']} of {queue['slots']} slots busy, {queue['waiting']} requests waiting")
+    for model in health.get("models", ()) if len(health.get("models", ())) > 1 else ():
+        print(
+            f"    {display_name(model['id'])}: {model['state']}" + (f" ({model['error']})" if "error" in model else "")
+        )
     if "error" in health:
         print(f"the engine failed: {health['error']}")
+    for upstream in health.get("upstreams", ()):
+        models, trouble = ", ".join(upstream["models"][:5]), upstream.get("error")
+        print(f"{upstream['product']} at {upstream['baseUrl']}: {upstream['state']}; models: {models or 'none'}")
+        if trouble:
+            print(f"    {trouble}")
     return 0
 
 
@@ -22526,7 +25077,8 @@ def run_pair(command: Command) -> int:
         return show_pairings(command, listed["pairings"], listed["pending"])
     if action == "request":
         raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
-    chosen = choose_pairing_id(listed["pairings"] if action == "revoke" else listed["pending"], action, target)
+    fitting = listed["pairings"] if action == "revoke" else listed["pending"]
+    chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
@@ -22534,7 +25086,8 @@ def run_pair(command: Command) -> int:
     if command.json:
         show_json(answer)
     else:
-        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action])
+        name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
+        print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
 
 
@@ -22546,8 +25099,10 @@ def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: 
     if len(fitting) == 1:
         return str(fitting[0]["id"])
     if not listed:
-        raise BridgeError(f"pair {action}: there is nothing to {action}")
-    raise UsageError(f"pair {action} ID: one of {', '.join(str(each['id']) for each in listed)} (see `pair list`)")
+        nothing = "nothing is paired" if action == "revoke" else "no device waits for an answer"
+        raise BridgeError(f"pair {action}: {nothing}")
+    names = ", ".join(f"{each['id']} ({display_name(str(each['deviceName']))})" for each in listed)
+    raise UsageError(f"pair {action} ID: one of {names}")
 
 
 def pair_without_bridge(command: Command) -> int:
@@ -22758,10 +25313,12 @@ def read_peak_memory(pid: int | None) -> int | None:
 
 def run_bench(command: Command) -> int:
     """`bench`: how fast a model is here."""
+    if is_engine_url(command.config.engine):
+        raise UsageError("bench measures models that this program loads; the server of --engine is another program")
     command = bring_hub_model(command)
     config = command.config
     serving = choose_serving(config, lambda: search_models(command.environ, command.directories, config))
-    load = replace(build_load_request(config, serving, choose_engine(config, serving)), slots=1)
+    load = replace(build_load_request(config, serving), slots=1)
     progress = ProgressLine(f"loading {serving.model_id}")
     measured = asyncio.run(measure_engine(load, token_count=BENCH_TOKENS, on_progress=progress.show))
     if command.json:
@@ -22905,9 +25462,10 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
     if entry.get("caller") == "peer":
         who = f"peer {who}" + (f" ({text('appId')})" if entry.get("appId") not in (None, entry.get("deviceId")) else "")
     asked, served = text("modelAsked"), text("modelServed")
-    model = asked if asked == served else f"{asked} -> {served}"
-    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") is not None else "")
-    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens"
+    model = asked if served in (asked, "-") else f"{asked} -> {served}"
+    where = text("route") + (f" {text('servedBy')}" if entry.get("servedBy") not in (None, entry.get("route")) else "")
+    has_tokens = entry.get("promptTokens") is not None or entry.get("completionTokens") is not None
+    tokens = f"{text('promptTokens')}+{text('completionTokens')} tokens" if has_tokens else "no tokens"
     end = f"{text('outcome')} {text('status')}"
     return f"{text('time')}  {who}  {text('path')}  {model}  {where}  {end}  {tokens}  {text('durationMs')} ms"
 

@@ -9,13 +9,14 @@ LLAMA_VERSION=0.3.36
 TAG=$("$PYTHON" -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
 VENV=$CACHE/venv-$TAG-llama-$LLAMA_VERSION
 SOURCE=$CACHE/llama-cpp-python-$LLAMA_VERSION
+LLAMA_SERVER=$CACHE/llama-server-build/bin/llama-server
 NODE=$CACHE/node
 
 say() { printf '\n== %s\n' "$*"; }
 
 install_programs() {
     local missing=()
-    for program in curl openssl; do command -v $program >/dev/null || missing+=($program); done
+    for program in curl openssl cmake; do command -v $program >/dev/null || missing+=($program); done
     for pair in node:nodejs npm:npm ip:iproute2 nft:nftables chromium:chromium avahi-daemon:avahi-daemon \
         avahi-browse:avahi-utils dbus-daemon:dbus; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
@@ -39,6 +40,14 @@ build_llama() {
     touch "$VENV/llama-ready"
 }
 
+build_llama_server() {
+    [ -x "$LLAMA_SERVER" ] && return
+    say "building llama-server from the same source (several minutes, once)"
+    cmake -S "$SOURCE/vendor/llama.cpp" -B "$CACHE/llama-server-build" \
+        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF >/dev/null
+    cmake --build "$CACHE/llama-server-build" --target llama-server --parallel >/dev/null
+}
+
 install_clients() {
     say "installing Python and npm clients"
     "$VENV/bin/pip" --quiet install -r tests/requirements-all.txt
@@ -59,8 +68,9 @@ test_other_pythons() {
 
 install_programs
 build_llama
+build_llama_server
 install_clients
 say "all tests with $("$VENV/bin/python" --version)"
-DVAI_TEST_ALL=1 DVAI_LLAMA_SOURCE=$SOURCE DVAI_NODE_MODULES=$NODE/node_modules \
+DVAI_TEST_ALL=1 DVAI_LLAMA_SOURCE=$SOURCE DVAI_LLAMA_SERVER=$LLAMA_SERVER DVAI_NODE_MODULES=$NODE/node_modules \
     "$VENV/bin/python" -m pytest tests --durations=12
 test_other_pythons

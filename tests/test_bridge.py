@@ -18,11 +18,14 @@ from dvai_bridge import (
     build_load_request,
     choose_engine,
     choose_serving,
+    choose_servings,
     count_cores,
     decode_load_request,
     encode_load_request,
+    list_models_directory,
     load_api_keys,
 )
+from tests.gguf_writer import build_gguf
 from tests.support_worker import END_ID, build_byte_model
 
 
@@ -108,7 +111,7 @@ def test_all_that_the_engine_needs_is_asked_for(has_llama, tmp_path):
     (tmp_path / "a.gguf").write_bytes(build_byte_model())
     flags = {"n_gpu_layers": "7", "batch_size": "64", "flash_attn": "off", "rpc": "a:1, b:2", "ctx_size": "99"}
     config, serving = choose(tmp_path / "a.gguf", **flags, threads="3", parallel="5")
-    load = build_load_request(config, serving, choose_engine(config, serving))
+    load = build_load_request(config, serving)
     assert (load.n_gpu_layers, load.batch_size, load.flash_attn, load.rpc) == (7, 64, "off", ("a:1", "b:2"))
     assert (load.n_ctx, load.threads, load.slots, load.model) == (99, 3, 5, serving.path)
     assert decode_load_request(json.loads(json.dumps(encode_load_request(load)))) == load
@@ -132,6 +135,53 @@ def test_auto_falls_back_to_the_demonstration_and_says_why(tmp_path):
     assert serving.path is None and "no model was found" in serving.reason
     able = [found(tmp_path / "a", obstacle="it is too large")]
     assert "too large" in choose_serving(build_config(flags={"model": "auto"}), lambda: able).reason
+
+
+def serve(*names, search=search_nothing, **flags):
+    config = build_config(flags={"model": list(names)} | flags if names else flags)
+    return choose_servings(config, search, list_models_directory)
+
+
+def test_several_models_are_offered_the_first_one_first(tmp_path):
+    for name in ("one.gguf", "Two.gguf", "with,comma.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    named = [str(tmp_path / "Two.gguf"), str(tmp_path / "with,comma.gguf")]
+    assert [each.model_id for each in serve()] == [BUILTIN_MODEL_ID]
+    assert [each.model_id for each in serve(*named)] == ["Two", "with,comma"]
+    assert [each.model_id for each in serve(named[0], "builtin")] == ["Two", BUILTIN_MODEL_ID]
+    assert [each.model_id for each in serve(named[0], alias="x")] == ["x"]
+    # a directory's models come behind those that were named, each once
+    both = serve(named[0], models_dir=str(tmp_path))
+    assert [each.model_id for each in both] == ["Two", "one", "with,comma"]
+    assert [each.model_id for each in serve(models_dir=str(tmp_path))] == ["Two", "one", "with,comma"]
+
+
+def test_what_cannot_be_told_apart_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    paths = [tmp_path / "x.gguf", tmp_path / "a" / "X.gguf"]
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="another model called X"):
+        serve(*map(str, paths))
+    with pytest.raises(UsageError, match="--alias"):
+        serve(str(paths[0]), "builtin", alias="y")
+    with pytest.raises(UsageError, match="--alias"):
+        serve(models_dir=str(tmp_path), alias="y")
+    assert [each.path for each in serve(str(paths[0]), models_dir=str(tmp_path))] == [str(paths[0])]
+
+
+def test_a_directory_without_models_is_a_mistake(tmp_path):
+    with pytest.raises(UsageError, match="no GGUF model in it"):
+        serve(models_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="no such directory"):
+        serve(models_dir=str(tmp_path / "nowhere"))
+
+
+def test_a_directory_offers_whole_models_only(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(build_byte_model())
+    (tmp_path / "words.gguf").write_bytes(build_gguf({"general.architecture": "llama"}, []))
+    (tmp_path / "eyes.gguf").write_bytes(build_gguf({"general.architecture": "clip"}, []))
+    assert [model.model_id for model in list_models_directory(str(tmp_path))] == ["model"]
 
 
 @pytest.mark.parametrize(

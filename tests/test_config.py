@@ -12,6 +12,7 @@ from dvai_bridge import (
     build_options_table,
     build_parser,
     get_options,
+    normalize_config,
     parse_integer,
     parse_list,
     parse_switch,
@@ -50,7 +51,7 @@ def test_toml_types_mean_what_text_means():
         ({"environ": {"LLAMA_ARG_N_PARALLEL": "x"}}, ["LLAMA_ARG_N_PARALLEL"]),
         ({"file": {"prot": 1}}, ["config file", "'prot'"]),
         ({"file": {"port": {"a": 1}}}, ["config file: port", "dict"]),
-        ({"file": {"port": 1.5}}, ["config file: port", "float"]),
+        ({"file": {"port": 1.5}}, ["config file: port", "whole number"]),
         ({"flags": {"engine": "cuda"}}, ["--engine", "auto, builtin"]),
         ({"flags": {"allowed_hosts": "a,,b"}}, ["--allowed-hosts"]),
     ],
@@ -91,7 +92,7 @@ def test_every_field_is_an_option_with_its_own_names():
         f"offload.{f.name}" for f in dataclasses.fields(OffloadConfig)
     }
     assert fields - set(options) == {"offload"} | {
-        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery")
+        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery", "rendezvous_url")
     }
     flags = [flag for opt in options.values() for flag in opt.flags]
     assert len(flags) == len(set(flags))
@@ -135,3 +136,57 @@ def test_a_switch_that_is_on_can_be_turned_off():
 def test_the_table_lists_each_option_of_its_group():
     table = build_options_table(Config, "server")
     assert "| `--port` `PORT` | `DVAI_PORT`, `LLAMA_ARG_PORT` |" in table and "--model" not in table
+
+
+def test_a_model_may_be_one_or_several():
+    assert build_config().models == () and build_config(flags={"model": "a,b.gguf"}).models == ("a,b.gguf",)
+    assert build_config(flags={"model": ["a", "b"]}).models == ("a", "b")
+    assert build_config(environ={"DVAI_MODEL": "a\nb"}).models == ("a", "b")
+    assert build_config(file={"model": ["a", "b"]}).model == ("a", "b")
+
+
+def test_never_sleeping_is_written_as_llama_server_does():
+    assert build_config(environ={"LLAMA_ARG_SLEEP_IDLE_SECONDS": "-1"}).sleep_idle_seconds == 0
+    assert build_config(flags={"sleep_idle_seconds": "90"}).sleep_idle_seconds == 90
+    with pytest.raises(UsageError):
+        build_config(flags={"sleep_idle_seconds": "-2"})
+
+
+# Values that a program sets
+
+
+def test_a_program_may_use_its_own_types(tmp_path):
+    offload = OffloadConfig(known_peers=["http://10.0.0.2:1", "http://10.0.0.3:1"], min_local_capability=2)
+    config = normalize_config(Config(home=tmp_path, model=tmp_path / "a.gguf", api_key="sk-1", offload=offload))
+    assert (config.home, config.model) == (str(tmp_path), str(tmp_path / "a.gguf"))
+    assert config.api_key == ("sk-1",), "one key, not its characters"
+    assert config.offload.known_peers == ("http://10.0.0.2:1", "http://10.0.0.3:1")
+    assert config.offload.min_local_capability == 2.0 and normalize_config(config) == config
+    assert normalize_config(Config()) == Config()
+    several = normalize_config(Config(model=[tmp_path / "a.gguf", "/b.gguf"]))
+    assert several.models == (str(tmp_path / "a.gguf"), "/b.gguf") and normalize_config(several) == several
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(port="x"), "port 'x': it must be a whole number"),
+        (Config(parallel=0), "parallel '0'"),
+        (Config(timeout=None), "timeout: NoneType"),
+        (Config(lan="perhaps"), "lan 'perhaps': it must be true or false"),
+        (Config(model=""), "model ''"),
+        (Config(api_key=["ok", ""]), "api_key: it must be texts"),
+        (Config(offload=OffloadConfig(pairing="maybe")), "OffloadConfig.pairing 'maybe': it must be one of"),
+        (Config(offload=OffloadConfig(known_peers="ftp://a")), "OffloadConfig.known_peers 'ftp://a'"),
+        (Config(offload=OffloadConfig(expire_after_days=1.5)), "OffloadConfig.expire_after_days '1.5'"),
+        (Config(offload=OffloadConfig(rendezvous_url="wss://relay.example")), "internet path is not in this version"),
+    ],
+)
+def test_a_wrong_value_of_a_program_names_its_field(config, words):
+    with pytest.raises(UsageError) as caught:
+        normalize_config(config)
+    assert words in caught.value.message
+
+
+def test_the_file_may_have_decimal_numbers():
+    assert build_config(file={"min-local-capability": 2.5}).offload.min_local_capability == 2.5

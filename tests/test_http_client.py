@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
+import os
+import socket
 import ssl
 
 import pytest
@@ -18,6 +21,7 @@ from dvai_bridge import (
     UpstreamError,
     UpstreamLostError,
     UpstreamTimeoutError,
+    explain_connect_error,
     parse_http_url,
 )
 from tests.support import MODULE
@@ -517,3 +521,11 @@ def test_headers_cannot_break_out():
             client.request("GET /x HTTP/1.1\r\nX:", "http://a/")
 
     asyncio.run(work())
+
+
+def test_why_there_is_no_connection_is_said_in_the_systems_words():
+    refused = OSError(errno.ECONNREFUSED, "Connect call failed ('127.0.0.1', 1)")
+    assert explain_connect_error(refused) == os.strerror(errno.ECONNREFUSED)
+    assert explain_connect_error(socket.gaierror(socket.EAI_NONAME, "no such name")) == "no such name"
+    several = OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 1, 0, 0), [Errno 111] and so on")
+    assert explain_connect_error(several) == "none of its addresses takes a connection"

@@ -33,6 +33,7 @@ from dvai_bridge import (
     parse_chat_request,
     parse_completion_request,
     parse_embeddings_request,
+    parse_keep_alive,
 )
 from tests.support import require
 
@@ -636,3 +637,44 @@ def test_the_official_client_reads_what_we_build():
     assert whole.usage.prompt_tokens_details.cached_tokens == 6
     chunk = build_chat_chunk(HEAD, 0, {"content": "x"}, logprobs=choices[0].logprobs, include_usage=True)
     assert types.ChatCompletionChunk.model_validate_json(json.dumps(chunk)).choices[0].delta.content == "x"
+
+
+# How long a model is to stay
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, None),
+        ({"keep_alive": None, "ttl": None}, None),
+        ({"keep_alive": 0}, 0.0),
+        ({"keep_alive": 300}, 300.0),
+        ({"keep_alive": 1.5}, 1.5),
+        ({"keep_alive": -1}, math.inf),
+        ({"keep_alive": "-1"}, math.inf),
+        ({"keep_alive": "-1m"}, math.inf),
+        ({"keep_alive": "0"}, 0.0),
+        ({"keep_alive": "300"}, 300.0),
+        ({"keep_alive": "5m"}, 300.0),
+        ({"keep_alive": "1h30m"}, 5400.0),
+        ({"keep_alive": "1.5h"}, 5400.0),
+        ({"keep_alive": "250ms"}, 0.25),
+        ({"ttl": 60}, 60.0),
+        ({"keep_alive": "10s", "ttl": 60}, 10.0),
+    ],
+)
+def test_keep_alive(body, expected):
+    assert parse_keep_alive(body) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *({"keep_alive": wrong} for wrong in ("", "m", "5 m", "5x", "m5", "--1", True, [], {}, "１m", "9" * 30, 1e10)),
+        *({"ttl": wrong} for wrong in ("60", True, [])),
+    ],
+)
+def test_a_wrong_keep_alive_is_refused(body):
+    with pytest.raises(InvalidRequestError) as refused:
+        parse_keep_alive(body)
+    assert refused.value.param == next(iter(body))

@@ -590,7 +590,7 @@ def test_a_client_is_told_to_retry_only_if_somebody_is_coming(candidate, may_ret
     ("candidates", "says"),
     [
         ([make_unpaired("desk\u202e")], r"Approve the pairing on desk\u202e,"),
-        ([make_unpaired("desk", handshake=Handshake.REFUSED)], "desk refused to pair"),
+        ([make_unpaired("desk", handshake=Handshake.REFUSED)], "desk does not let this device use it"),
         ([replace(MAC, state=PeerState.SEEN)], "ask again soon"),
         ([], "--peer URL"),
     ],
