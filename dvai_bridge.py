@@ -13169,6 +13169,7 @@ def load_builtin_backend(
 
 LLAMA_VERSION = (0, 3, 36)  # the first version of the package whose calls and structures these are
 LLAMA_RPC_COMMAND = "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
+RPC_CONNECT_TIMEOUT_S = 5.0
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
@@ -14053,22 +14054,36 @@ def _describe_native_error(log: NativeLog) -> str:
     return f"{_shorten_message(said)}; another build of the model or a newer llama-cpp-python may help"
 
 
+def verify_rpc_server(address: str) -> None:
+    """UsageError if nothing listens at `host:port`; llama.cpp would end the process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), RPC_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError, ValueError) as exc:
+        raise UsageError(f"--rpc {address}: no llama.cpp RPC server listens there") from exc
+
+
 def add_rpc_servers(llama: Any, addresses: Sequence[str]) -> None:
     """Make llama.cpp's RPC servers (`host:port`) devices of this process. UsageError if that is not built in."""
     import ctypes
 
     if not llama.llama_supports_rpc():
         raise UsageError(f"--rpc: llama-cpp-python is built without it here: {LLAMA_RPC_COMMAND}")
-    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    # By llama.cpp's own library, which finds the registry that it uses: wheels hold ggml under several names, and each
+    # would be loaded with a registry of its own.
+    ggml = llama.llama_cpp._lib
+    if not hasattr(ggml, "ggml_backend_reg_by_name"):
+        raise UsageError("--rpc: this system does not let a program reach llama.cpp's devices")
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
     registry = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"RPC"))
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     for server in addresses:
+        verify_rpc_server(server)
         added = add_server(server.encode("ascii", "replace"))
         if not added:
-            raise UsageError(f"--rpc {server}: no llama.cpp RPC server answers there")
+            raise UsageError(f"--rpc {server}: that machine offers no device")
         ggml.ggml_backend_register(ctypes.c_void_p(added))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import threading
 from dataclasses import replace
 
@@ -43,6 +44,7 @@ from dvai_bridge import (
     load_llama_backend,
     measure_model_files,
     open_gguf,
+    verify_rpc_server,
 )
 from tests.gguf_writer import F32, TEXT, U32, Array
 from tests.support import require, start_bridge, wait_for
@@ -574,6 +576,17 @@ def test_rpc_that_is_not_built_in_is_said_with_the_command_that_builds_it(model)
         pytest.fail("make test-all builds llama-cpp-python without RPC")
     with pytest.raises(UsageError, match="GGML_RPC=ON"):
         load_llama(model, rpc=("127.0.0.1:50052",))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999", ":", "127.0.0.1:{port}"])
+def test_an_rpc_server_that_is_not_there_is_said(address):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]  # bound and not listening: nobody else can take it
+        with pytest.raises(UsageError, match=r"no llama\.cpp RPC server"):
+            verify_rpc_server(address.format(port=port))
+        listener.listen()
+        verify_rpc_server(f"127.0.0.1:{port}")
 
 
 @pytest.mark.llama
