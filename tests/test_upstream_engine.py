@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 import openai
@@ -1036,20 +1037,24 @@ LLAMA_SERVER = os.environ.get("DVAI_LLAMA_SERVER", "")
 
 @contextlib.contextmanager
 def run_engine(command, port, timeout_s=120):
-    """Another program's server on `port`, once it takes connections."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Another program's server on `port`, once it takes connections; one that ends at once gets two more tries."""
+    words, processes = list(map(str, command)), []
+    with tempfile.TemporaryFile() as log:
 
-    def accepts():
-        assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
+        def accepts():
+            if not processes or processes[-1].poll() is not None:
+                log.seek(0)
+                assert len(processes) < 3, f"{command} ended: {log.read()[-2000:]}"
+                processes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log))
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    try:
-        wait_for(accepts, timeout_s, command[0])
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            wait_for(accepts, timeout_s, words[0])
+            yield processes[-1]
+        finally:
+            processes[-1].kill()
+            processes[-1].wait()
 
 
 def start_llama_server(model, port):
