@@ -2855,7 +2855,6 @@ TXT_STRING_LIMIT_BYTES = 255
 DNS_CLASS_IN = 1
 DNS_RESPONSE = 0x8000  # flags: an answer …
 DNS_AUTHORITATIVE = 0x0400  # … by who owns the record
-DNS_TRUNCATED = 0x0200  # flag: more known answers follow in the next packet
 _DNS_CLASS_TOP_BIT = 0x8000  # of a question: wants unicast; of a record: replaces all others of its name and type
 _DNS_POINTER_MASK = 0xC0
 _DNS_OFFSET_LIMIT = 0x4000
@@ -21510,9 +21509,6 @@ HEALTH_WORDS = {
     EngineState.RESTARTING: "degraded",
     EngineState.FAILED: "degraded",
 }
-
-
-routes_log = logging.getLogger("dvai_bridge.routes")
 
 
 class AdmissionQueue:
