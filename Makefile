@@ -5,7 +5,7 @@
 # make model      trains the built-in model anew and writes it into dvai_bridge.py (needs PyTorch)
 
 PYTHON ?= python3
-CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dvai-bridge-tests
+DVAI_TEST_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dvai-bridge-tests
 TAG    := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
 PIP    := -m pip --quiet --disable-pip-version-check install
 
@@ -20,7 +20,7 @@ test: .venv-test/$(TAG)/ready
 	touch $@
 
 test-all:
-	PYTHON=$(PYTHON) CACHE=$(CACHE) tests/run_all.sh
+	PYTHON=$(PYTHON) DVAI_TEST_CACHE=$(DVAI_TEST_CACHE) tests/run_all.sh
 
 lint: .venv-test/lint/ready
 	.venv-test/lint/bin/ruff check .

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that `make test` leaves out: the packages and programs that the tests compare us with.
-# What is slow to build is kept in $CACHE between runs.
+# What is slow to build is kept in DVAI_TEST_CACHE between runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-CACHE=${CACHE:-$HOME/.cache/dvai-bridge-tests}
+CACHE=${DVAI_TEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dvai-bridge-tests}
 LLAMA_VERSION=0.3.36
 TAG=$("$PYTHON" -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
 VENV=$CACHE/venv-$TAG-llama-$LLAMA_VERSION

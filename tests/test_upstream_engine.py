@@ -1037,24 +1037,28 @@ LLAMA_SERVER = os.environ.get("DVAI_LLAMA_SERVER", "")
 
 @contextlib.contextmanager
 def run_engine(command, port, timeout_s=120):
-    """Another program's server on `port`, once it takes connections; one that ends at once gets two more tries."""
-    words, processes = list(map(str, command)), []
+    """Another program's server on `port`, once it takes connections.
+
+    It sees only the variables that a program needs: llama_cpp.server takes any other (CACHE, MODEL...) for a setting.
+    """
+    words = list(map(str, command))
+    environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environ)
 
         def accepts():
-            if not processes or processes[-1].poll() is not None:
+            if process.poll() is not None:
                 log.seek(0)
-                assert len(processes) < 3, f"{command} ended: {log.read()[-2000:]}"
-                processes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log))
+                raise AssertionError(f"{command} ended: {log.read()[-2000:]}")
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         try:
             wait_for(accepts, timeout_s, words[0])
-            yield processes[-1]
+            yield process
         finally:
-            processes[-1].kill()
-            processes[-1].wait()
+            process.kill()
+            process.wait()
 
 
 def start_llama_server(model, port):
