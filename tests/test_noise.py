@@ -60,8 +60,8 @@ def build_published_side(vector, side, backend):
 
 
 @pytest.mark.parametrize("vector", PUBLISHED, ids=lambda vector: vector["protocol_name"])
-def test_published_vectors(vector, backend):
-    sides = [build_published_side(vector, side, backend) for side in ("init", "resp")]
+def test_published_vectors(vector, crypto_backend):
+    sides = [build_published_side(vector, side, crypto_backend) for side in ("init", "resp")]
     messages = iter(vector["messages"])
     writer, reader = sides
     while not writer.is_complete:
@@ -117,17 +117,17 @@ def run_known(case, sides):
 
 
 @pytest.mark.parametrize("case", KNOWN, ids=lambda case: case["use"])
-def test_known_answers(case, backend):
-    sides = build_known_pair(case, backend)
+def test_known_answers(case, crypto_backend):
+    sides = build_known_pair(case, crypto_backend)
     run_known(case, sides)
     initiator, responder = sides
     assert initiator.handshake_hash == responder.handshake_hash == unhex(case["handshakeHash"])
-    assert initiator.remote_static == build_key_pair(unhex(case["responderStatic"]), backend).public
-    assert responder.remote_static == build_key_pair(unhex(case["initiatorStatic"]), backend).public
+    assert initiator.remote_static == build_key_pair(unhex(case["responderStatic"]), crypto_backend).public
+    assert responder.remote_static == build_key_pair(unhex(case["initiatorStatic"]), crypto_backend).public
     forth, back = initiator.split(), responder.split()
     for cipher, name in ((forth.send, "keyInitiatorToResponder"), (back.send, "keyResponderToInitiator")):
-        assert cipher.encrypt(b"x") == backend.aead(unhex(case[name])).encrypt(bytes(12), b"x", b"")
+        assert cipher.encrypt(b"x") == crypto_backend.aead(unhex(case[name])).encrypt(bytes(12), b"x", b"")
     forth.send.rekey()
     nonce = bytes(4) + (1).to_bytes(8, "little")
-    after = backend.aead(unhex(case["keyInitiatorToResponderAfterRekey"]))
+    after = crypto_backend.aead(unhex(case["keyInitiatorToResponderAfterRekey"]))
     assert forth.send.encrypt(b"x") == after.encrypt(nonce, b"x", b"")
