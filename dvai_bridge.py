@@ -6159,6 +6159,1486 @@ def derive_confirmation_code(handshake_hash: bytes, random_a: bytes = b"", rando
     return f"{int.from_bytes(number, 'big') % 10**6:06d}"
 
 
+# ---- Channel --------------------------------------------------------------------------
+# The secure channel between two bridges: handshake, frames, streams with credit, keep-alive. Pure machines.
+#
+#     edge ──receive_frame──→ Channel ──inner frames──→ StreamMultiplexer ──→ ChannelStream, one each
+#          ←──data_to_send─── Noise, life and end ←──── credit, order, rates
+#
+# `Channel` never raises for what a peer does: it ends, and says why. All that happens comes out as events, in order.
+# Outer frame, one message of the transport: a type, then a handshake message or the ciphertext of one inner frame.
+#
+#     01 01 02 <16: pairId> <48: message>          first message, version 1, mode resume
+#     02 <48: message>                             second message
+#     10 <inner frame, encrypted, with its tag>    transport; the plaintext of "hi", the last data of stream 1:
+#        03 01 00000001 6869                       type DATA, flag FIN, stream, body
+
+CHANNEL_VERSION = 1
+CHANNEL_FRAME_LIMIT_BYTES = 16 * KIB  # memory and time of one frame: of an inner one, its header included
+CHANNEL_HEAD_LIMIT_BYTES = 8 * KIB  # JSON of one OPEN or HEAD
+CHANNEL_STREAMS_LIMIT = 32  # streams that one side has opened and not ended
+CHANNEL_SEND_QUEUE_LIMIT_BYTES = 256 * KIB  # data for a stream whose reader stopped
+CHANNEL_CONTROL_QUEUE_LIMIT = 256  # answers to a flood of PINGs that are never read
+CHANNEL_HANDSHAKE_DEADLINE_S = 10.0  # connections that prove nothing
+CHANNEL_PING_INTERVAL_S = 15.0  # silence of the peer after which it is asked for a sign of life
+CHANNEL_DEAD_AFTER_S = 45.0  # silence after which it is gone
+CHANNEL_FRAMES_LIMIT = NOISE_FRAMES_LIMIT - 2**20  # frames of one direction under one handshake, and some to end with
+CHANNEL_LIFETIME_S = 86_400.0  # time under one handshake
+CHANNEL_REKEY_GRACE_S = 900.0  # streams that go on under an old handshake
+CHANNEL_RATE_PERIOD_S = 10.0  # streams opened and dropped at once, over and over: in this time,
+CHANNEL_OPENS_LIMIT = 200  # that many OPENs
+CHANNEL_RESETS_LIMIT = 100  # and that many RESETs. We stop at half: frames that were held up arrive in a bunch
+CHANNEL_RESET_MEMORY = 256  # streams that we have reset, of which frames may still be under way
+CHANNEL_PAD_BYTES = 64  # where lengths are hidden, frames are multiples of this
+
+FIN = 1  # the only flag: the last frame of this direction of the stream
+
+_INNER_HEADER = struct.Struct(">BBI")
+_U16 = struct.Struct(">H")
+_U32 = struct.Struct(">I")
+_GOAWAY_BODY = struct.Struct(">IH")
+_DATA_LIMIT_BYTES = CHANNEL_FRAME_LIMIT_BYTES - _INNER_HEADER.size
+_TRANSPORT_LIMIT_BYTES = 1 + CHANNEL_FRAME_LIMIT_BYTES + AEAD_TAG_BYTES
+_TRANSPORT_PREFIX = b"\x10"
+
+ChannelHeaders = tuple[tuple[str, str], ...]  # names in lower case
+
+
+class OuterFrameType(enum.IntEnum):
+    """The first byte of a message of the transport."""
+
+    FIRST_MESSAGE = 1
+    SECOND_MESSAGE = 2
+    THIRD_MESSAGE = 3  # of patterns that no mode uses
+    TRANSPORT = 16
+
+
+class FrameType(enum.IntEnum):
+    """The first byte of an inner frame."""
+
+    PAD = 0
+    OPEN = 1
+    HEAD = 2
+    DATA = 3
+    RESET = 4
+    WINDOW = 5
+    PING = 6
+    PONG = 7
+    GOAWAY = 8
+    PAIR = 9
+    DATA_PADDED = 10
+
+
+class ErrorCode(enum.IntEnum):
+    """Why a stream (RESET) or the channel (GOAWAY) ends."""
+
+    NO_ERROR = 0
+    PROTOCOL = 1
+    FLOW = 2
+    CANCEL = 3
+    REFUSED = 4  # nothing was done: the request may be repeated elsewhere
+    LIMIT = 5
+    CALM = 6
+    REKEY = 7
+    SHUTDOWN = 8
+    REVOKED = 9
+    INTERNAL = 10
+
+
+class ChannelPath(enum.Enum):
+    """What carries the channel. `window_bytes`: credit of the connection; a stream has a quarter of it.
+
+    A quarter, so that one stream whose reader stops leaves credit to the others. What goes through a relay is
+    padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
+    """
+
+    DIRECT = (1 * MIB, False)
+    RELAY = (128 * KIB, True)
+
+    def __init__(self, window_bytes: int, is_padded: bool) -> None:
+        self.window_bytes = window_bytes
+        self.stream_window_bytes = window_bytes // 4
+        self.is_padded = is_padded
+
+
+class _ChannelViolation(Exception):
+    """The peer broke the protocol: `code` is what it is told."""
+
+    def __init__(self, code: ErrorCode, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class StreamGoneError(BridgeError):
+    """The stream ended under its user: the peer reset it, or the channel is closed. An event has said why."""
+
+    status, type, code = 502, "server_error", "stream_lost"
+
+
+class ChannelBusyError(BridgeError):
+    """No stream can be opened now; `StreamMultiplexer.open_delay_s` says when."""
+
+    status, type, code = 503, "unavailable_error", "channel_busy"
+
+
+# Events, in the order in which things happened. Exactly one StreamEnded or StreamReset for every stream that was
+# opened, unless the application itself reset it; after ChannelClosed nothing.
+
+
+@record(frozen=True, slots=True)
+class ChannelEstablished:
+    """Both sides have proved who they are. `pair_id`: empty unless resumed; `remote_static`: the peer's key."""
+
+    mode: HandshakeMode
+    pair_id: bytes
+    remote_static: bytes
+    handshake_hash: bytes = field(repr=False)
+
+
+@record(frozen=True, slots=True)
+class StreamOpened:
+    """The peer asks something. `is_last`: without a body."""
+
+    stream_id: int
+    method: str
+    path: str
+    headers: ChannelHeaders
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamHead:
+    """The peer begins to answer. `is_last`: without a body."""
+
+    stream_id: int
+    status: int
+    headers: ChannelHeaders
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamData:
+    """A part of a body, never empty unless `is_last`. Its bytes are the peer's credit until they are consumed."""
+
+    stream_id: int
+    data: bytes = field(repr=False)
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamWritable:
+    """The stream's queue had been half full or more, and now is less."""
+
+    stream_id: int
+
+
+@record(frozen=True, slots=True)
+class StreamEnded:
+    """Both directions of the stream are complete."""
+
+    stream_id: int
+
+
+@record(frozen=True, slots=True)
+class StreamReset:
+    """The stream ended before it was complete: by the peer, or (`code` None) with the channel."""
+
+    stream_id: int
+    code: ErrorCode | None
+
+
+@record(frozen=True, slots=True)
+class PairReceived:
+    """What the peer says of itself, on a channel made for pairing."""
+
+    message: PairMessage
+
+
+@record(frozen=True, slots=True)
+class GoAwayReceived:
+    """The peer opens and takes no further streams; ours above `last_stream_id` were not begun."""
+
+    last_stream_id: int
+    code: ErrorCode
+
+
+class CloseReason(enum.Enum):
+    """Why a channel is closed, for the log and for what to do next; the peer learns less."""
+
+    FINISHED = "every stream had ended after a GOAWAY"
+    LOST = "the transport ended"
+    TIMED_OUT = "the peer was silent too long"
+    UNPROVEN = "the handshake failed"
+    DENIED = "this public key is not admitted"
+    FORGED = "a frame was changed, lost, repeated or not from the peer"
+    VIOLATION = "the peer broke the protocol"
+    CLOSED_BY_PEER = "the peer ended it"
+    CLOSED_HERE = "ended here"
+
+
+@record(frozen=True, slots=True)
+class ChannelClosed:
+    """The last event. What `data_to_send` still gives goes out, then the transport is closed."""
+
+    reason: CloseReason
+    code: ErrorCode
+    detail: str
+
+
+ChannelEvent = (
+    ChannelEstablished
+    | StreamOpened
+    | StreamHead
+    | StreamData
+    | StreamWritable
+    | StreamEnded
+    | StreamReset
+    | PairReceived
+    | GoAwayReceived
+    | ChannelClosed
+)
+
+
+_FRAME_RULES: Mapping[int, tuple[int, bool | None, int, int]] = {
+    # type: (flags allowed, belongs to a stream (None: either), bytes of the body, at least and at most)
+    FrameType.PAD: (0, False, 0, _DATA_LIMIT_BYTES),
+    FrameType.OPEN: (FIN, True, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.HEAD: (FIN, True, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.DATA: (FIN, True, 0, _DATA_LIMIT_BYTES),
+    FrameType.RESET: (0, True, 2, 2),
+    FrameType.WINDOW: (0, None, 4, 4),
+    FrameType.PING: (0, False, 8, 8),
+    FrameType.PONG: (0, False, 8, 8),
+    FrameType.GOAWAY: (0, False, 6, 6),
+    FrameType.PAIR: (0, False, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.DATA_PADDED: (FIN, True, 2, _DATA_LIMIT_BYTES),
+}
+
+
+def encode_inner_frame(frame_type: FrameType, body: bytes = b"", *, stream_id: int = 0, is_last: bool = False) -> bytes:
+    """One inner frame: `type(1) flags(1) stream(4) body`."""
+    return _INNER_HEADER.pack(frame_type, is_last, stream_id) + body
+
+
+def _parse_inner_frame(frame: bytes) -> tuple[int, bool, int, bytes]:
+    """Type, whether FIN is set, stream id and body of a frame that its own bytes do not forbid."""
+    if len(frame) < _INNER_HEADER.size:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "a frame without its header")
+    frame_type, flags, stream_id = _INNER_HEADER.unpack_from(frame)
+    rule = _FRAME_RULES.get(frame_type)
+    if rule is None:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"a frame of the unknown type {frame_type}")
+    allowed_flags, on_stream, minimum, maximum = rule
+    if flags & ~allowed_flags:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"flags {flags:#04x} on {FrameType(frame_type).name}")
+    if on_stream is not None and on_stream is not (stream_id != 0):
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} on stream {stream_id}")
+    size = len(frame) - _INNER_HEADER.size
+    if not minimum <= size <= maximum:
+        code = ErrorCode.LIMIT if size > maximum and minimum != maximum else ErrorCode.PROTOCOL
+        raise _ChannelViolation(code, f"{FrameType(frame_type).name} with a body of {size} bytes")
+    return frame_type, flags == FIN, stream_id, frame[_INNER_HEADER.size :]
+
+
+def _parse_padded_data(body: bytes) -> bytes:
+    """The bytes inside the body of DATA_PADDED: `length(2) bytes zeros`."""
+    (size,) = _U16.unpack_from(body)
+    end = _U16.size + size
+    if end > len(body) or body.count(0, end) != len(body) - end:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA_PADDED with a wrong length or padding")
+    return body[_U16.size : end]
+
+
+def _plan_padded_data(size: int, credit: int) -> tuple[int, int]:
+    """For `size` bytes to send: how many of them go into one DATA_PADDED, and the size of its whole body.
+
+    (0, 0) if the credit is too small for any. 2 bytes: 6 + 2 + 2 + 54 zeros = a frame of 64.
+    """
+    header = _INNER_HEADER.size
+    largest = (min(credit, _DATA_LIMIT_BYTES) + header) // CHANNEL_PAD_BYTES * CHANNEL_PAD_BYTES - header
+    if largest <= 0:
+        return 0, 0
+    wanted = -(-(header + _U16.size + size) // CHANNEL_PAD_BYTES) * CHANNEL_PAD_BYTES - header
+    whole = min(wanted, largest)
+    return min(size, whole - _U16.size), whole
+
+
+# What may travel: a short list of routes, and of fields. A request is rebuilt from it, never copied.
+
+_CHANNEL_ROUTES = frozenset(
+    {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/dvai/health"),
+        ("GET", "/v1/dvai/capability"),
+    }
+)
+_CHANNEL_MODEL_PREFIX = "/v1/models/"
+_REQUEST_FIELDS = frozenset({"content-type", "accept", "x-request-id", "x-dvai-offload"})
+_RESPONSE_FIELDS = frozenset({"content-type", "retry-after", "x-should-retry", "x-request-id"})
+_RESPONSE_FIELD_PREFIX = "x-dvai-"
+
+
+def is_channel_route(method: str, path: str) -> bool:
+    """Whether a request may travel in a channel: inference, models, health and capability, without a query."""
+    if (method, path) in _CHANNEL_ROUTES:
+        return True
+    if method != "GET" or not path.startswith(_CHANNEL_MODEL_PREFIX) or not _ORIGIN_FORM.fullmatch(path):
+        return False
+    try:
+        return "?" not in path and parse_path(path) != _CHANNEL_MODEL_PREFIX
+    except ProtocolError:
+        return False
+
+
+def _is_request_field(name: str) -> bool:
+    return name in _REQUEST_FIELDS
+
+
+def _is_response_field(name: str) -> bool:
+    return name in _RESPONSE_FIELDS or name.startswith(_RESPONSE_FIELD_PREFIX)
+
+
+def _build_fields(headers: Iterable[tuple[str, str]], may_travel: Callable[[str], bool]) -> list[list[str]]:
+    """The fields that travel, as OPEN and HEAD have them."""
+    return [[name.lower(), value] for name, value in headers if may_travel(name.lower())]
+
+
+def _parse_fields(value: Any, may_travel: Callable[[str], bool]) -> ChannelHeaders:
+    """The fields of OPEN or HEAD, those that do not travel left out."""
+    if type(value) is not list or len(value) > HEADER_COUNT_LIMIT:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "fields that are no list, or too many")
+    fields: dict[str, str] = {}
+    for each in value:
+        if type(each) is not list or len(each) != 2 or type(each[0]) is not str or type(each[1]) is not str:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that is no pair of texts")
+        name, text = each[0].lower(), each[1]
+        if not (_FIELD_NAME.fullmatch(name) and _FIELD_VALUE.fullmatch(text) and (text.isascii() or max(text) < "Ā")):
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that HTTP cannot carry")
+        if name in fields:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that occurs twice")
+        fields[name] = text
+    return tuple((name, text) for name, text in fields.items() if may_travel(name))
+
+
+def _parse_head_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(body)
+    except JsonError as exc:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"a head that is not JSON: {exc}") from None
+    if type(value) is not dict:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "a head that is no JSON object")
+    return value
+
+
+def _encode_head_object(value: Mapping[str, Any]) -> bytes:
+    body = encode_json(value)
+    if len(body) > CHANNEL_HEAD_LIMIT_BYTES:
+        raise ValueError(f"a head of more than {CHANNEL_HEAD_LIMIT_BYTES} bytes")
+    return body
+
+
+def encode_open(method: str, path: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The body of OPEN. Fields that do not travel are left out; ValueError for another route."""
+    if not is_channel_route(method, path):
+        raise ValueError("this request does not travel in a channel")
+    return _encode_head_object({"m": method, "p": path, "h": _build_fields(headers, _is_request_field)})
+
+
+def _parse_open(body: bytes) -> tuple[str, str, ChannelHeaders]:
+    """Method, path (neither known to be allowed) and the fields that travel."""
+    value = _parse_head_object(body)
+    method, path = value.get("m"), value.get("p")
+    if type(method) is not str or type(path) is not str:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "OPEN without method or path")
+    return method, path, _parse_fields(value.get("h", []), _is_request_field)
+
+
+def encode_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The body of HEAD. Fields that do not travel are left out."""
+    return _encode_head_object({"s": status, "h": _build_fields(headers, _is_response_field)})
+
+
+def _parse_head(body: bytes) -> tuple[int, ChannelHeaders]:
+    value = _parse_head_object(body)
+    status = value.get("s")
+    if type(status) is not int or not 200 <= status <= 599:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "HEAD without a status")
+    return status, _parse_fields(value.get("h", []), _is_response_field)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairMessage:
+    """What a device says of itself once a channel for pairing stands.
+
+    `random`: its half of the pair's secret; `identity_public`: its X25519 key for channels to come; `may_serve`,
+    `may_use`: whether the receiver's requests are served here, and whether this device uses the receiver.
+    """
+
+    device_id: str
+    name: str
+    platform: str
+    random: bytes = field(repr=False)
+    identity_public: bytes
+    may_serve: bool
+    may_use: bool
+
+
+def encode_pair_message(message: PairMessage) -> bytes:
+    """The body of PAIR."""
+    return _encode_head_object(
+        {
+            "v": 1,
+            "deviceId": message.device_id,
+            "name": message.name,
+            "platform": message.platform,
+            "r": encode_base64url(message.random),
+            "identityPub": encode_base64url(message.identity_public),
+            "rights": {"serve": message.may_serve, "use": message.may_use},
+        }
+    )
+
+
+def parse_pair_message(body: bytes) -> PairMessage:
+    """What a PAIR says; ValueError if that is malformed. The key is not yet known to be a sound one."""
+    value = parse_json(body)
+    if type(value) is not dict or value.get("v") != 1 or type(value["v"]) is not int:
+        raise ValueError("another version of PAIR")
+    rights = value.get("rights")
+    if type(rights) is not dict or type(rights.get("serve")) is not bool or type(rights.get("use")) is not bool:
+        raise ValueError("PAIR without rights")
+    device_id = _parse_pair_text(value, "deviceId")
+    if not device_id:
+        raise ValueError("PAIR without a deviceId")
+    return PairMessage(
+        device_id=device_id,
+        name=_parse_pair_text(value, "name"),
+        platform=_parse_pair_text(value, "platform"),
+        random=_parse_pair_key(value, "r"),
+        identity_public=_parse_pair_key(value, "identityPub"),
+        may_serve=rights["serve"],
+        may_use=rights["use"],
+    )
+
+
+def _parse_pair_text(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name)
+    if type(text) is not str or len(text) > PEER_ID_LIMIT_CHARS or not text.isprintable():
+        raise ValueError(f"PAIR with a wrong {name}")
+    return text
+
+
+def _parse_pair_key(value: Mapping[str, Any], name: str) -> bytes:
+    text = value.get(name)
+    if type(text) is not str or len(key := parse_base64url(text)) != KEY_BYTES:
+        raise ValueError(f"PAIR with a wrong {name}")
+    return key
+
+
+# The handshake: both sides need one message of the other, so each of them reads exactly one.
+
+
+class HandshakeMode(enum.IntEnum):
+    """What a channel is for; the third byte of the first message."""
+
+    QR = 1
+    RESUME = 2
+    DELEGATE = 3
+
+    @property
+    def pattern(self) -> NoisePattern:
+        """The Noise pattern of this mode."""
+        return _MODE_PATTERNS[self]
+
+
+_MODE_PATTERNS = {
+    HandshakeMode.QR: NoisePattern.IKPSK1,
+    HandshakeMode.RESUME: NoisePattern.KKPSK0,
+    HandshakeMode.DELEGATE: NoisePattern.IK,
+}
+_PAIR_ID_BYTES = 16
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeTerms:
+    """What one side knows before a handshake. `static`: ours; `remote_static`: None where the peer's is learnt.
+
+    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: asked about the key that was
+    learnt, once it is proved.
+    """
+
+    mode: HandshakeMode
+    prologue: bytes
+    static: KeyPair = field(repr=False)
+    remote_static: bytes | None = None
+    psk: bytes | None = field(default=None, repr=False)
+    pair_id: bytes = b""
+    relayed_key: bytes | None = None
+    admits: Callable[[bytes], bool] | None = None
+
+    def begin(self, *, is_initiator: bool, ephemeral: KeyPair, backend: CryptoBackend) -> NoiseHandshake:
+        """The Noise handshake on these terms. CryptoError for keys of the peer that are unsound."""
+        return NoiseHandshake(
+            self.mode.pattern,
+            initiator=is_initiator,
+            ephemeral=ephemeral,
+            static=self.static,
+            remote_static=self.remote_static,
+            psk=self.psk,
+            prologue=self.prologue,
+            backend=backend,
+        )
+
+
+FindTerms = Callable[[HandshakeMode, bytes], "HandshakeTerms | None"]  # (mode, pairId); None: not here, or not any more
+
+
+def build_resume_terms(
+    *,
+    pair_id: bytes,
+    initiator_device_id: str,
+    responder_device_id: str,
+    static: KeyPair,
+    remote_static: bytes,
+    psk: bytes,
+) -> HandshakeTerms:
+    """Between paired devices. The initiator is the consumer, the responder the provider."""
+    names = initiator_device_id.encode(), responder_device_id.encode()
+    return HandshakeTerms(
+        mode=HandshakeMode.RESUME,
+        prologue=encode_prologue("resume", pair_id, *names),
+        static=static,
+        remote_static=remote_static,
+        psk=psk,
+        pair_id=pair_id,
+    )
+
+
+def build_qr_terms(
+    *,
+    qr_payload: str,
+    static: KeyPair,
+    psk: bytes,
+    remote_static: bytes | None = None,
+    relayed_key: bytes | None = None,
+) -> HandshakeTerms:
+    """Pairing by QR. Its scanner initiates and gives `remote_static`; who shows it gives `relayed_key`."""
+    return HandshakeTerms(
+        mode=HandshakeMode.QR,
+        prologue=encode_prologue("qr-pair", hashlib.sha256(qr_payload.encode("ascii")).digest()),
+        static=static,
+        remote_static=remote_static,
+        psk=psk,
+        relayed_key=relayed_key,
+    )
+
+
+def build_delegate_terms(
+    *,
+    address: bytes,
+    static: KeyPair,
+    remote_static: bytes | None = None,
+    admits: Callable[[bytes], bool] | None = None,
+) -> HandshakeTerms:
+    """To a provider known by its public key. `admits`: the provider's firewall, given the consumer's key."""
+    prologue = encode_prologue("delegate", address)
+    return HandshakeTerms(
+        mode=HandshakeMode.DELEGATE, prologue=prologue, static=static, remote_static=remote_static, admits=admits
+    )
+
+
+class _HandshakeRefusal(Exception):
+    """The handshake goes no further; the peer is told nothing."""
+
+    def __init__(self, reason: CloseReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def encode_first_message(mode: HandshakeMode, pair_id: bytes, message: bytes) -> bytes:
+    """The outer frame of the first handshake message: `01 version mode [pairId] message`."""
+    return bytes((OuterFrameType.FIRST_MESSAGE, CHANNEL_VERSION, mode)) + pair_id + message
+
+
+def parse_first_message(frame: bytes) -> tuple[HandshakeMode, bytes, bytes]:
+    """Mode, pairId (empty unless resumed) and handshake message of a first outer frame; ValueError if it is none."""
+    if frame[:2] != bytes((OuterFrameType.FIRST_MESSAGE, CHANNEL_VERSION)) or len(frame) < 3:
+        raise ValueError("not a first message of this version")
+    mode = HandshakeMode(frame[2])
+    start = 3 + (_PAIR_ID_BYTES if mode is HandshakeMode.RESUME else 0)
+    return mode, frame[3:start], frame[start:]
+
+
+class InitiatorHandshake:
+    """The side that speaks first: `first_frame` goes out, then `read` takes the answer."""
+
+    def __init__(self, terms: HandshakeTerms, *, ephemeral: KeyPair, backend: CryptoBackend) -> None:
+        self.terms = terms
+        self.noise = terms.begin(is_initiator=True, ephemeral=ephemeral, backend=backend)
+        self.first_frame = encode_first_message(terms.mode, terms.pair_id, self.noise.write_message())
+
+    def read(self, frame: bytes) -> bytes:
+        """Takes the second message; nothing is to be answered. Raises _HandshakeRefusal."""
+        if frame[:1] != bytes((OuterFrameType.SECOND_MESSAGE,)):
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "not a second message")
+        _read_empty(self.noise, frame[1:])
+        return b""
+
+
+class ResponderHandshake:
+    """The side that is spoken to: `read` takes the first message and gives the answer.
+
+    Unknown, revoked, expired and wrong are alike to the peer, in time too: what is not known is read with `decoy`,
+    a key pair of ours, and refused whatever comes of it.
+    """
+
+    first_frame = b""
+
+    def __init__(self, find_terms: FindTerms, *, decoy: KeyPair, ephemeral: KeyPair, backend: CryptoBackend) -> None:
+        self._find_terms = find_terms
+        self._decoy = decoy
+        self._ephemeral = ephemeral
+        self._backend = backend
+        self.terms: HandshakeTerms
+        self.noise: NoiseHandshake
+
+    def read(self, frame: bytes) -> bytes:
+        """Takes the first message and returns the second. Raises _HandshakeRefusal."""
+        try:
+            mode, pair_id, message = parse_first_message(frame)
+        except ValueError as exc:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, str(exc)) from None
+        terms = self._find_terms(mode, pair_id)
+        self.terms = terms or self._build_decoy_terms(mode, pair_id)
+        try:
+            self.noise = self.terms.begin(is_initiator=False, ephemeral=self._ephemeral, backend=self._backend)
+        except CryptoError as exc:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "a stored key that is unsound") from exc
+        _read_empty(self.noise, message)
+        if terms is None:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "unknown here")
+        self._verify_peer(terms, message)
+        return bytes((OuterFrameType.SECOND_MESSAGE,)) + self.noise.write_message()
+
+    def _verify_peer(self, terms: HandshakeTerms, message: bytes) -> None:
+        if terms.relayed_key is not None and not hmac.compare_digest(message[:KEY_BYTES], terms.relayed_key):
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "the relay gave another key than the one used")
+        if terms.admits is not None and not terms.admits(self.noise.remote_static or b""):
+            raise _HandshakeRefusal(CloseReason.DENIED, "this public key is not admitted")
+
+    def _build_decoy_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms:
+        static, psk = self._decoy, bytes(KEY_BYTES)
+        if mode is HandshakeMode.RESUME:
+            return build_resume_terms(
+                pair_id=pair_id,
+                initiator_device_id="",
+                responder_device_id="",
+                static=static,
+                remote_static=static.public,
+                psk=psk,
+            )
+        if mode is HandshakeMode.QR:
+            return build_qr_terms(qr_payload="", static=static, psk=psk)
+        return build_delegate_terms(address=b"", static=static)
+
+
+def _read_empty(noise: NoiseHandshake, message: bytes) -> None:
+    """Reads a handshake message, whose payload has to be empty."""
+    try:
+        payload = noise.read_message(message)
+    except CryptoError as exc:
+        raise _HandshakeRefusal(CloseReason.UNPROVEN, "the peer's message does not fit the keys known here") from exc
+    if payload:
+        raise _HandshakeRefusal(CloseReason.UNPROVEN, "a handshake message with a payload")
+
+
+# Streams: one request and its answer each. A direction that has ended says nothing more; the other may go on.
+
+
+class StreamHalf(enum.IntEnum):
+    """One direction of a stream.
+
+    HEAD ──OPEN or HEAD──→ BODY ⟲ DATA, DATA_PADDED        FIN on any of these frames → ENDED
+
+    A request begins in BODY, since its OPEN made the stream; an answer begins in HEAD. Half-closed is a stream with
+    one half ENDED; with both it has ended, and is forgotten. RESET from either side ends both halves at once.
+    """
+
+    HEAD = 0
+    BODY = 1
+    ENDED = 2
+
+
+_HALF_AFTER: Mapping[tuple[int, int], StreamHalf] = {
+    (StreamHalf.HEAD, FrameType.HEAD): StreamHalf.BODY,
+    (StreamHalf.BODY, FrameType.DATA): StreamHalf.BODY,
+    (StreamHalf.BODY, FrameType.DATA_PADDED): StreamHalf.BODY,
+}
+
+
+class ReceiveWindow:
+    """Credit that the peer has, and what it is owed.
+
+    Invariants: `left` >= 0; `left` + bytes that the application holds + bytes owed = the window.
+    """
+
+    __slots__ = ("_owed", "_window_bytes", "left")
+
+    def __init__(self, window_bytes: int) -> None:
+        self._window_bytes = window_bytes
+        self._owed = 0
+        self.left = window_bytes
+
+    def take(self, count: int) -> None:
+        """The peer has used credit. Raises _ChannelViolation if it had less."""
+        self.left -= count
+        if self.left < 0:
+            raise _ChannelViolation(ErrorCode.FLOW, "more data than credit")
+
+    def give_back(self, count: int) -> int:
+        """The application has consumed `count`: the credit to announce now, 0 until it is half of the window."""
+        self._owed += count
+        if 2 * self._owed < self._window_bytes:
+            return 0
+        credit, self._owed = self._owed, 0
+        self.left += credit
+        return credit
+
+
+class SlidingRate:
+    """At most `limit` events within any CHANNEL_RATE_PERIOD_S."""
+
+    __slots__ = ("_times",)
+
+    def __init__(self, limit: int) -> None:
+        self._times: deque[float] = deque(maxlen=limit)
+
+    @property
+    def next_at(self) -> float:
+        """From when on another event keeps to the rate."""
+        return self._times[0] + CHANNEL_RATE_PERIOD_S if len(self._times) == self._times.maxlen else -math.inf
+
+    def note(self, now: float) -> None:
+        """An event happened."""
+        self._times.append(now)
+
+
+class ChannelStream:
+    """The state of one stream; `StreamMultiplexer` performs every move.
+
+    Invariants: 0 <= `send_credit` <= the window; `queue` is empty once `sending` is ENDED; `is_ready` says whether
+    the stream stands in the order of those that have something to send and credit for it.
+    """
+
+    __slots__ = (
+        "end_is_queued",
+        "is_half_full",
+        "is_ready",
+        "queue",
+        "receive_window",
+        "receiving",
+        "send_credit",
+        "sending",
+        "stream_id",
+    )
+
+    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, window_bytes: int) -> None:
+        self.stream_id = stream_id
+        self.sending = sending
+        self.receiving = receiving
+        self.send_credit = window_bytes
+        self.receive_window = ReceiveWindow(window_bytes)
+        self.queue = bytearray()
+        self.end_is_queued = False
+        self.is_half_full = False
+        self.is_ready = False
+
+    def note_received(self, frame_type: int, is_last: bool) -> None:
+        """The peer sent a frame that belongs into its direction. Raises _ChannelViolation where it does not."""
+        after = _HALF_AFTER.get((self.receiving, frame_type))
+        if after is None:
+            where = {StreamHalf.HEAD: "before HEAD", StreamHalf.BODY: "in a body", StreamHalf.ENDED: "after FIN"}
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} {where[self.receiving]}")
+        self.receiving = StreamHalf.ENDED if is_last else after
+
+    @property
+    def has_something_to_send(self) -> bool:
+        """Whether a frame could go out, as far as this stream's own credit goes."""
+        return self.send_credit > 0 if self.queue else self.end_is_queued
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both directions are complete."""
+        return self.sending is StreamHalf.ENDED and self.receiving is StreamHalf.ENDED
+
+
+class StreamMultiplexer:
+    """The streams of a channel: who may send how much, in which order. Knows nothing of time but `now`, nor of keys.
+
+    Belongs to a `Channel`, into whose `events` and `control` it writes. Streams of the initiator have odd ids, those
+    of the responder even ones, increasing. Data goes out one frame for each stream in turn; `control` (everything
+    but data) before it.
+
+    Invariants: credit is never negative, on either side; `_held` are the bytes that the application was given and
+    has not consumed; a stream is in `_streams` until it has ended or was reset.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_initiator: bool,
+        path: ChannelPath,
+        serves: bool,
+        events: deque[ChannelEvent],
+        control: deque[bytes],
+    ) -> None:
+        self.serves = serves
+        self.is_open = False  # before the handshake is done, and after a GOAWAY, there are no new streams
+        self.last_peer_id = 0
+        self._next_id = 1 if is_initiator else 2
+        self._path = path
+        self._events = events
+        self._control = control
+        self._streams: dict[int, ChannelStream] = {}
+        self._ready: deque[ChannelStream] = deque()
+        self._send_credit = path.window_bytes
+        self._receive_window = ReceiveWindow(path.window_bytes)
+        self._held: dict[int, int] = {}
+        self._reset_ids: dict[int, None] = {}  # the oldest first
+        self._late_resets: deque[tuple[int, ErrorCode]] = deque()  # those that would be more than the peer tolerates
+        self._own_opens = SlidingRate(CHANNEL_OPENS_LIMIT // 2)
+        self._own_resets = SlidingRate(CHANNEL_RESETS_LIMIT // 2)
+        self._peer_opens = SlidingRate(CHANNEL_OPENS_LIMIT)
+        self._peer_resets = SlidingRate(CHANNEL_RESETS_LIMIT)
+        self._receivers: Mapping[int, Callable[[int, bool, bytes, float], None]] = {
+            FrameType.OPEN: self._receive_open,
+            FrameType.HEAD: self._receive_head,
+            FrameType.DATA: self._receive_data,
+            FrameType.DATA_PADDED: self._receive_padded_data,
+            FrameType.RESET: self._receive_reset,
+            FrameType.WINDOW: self._receive_window_credit,
+        }
+
+    def __len__(self) -> int:
+        return len(self._streams) + len(self._late_resets)
+
+    # What the application does.
+
+    def open_delay_s(self, now: float) -> float:
+        """Seconds until `open` is possible: 0.0 now, infinite if only the end of a stream or a new channel helps."""
+        opened_here = sum(not self._is_peers(stream_id) for stream_id in self._streams) + len(self._late_resets)
+        if not self.is_open or opened_here >= CHANNEL_STREAMS_LIMIT:
+            return math.inf
+        return max(0.0, self._own_opens.next_at - now)
+
+    def open(
+        self, method: str, path: str, headers: Iterable[tuple[str, str]], now: float, *, is_last: bool = False
+    ) -> int:
+        """Begins a request and returns the stream's id. ChannelBusyError unless `open_delay_s` is 0.0."""
+        if self.open_delay_s(now) > 0.0:
+            raise ChannelBusyError("the channel takes no further request now; send it another way or try again")
+        body = encode_open(method, path, headers)
+        stream_id, self._next_id = self._next_id, self._next_id + 2
+        self._own_opens.note(now)
+        sending = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._add(stream_id, sending=sending, receiving=StreamHalf.HEAD)
+        self._control.append(encode_inner_frame(FrameType.OPEN, body, stream_id=stream_id, is_last=is_last))
+        return stream_id
+
+    def send_head(
+        self, stream_id: int, status: int, headers: Iterable[tuple[str, str]], *, is_last: bool = False
+    ) -> None:
+        """Begins the answer. StreamGoneError if the stream has ended under us; ValueError if it was begun before."""
+        stream = self._find(stream_id)
+        if stream.sending is not StreamHalf.HEAD:
+            raise ValueError("the head was sent before")
+        body = encode_head(status, headers)
+        self._control.append(encode_inner_frame(FrameType.HEAD, body, stream_id=stream_id, is_last=is_last))
+        stream.sending = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._forget_if_over(stream)
+
+    def compute_send_room(self, stream_id: int) -> int:
+        """Bytes that `send_data` takes now. StreamGoneError as there.
+
+        A queue that got half full or more announces by StreamWritable that it is less again.
+        """
+        return CHANNEL_SEND_QUEUE_LIMIT_BYTES - len(self._find(stream_id).queue)
+
+    def send_data(self, stream_id: int, data: bytes, *, is_last: bool = False) -> None:
+        """Queues a part of the body. StreamGoneError if the stream has ended under us.
+
+        ValueError before the head, after the last part, or for more than `compute_send_room`.
+        """
+        stream = self._find(stream_id)
+        if stream.sending is not StreamHalf.BODY or stream.end_is_queued:
+            raise ValueError("data before the head or after the end")
+        size = len(stream.queue) + len(data)
+        if size > CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            raise ValueError("more data than there is room for")
+        if 2 * size >= CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            stream.is_half_full = True
+        stream.queue += data
+        stream.end_is_queued = is_last
+        self._make_ready(stream)
+
+    def consume(self, stream_id: int, count: int) -> None:
+        """The application needs `count` bytes of the stream's StreamData no more: the peer may send as many.
+
+        Of streams that are gone, and more than was given, nothing is left to count.
+        """
+        held = self._held.get(stream_id, 0)
+        count = min(count, held)
+        if count == held:
+            self._held.pop(stream_id, None)
+        else:
+            self._held[stream_id] = held - count
+        self._give_back(self._streams.get(stream_id), count)
+
+    def reset(self, stream_id: int, now: float, code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """Ends a stream in both directions, without an event; nothing for one that has ended."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._drop(stream)
+            self._send_reset(stream_id, code, now)
+
+    # What the peer does.
+
+    def receive(self, frame_type: int, is_last: bool, stream_id: int, body: bytes, now: float) -> None:
+        """Takes a frame of a stream, or WINDOW. Raises _ChannelViolation."""
+        self._receivers[frame_type](stream_id, is_last, body, now)
+
+    def _receive_open(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if not self._is_peers(stream_id) or stream_id <= self.last_peer_id:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"OPEN with the id {stream_id}")
+        if now < self._peer_opens.next_at:
+            raise _ChannelViolation(ErrorCode.CALM, "too many OPENs")
+        if len(self._late_resets) >= CHANNEL_RESETS_LIMIT:
+            raise _ChannelViolation(ErrorCode.CALM, "more streams to refuse than RESETs are allowed")
+        self._peer_opens.note(now)
+        self.last_peer_id = stream_id
+        method, path, headers = _parse_open(body)
+        opened_there = sum(map(self._is_peers, self._streams))
+        is_welcome = self.is_open and self.serves and opened_there < CHANNEL_STREAMS_LIMIT
+        if not is_welcome or not is_channel_route(method, path):
+            self._send_reset(stream_id, ErrorCode.REFUSED, now)
+            return
+        receiving = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._add(stream_id, sending=StreamHalf.HEAD, receiving=receiving)
+        self._events.append(StreamOpened(stream_id, method, path, headers, is_last))
+
+    def _receive_head(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_reset(stream_id)
+            return
+        status, headers = _parse_head(body)
+        stream.note_received(FrameType.HEAD, is_last)
+        self._events.append(StreamHead(stream_id, status, headers, is_last))
+        self._forget_if_over(stream)
+
+    def _receive_data(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if not body and not is_last:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA with nothing in it")
+        self._take_data(FrameType.DATA, stream_id, is_last, body, len(body))
+
+    def _receive_padded_data(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        self._take_data(FrameType.DATA_PADDED, stream_id, is_last, _parse_padded_data(body), len(body))
+
+    def _take_data(self, frame_type: FrameType, stream_id: int, is_last: bool, data: bytes, whole: int) -> None:
+        """`whole`: the bytes that count, padding included."""
+        self._receive_window.take(whole)
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_reset(stream_id)
+            self._give_back(None, whole)
+            return
+        stream.note_received(frame_type, is_last)
+        stream.receive_window.take(whole)
+        if data:
+            self._held[stream_id] = self._held.get(stream_id, 0) + len(data)
+        if whole != len(data):
+            self._give_back(stream, whole - len(data))
+        if data or is_last:
+            self._events.append(StreamData(stream_id, data, is_last))
+        if is_last:
+            self._forget_if_over(stream)
+
+    def _receive_reset(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if now < self._peer_resets.next_at:
+            raise _ChannelViolation(ErrorCode.CALM, "too many RESETs")
+        self._peer_resets.note(now)
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_known(stream_id)
+            return
+        self._drop(stream)
+        self._events.append(StreamReset(stream_id, parse_error_code(_U16.unpack(body)[0])))
+
+    def _receive_window_credit(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        (credit,) = _U32.unpack(body)
+        if credit == 0:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "WINDOW of nothing")
+        if stream_id == 0:
+            self._send_credit += credit
+            is_too_much = self._send_credit > self._path.window_bytes
+        else:
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                self._verify_was_known(stream_id)
+                return
+            stream.send_credit += credit
+            is_too_much = stream.send_credit > self._path.stream_window_bytes
+            self._make_ready(stream)
+        if is_too_much:
+            raise _ChannelViolation(ErrorCode.FLOW, "more credit than was used")
+
+    # What goes out.
+
+    def next_frame(self, now: float) -> bytes | None:
+        """The next inner frame to send, or None."""
+        if self._late_resets and now >= self._own_resets.next_at:
+            self._send_reset(*self._late_resets.popleft(), now)
+        if self._control:
+            return self._control.popleft()
+        for _ in range(len(self._ready)):
+            stream = self._ready.popleft()
+            frame = self._build_data(stream)
+            stream.is_ready = stream.has_something_to_send
+            if stream.is_ready:
+                self._ready.append(stream)
+            if frame is not None:
+                return frame
+        return None
+
+    @property
+    def next_reset_at(self) -> float:
+        """When a RESET that had to wait may go out; infinite if there is none."""
+        return self._own_resets.next_at if self._late_resets else math.inf
+
+    def _build_data(self, stream: ChannelStream) -> bytes | None:
+        """The stream's next frame, None if the connection has no credit for it."""
+        queue = stream.queue
+        credit = min(stream.send_credit, self._send_credit)
+        frame_type, size, whole = FrameType.DATA, 0, 0
+        if self._path.is_padded:
+            size, whole = _plan_padded_data(len(queue), credit)
+        if whole:
+            frame_type = FrameType.DATA_PADDED
+        elif queue and not self._path.is_padded:
+            size = whole = min(len(queue), credit, _DATA_LIMIT_BYTES)
+        if queue and not size:
+            return None
+        is_last = stream.end_is_queued and size == len(queue)
+        frame = _INNER_HEADER.pack(frame_type, is_last, stream.stream_id)
+        if frame_type is FrameType.DATA_PADDED:
+            frame += _U16.pack(size) + queue[:size] + bytes(whole - _U16.size - size)
+        else:
+            frame += queue[:size]
+        del queue[:size]
+        stream.send_credit -= whole
+        self._send_credit -= whole
+        self._note_sent(stream, is_last)
+        return frame
+
+    def _note_sent(self, stream: ChannelStream, is_last: bool) -> None:
+        if is_last:
+            stream.end_is_queued = False
+            stream.sending = StreamHalf.ENDED
+            self._forget_if_over(stream)
+        elif stream.is_half_full and 2 * len(stream.queue) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            stream.is_half_full = False
+            self._events.append(StreamWritable(stream.stream_id))
+
+    # Ends.
+
+    def refuse_above(self, last_stream_id: int) -> None:
+        """The peer takes no more: streams of ours above that id were not begun."""
+        if last_stream_id >= self._next_id:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "GOAWAY names a stream that was not opened")
+        for stream in list(self._streams.values()):
+            if not self._is_peers(stream.stream_id) and stream.stream_id > last_stream_id:
+                self._drop(stream)
+                self._events.append(StreamReset(stream.stream_id, ErrorCode.REFUSED))
+
+    def end_all(self) -> None:
+        """The channel is over: so is every stream that had not ended."""
+        self.is_open = False
+        self._events.extend(StreamReset(stream_id, None) for stream_id in self._streams)
+        for each in (self._streams, self._ready, self._held, self._reset_ids, self._late_resets):
+            each.clear()
+
+    def _is_peers(self, stream_id: int) -> bool:
+        return (stream_id ^ self._next_id) & 1 == 1
+
+    def _add(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf) -> None:
+        window_bytes = self._path.stream_window_bytes
+        self._streams[stream_id] = ChannelStream(
+            stream_id, sending=sending, receiving=receiving, window_bytes=window_bytes
+        )
+
+    def _find(self, stream_id: int) -> ChannelStream:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            raise StreamGoneError("the other device ended the request, or the connection to it is lost")
+        return stream
+
+    def _make_ready(self, stream: ChannelStream) -> None:
+        if not stream.is_ready and stream.has_something_to_send:
+            stream.is_ready = True
+            self._ready.append(stream)
+
+    def _give_back(self, stream: ChannelStream | None, count: int) -> None:
+        """Credit for consumed bytes, to the connection and to a stream whose body goes on."""
+        credit = self._receive_window.give_back(count)
+        if credit:
+            self._control.append(encode_inner_frame(FrameType.WINDOW, _U32.pack(credit)))
+        if stream is not None and stream.receiving is not StreamHalf.ENDED:
+            credit = stream.receive_window.give_back(count)
+            if credit:
+                self._control.append(
+                    encode_inner_frame(FrameType.WINDOW, _U32.pack(credit), stream_id=stream.stream_id)
+                )
+
+    def _forget_if_over(self, stream: ChannelStream) -> None:
+        """A complete stream is no more; what the application still holds of it stays the peer's credit."""
+        if stream.is_over:
+            del self._streams[stream.stream_id]
+            self._events.append(StreamEnded(stream.stream_id))
+
+    def _drop(self, stream: ChannelStream) -> None:
+        """A stream that ends early: nothing of it is sent, and nothing that it brought is held."""
+        del self._streams[stream.stream_id]
+        stream.queue.clear()
+        stream.end_is_queued = False
+        if stream.is_ready:
+            stream.is_ready = False
+            self._ready.remove(stream)
+        self._give_back(None, self._held.pop(stream.stream_id, 0))
+
+    def _send_reset(self, stream_id: int, code: ErrorCode, now: float) -> None:
+        self._reset_ids[stream_id] = None
+        if len(self._reset_ids) > CHANNEL_RESET_MEMORY:
+            del self._reset_ids[next(iter(self._reset_ids))]
+        if now < self._own_resets.next_at:
+            self._late_resets.append((stream_id, code))
+            return
+        self._own_resets.note(now)
+        self._control.append(encode_inner_frame(FrameType.RESET, _U16.pack(code), stream_id=stream_id))
+
+    def _verify_was_known(self, stream_id: int) -> None:
+        """Raises _ChannelViolation for a stream that never was."""
+        is_known = stream_id <= self.last_peer_id if self._is_peers(stream_id) else stream_id < self._next_id
+        if not is_known:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"a frame of stream {stream_id}, which was never opened")
+
+    def _verify_was_reset(self, stream_id: int) -> None:
+        """Raises _ChannelViolation unless we ended the stream, so that the peer cannot have known."""
+        if stream_id not in self._reset_ids:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"data of stream {stream_id}, which has ended")
+
+
+# The channel: who it is with, how long it lives, and how it ends.
+
+
+class ChannelState(enum.Enum):
+    """Where a channel stands.
+
+    HANDSHAKE ──second message (initiator)──→ OPEN ──GOAWAY, sent or received──→ DRAINING
+        └──first message──→ CONFIRMING ──PING──↑
+    Any of them → CLOSED: by a failure, the end of the transport, a deadline, or (DRAINING) the end of the last stream.
+    A responder is CONFIRMING until the initiator has shown, by its first frame, that its message was not a replay.
+    """
+
+    HANDSHAKE = enum.auto()
+    CONFIRMING = enum.auto()
+    OPEN = enum.auto()
+    DRAINING = enum.auto()
+    CLOSED = enum.auto()
+
+
+_CHANNEL_MOVES = {
+    ChannelState.HANDSHAKE: {ChannelState.CONFIRMING, ChannelState.OPEN, ChannelState.CLOSED},
+    ChannelState.CONFIRMING: {ChannelState.OPEN, ChannelState.CLOSED},
+    ChannelState.OPEN: {ChannelState.DRAINING, ChannelState.CLOSED},
+    ChannelState.DRAINING: {ChannelState.CLOSED},
+    ChannelState.CLOSED: set[ChannelState](),
+}
+_DRAINING_CODES = frozenset({ErrorCode.NO_ERROR, ErrorCode.REKEY, ErrorCode.SHUTDOWN})  # of GOAWAY; others end at once
+
+
+def parse_error_code(code: int) -> ErrorCode:
+    """The error code of a RESET or GOAWAY; one that a later version may have is INTERNAL."""
+    return ErrorCode(code) if code <= ErrorCode.INTERNAL else ErrorCode.INTERNAL
+
+
+class Channel:
+    """One end of a secure channel over a transport that carries whole messages in order (a WebSocket, a relay).
+
+    The edge gives every message to `receive_frame`, writes what `data_to_send` returns, acts on `take_events` after
+    every call, and calls `on_timeout` at `next_deadline` (earlier does no harm, so a timer need not be moved for
+    every frame). `now`: seconds of a monotonic clock that never goes back. `streams` has the requests.
+
+    Not the channel's: how tokens are gathered before they are sent, so that a relay does not see each of them; how
+    long a body or an answer may take; which pairing may ask what.
+
+    Invariants: nothing is sent or believed under a cipher state that has failed; `streams.is_open` only while OPEN.
+    """
+
+    def __init__(
+        self,
+        handshake: InitiatorHandshake | ResponderHandshake,
+        *,
+        now: float,
+        path: ChannelPath = ChannelPath.DIRECT,
+        serves: bool = True,
+    ) -> None:
+        self.state = ChannelState.HANDSHAKE
+        self._handshake = handshake
+        self._is_initiator = isinstance(handshake, InitiatorHandshake)
+        self._events: deque[ChannelEvent] = deque()
+        self._control: deque[bytes] = deque()  # inner frames that go before data
+        self._outgoing = [handshake.first_frame] if handshake.first_frame else []  # outer frames, ready to go
+        self._ciphers: NoiseTransport | None = None
+        self._began_at = now
+        self._heard_at = now
+        self._pinged_at = now
+        self._drained_by = math.inf
+        self._ping_count = 0
+        self._has_sent_pair = False
+        self._has_received_pair = False
+        self.streams = StreamMultiplexer(
+            is_initiator=self._is_initiator, path=path, serves=serves, events=self._events, control=self._control
+        )
+
+    def receive_frame(self, frame: bytes, now: float) -> None:
+        """Takes one whole message of the transport. Never raises: whatever is wrong with it closes the channel."""
+        if self.state is ChannelState.CLOSED:
+            return
+        try:
+            if self._ciphers is None:
+                self._receive_handshake(frame, now)
+            else:
+                self._receive_transport(self._ciphers.receive, frame, now)
+        except _HandshakeRefusal as exc:
+            self._close(exc.reason, str(exc))
+        except _ChannelViolation as exc:
+            self._send_goaway(exc.code)
+            self._close(CloseReason.VIOLATION, str(exc), exc.code)
+        except CryptoError:
+            reason = CloseReason.UNPROVEN if self._ciphers is None else CloseReason.FORGED
+            self._close(reason, reason.value)
+        else:
+            self._finish_if_drained()
+
+    def connection_lost(self) -> None:
+        """The transport has ended, whatever the reason."""
+        if self.state is ChannelState.DRAINING and not len(self.streams):
+            self._close(CloseReason.FINISHED, CloseReason.FINISHED.value)
+        self._close(CloseReason.LOST, CloseReason.LOST.value)
+
+    def data_to_send(self, now: float, limit_bytes: int = 64 * KIB) -> list[bytes]:
+        """Whole messages for the transport, in order: about `limit_bytes`, none when there is nothing to send.
+
+        Frames are made here and not before, so that little waits in the transport and what is urgent goes first.
+        """
+        frames, self._outgoing = self._outgoing, []
+        if self._ciphers is None or self.state in (ChannelState.CONFIRMING, ChannelState.CLOSED):
+            return frames
+        cipher, size = self._ciphers.send, 0
+        try:
+            while size < limit_bytes and (inner := self.streams.next_frame(now)) is not None:
+                frames.append(_TRANSPORT_PREFIX + cipher.encrypt(inner))
+                size += len(inner)
+        except NoiseError:  # what ran on under the old handshake has used up its frames
+            self._close(CloseReason.CLOSED_HERE, "no frame is left under this handshake", ErrorCode.REKEY)
+        if cipher.n >= CHANNEL_FRAMES_LIMIT:
+            self._renew(now)
+        self._finish_if_drained()
+        return frames
+
+    def take_events(self) -> list[ChannelEvent]:
+        """What has happened since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def next_deadline(self) -> float | None:
+        """When `on_timeout` has something to do; None once closed."""
+        if self.state is ChannelState.CLOSED:
+            return None
+        if self.state in (ChannelState.HANDSHAKE, ChannelState.CONFIRMING):
+            return self._began_at + CHANNEL_HANDSHAKE_DEADLINE_S
+        renew_at = self._began_at + CHANNEL_LIFETIME_S if self.state is ChannelState.OPEN else math.inf
+        ping_at = max(self._heard_at, self._pinged_at) + CHANNEL_PING_INTERVAL_S
+        dead_at = self._heard_at + CHANNEL_DEAD_AFTER_S
+        return min(ping_at, dead_at, renew_at, self._drained_by, self.streams.next_reset_at)
+
+    def on_timeout(self, now: float) -> None:
+        """Does what is due; `data_to_send` may have something afterwards."""
+        if self.state is ChannelState.CLOSED:
+            return
+        if self.state in (ChannelState.HANDSHAKE, ChannelState.CONFIRMING):
+            if now >= self._began_at + CHANNEL_HANDSHAKE_DEADLINE_S:
+                self._close(CloseReason.TIMED_OUT, "no handshake in time")
+        elif now >= self._heard_at + CHANNEL_DEAD_AFTER_S:
+            self._close(CloseReason.TIMED_OUT, CloseReason.TIMED_OUT.value)
+        elif now >= self._drained_by:
+            self.close(ErrorCode.SHUTDOWN)
+        else:
+            if now >= self._began_at + CHANNEL_LIFETIME_S:
+                self._renew(now)
+            if now >= max(self._heard_at, self._pinged_at) + CHANNEL_PING_INTERVAL_S:
+                self._send_ping(now)
+
+    def shut_down(self, now: float, grace_s: float = STOP_GRACE_S) -> None:
+        """Takes and opens no further streams; those that run may go on for `grace_s`."""
+        if self.state in (ChannelState.OPEN, ChannelState.DRAINING):
+            self._drain(ErrorCode.SHUTDOWN, now + grace_s)
+        else:
+            self.close()
+
+    def close(self, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        """Ends the channel at once, with REVOKED where the pairing is no more; the peer is told by a GOAWAY."""
+        if self.state is not ChannelState.CLOSED:
+            self._send_goaway(code)
+            self._close(CloseReason.CLOSED_HERE, CloseReason.CLOSED_HERE.value, code)
+
+    def send_pair(self, message: PairMessage) -> None:
+        """Says who we are, once, on a channel made for pairing."""
+        if not self._is_for_pairing or self._has_sent_pair or self.state is not ChannelState.OPEN:
+            raise ValueError("PAIR is sent once, on an open channel for pairing")
+        self._has_sent_pair = True
+        self._control.append(encode_inner_frame(FrameType.PAIR, encode_pair_message(message)))
+
+    @property
+    def _is_for_pairing(self) -> bool:
+        return self._handshake.terms.mode is HandshakeMode.QR
+
+    # Receiving.
+
+    def _receive_handshake(self, frame: bytes, now: float) -> None:
+        answer = self._handshake.read(frame)
+        self._ciphers = self._handshake.noise.split()
+        if self._is_initiator:
+            self._establish()
+            self._send_ping(now)
+        else:
+            self._outgoing.append(answer)
+            self._move(ChannelState.CONFIRMING)
+        self._heard_at = now
+
+    def _receive_transport(self, cipher: CipherState, frame: bytes, now: float) -> None:
+        if frame[:1] != _TRANSPORT_PREFIX or len(frame) > _TRANSPORT_LIMIT_BYTES:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a message that is no transport frame")
+        frame_type, is_last, stream_id, body = _parse_inner_frame(cipher.decrypt(frame[1:]))
+        self._heard_at = now
+        if self.state is ChannelState.CONFIRMING:
+            if frame_type != FrameType.PING:
+                raise _ChannelViolation(ErrorCode.PROTOCOL, "the first frame is not PING")
+            self._establish()
+        receive = self._RECEIVERS.get(frame_type)
+        if receive is not None:
+            receive(self, body, now)
+        elif self._is_for_pairing:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} on a channel for pairing")
+        else:
+            self.streams.receive(frame_type, is_last, stream_id, body, now)
+        if cipher.n >= CHANNEL_FRAMES_LIMIT:
+            self._renew(now)
+
+    def _receive_nothing(self, body: bytes, now: float) -> None:
+        """PAD, and PONG, whose only meaning is that the peer lives."""
+
+    def _receive_ping(self, body: bytes, now: float) -> None:
+        if len(self._control) >= CHANNEL_CONTROL_QUEUE_LIMIT:
+            raise _ChannelViolation(ErrorCode.CALM, "PINGs whose answers are not read")
+        self._control.append(encode_inner_frame(FrameType.PONG, body))
+
+    def _receive_goaway(self, body: bytes, now: float) -> None:
+        last_stream_id, number = _GOAWAY_BODY.unpack(body)
+        code = parse_error_code(number)
+        self._events.append(GoAwayReceived(last_stream_id, code))
+        if code not in _DRAINING_CODES:
+            self._close(CloseReason.CLOSED_BY_PEER, f"the peer ended it: {code.name}", code)
+            return
+        self.streams.refuse_above(last_stream_id)
+        self.streams.is_open = False
+        if self.state is ChannelState.OPEN:
+            self._move(ChannelState.DRAINING)
+
+    def _receive_pair(self, body: bytes, now: float) -> None:
+        if not self._is_for_pairing or self._has_received_pair:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR where none belongs")
+        self._has_received_pair = True
+        try:
+            self._events.append(PairReceived(parse_pair_message(body)))
+        except ValueError as exc:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, str(exc)) from None
+
+    _RECEIVERS: ClassVar[Mapping[int, Callable[[Channel, bytes, float], None]]] = {
+        FrameType.PAD: _receive_nothing,
+        FrameType.PING: _receive_ping,
+        FrameType.PONG: _receive_nothing,
+        FrameType.GOAWAY: _receive_goaway,
+        FrameType.PAIR: _receive_pair,
+    }
+
+    # Life and end.
+
+    def _establish(self) -> None:
+        self._move(ChannelState.OPEN)
+        self.streams.is_open = not self._is_for_pairing
+        terms, noise = self._handshake.terms, self._handshake.noise
+        remote_static = noise.remote_static or b""
+        self._events.append(ChannelEstablished(terms.mode, terms.pair_id, remote_static, noise.handshake_hash))
+
+    def _send_ping(self, now: float) -> None:
+        self._ping_count += 1
+        self._pinged_at = now
+        self._control.append(encode_inner_frame(FrameType.PING, self._ping_count.to_bytes(8, "big")))
+
+    def _renew(self, now: float) -> None:
+        """This handshake has served its time: the edge makes a new channel, what runs here goes on for a while."""
+        if self.state is ChannelState.OPEN:
+            self._drain(ErrorCode.REKEY, now + CHANNEL_REKEY_GRACE_S)
+
+    def _drain(self, code: ErrorCode, drained_by: float) -> None:
+        if self.state is ChannelState.OPEN:
+            self._move(ChannelState.DRAINING)
+        self.streams.is_open = False
+        self._drained_by = min(drained_by, self._drained_by)
+        self._control.append(self._build_goaway(code))
+
+    def _build_goaway(self, code: ErrorCode) -> bytes:
+        return encode_inner_frame(FrameType.GOAWAY, _GOAWAY_BODY.pack(self.streams.last_peer_id, code))
+
+    def _send_goaway(self, code: ErrorCode) -> None:
+        """The last frame: what else waits is dropped. Before the peer is known there is nobody to tell."""
+        if self._ciphers is None or self.state is ChannelState.CONFIRMING:
+            return
+        with contextlib.suppress(NoiseError):  # no frame left, not even for this
+            self._outgoing.append(_TRANSPORT_PREFIX + self._ciphers.send.encrypt(self._build_goaway(code)))
+
+    def _finish_if_drained(self) -> None:
+        if self.state is ChannelState.DRAINING and not self._control and not len(self.streams):
+            self._close(CloseReason.FINISHED, CloseReason.FINISHED.value)
+
+    def _close(self, reason: CloseReason, detail: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        if self.state is ChannelState.CLOSED:
+            return
+        self._move(ChannelState.CLOSED)
+        self.streams.end_all()
+        self._control.clear()
+        self._ciphers = None
+        self._events.append(ChannelClosed(reason, code, detail))
+
+    def _move(self, state: ChannelState) -> None:
+        assert state in _CHANNEL_MOVES[self.state], (self.state, state)
+        self.state = state
+
+
 # ---- Identity -------------------------------------------------------------------------
 # Who this installation is towards others, and on which machine it became so.
 
