@@ -2838,6 +2838,334 @@ class SseParser:
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
 
 
+# ---- WebSocket ------------------------------------------------------------------------
+# Frames, messages and the opening handshake of both sides (RFC 6455), without extensions. Pure.
+
+# -- begin: shared with rendezvous_server.py: WebSocket --
+WEBSOCKET_FRAGMENTS_LIMIT = 64  # messages in ever more pieces
+WEBSOCKET_VERSION = "13"
+
+OPCODE_CONTINUATION, OPCODE_TEXT, OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG = 0, 1, 2, 8, 9, 10
+
+CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_WITHOUT_CODE = 1005  # never sent: the frame had no code
+CLOSE_ABNORMAL = 1006  # never sent: the connection ended without a close frame
+CLOSE_INVALID_DATA = 1007
+CLOSE_POLICY_VIOLATION = 1008
+CLOSE_TOO_BIG = 1009
+CLOSE_INTERNAL_ERROR = 1011
+
+_CONTROL_LIMIT_BYTES = 125  # RFC 6455 section 5.5
+_WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # exactly 16 bytes in base64
+_WEBSOCKET_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+class WebSocketError(Exception):
+    """The other side broke RFC 6455 or a bound: `code` and `reason` are what the close frame tells it."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+        self.code = code
+        self.reason = reason
+
+
+class UpgradeError(Exception):
+    """No WebSocket comes of this handshake. `status`: what a server answers (400, 426), or what one answered."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def apply_mask(data: bytes, mask: bytes) -> bytes:
+    """`data` XOR the repeated 4 bytes of `mask`: masks and unmasks (RFC 6455 section 5.3)."""
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+def encode_websocket_frame(opcode: int, payload: bytes, *, mask: bytes | None = None, is_final: bool = True) -> bytes:
+    """One frame. `mask`: 4 unpredictable bytes, which a client must give and a server must not."""
+    size = len(payload)
+    first = opcode | 0x80 if is_final else opcode
+    masked = 0 if mask is None else 0x80
+    if size < 126:
+        head = bytes((first, masked | size))
+    elif size < 0x10000:
+        head = struct.pack("!BBH", first, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, size)
+    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+
+
+def is_close_code(code: int) -> bool:
+    """Whether a close frame may carry this code (RFC 6455 section 7.4 and IANA's registry)."""
+    if code in (1004, CLOSE_WITHOUT_CODE, CLOSE_ABNORMAL):
+        return False
+    return 1000 <= code < 1015 or 3000 <= code < 5000
+
+
+def encode_websocket_close(code: int, reason: str = "", *, mask: bytes | None = None) -> bytes:
+    """A close frame; a reason that is too long is cut. CLOSE_WITHOUT_CODE: an empty one; ValueError for no code."""
+    if code == CLOSE_WITHOUT_CODE:
+        return encode_websocket_frame(OPCODE_CLOSE, b"", mask=mask)
+    if not is_close_code(code):
+        raise ValueError(f"{code} must not be sent in a close frame")
+    text = reason.encode()[: _CONTROL_LIMIT_BYTES - 2].decode(errors="ignore").encode()
+    return encode_websocket_frame(OPCODE_CLOSE, struct.pack("!H", code) + text, mask=mask)
+
+
+class WebSocketParser:
+    """Reads the frames of one connection in segments of any size and gives whole messages and control frames.
+
+    `feed` returns events `(opcode, data)`: OPCODE_TEXT with str; OPCODE_BINARY, OPCODE_PING and OPCODE_PONG with
+    bytes; OPCODE_CLOSE with the reason, `close_code` then saying the rest (CLOSE_WITHOUT_CODE if there was none).
+    `error` is set once the bytes have proved a fault. The outcome depends on the bytes only, never on how they
+    were cut. Nothing is read any more after a close frame or an error:
+
+        OPEN (both None) → CLOSED (`close_code`)        OPEN → FAILED (`error`)
+
+    Invariants: `_held` is the start of one frame, shorter than `_needed_bytes` and than the limits allow;
+    `_fragments` belong to one message whose opcode is `_opcode` (0: none has begun), `_size_bytes` of payload
+    in all, `_count` of them.
+    """
+
+    def __init__(
+        self, *, expects_mask: bool, limit_bytes: int, limit_fragments: int = WEBSOCKET_FRAGMENTS_LIMIT
+    ) -> None:
+        """`expects_mask`: whether the other side is the client. `limit_bytes`: of a message's payload."""
+        self._mask_bit = 0x80 if expects_mask else 0
+        self._limit_bytes = limit_bytes
+        self._limit_fragments = limit_fragments
+        self._held = bytearray()
+        self._needed_bytes = 2
+        self._opcode = 0
+        self._fragments: list[Any] = []  # bytes of a binary message, str of a text
+        self._decode_text = codecs.getincrementaldecoder("utf-8")().decode
+        self._count = 0
+        self._size_bytes = 0
+        self.close_code: int | None = None
+        self.error: WebSocketError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a close frame or an error has come: bytes that follow mean nothing."""
+        return self.close_code is not None or self.error is not None
+
+    @property
+    def is_inside_message(self) -> bool:
+        """Whether what was fed ended within a frame or a message."""
+        return bool(self._held or self._opcode)
+
+    def feed(self, data: bytes) -> list[tuple[int, Any]]:
+        """The events that end within `data`, those before a fault included; look at `error` then."""
+        if self._held:
+            self._held += data
+            if len(self._held) < self._needed_bytes:
+                return []
+            data = bytes(self._held)
+            self._held.clear()
+        events: list[tuple[int, Any]] = []
+        position, end = 0, len(data)
+        try:
+            while position < end and self.close_code is None and self.error is None:
+                next_position = self._read_frame(data, position, end, events)
+                if not next_position:
+                    self._held += data[position:] if position else data
+                    break
+                position = next_position
+        except WebSocketError as error:
+            self.error = error
+        except UnicodeDecodeError:
+            self.error = WebSocketError(CLOSE_INVALID_DATA, "text that is not UTF-8")
+        return events
+
+    def _read_frame(self, data: bytes, position: int, end: int, events: list[tuple[int, Any]]) -> int:
+        """Reads the frame at `position`; where the next begins, or 0: the frame needs `_needed_bytes`."""
+        available = end - position
+        if available < 2:
+            self._needed_bytes = 2
+            return 0
+        first, size = data[position], data[position + 1] ^ self._mask_bit
+        if self._opcode or first not in (0x81, 0x82) or size > 127:
+            self._verify_head(first, size)
+        start = position + 2
+        if size > 125:
+            start += 2 if size == 126 else 8
+            if start > end:
+                self._needed_bytes = start - position
+                return 0
+            size = self._parse_long_size(data[position + 2 : start])
+        if size + self._size_bytes > self._limit_bytes and not first & 8:
+            raise WebSocketError(CLOSE_TOO_BIG, f"a message of more than {self._limit_bytes} bytes")
+        mask_start = start
+        if self._mask_bit:
+            start += 4
+        stop = start + size
+        if stop > end:
+            self._needed_bytes = stop - position
+            return 0
+        payload = data[start:stop]
+        if self._mask_bit:
+            payload = apply_mask(payload, data[mask_start:start])
+        if first == 0x82 and not self._opcode:
+            events.append((OPCODE_BINARY, payload))
+        elif first == 0x81 and not self._opcode:
+            events.append((OPCODE_TEXT, payload.decode()))
+        elif first & 8:
+            events.append((first & 15, self._take_close(payload) if first & 15 == OPCODE_CLOSE else payload))
+        else:
+            self._take_fragment(first, payload, events)
+        return stop
+
+    def _verify_head(self, first: int, size: int) -> None:
+        """What the first two bytes of a frame may be here (RFC 6455 sections 5.2, 5.4 and 5.5)."""
+        opcode = first & 15
+        if first & 0x70:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved bit without an extension")
+        if size > 127:
+            wanted = "an unmasked frame from a client" if self._mask_bit else "a masked frame from a server"
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, wanted)
+        if opcode & 8:
+            if opcode > OPCODE_PONG:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+            if not first & 0x80 or size > _CONTROL_LIMIT_BYTES:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a control frame that is fragmented or too long")
+            return
+        if opcode > OPCODE_BINARY:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+        if (opcode == OPCODE_CONTINUATION) != bool(self._opcode):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a fragment out of turn")
+        if self._count >= self._limit_fragments:
+            raise WebSocketError(CLOSE_POLICY_VIOLATION, f"a message of more than {self._limit_fragments} fragments")
+
+    def _parse_long_size(self, data: bytes) -> int:
+        size = int.from_bytes(data, "big")
+        if size >> 63 or size < (126 if len(data) == 2 else 0x10000):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a length that is not written in the shortest way")
+        return size
+
+    def _take_close(self, payload: bytes) -> str:
+        if not payload:
+            self.close_code = CLOSE_WITHOUT_CODE
+            return ""
+        code = int.from_bytes(payload[:2], "big")
+        if len(payload) == 1 or not is_close_code(code):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a close frame without a valid code")
+        reason = payload[2:].decode()
+        self.close_code = code
+        return reason
+
+    def _take_fragment(self, first: int, payload: bytes, events: list[tuple[int, Any]]) -> None:
+        """One piece of a message that comes in several, text checked as far as it has come."""
+        is_final = first & 0x80
+        opcode = self._opcode = self._opcode or first
+        self._count += 1
+        self._size_bytes += len(payload)
+        is_text = opcode == OPCODE_TEXT
+        self._fragments.append(self._decode_text(payload, bool(is_final)) if is_text else payload)
+        if is_final:
+            events.append((opcode, ("" if is_text else b"").join(self._fragments)))
+            self._opcode = self._count = self._size_bytes = 0
+            self._fragments.clear()
+
+
+def compute_accept(key: str) -> str:
+    """Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()).decode()
+
+
+def _has_token(value: str, token: str) -> bool:
+    return token in [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def parse_subprotocols(value: str) -> list[str]:
+    """The members of a Sec-WebSocket-Protocol field, none for an empty one; UpgradeError (400) if malformed."""
+    members = [member.strip(" \t") for member in value.split(",")] if value else []
+    if not all(map(_WEBSOCKET_TOKEN.fullmatch, members)) or len(set(members)) < len(members):
+        raise UpgradeError(400, "malformed Sec-WebSocket-Protocol")
+    return members
+
+
+def is_upgrade_request(get_field: Callable[[str, str], str]) -> bool:
+    """Whether a request asks for a WebSocket. `get_field(name, default)`: a header field by its lower-case name."""
+    return _has_token(get_field("upgrade", ""), "websocket")
+
+
+def parse_upgrade_request(method: str, http_minor: int, get_field: Callable[[str, str], str]) -> tuple[str, list[str]]:
+    """Key and offered subprotocols of a client's opening handshake; UpgradeError says with which status it fails.
+
+    `get_field(name, default)`: a header field by its lower-case name, duplicates joined by commas. The answer to
+    426 carries `Upgrade: websocket` and `Sec-WebSocket-Version: 13`.
+    """
+    if not is_upgrade_request(get_field):
+        raise UpgradeError(426, "only WebSocket is spoken here")
+    if method != "GET" or http_minor < 1 or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
+    if get_field("sec-websocket-version", "") != WEBSOCKET_VERSION:
+        raise UpgradeError(426, "the only WebSocket version spoken here is 13")
+    key = get_field("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise UpgradeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    return key, parse_subprotocols(get_field("sec-websocket-protocol", ""))
+
+
+def build_upgrade_response_fields(key: str, subprotocol: str = "") -> list[tuple[str, str]]:
+    """The header fields of the 101 that answers a client's key; `subprotocol`: one that it offered, or none."""
+    fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", compute_accept(key))]
+    return [*fields, ("Sec-WebSocket-Protocol", subprotocol)] if subprotocol else fields
+
+
+def build_upgrade_request_fields(nonce: bytes, subprotocols: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The header fields, Host apart, of a client's opening handshake. `nonce`: 16 random bytes."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Key", base64.b64encode(nonce).decode()),
+        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+    ]
+    return [*fields, ("Sec-WebSocket-Protocol", ", ".join(subprotocols))] if subprotocols else fields
+
+
+def verify_upgrade_response(
+    status: int, get_field: Callable[[str, str], str], nonce: bytes, subprotocols: Sequence[str] = ()
+) -> str:
+    """The subprotocol that the server chose ("" if none); UpgradeError says what is wrong with its answer.
+
+    Whoever answers 200, a redirect or 407 is named as what usually stands in the way: a captive portal or a proxy.
+    """
+    if status != 101:
+        raise UpgradeError(status, _explain_upgrade_refusal(status))
+    accept = compute_accept(base64.b64encode(nonce).decode())
+    if not _has_token(get_field("upgrade", ""), "websocket") or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(status, "the answer changes to something else than WebSocket")
+    if get_field("sec-websocket-accept", "") != accept:
+        raise UpgradeError(status, "the answer is not one to this request (Sec-WebSocket-Accept)")
+    if get_field("sec-websocket-extensions", ""):
+        raise UpgradeError(status, "the server chose an extension that was not offered")
+    chosen = get_field("sec-websocket-protocol", "")
+    if chosen and chosen not in subprotocols:
+        raise UpgradeError(status, "the server chose a subprotocol that was not offered")
+    return chosen
+
+
+def _explain_upgrade_refusal(status: int) -> str:
+    if status == 407:
+        return "a proxy in between wants a login (407)"
+    if status == 511 or 200 <= status < 400:
+        return f"a web page came instead of a WebSocket ({status}): a captive portal or a proxy is in between"
+    if status == 426:
+        return "the server speaks another version of WebSocket, or another protocol (426)"
+    return f"the server refused the WebSocket ({status})"
+
+
+# -- end: shared with rendezvous_server.py: WebSocket --
+
+
 # ---- DNS ------------------------------------------------------------------------------
 # Messages of multicast DNS and the texts of DNS-SD (RFC 1035, 6762, 6763): bytes in, values out. Pure.
 #
