@@ -140,6 +140,14 @@ CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all tog
 RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
 CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
 CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
+TUNNEL_MESSAGE_LIMIT_BYTES = 17 * KIB  # WebSocket messages that never end: tunnel
+RELAY_MESSAGE_LIMIT_BYTES = 96 * KIB  # likewise: relay
+WEBSOCKET_QUEUE_LIMIT = 256  # messages that come faster than they are received: reading pauses there
+WEBSOCKET_QUEUE_LIMIT_BYTES = 256 * KIB  # likewise
+WEBSOCKET_OPEN_S = 10.0  # servers that take a connection and never open the WebSocket
+WEBSOCKET_CLOSE_S = 5.0  # an other side that does not answer our close frame, or does not go after it
+WEBSOCKET_PING_S = 30.0  # silence after which the other side is asked for a sign of life
+WEBSOCKET_PINGS_MISSED_LIMIT = 2  # connections whose other side vanished without a word
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -451,6 +459,13 @@ class ExpectationFailedError(ProtocolError):
     """An `Expect` other than 100-continue."""
 
     status, code = 417, "expectation_failed"
+
+
+class UpgradeRequiredError(BridgeError):
+    """The route is a WebSocket, and the request asks for none, or for another version than 13."""
+
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+    should_retry = False
 
 
 class HeadersTooLargeError(ProtocolError):
@@ -2245,6 +2260,13 @@ class LineReader:
         """Received and not consumed."""
         return len(self._buffer) - self._line_start
 
+    def take_rest(self) -> bytes:
+        """What was received and not consumed: it belongs to the protocol that comes after this one."""
+        rest = bytes(memoryview(self._buffer)[self._line_start :])
+        self._buffer.clear()
+        self._line_start = self._searched = 0
+        return rest
+
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
         start = self._line_start
@@ -2475,14 +2497,16 @@ class ResponseParser(LineReader):
 
     `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
     given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
-    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree. With `may_upgrade` a 101
+    is an answer without a body, and what follows is for `take_rest`.
 
     Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, *, may_upgrade: bool = False) -> None:
         super().__init__()
         self._method = method
+        self._may_upgrade = may_upgrade
         self._minor = self._status = 0
         self._interim_count = 0
         self._remaining = 0
@@ -2558,7 +2582,7 @@ class ResponseParser(LineReader):
         if match is None:
             raise ProtocolError("malformed status line")
         self._minor, self._status = int(match[1]), int(match[2])
-        if self._status == 101:
+        if self._status == 101 and not self._may_upgrade:
             raise ProtocolError("a change of protocol that nobody asked for")
         self._block_start = self._line_start
         self._fields = []
@@ -2568,7 +2592,7 @@ class ResponseParser(LineReader):
     def _read_headers(self) -> bool:
         if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
             return False
-        if self._status < 200:
+        if self._status < 200 and self._status != 101:
             self._interim_count += 1
             if self._interim_count > INTERIM_RESPONSES_LIMIT:
                 raise ProtocolError("too many interim answers")
@@ -2586,7 +2610,7 @@ class ResponseParser(LineReader):
     def _choose_body(self, headers: Headers) -> ResponseState:
         """How the body's end will be found (RFC 9112 section 6.3)."""
         length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
-        if self._method == "HEAD" or self._status in (204, 304):
+        if self._method == "HEAD" or self._status in (101, 204, 304):
             return ResponseState.COMPLETE
         if "transfer-encoding" not in headers and "content-length" not in headers:
             return ResponseState.CLOSE_BODY
@@ -2647,10 +2671,10 @@ class ResponseParser(LineReader):
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
-    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    417: "Expectation Failed", 422: "Unprocessable Content", 429: "Too Many Requests",
+    417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required", 429: "Too Many Requests",
     431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
     502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
 }  # fmt: skip
@@ -3139,7 +3163,7 @@ def verify_upgrade_response(
     Whoever answers 200, a redirect or 407 is named as what usually stands in the way: a captive portal or a proxy.
     """
     if status != 101:
-        raise UpgradeError(status, _explain_upgrade_refusal(status))
+        raise UpgradeError(status, explain_upgrade_refusal(status))
     accept = compute_accept(base64.b64encode(nonce).decode())
     if not _has_token(get_field("upgrade", ""), "websocket") or not _has_token(get_field("connection", ""), "upgrade"):
         raise UpgradeError(status, "the answer changes to something else than WebSocket")
@@ -3153,7 +3177,8 @@ def verify_upgrade_response(
     return chosen
 
 
-def _explain_upgrade_refusal(status: int) -> str:
+def explain_upgrade_refusal(status: int) -> str:
+    """Who probably answered with this status where a 101 was expected."""
     if status == 407:
         return "a proxy in between wants a login (407)"
     if status == 511 or 200 <= status < 400:
@@ -9239,11 +9264,11 @@ class TransportWriter:
             self.flush()
             await asyncio.sleep(0)  # a body that never waits must not keep the loop from everybody else
         if self.is_lost:
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the other side is gone")
         if self._can_write is not None:
             await asyncio.shield(self._can_write)
             if self.is_lost:
-                raise ConnectionResetError("the client is gone")
+                raise ConnectionResetError("the other side is gone")
 
     def pause(self) -> None:
         """The transport holds enough."""
@@ -9781,6 +9806,42 @@ def explain_connect_error(error: OSError | UnicodeError) -> str:
     return getattr(error, "strerror", None) or display_name(str(error))
 
 
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+
+
+async def open_connection(
+    build_protocol: Callable[[], _ProtocolT], url: HttpUrl, *, tls_context: ssl.SSLContext | None, limit_s: float
+) -> _ProtocolT:
+    """A new connection to the server of `url`, in `limit_s`; UpstreamConnectError says why there is none."""
+    try:
+        async with asyncio.timeout(limit_s):
+            _, protocol = await asyncio.get_running_loop().create_connection(
+                build_protocol,
+                url.host,
+                url.port,
+                ssl=tls_context if url.is_tls else None,
+                server_hostname=url.host.partition("%")[0] if url.is_tls else None,
+                happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+            )
+    except TimeoutError as exc:
+        raise UpstreamConnectError(f"{url.authority} did not take a connection in {limit_s:g} s") from exc
+    except ssl.SSLError as exc:
+        reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+        raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+    except (OSError, UnicodeError) as exc:
+        raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
+    return protocol
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -9862,24 +9923,8 @@ class HttpClient:
         if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
             raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
         context = await self._get_tls_context() if url.is_tls else None
-        try:
-            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self, url),
-                    url.host,
-                    url.port,
-                    ssl=context,
-                    server_hostname=url.host.partition("%")[0] if context is not None else None,
-                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
-                )
-        except TimeoutError as exc:
-            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
-        except ssl.SSLError as exc:
-            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
-            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
-        except (OSError, UnicodeError) as exc:
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
-        return connection
+        limit_s = min(budgets.connect_s, budgets.total_s or math.inf)
+        return await open_connection(lambda: ClientConnection(self, url), url, tls_context=context, limit_s=limit_s)
 
     async def _get_tls_context(self) -> ssl.SSLContext:
         """Made at first use, in a thread: it reads the system's certificates."""
@@ -9888,13 +9933,493 @@ class HttpClient:
         return self._tls_context
 
 
-def is_ip_address(host: str) -> bool:
-    """Whether `host` is an address (with or without a scope) and not a name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+# ---- WebSocket client -----------------------------------------------------------------
+# Open WebSockets of either side, with deadlines and back-pressure, and how a client opens one.
+
+_websocket_logger = logging.getLogger("dvai_bridge.websocket")
+
+
+class WebSocket(Protocol):
+    """A WebSocket that was opened. One task at a time receives; any number may send.
+
+    `subprotocol`: what both sides agreed on, "" for none. `close_code` is None while it is open; then the code that
+    the other side gave, or CLOSE_ABNORMAL if it went without one; `close_reason` is its text, not to be trusted.
+    """
+
+    @property
+    def subprotocol(self) -> str: ...
+    @property
+    def close_code(self) -> int | None: ...
+    @property
+    def close_reason(self) -> str: ...
+
+    async def send_binary(self, data: bytes) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def send_text(self, text: str) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def receive(self) -> bytes | str | None:
+        """The next message, None once no more will come."""
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """Closes it, and waits until it is: at most WEBSOCKET_CLOSE_S. A second call waits for the same end."""
+
+
+class WebSocketPhase(enum.Enum):
+    """What an open WebSocket is doing.
+
+    OPEN → CLOSING → LEAVING → CLOSED;   OPEN → LEAVING when the other side closes first, or breaks the protocol.
+    Any of them → CLOSED. A deadline runs in every phase but CLOSED: in OPEN that of the other side's silence.
+    """
+
+    OPEN = "messages go both ways"
+    CLOSING = "our close frame is sent; what comes before theirs is dropped"
+    LEAVING = "no frame goes or counts any more: the connection is about to end"
+    CLOSED = "the connection is gone"
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """A WebSocket of either side over a transport of ours; see WebSocket.
+
+    What one pass of the loop sends leaves as one write. Reading pauses while WEBSOCKET_QUEUE_LIMIT messages, or
+    WEBSOCKET_QUEUE_LIMIT_BYTES of them, wait to be received; one segment more may have come by then. Pings are
+    answered, of those that come faster than the answers leave only the last. Somebody silent is pinged every
+    `ping_interval_s`, and gone when WEBSOCKET_PINGS_MISSED_LIMIT of these brought no sign of life.
+    """
+
+    def __init__(
+        self, *, is_client: bool, limit_bytes: int, subprotocol: str = "", ping_interval_s: float = WEBSOCKET_PING_S
+    ) -> None:
+        """`limit_bytes`: of a message that is received."""
+        self.subprotocol = subprotocol
+        self.phase = WebSocketPhase.OPEN
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self._is_client = is_client
+        self._ping_interval_s = ping_interval_s
+        self._parser = WebSocketParser(expects_mask=not is_client, limit_bytes=limit_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._messages: deque[bytes | str] = deque()
+        self._held_bytes = 0
+        self._receiver: asyncio.Future[None] | None = None
+        self._is_reading = True
+        self._is_write_paused = False
+        self._late_pong: bytes | None = None
+        self._has_heard = True
+        self._pings_missed = 0
+        self._closed = asyncio.Event()
+
+    def take_over(
+        self,
+        transport: asyncio.Transport,
+        writer: TransportWriter,
+        rest: bytes,
+        on_lost: Callable[[Exception | None], None] = lambda exc: None,
+    ) -> None:
+        """The handshake is done: from now on this is the transport's protocol. `rest`: bytes behind the handshake.
+
+        `on_lost` is told what `connection_lost` is.
+        """
+        self._transport, self._writer, self._on_lost = transport, writer, on_lost
+        transport.set_protocol(self)
+        self._deadline.set_after(self._ping_interval_s)
+        if rest:
+            self.data_received(rest)
+
+    # -- what asyncio calls --
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the other side."""
+        self._has_heard = True
+        if self.phase is WebSocketPhase.LEAVING:
+            return
+        for opcode, payload in self._parser.feed(data):
+            if opcode <= OPCODE_BINARY:
+                if self.phase is WebSocketPhase.OPEN:
+                    self._messages.append(payload)
+                    self._held_bytes += len(payload)
+            elif opcode == OPCODE_PING:
+                self._answer_ping(payload)
+            elif opcode == OPCODE_CLOSE:
+                self._take_close(self._parser.close_code or CLOSE_WITHOUT_CODE, payload)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        self._pause_or_resume()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """The other side sends nothing more: the connection ends."""
         return False
-    return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, by whomever."""
+        self.phase = WebSocketPhase.CLOSED
+        if self.close_code is None:
+            self.close_code = CLOSE_ABNORMAL
+        self._deadline.close()
+        self._writer.close()
+        self._closed.set()
+        self._wake()
+        self._on_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The transport holds enough."""
+        self._is_write_paused = True
+        self._writer.pause()
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._is_write_paused = False
+        self._writer.resume()
+        pong, self._late_pong = self._late_pong, None
+        if pong is not None:
+            self._answer_ping(pong)
+
+    # -- what the owner calls --
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_BINARY, data)
+        await self._writer.drain()
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_TEXT, text.encode())
+        await self._writer.drain()
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        if self._receiver is not None:
+            raise RuntimeError("somebody receives from this WebSocket already")
+        while not self._messages:
+            if self.phase is not WebSocketPhase.OPEN:
+                return None
+            self._receiver = self._loop.create_future()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+        message = self._messages.popleft()
+        self._held_bytes -= len(message)
+        if not self._is_reading:
+            self._pause_or_resume()
+        return message
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        self.begin_close(code, reason)
+        await self._closed.wait()
+
+    def begin_close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """The part of `close` that does not wait: whoever receives gets None at once."""
+        if self.phase is not WebSocketPhase.OPEN:
+            return
+        self._write_close(code, reason)
+        self._enter(WebSocketPhase.CLOSING)
+        self._messages.clear()
+        self._held_bytes = 0
+        self._pause_or_resume()
+
+    def abort(self) -> None:
+        """Ends the connection now."""
+        self._transport.abort()
+
+    # -- inside --
+
+    def _send(self, opcode: int, payload: bytes) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            raise ConnectionResetError("the WebSocket is closed")
+        self._writer.write(encode_websocket_frame(opcode, payload, mask=self._draw_mask()))
+
+    def _draw_mask(self) -> bytes | None:
+        return os.urandom(4) if self._is_client else None
+
+    def _write_close(self, code: int, reason: str = "") -> None:
+        self._writer.write(encode_websocket_close(code, reason, mask=self._draw_mask()))
+        self._writer.flush()
+
+    def _answer_ping(self, payload: bytes) -> None:
+        if self._is_write_paused:
+            self._late_pong = payload
+        elif self.phase is WebSocketPhase.OPEN:
+            self._send(OPCODE_PONG, payload)
+
+    def _take_close(self, code: int, reason: str) -> None:
+        """The other side's close frame: answered if it is not itself an answer. The server ends the connection."""
+        self.close_code, self.close_reason = code, reason
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(code)
+        self._enter(WebSocketPhase.LEAVING)
+        if not self._is_client:
+            self._transport.close()
+
+    def _fail(self, error: WebSocketError) -> None:
+        """Says what was wrong and waits for the other side to go; ending at once would reset that away."""
+        self.close_code, self.close_reason = error.code, error.reason
+        _websocket_logger.info("a WebSocket is closed: %s", error)
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(error.code, error.reason)
+        self._enter(WebSocketPhase.LEAVING)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _enter(self, phase: WebSocketPhase) -> None:
+        """Into a phase that ends soon, by itself or by the deadline."""
+        self.phase = phase
+        self._deadline.set_after(WEBSOCKET_CLOSE_S)
+        self._wake()
+
+    def _deadline_passed(self) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            self._transport.abort()
+        elif self._has_heard or not self._is_reading:
+            self._has_heard, self._pings_missed = False, 0
+            self._deadline.set_after(self._ping_interval_s)
+        elif self._pings_missed == WEBSOCKET_PINGS_MISSED_LIMIT:
+            _websocket_logger.info("a WebSocket's other side is gone without a word")
+            self._transport.abort()
+        else:
+            self._pings_missed += 1
+            self._send(OPCODE_PING, b"")
+            self._deadline.set_after(self._ping_interval_s)
+
+    def _pause_or_resume(self) -> None:
+        """Reads as long as the queue has room; after OPEN always, to see the end."""
+        is_full = len(self._messages) >= WEBSOCKET_QUEUE_LIMIT or self._held_bytes >= WEBSOCKET_QUEUE_LIMIT_BYTES
+        may_read = not is_full or self.phase is not WebSocketPhase.OPEN
+        if may_read is not self._is_reading:
+            self._is_reading = may_read
+            if may_read:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _wake(self) -> None:
+        has_news = self._messages or self.phase is not WebSocketPhase.OPEN
+        if has_news and self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+
+
+class UpgradeExchange(asyncio.Protocol):
+    """The client's half of the opening handshake: sends the request, makes a WebSocketConnection of the 101.
+
+    `opened` gives it, or raises UpstreamError, or UpstreamLostError for a server that says nothing.
+    """
+
+    def __init__(
+        self, url: HttpUrl, *, headers: Sequence[tuple[str, str]], subprotocols: Sequence[str], limit_bytes: int
+    ) -> None:
+        self._authority = url.authority
+        self._nonce = os.urandom(16)
+        self._subprotocols = subprotocols
+        self._limit_bytes = limit_bytes
+        fields = [("Host", url.authority), *build_upgrade_request_fields(self._nonce, subprotocols), *headers]
+        self._request = encode_request_head("GET", url.target, fields)
+        self._parser = ResponseParser("GET", may_upgrade=True)
+        self.opened: asyncio.Future[WebSocketConnection] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected: the request goes out."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the answer; once its head is there, everything is decided."""
+        if self.opened.done():
+            return
+        self._parser.receive(data)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        elif self._parser.head is not None:
+            try:
+                self._open(self._parser.head)
+            except UpgradeError as error:
+                self._fail(UpstreamError(f"no WebSocket with {self._authority}: {error.message}"))
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection ended before it was a WebSocket."""
+        self._fail(UpstreamLostError(f"{self._authority} closed the connection instead of opening a WebSocket"))
+
+    def abort(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self.opened.cancel() and not self.opened.cancelled():
+            self.opened.exception()  # seen, though by nobody
+        self._transport.abort()
+
+    def _open(self, head: ResponseHead) -> None:
+        chosen = verify_upgrade_response(head.status, head.headers.get, self._nonce, self._subprotocols)
+        connection = WebSocketConnection(is_client=True, limit_bytes=self._limit_bytes, subprotocol=chosen)
+        writer = TransportWriter(self._transport, stall_s=WRITE_STALL_S)
+        self.opened.set_result(connection)
+        connection.take_over(self._transport, writer, self._parser.take_rest())
+
+    def _fail(self, error: UpstreamError) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error)
+        self._transport.abort()
+
+
+async def connect_websocket(
+    url: str,
+    *,
+    subprotocols: Sequence[str] = (),
+    headers: Sequence[tuple[str, str]] = (),
+    limit_bytes: int = RELAY_MESSAGE_LIMIT_BYTES,
+    timeout_s: float = WEBSOCKET_OPEN_S,
+    tls_context: ssl.SSLContext | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> WebSocket:
+    """Opens a WebSocket to `ws(s)://host[:port][/path][?query]`, in `timeout_s` with everything.
+
+    `environ`: where proxies are looked up (HTTPS_PROXY and so on); None: never through one. ValueError for another
+    URL or a header that cannot be sent; UpstreamConnectError, UpstreamTimeoutError or UpstreamError (the answer was
+    none, its message says whose it may be: a captive portal's, a proxy's); UsageError if the package is missing
+    that speaks with the proxy.
+    """
+    scheme, colon, rest = url.partition(":")
+    if scheme.lower() not in ("ws", "wss") or not colon:
+        raise ValueError("not a ws(s) URL of host, port, path and query")
+    parsed = parse_http_url(("https:" if scheme.lower() == "wss" else "http:") + rest)
+    proxy = choose_proxy(parsed, environ) if environ is not None else None
+    try:
+        async with asyncio.timeout(timeout_s):
+            if parsed.is_tls and tls_context is None:
+                tls_context = await asyncio.to_thread(ssl.create_default_context)
+            if proxy is not None:
+                settings = {"subprotocols": list(subprotocols) or None, "additional_headers": list(headers)}
+                return await _connect_through(proxy, url, parsed, settings, limit_bytes, tls_context)
+            exchange = await open_connection(
+                lambda: UpgradeExchange(parsed, headers=headers, subprotocols=subprotocols, limit_bytes=limit_bytes),
+                parsed,
+                tls_context=tls_context,
+                limit_s=timeout_s,
+            )
+            try:
+                return await exchange.opened
+            except asyncio.CancelledError:
+                exchange.abort()
+                raise
+    except TimeoutError as exc:
+        raise UpstreamTimeoutError(f"no WebSocket with {parsed.authority} within {timeout_s:g} s") from exc
+
+
+def choose_proxy(url: HttpUrl, environ: Mapping[str, str]) -> str | None:
+    """The proxy that the environment names for WebSockets to this place, None for a direct connection.
+
+    Read as curl and Python read it: lower case before upper case, `no_proxy` with suffixes and `*`. This machine is
+    never asked through a proxy.
+    """
+    names = ("wss", "socks", "https", "all") if url.is_tls else ("ws", "socks", "https", "http", "all")
+    variables = [name for scheme in names for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")]
+    proxy = next((environ[name] for name in variables if environ.get(name)), None)
+    if proxy is None or url.host == "localhost" or is_loopback_address(url.host):
+        return None
+    urllib_request: Any = importlib.import_module("urllib.request")  # here: it takes long, and few need it
+    excluded = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    return None if urllib_request.proxy_bypass_environment(f"{url.host}:{url.port}", {"no": excluded}) else proxy
+
+
+class ProxiedWebSocket:
+    """A WebSocket that the package `websockets` opened through a proxy; see WebSocket."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._closed: type[Exception] = importlib.import_module("websockets.exceptions").ConnectionClosed
+
+    @property
+    def subprotocol(self) -> str:
+        """See WebSocket."""
+        return self._connection.subprotocol or ""
+
+    @property
+    def close_code(self) -> int | None:
+        """See WebSocket."""
+        return cast("int | None", self._connection.close_code)
+
+    @property
+    def close_reason(self) -> str:
+        """See WebSocket."""
+        return self._connection.close_reason or ""
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        await self._send(data)
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        await self._send(text)
+
+    async def _send(self, message: bytes | str) -> None:
+        try:
+            await self._connection.send(message)
+        except self._closed as exc:
+            raise ConnectionResetError("the WebSocket is closed") from exc
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        try:
+            return cast("bytes | str", await self._connection.recv())
+        except self._closed:
+            return None
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        await self._connection.close(code, reason)
+
+
+async def _connect_through(
+    proxy: str,
+    url: str,
+    parsed: HttpUrl,
+    settings: dict[str, Any],
+    limit_bytes: int,
+    tls_context: ssl.SSLContext | None,
+) -> ProxiedWebSocket:
+    """Opens a WebSocket through an HTTP or SOCKS proxy, which our own code does not speak with."""
+    try:
+        client, exceptions = map(importlib.import_module, ("websockets.asyncio.client", "websockets.exceptions"))
+    except ImportError as exc:
+        raise UsageError(
+            f"{parsed.authority} is to be reached through a proxy, which needs the package websockets: "
+            "pip install 'websockets>=15' python-socks, or name the host in NO_PROXY"
+        ) from exc
+
+    class Connect(client.connect):  # type: ignore[name-defined,misc]
+        def process_redirect(self, exc: Exception) -> Exception:
+            return exc  # whoever redirects is no relay
+
+    settings |= {"ssl": tls_context} if parsed.is_tls else {}
+    try:
+        connection = await Connect(
+            url,
+            proxy=proxy,
+            compression=None,
+            user_agent_header=None,
+            max_size=limit_bytes,
+            open_timeout=None,
+            close_timeout=WEBSOCKET_CLOSE_S,
+            ping_interval=WEBSOCKET_PING_S,
+            ping_timeout=WEBSOCKET_PING_S * WEBSOCKET_PINGS_MISSED_LIMIT,
+            **settings,
+        )
+    except exceptions.InvalidStatus as exc:
+        why = explain_upgrade_refusal(exc.response.status_code)
+        raise UpstreamError(f"no WebSocket with {parsed.authority}: {why}") from exc
+    except exceptions.InvalidProxy as exc:  # whose text has the URL, and the URL may have a password
+        raise UpstreamConnectError("the proxy that the environment names is not a URL of one") from exc
+    except (exceptions.ProxyError, ImportError) as exc:
+        raise UpstreamConnectError(f"the proxy for {parsed.authority} does not help: {display_name(str(exc))}") from exc
+    except (OSError, exceptions.WebSocketException) as exc:
+        if isinstance(exc, TimeoutError):
+            raise
+        raise UpstreamConnectError(f"cannot connect to {parsed.authority}: {display_name(str(exc))}") from exc
+    return ProxiedWebSocket(connection)
 
 
 # ---- Engine ---------------------------------------------------------------------------
@@ -21035,6 +21560,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    http_minor: int = 1
     pairing: Pairing | None = None
 
     @property
@@ -21054,6 +21580,18 @@ class HttpRequest:
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class WebSocketUpgrade:
+    """What follows an answer of 101: `run` has the connection for itself, which is closed when it returns.
+
+    Once the client has left, `receive` gives None and sending raises ConnectionError: that is how `run` learns it.
+    """
+
+    run: Callable[[WebSocketConnection], Awaitable[None]]
+    limit_bytes: int
+    subprotocol: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class HttpResponse:
     """An answer. A `body` that is an iterator is streamed as it comes and always closed.
 
@@ -21064,6 +21602,7 @@ class HttpResponse:
     status: int = 200
     headers: Sequence[tuple[str, str]] = ()
     body: bytes | AsyncIterator[bytes] = b""
+    upgrade: WebSocketUpgrade | None = None
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -21088,7 +21627,38 @@ def build_error_response(error: BridgeError) -> HttpResponse:
         headers.append(("Allow", ", ".join(error.allow)))
     if isinstance(error, AuthenticationError):
         headers.append(("WWW-Authenticate", "Bearer"))
+    if isinstance(error, UpgradeRequiredError):
+        headers += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return build_json_response(build_error_body(error), status=error.status, headers=headers)
+
+
+def accept_websocket(
+    request: HttpRequest,
+    run: Callable[[WebSocketConnection], Awaitable[None]],
+    *,
+    subprotocols: Sequence[str] = (),
+    limit_bytes: int = TUNNEL_MESSAGE_LIMIT_BYTES,
+) -> HttpResponse:
+    """The answer that makes a WebSocket of a request's connection, for a route to return.
+
+    `subprotocols`: those that the route speaks, the best first; if there are any, the client must offer one.
+    `limit_bytes`: of a message. UpgradeRequiredError, or InvalidRequestError for a handshake that is none.
+    """
+    try:
+        key, offered = parse_upgrade_request(request.method, request.http_minor, request.headers.get)
+    except UpgradeError as error:
+        kind = UpgradeRequiredError if error.status == 426 else InvalidRequestError
+        raise kind(error.message) from error
+    if request.body:
+        raise InvalidRequestError("a request that opens a WebSocket has no body")
+    chosen = next((each for each in subprotocols if each in offered), "")
+    if subprotocols and not chosen:
+        raise InvalidRequestError(f"the WebSocket subprotocol must be {' or '.join(subprotocols)}")
+    return HttpResponse(
+        status=101,
+        headers=build_upgrade_response_fields(key, chosen),
+        upgrade=WebSocketUpgrade(run=run, limit_bytes=limit_bytes, subprotocol=chosen),
+    )
 
 
 def build_preflight_response(headers: Headers) -> HttpResponse:
@@ -21127,7 +21697,8 @@ class ConnectionPhase(enum.Enum):
     """What a connection is doing.
 
     TLS_HANDSHAKE → HEADERS → BODY → ANSWERING → IDLE → HEADERS …;   HEADERS, BODY, ANSWERING → LINGERING
-    Any of them → CLOSED. A deadline runs in every phase but ANSWERING, where the handler has its own.
+    ANSWERING → WEBSOCKET.   Any of them → CLOSED.
+    A deadline runs in every phase but ANSWERING, where the handler has its own, and WEBSOCKET, likewise.
     """
 
     TLS_HANDSHAKE = enum.auto()
@@ -21136,10 +21707,11 @@ class ConnectionPhase(enum.Enum):
     ANSWERING = enum.auto()
     IDLE = enum.auto()
     LINGERING = enum.auto()
+    WEBSOCKET = enum.auto()
     CLOSED = enum.auto()
 
 
-# Who gives way when all connections are taken, first to last; the oldest of a kind first. ANSWERING never does.
+# Who gives way when all connections are taken, first to last; the oldest of a kind first. The others never do.
 _EVICTION_ORDER = (
     ConnectionPhase.LINGERING,
     ConnectionPhase.TLS_HANDSHAKE,
@@ -21236,9 +21808,10 @@ class HttpExchange:
         self._framing = BodyFraming.NONE
         self._encoded_head = b""
         self.keep_alive = head.keep_alive
+        self.upgrade: WebSocketUpgrade | None = None
 
     async def run(self, handler: Handler) -> None:
-        """Answers the request; afterwards `keep_alive` says whether the connection may go on."""
+        """Answers the request; afterwards `keep_alive` and `upgrade` say whether and how the connection goes on."""
         started_at = self._loop.time()
         response = await self._answer(handler)
         try:
@@ -21274,6 +21847,7 @@ class HttpExchange:
             is_stream=not isinstance(response.body, bytes),
         )
         self.keep_alive = self.keep_alive and self._framing is not BodyFraming.CLOSE
+        self.upgrade = response.upgrade
         self._encoded_head = encode_response_head(response.status, self._build_fields(response, self._framing))
 
     async def _send(self, response: HttpResponse) -> None:
@@ -21300,6 +21874,8 @@ class HttpExchange:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
             fields.append(("Transfer-Encoding", "chunked"))
+        if response.upgrade is not None:
+            return fields
         if not self.keep_alive:
             fields.append(("Connection", "close"))
         elif self._head.http_minor == 0:
@@ -21363,6 +21939,7 @@ class HttpConnection(asyncio.Protocol):
         self._decision: AccessDecision | None = None
         self._task: asyncio.Task[None] | None = None
         self._exchange: HttpExchange | None = None
+        self._websocket: WebSocketConnection | None = None
         self._is_reading = True
         self._is_stopping = False
         self.is_tls = False
@@ -21527,6 +22104,7 @@ class HttpConnection(asyncio.Protocol):
             is_tls=self.is_tls,
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
+            http_minor=head.http_minor,
         )
         if decision.caller is Caller.PAIRED and decision.refusal is None:
             try:
@@ -21550,6 +22128,8 @@ class HttpConnection(asyncio.Protocol):
             if not task.cancelled():
                 _http_logger.error("an exchange failed", exc_info=task.exception())
             self._transport.abort()
+        elif exchange is not None and exchange.upgrade is not None:
+            self._open_websocket(exchange, exchange.upgrade)
         elif exchange is None or not exchange.keep_alive or self._is_stopping:
             self._finish()
         else:
@@ -21558,6 +22138,36 @@ class HttpConnection(asyncio.Protocol):
                 self._is_reading = True
                 self._transport.resume_reading()
             self._advance()
+
+    def _open_websocket(self, exchange: HttpExchange, upgrade: WebSocketUpgrade) -> None:
+        """Hands the connection over, which goes on counting here, until the WebSocket has lost it."""
+        if self._transport.is_closing():
+            self._transport.abort()
+            return
+        self._enter(ConnectionPhase.WEBSOCKET)
+        self._exchange = exchange  # whose request it still is
+        self._websocket = websocket = WebSocketConnection(
+            is_client=False, limit_bytes=upgrade.limit_bytes, subprotocol=upgrade.subprotocol
+        )
+        if not self._is_reading:
+            self._transport.resume_reading()
+        websocket.take_over(self._transport, self._writer, self._parser.take_rest(), self.connection_lost)
+        self._server.own(self._serve_websocket(websocket, upgrade, exchange.request.request_id))
+        if self._is_stopping:
+            websocket.begin_close(CLOSE_GOING_AWAY)
+
+    async def _serve_websocket(
+        self, websocket: WebSocketConnection, upgrade: WebSocketUpgrade, request_id: str
+    ) -> None:
+        code = CLOSE_INTERNAL_ERROR
+        try:
+            await upgrade.run(websocket)
+            code = CLOSE_NORMAL
+        except (BridgeError, ConnectionError) as error:
+            _http_logger.info("WebSocket of request %s ended: %s", request_id, error)
+        except Exception:
+            _http_logger.exception("internal error in the WebSocket of request %s", request_id)
+        await websocket.close(code)
 
     def _throttle(self) -> None:
         """Stops reading a client that sends far ahead; its leaving is then seen only when we write."""
@@ -21628,7 +22238,9 @@ class HttpConnection(asyncio.Protocol):
     def stop(self) -> None:
         """Ends the connection as soon as the answer that is being written is complete."""
         self._is_stopping = True
-        if self._exchange is not None:
+        if self._websocket is not None:
+            self._websocket.begin_close(CLOSE_GOING_AWAY)
+        elif self._exchange is not None:
             self._exchange.keep_alive = False
         else:
             self._transport.abort()
