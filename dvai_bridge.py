@@ -2672,11 +2672,12 @@ class ResponseParser(LineReader):
 
 _REASONS = {
     100: "Continue", 101: "Switching Protocols", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified",
-    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
 }  # fmt: skip
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -10166,9 +10167,10 @@ class WebSocketConnection(asyncio.Protocol):
             self._transport.write_eof()
 
     def _enter(self, phase: WebSocketPhase) -> None:
-        """Into a phase that ends soon, by itself or by the deadline."""
+        """Out of OPEN, or further: into a phase that ends soon, by itself or by the one deadline for them all."""
+        if self.phase is WebSocketPhase.OPEN:
+            self._deadline.set_after(WEBSOCKET_CLOSE_S)
         self.phase = phase
-        self._deadline.set_after(WEBSOCKET_CLOSE_S)
         self._wake()
 
     def _deadline_passed(self) -> None:
