@@ -140,6 +140,14 @@ CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all tog
 RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
 CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
 CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
+TUNNEL_MESSAGE_LIMIT_BYTES = 17 * KIB  # WebSocket messages that never end: tunnel
+RELAY_MESSAGE_LIMIT_BYTES = 96 * KIB  # likewise: relay
+WEBSOCKET_QUEUE_LIMIT = 256  # messages that come faster than they are received: reading pauses there
+WEBSOCKET_QUEUE_LIMIT_BYTES = 256 * KIB  # likewise
+WEBSOCKET_OPEN_S = 10.0  # servers that take a connection and never open the WebSocket
+WEBSOCKET_CLOSE_S = 5.0  # an other side that does not answer our close frame, or does not go after it
+WEBSOCKET_PING_S = 30.0  # silence after which the other side is asked for a sign of life
+WEBSOCKET_PINGS_MISSED_LIMIT = 2  # connections whose other side vanished without a word
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -472,6 +480,13 @@ class ExpectationFailedError(ProtocolError):
     """An `Expect` other than 100-continue."""
 
     status, code = 417, "expectation_failed"
+
+
+class UpgradeRequiredError(BridgeError):
+    """The route is a WebSocket, and the request asks for none, or for another version than 13."""
+
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+    should_retry = False
 
 
 class HeadersTooLargeError(ProtocolError):
@@ -2266,6 +2281,13 @@ class LineReader:
         """Received and not consumed."""
         return len(self._buffer) - self._line_start
 
+    def take_rest(self) -> bytes:
+        """What was received and not consumed: it belongs to the protocol that comes after this one."""
+        rest = bytes(memoryview(self._buffer)[self._line_start :])
+        self._buffer.clear()
+        self._line_start = self._searched = 0
+        return rest
+
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
         start = self._line_start
@@ -2496,14 +2518,16 @@ class ResponseParser(LineReader):
 
     `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
     given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
-    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree. With `may_upgrade` a 101
+    is an answer without a body, and what follows is for `take_rest`.
 
     Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, *, may_upgrade: bool = False) -> None:
         super().__init__()
         self._method = method
+        self._may_upgrade = may_upgrade
         self._minor = self._status = 0
         self._interim_count = 0
         self._remaining = 0
@@ -2579,7 +2603,7 @@ class ResponseParser(LineReader):
         if match is None:
             raise ProtocolError("malformed status line")
         self._minor, self._status = int(match[1]), int(match[2])
-        if self._status == 101:
+        if self._status == 101 and not self._may_upgrade:
             raise ProtocolError("a change of protocol that nobody asked for")
         self._block_start = self._line_start
         self._fields = []
@@ -2589,7 +2613,7 @@ class ResponseParser(LineReader):
     def _read_headers(self) -> bool:
         if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
             return False
-        if self._status < 200:
+        if self._status < 200 and self._status != 101:
             self._interim_count += 1
             if self._interim_count > INTERIM_RESPONSES_LIMIT:
                 raise ProtocolError("too many interim answers")
@@ -2607,7 +2631,7 @@ class ResponseParser(LineReader):
     def _choose_body(self, headers: Headers) -> ResponseState:
         """How the body's end will be found (RFC 9112 section 6.3)."""
         length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
-        if self._method == "HEAD" or self._status in (204, 304):
+        if self._method == "HEAD" or self._status in (101, 204, 304):
             return ResponseState.COMPLETE
         if "transfer-encoding" not in headers and "content-length" not in headers:
             return ResponseState.CLOSE_BODY
@@ -2668,12 +2692,13 @@ class ResponseParser(LineReader):
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
-    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    417: "Expectation Failed", 422: "Unprocessable Content", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
 }  # fmt: skip
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -2857,6 +2882,335 @@ class SseParser:
         if not data:
             return None
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
+
+
+# ---- WebSocket ------------------------------------------------------------------------
+# Frames, messages and the opening handshake of both sides (RFC 6455), without extensions. Pure.
+
+# -- begin: shared with rendezvous_server.py: WebSocket --
+WEBSOCKET_FRAGMENTS_LIMIT = 64  # messages in ever more pieces
+WEBSOCKET_VERSION = "13"
+
+OPCODE_CONTINUATION, OPCODE_TEXT, OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG = 0, 1, 2, 8, 9, 10
+
+CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_WITHOUT_CODE = 1005  # never sent: the frame had no code
+CLOSE_ABNORMAL = 1006  # never sent: the connection ended without a close frame
+CLOSE_INVALID_DATA = 1007
+CLOSE_POLICY_VIOLATION = 1008
+CLOSE_TOO_BIG = 1009
+CLOSE_INTERNAL_ERROR = 1011
+
+_CONTROL_LIMIT_BYTES = 125  # RFC 6455 section 5.5
+_WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # exactly 16 bytes in base64
+_WEBSOCKET_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+class WebSocketError(Exception):
+    """The other side broke RFC 6455 or a bound: `code` and `reason` are what the close frame tells it."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+        self.code = code
+        self.reason = reason
+
+
+class UpgradeError(Exception):
+    """No WebSocket comes of this handshake. `status`: what a server answers (400, 426), or what one answered."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def apply_mask(data: bytes, mask: bytes) -> bytes:
+    """`data` XOR the repeated 4 bytes of `mask`: masks and unmasks (RFC 6455 section 5.3)."""
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+def encode_websocket_frame(opcode: int, payload: bytes, *, mask: bytes | None = None, is_final: bool = True) -> bytes:
+    """One frame. `mask`: 4 unpredictable bytes, which a client must give and a server must not."""
+    size = len(payload)
+    first = opcode | 0x80 if is_final else opcode
+    masked = 0 if mask is None else 0x80
+    if size < 126:
+        head = bytes((first, masked | size))
+    elif size < 0x10000:
+        head = struct.pack("!BBH", first, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, size)
+    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+
+
+def is_close_code(code: int) -> bool:
+    """Whether a close frame may carry this code (RFC 6455 section 7.4 and IANA's registry)."""
+    if code in (1004, CLOSE_WITHOUT_CODE, CLOSE_ABNORMAL):
+        return False
+    return 1000 <= code < 1015 or 3000 <= code < 5000
+
+
+def encode_websocket_close(code: int, reason: str = "", *, mask: bytes | None = None) -> bytes:
+    """A close frame; a reason that is too long is cut. CLOSE_WITHOUT_CODE: an empty one; ValueError for no code."""
+    if code == CLOSE_WITHOUT_CODE:
+        return encode_websocket_frame(OPCODE_CLOSE, b"", mask=mask)
+    if not is_close_code(code):
+        raise ValueError(f"{code} must not be sent in a close frame")
+    text = reason.encode()[: _CONTROL_LIMIT_BYTES - 2].decode(errors="ignore").encode()
+    return encode_websocket_frame(OPCODE_CLOSE, struct.pack("!H", code) + text, mask=mask)
+
+
+class WebSocketParser:
+    """Reads the frames of one connection in segments of any size and gives whole messages and control frames.
+
+    `feed` returns events `(opcode, data)`: OPCODE_TEXT with str; OPCODE_BINARY, OPCODE_PING and OPCODE_PONG with
+    bytes; OPCODE_CLOSE with the reason, `close_code` then saying the rest (CLOSE_WITHOUT_CODE if there was none).
+    `error` is set once the bytes have proved a fault. The outcome depends on the bytes only, never on how they
+    were cut. Nothing is read any more after a close frame or an error:
+
+        OPEN (both None) → CLOSED (`close_code`)        OPEN → FAILED (`error`)
+
+    Invariants: `_held` is the start of one frame, shorter than `_needed_bytes` and than the limits allow;
+    `_fragments` belong to one message whose opcode is `_opcode` (0: none has begun), `_size_bytes` of payload
+    in all, `_count` of them.
+    """
+
+    def __init__(
+        self, *, expects_mask: bool, limit_bytes: int, limit_fragments: int = WEBSOCKET_FRAGMENTS_LIMIT
+    ) -> None:
+        """`expects_mask`: whether the other side is the client. `limit_bytes`: of a message's payload."""
+        self._mask_bit = 0x80 if expects_mask else 0
+        self._limit_bytes = limit_bytes
+        self._limit_fragments = limit_fragments
+        self._held = bytearray()
+        self._needed_bytes = 2
+        self._opcode = 0
+        self._fragments: list[Any] = []  # bytes of a binary message, str of a text
+        self._decode_text = codecs.getincrementaldecoder("utf-8")().decode
+        self._count = 0
+        self._size_bytes = 0
+        self.close_code: int | None = None
+        self.error: WebSocketError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a close frame or an error has come: bytes that follow mean nothing."""
+        return self.close_code is not None or self.error is not None
+
+    @property
+    def is_inside_message(self) -> bool:
+        """Whether what was fed ended within a frame or a message."""
+        return bool(self._held or self._opcode)
+
+    def feed(self, data: bytes) -> list[tuple[int, Any]]:
+        """The events that end within `data`, those before a fault included; look at `error` then."""
+        if self._held:
+            self._held += data
+            if len(self._held) < self._needed_bytes:
+                return []
+            data = bytes(self._held)
+            self._held.clear()
+        events: list[tuple[int, Any]] = []
+        position, end = 0, len(data)
+        try:
+            while position < end and self.close_code is None and self.error is None:
+                next_position = self._read_frame(data, position, end, events)
+                if not next_position:
+                    self._held += data[position:] if position else data
+                    break
+                position = next_position
+        except WebSocketError as error:
+            self.error = error
+        except UnicodeDecodeError:
+            self.error = WebSocketError(CLOSE_INVALID_DATA, "text that is not UTF-8")
+        return events
+
+    def _read_frame(self, data: bytes, position: int, end: int, events: list[tuple[int, Any]]) -> int:
+        """Reads the frame at `position`; where the next begins, or 0: the frame needs `_needed_bytes`."""
+        available = end - position
+        if available < 2:
+            self._needed_bytes = 2
+            return 0
+        first, size = data[position], data[position + 1] ^ self._mask_bit
+        if self._opcode or first not in (0x81, 0x82) or size > 127:
+            self._verify_head(first, size)
+        start = position + 2
+        if size > 125:
+            start += 2 if size == 126 else 8
+            if start > end:
+                self._needed_bytes = start - position
+                return 0
+            size = self._parse_long_size(data[position + 2 : start])
+        if size + self._size_bytes > self._limit_bytes and not first & 8:
+            raise WebSocketError(CLOSE_TOO_BIG, f"a message of more than {self._limit_bytes} bytes")
+        mask_start = start
+        if self._mask_bit:
+            start += 4
+        stop = start + size
+        if stop > end:
+            self._needed_bytes = stop - position
+            return 0
+        payload = data[start:stop]
+        if self._mask_bit:
+            payload = apply_mask(payload, data[mask_start:start])
+        if first == 0x82 and not self._opcode:
+            events.append((OPCODE_BINARY, payload))
+        elif first == 0x81 and not self._opcode:
+            events.append((OPCODE_TEXT, payload.decode()))
+        elif first & 8:
+            events.append((first & 15, self._take_close(payload) if first & 15 == OPCODE_CLOSE else payload))
+        else:
+            self._take_fragment(first, payload, events)
+        return stop
+
+    def _verify_head(self, first: int, size: int) -> None:
+        """What the first two bytes of a frame may be here (RFC 6455 sections 5.2, 5.4 and 5.5)."""
+        opcode = first & 15
+        if first & 0x70:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved bit without an extension")
+        if size > 127:
+            wanted = "an unmasked frame from a client" if self._mask_bit else "a masked frame from a server"
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, wanted)
+        if opcode & 8:
+            if opcode > OPCODE_PONG:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+            if not first & 0x80 or size > _CONTROL_LIMIT_BYTES:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a control frame that is fragmented or too long")
+            return
+        if opcode > OPCODE_BINARY:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+        if (opcode == OPCODE_CONTINUATION) != bool(self._opcode):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a fragment out of turn")
+        if self._count >= self._limit_fragments:
+            raise WebSocketError(CLOSE_POLICY_VIOLATION, f"a message of more than {self._limit_fragments} fragments")
+
+    def _parse_long_size(self, data: bytes) -> int:
+        size = int.from_bytes(data, "big")
+        if size >> 63 or size < (126 if len(data) == 2 else 0x10000):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a length that is not written in the shortest way")
+        return size
+
+    def _take_close(self, payload: bytes) -> str:
+        if not payload:
+            self.close_code = CLOSE_WITHOUT_CODE
+            return ""
+        code = int.from_bytes(payload[:2], "big")
+        if len(payload) == 1 or not is_close_code(code):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a close frame without a valid code")
+        reason = payload[2:].decode()
+        self.close_code = code
+        return reason
+
+    def _take_fragment(self, first: int, payload: bytes, events: list[tuple[int, Any]]) -> None:
+        """One piece of a message that comes in several, text checked as far as it has come."""
+        is_final = first & 0x80
+        opcode = self._opcode = self._opcode or first
+        self._count += 1
+        self._size_bytes += len(payload)
+        is_text = opcode == OPCODE_TEXT
+        self._fragments.append(self._decode_text(payload, bool(is_final)) if is_text else payload)
+        if is_final:
+            events.append((opcode, ("" if is_text else b"").join(self._fragments)))
+            self._opcode = self._count = self._size_bytes = 0
+            self._fragments.clear()
+
+
+def compute_accept(key: str) -> str:
+    """Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()).decode()
+
+
+def _has_token(value: str, token: str) -> bool:
+    return token in [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def parse_subprotocols(value: str) -> list[str]:
+    """The members of a Sec-WebSocket-Protocol field, none for an empty one; UpgradeError (400) if malformed."""
+    members = [member.strip(" \t") for member in value.split(",")] if value else []
+    if not all(map(_WEBSOCKET_TOKEN.fullmatch, members)) or len(set(members)) < len(members):
+        raise UpgradeError(400, "malformed Sec-WebSocket-Protocol")
+    return members
+
+
+def is_upgrade_request(get_field: Callable[[str, str], str]) -> bool:
+    """Whether a request asks for a WebSocket. `get_field(name, default)`: a header field by its lower-case name."""
+    return _has_token(get_field("upgrade", ""), "websocket")
+
+
+def parse_upgrade_request(method: str, http_minor: int, get_field: Callable[[str, str], str]) -> tuple[str, list[str]]:
+    """Key and offered subprotocols of a client's opening handshake; UpgradeError says with which status it fails.
+
+    `get_field(name, default)`: a header field by its lower-case name, duplicates joined by commas. The answer to
+    426 carries `Upgrade: websocket` and `Sec-WebSocket-Version: 13`.
+    """
+    if not is_upgrade_request(get_field):
+        raise UpgradeError(426, "only WebSocket is spoken here")
+    if method != "GET" or http_minor < 1 or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
+    if get_field("sec-websocket-version", "") != WEBSOCKET_VERSION:
+        raise UpgradeError(426, "the only WebSocket version spoken here is 13")
+    key = get_field("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise UpgradeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    return key, parse_subprotocols(get_field("sec-websocket-protocol", ""))
+
+
+def build_upgrade_response_fields(key: str, subprotocol: str = "") -> list[tuple[str, str]]:
+    """The header fields of the 101 that answers a client's key; `subprotocol`: one that it offered, or none."""
+    fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", compute_accept(key))]
+    return [*fields, ("Sec-WebSocket-Protocol", subprotocol)] if subprotocol else fields
+
+
+def build_upgrade_request_fields(nonce: bytes, subprotocols: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The header fields, Host apart, of a client's opening handshake. `nonce`: 16 random bytes."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Key", base64.b64encode(nonce).decode()),
+        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+    ]
+    return [*fields, ("Sec-WebSocket-Protocol", ", ".join(subprotocols))] if subprotocols else fields
+
+
+def verify_upgrade_response(
+    status: int, get_field: Callable[[str, str], str], nonce: bytes, subprotocols: Sequence[str] = ()
+) -> str:
+    """The subprotocol that the server chose ("" if none); UpgradeError says what is wrong with its answer.
+
+    Whoever answers 200, a redirect or 407 is named as what usually stands in the way: a captive portal or a proxy.
+    """
+    if status != 101:
+        raise UpgradeError(status, explain_upgrade_refusal(status))
+    accept = compute_accept(base64.b64encode(nonce).decode())
+    if not _has_token(get_field("upgrade", ""), "websocket") or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(status, "the answer changes to something else than WebSocket")
+    if get_field("sec-websocket-accept", "") != accept:
+        raise UpgradeError(status, "the answer is not one to this request (Sec-WebSocket-Accept)")
+    if get_field("sec-websocket-extensions", ""):
+        raise UpgradeError(status, "the server chose an extension that was not offered")
+    chosen = get_field("sec-websocket-protocol", "")
+    if chosen and chosen not in subprotocols:
+        raise UpgradeError(status, "the server chose a subprotocol that was not offered")
+    return chosen
+
+
+def explain_upgrade_refusal(status: int) -> str:
+    """Who probably answered with this status where a 101 was expected."""
+    if status == 407:
+        return "a proxy in between wants a login (407)"
+    if status == 511 or 200 <= status < 400:
+        return f"a web page came instead of a WebSocket ({status}): a captive portal or a proxy is in between"
+    if status == 426:
+        return "the server speaks another version of WebSocket, or another protocol (426)"
+    return f"the server refused the WebSocket ({status})"
+
+
+# -- end: shared with rendezvous_server.py: WebSocket --
 
 
 # ---- DNS ------------------------------------------------------------------------------
@@ -11249,11 +11603,11 @@ class TransportWriter:
             self.flush()
             await asyncio.sleep(0)  # a body that never waits must not keep the loop from everybody else
         if self.is_lost:
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the other side is gone")
         if self._can_write is not None:
             await asyncio.shield(self._can_write)
             if self.is_lost:
-                raise ConnectionResetError("the client is gone")
+                raise ConnectionResetError("the other side is gone")
 
     def pause(self) -> None:
         """The transport holds enough."""
@@ -11791,6 +12145,42 @@ def explain_connect_error(error: OSError | UnicodeError) -> str:
     return getattr(error, "strerror", None) or display_name(str(error))
 
 
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+
+
+async def open_connection(
+    build_protocol: Callable[[], _ProtocolT], url: HttpUrl, *, tls_context: ssl.SSLContext | None, limit_s: float
+) -> _ProtocolT:
+    """A new connection to the server of `url`, in `limit_s`; UpstreamConnectError says why there is none."""
+    try:
+        async with asyncio.timeout(limit_s):
+            _, protocol = await asyncio.get_running_loop().create_connection(
+                build_protocol,
+                url.host,
+                url.port,
+                ssl=tls_context if url.is_tls else None,
+                server_hostname=url.host.partition("%")[0] if url.is_tls else None,
+                happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+            )
+    except TimeoutError as exc:
+        raise UpstreamConnectError(f"{url.authority} did not take a connection in {limit_s:g} s") from exc
+    except ssl.SSLError as exc:
+        reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+        raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+    except (OSError, UnicodeError) as exc:
+        raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
+    return protocol
+
+
 class HttpClient:
     """Asks servers. Belongs to one event loop; `close` ends what is still open.
 
@@ -11872,24 +12262,8 @@ class HttpClient:
         if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
             raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
         context = await self._get_tls_context() if url.is_tls else None
-        try:
-            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self, url),
-                    url.host,
-                    url.port,
-                    ssl=context,
-                    server_hostname=url.host.partition("%")[0] if context is not None else None,
-                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
-                )
-        except TimeoutError as exc:
-            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
-        except ssl.SSLError as exc:
-            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
-            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
-        except (OSError, UnicodeError) as exc:
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
-        return connection
+        limit_s = min(budgets.connect_s, budgets.total_s or math.inf)
+        return await open_connection(lambda: ClientConnection(self, url), url, tls_context=context, limit_s=limit_s)
 
     async def _get_tls_context(self) -> ssl.SSLContext:
         """Made at first use, in a thread: it reads the system's certificates."""
@@ -11898,13 +12272,494 @@ class HttpClient:
         return self._tls_context
 
 
-def is_ip_address(host: str) -> bool:
-    """Whether `host` is an address (with or without a scope) and not a name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+# ---- WebSocket client -----------------------------------------------------------------
+# Open WebSockets of either side, with deadlines and back-pressure, and how a client opens one.
+
+_websocket_logger = logging.getLogger("dvai_bridge.websocket")
+
+
+class WebSocket(Protocol):
+    """A WebSocket that was opened. One task at a time receives; any number may send.
+
+    `subprotocol`: what both sides agreed on, "" for none. `close_code` is None while it is open; then the code that
+    the other side gave, or CLOSE_ABNORMAL if it went without one; `close_reason` is its text, not to be trusted.
+    """
+
+    @property
+    def subprotocol(self) -> str: ...
+    @property
+    def close_code(self) -> int | None: ...
+    @property
+    def close_reason(self) -> str: ...
+
+    async def send_binary(self, data: bytes) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def send_text(self, text: str) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def receive(self) -> bytes | str | None:
+        """The next message, None once no more will come."""
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """Closes it, and waits until it is: at most WEBSOCKET_CLOSE_S. A second call waits for the same end."""
+
+
+class WebSocketPhase(enum.Enum):
+    """What an open WebSocket is doing.
+
+    OPEN → CLOSING → LEAVING → CLOSED;   OPEN → LEAVING when the other side closes first, or breaks the protocol.
+    Any of them → CLOSED. A deadline runs in every phase but CLOSED: in OPEN that of the other side's silence.
+    """
+
+    OPEN = "messages go both ways"
+    CLOSING = "our close frame is sent; what comes before theirs is dropped"
+    LEAVING = "no frame goes or counts any more: the connection is about to end"
+    CLOSED = "the connection is gone"
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """A WebSocket of either side over a transport of ours; see WebSocket.
+
+    What one pass of the loop sends leaves as one write. Reading pauses while WEBSOCKET_QUEUE_LIMIT messages, or
+    WEBSOCKET_QUEUE_LIMIT_BYTES of them, wait to be received; one segment more may have come by then. Pings are
+    answered, of those that come faster than the answers leave only the last. Somebody silent is pinged every
+    `ping_interval_s`, and gone when WEBSOCKET_PINGS_MISSED_LIMIT of these brought no sign of life.
+    """
+
+    def __init__(
+        self, *, is_client: bool, limit_bytes: int, subprotocol: str = "", ping_interval_s: float = WEBSOCKET_PING_S
+    ) -> None:
+        """`limit_bytes`: of a message that is received."""
+        self.subprotocol = subprotocol
+        self.phase = WebSocketPhase.OPEN
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self._is_client = is_client
+        self._ping_interval_s = ping_interval_s
+        self._parser = WebSocketParser(expects_mask=not is_client, limit_bytes=limit_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._messages: deque[bytes | str] = deque()
+        self._held_bytes = 0
+        self._receiver: asyncio.Future[None] | None = None
+        self._is_reading = True
+        self._is_write_paused = False
+        self._late_pong: bytes | None = None
+        self._has_heard = True
+        self._pings_missed = 0
+        self._closed = asyncio.Event()
+
+    def take_over(
+        self,
+        transport: asyncio.Transport,
+        writer: TransportWriter,
+        rest: bytes,
+        on_lost: Callable[[Exception | None], None] = lambda exc: None,
+    ) -> None:
+        """The handshake is done: from now on this is the transport's protocol. `rest`: bytes behind the handshake.
+
+        `on_lost` is told what `connection_lost` is.
+        """
+        self._transport, self._writer, self._on_lost = transport, writer, on_lost
+        transport.set_protocol(self)
+        self._deadline.set_after(self._ping_interval_s)
+        if rest:
+            self.data_received(rest)
+
+    # -- what asyncio calls --
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the other side."""
+        self._has_heard = True
+        if self.phase is WebSocketPhase.LEAVING:
+            return
+        for opcode, payload in self._parser.feed(data):
+            if opcode <= OPCODE_BINARY:
+                if self.phase is WebSocketPhase.OPEN:
+                    self._messages.append(payload)
+                    self._held_bytes += len(payload)
+            elif opcode == OPCODE_PING:
+                self._answer_ping(payload)
+            elif opcode == OPCODE_CLOSE:
+                self._take_close(self._parser.close_code or CLOSE_WITHOUT_CODE, payload)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        self._pause_or_resume()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """The other side sends nothing more: the connection ends."""
         return False
-    return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, by whomever."""
+        self.phase = WebSocketPhase.CLOSED
+        if self.close_code is None:
+            self.close_code = CLOSE_ABNORMAL
+        self._deadline.close()
+        self._writer.close()
+        self._closed.set()
+        self._wake()
+        self._on_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The transport holds enough."""
+        self._is_write_paused = True
+        self._writer.pause()
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._is_write_paused = False
+        self._writer.resume()
+        pong, self._late_pong = self._late_pong, None
+        if pong is not None:
+            self._answer_ping(pong)
+
+    # -- what the owner calls --
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_BINARY, data)
+        await self._writer.drain()
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_TEXT, text.encode())
+        await self._writer.drain()
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        if self._receiver is not None:
+            raise RuntimeError("somebody receives from this WebSocket already")
+        while not self._messages:
+            if self.phase is not WebSocketPhase.OPEN:
+                return None
+            self._receiver = self._loop.create_future()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+        message = self._messages.popleft()
+        self._held_bytes -= len(message)
+        if not self._is_reading:
+            self._pause_or_resume()
+        return message
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        self.begin_close(code, reason)
+        await self._closed.wait()
+
+    def begin_close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """The part of `close` that does not wait: whoever receives gets None at once."""
+        if self.phase is not WebSocketPhase.OPEN:
+            return
+        self._write_close(code, reason)
+        self._enter(WebSocketPhase.CLOSING)
+        self._messages.clear()
+        self._held_bytes = 0
+        self._pause_or_resume()
+
+    def abort(self) -> None:
+        """Ends the connection now."""
+        self._transport.abort()
+
+    # -- inside --
+
+    def _send(self, opcode: int, payload: bytes) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            raise ConnectionResetError("the WebSocket is closed")
+        self._writer.write(encode_websocket_frame(opcode, payload, mask=self._draw_mask()))
+
+    def _draw_mask(self) -> bytes | None:
+        return os.urandom(4) if self._is_client else None
+
+    def _write_close(self, code: int, reason: str = "") -> None:
+        self._writer.write(encode_websocket_close(code, reason, mask=self._draw_mask()))
+        self._writer.flush()
+
+    def _answer_ping(self, payload: bytes) -> None:
+        if self._is_write_paused:
+            self._late_pong = payload
+        elif self.phase is WebSocketPhase.OPEN:
+            self._send(OPCODE_PONG, payload)
+
+    def _take_close(self, code: int, reason: str) -> None:
+        """The other side's close frame: answered if it is not itself an answer. The server ends the connection."""
+        self.close_code, self.close_reason = code, reason
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(code)
+        self._enter(WebSocketPhase.LEAVING)
+        if not self._is_client:
+            self._transport.close()
+
+    def _fail(self, error: WebSocketError) -> None:
+        """Says what was wrong and waits for the other side to go; ending at once would reset that away."""
+        self.close_code, self.close_reason = error.code, error.reason
+        _websocket_logger.info("a WebSocket is closed: %s", error)
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(error.code, error.reason)
+        self._enter(WebSocketPhase.LEAVING)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _enter(self, phase: WebSocketPhase) -> None:
+        """Out of OPEN, or further: into a phase that ends soon, by itself or by the one deadline for them all."""
+        if self.phase is WebSocketPhase.OPEN:
+            self._deadline.set_after(WEBSOCKET_CLOSE_S)
+        self.phase = phase
+        self._wake()
+
+    def _deadline_passed(self) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            self._transport.abort()
+        elif self._has_heard or not self._is_reading:
+            self._has_heard, self._pings_missed = False, 0
+            self._deadline.set_after(self._ping_interval_s)
+        elif self._pings_missed == WEBSOCKET_PINGS_MISSED_LIMIT:
+            _websocket_logger.info("a WebSocket's other side is gone without a word")
+            self._transport.abort()
+        else:
+            self._pings_missed += 1
+            self._send(OPCODE_PING, b"")
+            self._deadline.set_after(self._ping_interval_s)
+
+    def _pause_or_resume(self) -> None:
+        """Reads as long as the queue has room; after OPEN always, to see the end."""
+        is_full = len(self._messages) >= WEBSOCKET_QUEUE_LIMIT or self._held_bytes >= WEBSOCKET_QUEUE_LIMIT_BYTES
+        may_read = not is_full or self.phase is not WebSocketPhase.OPEN
+        if may_read is not self._is_reading:
+            self._is_reading = may_read
+            if may_read:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _wake(self) -> None:
+        has_news = self._messages or self.phase is not WebSocketPhase.OPEN
+        if has_news and self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+
+
+class UpgradeExchange(asyncio.Protocol):
+    """The client's half of the opening handshake: sends the request, makes a WebSocketConnection of the 101.
+
+    `opened` gives it, or raises UpstreamError, or UpstreamLostError for a server that says nothing.
+    """
+
+    def __init__(
+        self, url: HttpUrl, *, headers: Sequence[tuple[str, str]], subprotocols: Sequence[str], limit_bytes: int
+    ) -> None:
+        self._authority = url.authority
+        self._nonce = os.urandom(16)
+        self._subprotocols = subprotocols
+        self._limit_bytes = limit_bytes
+        fields = [("Host", url.authority), *build_upgrade_request_fields(self._nonce, subprotocols), *headers]
+        self._request = encode_request_head("GET", url.target, fields)
+        self._parser = ResponseParser("GET", may_upgrade=True)
+        self.opened: asyncio.Future[WebSocketConnection] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected: the request goes out."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the answer; once its head is there, everything is decided."""
+        if self.opened.done():
+            return
+        self._parser.receive(data)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        elif self._parser.head is not None:
+            try:
+                self._open(self._parser.head)
+            except UpgradeError as error:
+                self._fail(UpstreamError(f"no WebSocket with {self._authority}: {error.message}"))
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection ended before it was a WebSocket."""
+        self._fail(UpstreamLostError(f"{self._authority} closed the connection instead of opening a WebSocket"))
+
+    def abort(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self.opened.cancel() and not self.opened.cancelled():
+            self.opened.exception()  # seen, though by nobody
+        self._transport.abort()
+
+    def _open(self, head: ResponseHead) -> None:
+        chosen = verify_upgrade_response(head.status, head.headers.get, self._nonce, self._subprotocols)
+        connection = WebSocketConnection(is_client=True, limit_bytes=self._limit_bytes, subprotocol=chosen)
+        writer = TransportWriter(self._transport, stall_s=WRITE_STALL_S)
+        self.opened.set_result(connection)
+        connection.take_over(self._transport, writer, self._parser.take_rest())
+
+    def _fail(self, error: UpstreamError) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error)
+        self._transport.abort()
+
+
+async def connect_websocket(
+    url: str,
+    *,
+    subprotocols: Sequence[str] = (),
+    headers: Sequence[tuple[str, str]] = (),
+    limit_bytes: int = RELAY_MESSAGE_LIMIT_BYTES,
+    timeout_s: float = WEBSOCKET_OPEN_S,
+    tls_context: ssl.SSLContext | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> WebSocket:
+    """Opens a WebSocket to `ws(s)://host[:port][/path][?query]`, in `timeout_s` with everything.
+
+    `environ`: where proxies are looked up (HTTPS_PROXY and so on); None: never through one. ValueError for another
+    URL or a header that cannot be sent; UpstreamConnectError, UpstreamTimeoutError or UpstreamError (the answer was
+    none, its message says whose it may be: a captive portal's, a proxy's); UsageError if the package is missing
+    that speaks with the proxy.
+    """
+    scheme, colon, rest = url.partition(":")
+    if scheme.lower() not in ("ws", "wss") or not colon:
+        raise ValueError("not a ws(s) URL of host, port, path and query")
+    parsed = parse_http_url(("https:" if scheme.lower() == "wss" else "http:") + rest)
+    proxy = choose_proxy(parsed, environ) if environ is not None else None
+    try:
+        async with asyncio.timeout(timeout_s):
+            if parsed.is_tls and tls_context is None:
+                tls_context = await asyncio.to_thread(ssl.create_default_context)
+            if proxy is not None:
+                settings = {"subprotocols": list(subprotocols) or None, "additional_headers": list(headers)}
+                return await _connect_through(proxy, url, parsed, settings, limit_bytes, tls_context)
+            exchange = await open_connection(
+                lambda: UpgradeExchange(parsed, headers=headers, subprotocols=subprotocols, limit_bytes=limit_bytes),
+                parsed,
+                tls_context=tls_context,
+                limit_s=timeout_s,
+            )
+            try:
+                return await exchange.opened
+            except asyncio.CancelledError:
+                exchange.abort()
+                raise
+    except TimeoutError as exc:
+        raise UpstreamTimeoutError(f"no WebSocket with {parsed.authority} within {timeout_s:g} s") from exc
+
+
+def choose_proxy(url: HttpUrl, environ: Mapping[str, str]) -> str | None:
+    """The proxy that the environment names for WebSockets to this place, None for a direct connection.
+
+    Read as curl and Python read it: lower case before upper case, `no_proxy` with suffixes and `*`. This machine is
+    never asked through a proxy.
+    """
+    names = ("wss", "socks", "https", "all") if url.is_tls else ("ws", "socks", "https", "http", "all")
+    variables = [name for scheme in names for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")]
+    proxy = next((environ[name] for name in variables if environ.get(name)), None)
+    if proxy is None or url.host == "localhost" or is_loopback_address(url.host):
+        return None
+    urllib_request: Any = importlib.import_module("urllib.request")  # here: it takes long, and few need it
+    excluded = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    return None if urllib_request.proxy_bypass_environment(f"{url.host}:{url.port}", {"no": excluded}) else proxy
+
+
+class ProxiedWebSocket:
+    """A WebSocket that the package `websockets` opened through a proxy; see WebSocket."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._closed: type[Exception] = importlib.import_module("websockets.exceptions").ConnectionClosed
+
+    @property
+    def subprotocol(self) -> str:
+        """See WebSocket."""
+        return self._connection.subprotocol or ""
+
+    @property
+    def close_code(self) -> int | None:
+        """See WebSocket."""
+        return cast("int | None", self._connection.close_code)
+
+    @property
+    def close_reason(self) -> str:
+        """See WebSocket."""
+        return self._connection.close_reason or ""
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        await self._send(data)
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        await self._send(text)
+
+    async def _send(self, message: bytes | str) -> None:
+        try:
+            await self._connection.send(message)
+        except self._closed as exc:
+            raise ConnectionResetError("the WebSocket is closed") from exc
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        try:
+            return cast("bytes | str", await self._connection.recv())
+        except self._closed:
+            return None
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        await self._connection.close(code, reason)
+
+
+async def _connect_through(
+    proxy: str,
+    url: str,
+    parsed: HttpUrl,
+    settings: dict[str, Any],
+    limit_bytes: int,
+    tls_context: ssl.SSLContext | None,
+) -> ProxiedWebSocket:
+    """Opens a WebSocket through an HTTP or SOCKS proxy, which our own code does not speak with."""
+    try:
+        client, exceptions = map(importlib.import_module, ("websockets.asyncio.client", "websockets.exceptions"))
+    except ImportError as exc:
+        raise UsageError(
+            f"{parsed.authority} is to be reached through a proxy, which needs the package websockets: "
+            "pip install 'websockets>=15' python-socks, or name the host in NO_PROXY"
+        ) from exc
+
+    class Connect(client.connect):  # type: ignore[name-defined,misc]
+        def process_redirect(self, exc: Exception) -> Exception:
+            return exc  # whoever redirects is no relay
+
+    settings |= {"ssl": tls_context} if parsed.is_tls else {}
+    try:
+        connection = await Connect(
+            url,
+            proxy=proxy,
+            compression=None,
+            user_agent_header=None,
+            max_size=limit_bytes,
+            open_timeout=None,
+            close_timeout=WEBSOCKET_CLOSE_S,
+            ping_interval=WEBSOCKET_PING_S,
+            ping_timeout=WEBSOCKET_PING_S * WEBSOCKET_PINGS_MISSED_LIMIT,
+            **settings,
+        )
+    except exceptions.InvalidStatus as exc:
+        why = explain_upgrade_refusal(exc.response.status_code)
+        raise UpstreamError(f"no WebSocket with {parsed.authority}: {why}") from exc
+    except exceptions.InvalidProxy as exc:  # whose text has the URL, and the URL may have a password
+        raise UpstreamConnectError("the proxy that the environment names is not a URL of one") from exc
+    except (exceptions.ProxyError, ImportError) as exc:
+        raise UpstreamConnectError(f"the proxy for {parsed.authority} does not help: {display_name(str(exc))}") from exc
+    except (OSError, exceptions.WebSocketException) as exc:
+        if isinstance(exc, TimeoutError):
+            raise
+        raise UpstreamConnectError(f"cannot connect to {parsed.authority}: {display_name(str(exc))}") from exc
+    return ProxiedWebSocket(connection)
 
 
 # ---- Engine ---------------------------------------------------------------------------
@@ -23045,6 +23900,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    http_minor: int = 1
     pairing: Pairing | None = None
 
     @property
@@ -23064,6 +23920,18 @@ class HttpRequest:
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class WebSocketUpgrade:
+    """What follows an answer of 101: `run` has the connection for itself, which is closed when it returns.
+
+    Once the client has left, `receive` gives None and sending raises ConnectionError: that is how `run` learns it.
+    """
+
+    run: Callable[[WebSocketConnection], Awaitable[None]]
+    limit_bytes: int
+    subprotocol: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class HttpResponse:
     """An answer. A `body` that is an iterator is streamed as it comes and always closed.
 
@@ -23074,6 +23942,7 @@ class HttpResponse:
     status: int = 200
     headers: Sequence[tuple[str, str]] = ()
     body: bytes | AsyncIterator[bytes] = b""
+    upgrade: WebSocketUpgrade | None = None
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -23098,7 +23967,38 @@ def build_error_response(error: BridgeError) -> HttpResponse:
         headers.append(("Allow", ", ".join(error.allow)))
     if isinstance(error, AuthenticationError):
         headers.append(("WWW-Authenticate", "Bearer"))
+    if isinstance(error, UpgradeRequiredError):
+        headers += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return build_json_response(build_error_body(error), status=error.status, headers=headers)
+
+
+def accept_websocket(
+    request: HttpRequest,
+    run: Callable[[WebSocketConnection], Awaitable[None]],
+    *,
+    subprotocols: Sequence[str] = (),
+    limit_bytes: int = TUNNEL_MESSAGE_LIMIT_BYTES,
+) -> HttpResponse:
+    """The answer that makes a WebSocket of a request's connection, for a route to return.
+
+    `subprotocols`: those that the route speaks, the best first; if there are any, the client must offer one.
+    `limit_bytes`: of a message. UpgradeRequiredError, or InvalidRequestError for a handshake that is none.
+    """
+    try:
+        key, offered = parse_upgrade_request(request.method, request.http_minor, request.headers.get)
+    except UpgradeError as error:
+        kind = UpgradeRequiredError if error.status == 426 else InvalidRequestError
+        raise kind(error.message) from error
+    if request.body:
+        raise InvalidRequestError("a request that opens a WebSocket has no body")
+    chosen = next((each for each in subprotocols if each in offered), "")
+    if subprotocols and not chosen:
+        raise InvalidRequestError(f"the WebSocket subprotocol must be {' or '.join(subprotocols)}")
+    return HttpResponse(
+        status=101,
+        headers=build_upgrade_response_fields(key, chosen),
+        upgrade=WebSocketUpgrade(run=run, limit_bytes=limit_bytes, subprotocol=chosen),
+    )
 
 
 def build_preflight_response(headers: Headers) -> HttpResponse:
@@ -23137,7 +24037,8 @@ class ConnectionPhase(enum.Enum):
     """What a connection is doing.
 
     TLS_HANDSHAKE → HEADERS → BODY → ANSWERING → IDLE → HEADERS …;   HEADERS, BODY, ANSWERING → LINGERING
-    Any of them → CLOSED. A deadline runs in every phase but ANSWERING, where the handler has its own.
+    ANSWERING → WEBSOCKET.   Any of them → CLOSED.
+    A deadline runs in every phase but ANSWERING, where the handler has its own, and WEBSOCKET, likewise.
     """
 
     TLS_HANDSHAKE = enum.auto()
@@ -23146,10 +24047,11 @@ class ConnectionPhase(enum.Enum):
     ANSWERING = enum.auto()
     IDLE = enum.auto()
     LINGERING = enum.auto()
+    WEBSOCKET = enum.auto()
     CLOSED = enum.auto()
 
 
-# Who gives way when all connections are taken, first to last; the oldest of a kind first. ANSWERING never does.
+# Who gives way when all connections are taken, first to last; the oldest of a kind first. The others never do.
 _EVICTION_ORDER = (
     ConnectionPhase.LINGERING,
     ConnectionPhase.TLS_HANDSHAKE,
@@ -23246,9 +24148,10 @@ class HttpExchange:
         self._framing = BodyFraming.NONE
         self._encoded_head = b""
         self.keep_alive = head.keep_alive
+        self.upgrade: WebSocketUpgrade | None = None
 
     async def run(self, handler: Handler) -> None:
-        """Answers the request; afterwards `keep_alive` says whether the connection may go on."""
+        """Answers the request; afterwards `keep_alive` and `upgrade` say whether and how the connection goes on."""
         started_at = self._loop.time()
         response = await self._answer(handler)
         try:
@@ -23284,6 +24187,7 @@ class HttpExchange:
             is_stream=not isinstance(response.body, bytes),
         )
         self.keep_alive = self.keep_alive and self._framing is not BodyFraming.CLOSE
+        self.upgrade = response.upgrade
         self._encoded_head = encode_response_head(response.status, self._build_fields(response, self._framing))
 
     async def _send(self, response: HttpResponse) -> None:
@@ -23310,6 +24214,8 @@ class HttpExchange:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
             fields.append(("Transfer-Encoding", "chunked"))
+        if response.upgrade is not None:
+            return fields
         if not self.keep_alive:
             fields.append(("Connection", "close"))
         elif self._head.http_minor == 0:
@@ -23373,6 +24279,7 @@ class HttpConnection(asyncio.Protocol):
         self._decision: AccessDecision | None = None
         self._task: asyncio.Task[None] | None = None
         self._exchange: HttpExchange | None = None
+        self._websocket: WebSocketConnection | None = None
         self._is_reading = True
         self._is_stopping = False
         self.is_tls = False
@@ -23537,6 +24444,7 @@ class HttpConnection(asyncio.Protocol):
             is_tls=self.is_tls,
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
+            http_minor=head.http_minor,
         )
         if decision.caller is Caller.PAIRED and decision.refusal is None:
             try:
@@ -23560,6 +24468,8 @@ class HttpConnection(asyncio.Protocol):
             if not task.cancelled():
                 _http_logger.error("an exchange failed", exc_info=task.exception())
             self._transport.abort()
+        elif exchange is not None and exchange.upgrade is not None:
+            self._open_websocket(exchange, exchange.upgrade)
         elif exchange is None or not exchange.keep_alive or self._is_stopping:
             self._finish()
         else:
@@ -23568,6 +24478,36 @@ class HttpConnection(asyncio.Protocol):
                 self._is_reading = True
                 self._transport.resume_reading()
             self._advance()
+
+    def _open_websocket(self, exchange: HttpExchange, upgrade: WebSocketUpgrade) -> None:
+        """Hands the connection over, which goes on counting here, until the WebSocket has lost it."""
+        if self._transport.is_closing():
+            self._transport.abort()
+            return
+        self._enter(ConnectionPhase.WEBSOCKET)
+        self._exchange = exchange  # whose request it still is
+        self._websocket = websocket = WebSocketConnection(
+            is_client=False, limit_bytes=upgrade.limit_bytes, subprotocol=upgrade.subprotocol
+        )
+        if not self._is_reading:
+            self._transport.resume_reading()
+        websocket.take_over(self._transport, self._writer, self._parser.take_rest(), self.connection_lost)
+        self._server.own(self._serve_websocket(websocket, upgrade, exchange.request.request_id))
+        if self._is_stopping:
+            websocket.begin_close(CLOSE_GOING_AWAY)
+
+    async def _serve_websocket(
+        self, websocket: WebSocketConnection, upgrade: WebSocketUpgrade, request_id: str
+    ) -> None:
+        code = CLOSE_INTERNAL_ERROR
+        try:
+            await upgrade.run(websocket)
+            code = CLOSE_NORMAL
+        except (BridgeError, ConnectionError) as error:
+            _http_logger.info("WebSocket of request %s ended: %s", request_id, error)
+        except Exception:
+            _http_logger.exception("internal error in the WebSocket of request %s", request_id)
+        await websocket.close(code)
 
     def _throttle(self) -> None:
         """Stops reading a client that sends far ahead; its leaving is then seen only when we write."""
@@ -23638,7 +24578,9 @@ class HttpConnection(asyncio.Protocol):
     def stop(self) -> None:
         """Ends the connection as soon as the answer that is being written is complete."""
         self._is_stopping = True
-        if self._exchange is not None:
+        if self._websocket is not None:
+            self._websocket.begin_close(CLOSE_GOING_AWAY)
+        elif self._exchange is not None:
             self._exchange.keep_alive = False
         else:
             self._transport.abort()
