@@ -5313,8 +5313,8 @@ identity_log = logging.getLogger("dvai_bridge.identity")
 class Identity:
     """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
 
-    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
-    the key of the secure channel, base64url of 32 bytes.
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: base64url of the 32
+    bytes that the key of the secure channel comes from.
     """
 
     device_id: str
@@ -5359,12 +5359,22 @@ def encode_identity(identity: Identity) -> bytes:
 
 
 def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
-    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
-    if known is not None and (machine is None or known.machine == machine):
-        return known
-    if known is not None and known.machine is None:
-        return replace(known, machine=machine)
-    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one.
+
+    One without a seed, of an earlier version, gets one.
+    """
+    if known is not None and None not in (machine, known.machine) and known.machine != machine:
+        known = None
+    if known is None:
+        known = Identity(device_id=encode_base64url(random(16)), device_name=device_name)
+    return replace(known, machine=machine or known.machine, seed=known.seed or encode_base64url(random(32)))
+
+
+def build_static_key(identity: Identity, backend: CryptoBackend) -> KeyPair:
+    """The key by which the secure channel knows this installation. ValueError for an identity without a seed."""
+    if identity.seed is None:
+        raise ValueError("an identity without a seed has no key")
+    return build_key_pair(derive_x25519_private(parse_base64url(identity.seed)), backend)
 
 
 def build_machine_hash(machine_id: str) -> str:
@@ -5456,14 +5466,20 @@ def _read_registry_machine_id() -> str | None:
 # Who is paired with this device: the records, their file, and the check of a signed request against them.
 #
 # A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
-# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
-# clock that is wrong for a while changes nothing for good.
+# when it uses us (inbound), what we sign with when we use the peer (outbound); and, where the devices paired by the
+# secure channel, a link for that direction, by which its tunnel is known. What time does is computed, never written:
+# a clock that is wrong for a while changes nothing for good.
+#
+#     approved ─ PENDING ─ first use ─ ACTIVE ─ days without use ─ EXPIRED ─ approved anew ─ …
+#                   └─ ten minutes ─ EXPIRED      legacy pairings, which have no link, begin as ACTIVE
 
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
 PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
 PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+PENDING_LIFETIME_MS = 600_000  # a pairing of which the other side may not know
+NOISE_PEERS_LIMIT = 256  # memory taken by addresses where the secure channel was met
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
@@ -5477,8 +5493,30 @@ def read_clock_ms() -> int:
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
+    PENDING = "pending"  # may be used; whether the other side has it too is not known yet
     ACTIVE = "active"
     EXPIRED = "expired"
+
+
+class PairingDirection(enum.Enum):
+    """Who uses whom."""
+
+    INBOUND = "inbound"  # the peer uses us
+    OUTBOUND = "outbound"  # we use the peer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingLink:
+    """What the secure channel of one direction begins with.
+
+    `pair_id`: 16 bytes that name it to the provider; `resume_psk`: 32 bytes that both sides have; `room`: 16 bytes,
+    where the provider listens at a relay. `pending_until_ms`: None once it was used; before, it ends at this time.
+    """
+
+    pair_id: bytes
+    resume_psk: bytes = field(repr=False)
+    room: bytes = field(repr=False)
+    pending_until_ms: int | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -5489,7 +5527,9 @@ class Pairing:
     outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
     that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
     `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
-    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    answered 401 to a request of ours. `speaks_noise`: it is never again paired with in the legacy way.
+    `identity_key`: its static key in the secure channel, base64url of 32 bytes. `inbound_link`, `outbound_link`: of
+    the two directions, None where there is none or it was approved in the legacy way.
     """
 
     device_id: str
@@ -5505,6 +5545,16 @@ class Pairing:
     is_marked_unauthorized: bool = False
     speaks_noise: bool = False
     identity_key: str | None = field(default=None, repr=False)
+    inbound_link: PairingLink | None = None
+    outbound_link: PairingLink | None = None
+
+    def get_key(self, direction: PairingDirection) -> str | None:
+        """The key of a direction."""
+        return self.inbound_key if direction is PairingDirection.INBOUND else self.outbound_key
+
+    def get_link(self, direction: PairingDirection) -> PairingLink | None:
+        """The link of a direction."""
+        return self.inbound_link if direction is PairingDirection.INBOUND else self.outbound_link
 
     @property
     def key(self) -> PairingKey:
@@ -5538,6 +5588,7 @@ _PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "speaksNoise": ("speaks_noise", (bool,)),
     "identityKey": ("identity_key", _OPTIONAL_TEXT),
 }
+_LINK_MEMBERS = {"inboundLink": PairingDirection.INBOUND, "outboundLink": PairingDirection.OUTBOUND}
 
 
 def is_pairing_key(value: Any) -> TypeGuard[str]:
@@ -5550,10 +5601,14 @@ def is_pairing_key(value: Any) -> TypeGuard[str]:
 
 @record(frozen=True, kw_only=True, slots=True)
 class PairingFile:
-    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software.
+
+    `noise_peers`: base URL (or the id itself) → the id of a device that spoke the secure channel, newest last.
+    """
 
     device_id: str | None
     records: PairingRecords = field(repr=False)
+    noise_peers: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_pairings(data: bytes) -> PairingFile:
@@ -5564,27 +5619,66 @@ def parse_pairings(data: bytes) -> PairingFile:
     if document["version"] != 1 or not is_peer_id(document["deviceId"]):
         raise ValueError("another version")
     records = [_parse_pairing(each) for each in document["pairings"]]
-    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+    noise_peers = document.get("noisePeers", {})
+    if not all(isinstance(device_id, str) for device_id in noise_peers.values()):
+        raise TypeError("noisePeers has the wrong type")
+    return PairingFile(
+        device_id=document["deviceId"], records={each.key: each for each in records}, noise_peers=noise_peers
+    )
 
 
 def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
     for name, (_, types) in _PAIRING_MEMBERS.items():
         if type(members[name]) not in types:
             raise TypeError(f"{name} has the wrong type")
-    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
-    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    pairing = Pairing(
+        **{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()},
+        inbound_link=_parse_link(members.get("inboundLink")),
+        outbound_link=_parse_link(members.get("outboundLink")),
+    )
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key, pairing.identity_key) if key is not None]
     if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
         raise ValueError("no key, or no id")
     return pairing
+
+
+def _parse_link(members: Mapping[str, Any] | None) -> PairingLink | None:
+    """None for records of an earlier version, too."""
+    if members is None:
+        return None
+    link = PairingLink(
+        pair_id=parse_base64url(members["pairId"]),
+        resume_psk=parse_base64url(members["resumePsk"]),
+        room=parse_base64url(members["room"]),
+        pending_until_ms=members["pendingUntil"],
+    )
+    if (len(link.pair_id), len(link.resume_psk), len(link.room)) != (16, 32, 16):
+        raise ValueError("a link of other lengths")
+    if type(link.pending_until_ms) not in (int, type(None)):
+        raise TypeError("pendingUntil has the wrong type")
+    return link
+
+
+def _build_link_members(link: PairingLink | None) -> dict[str, Any] | None:
+    if link is None:
+        return None
+    return {
+        "pairId": encode_base64url(link.pair_id),
+        "resumePsk": encode_base64url(link.resume_psk),
+        "room": encode_base64url(link.room),
+        "pendingUntil": link.pending_until_ms,
+    }
 
 
 def encode_pairings(file: PairingFile) -> bytes:
     """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
     rows = [
         {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        | {name: _build_link_members(pairing.get_link(direction)) for name, direction in _LINK_MEMBERS.items()}
         for _, pairing in sorted(file.records.items())
     ]
-    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+    document = {"version": 1, "deviceId": file.device_id, "pairings": rows, "noisePeers": dict(file.noise_peers)}
+    return encode_json(document)
 
 
 def parse_foreign_pairings(data: bytes) -> PairingRecords:
@@ -5636,13 +5730,18 @@ def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
 
 
 def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
-    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
-    if known is None:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of.
+
+    Nothing, of a record with another identity key: that is another device under the same id.
+    """
+    if known is None or has_other_identity(known, new.identity_key):
         return new
     return replace(
         new,
         inbound_key=new.inbound_key or known.inbound_key,
         outbound_key=new.outbound_key or known.outbound_key,
+        inbound_link=new.inbound_link if new.inbound_key else known.inbound_link,
+        outbound_link=new.outbound_link if new.outbound_key else known.outbound_link,
         base_url=new.base_url or known.base_url,
         uses_t1=known.uses_t1 and new.inbound_key is None,
         speaks_noise=known.speaks_noise or new.speaks_noise,
@@ -5650,11 +5749,18 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
-def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
-    """Whether a change of a pairing must end what the peer is doing here."""
-    if before is None or before.inbound_key is None:
+def has_other_identity(known: Pairing, identity_key: str | None) -> bool:
+    """Whether a device that shows this key in the secure channel is another one than was paired under its id."""
+    return None not in (known.identity_key, identity_key) and known.identity_key != identity_key
+
+
+def has_lost_access(
+    before: Pairing | None, after: Pairing | None, direction: PairingDirection = PairingDirection.INBOUND
+) -> bool:
+    """Whether a change of a pairing must end what runs by it: what the peer does here, or we do there."""
+    if before is None or before.get_key(direction) is None:
         return False
-    return after is None or after.inbound_key != before.inbound_key
+    return after is None or after.get_key(direction) != before.get_key(direction)
 
 
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
@@ -5667,6 +5773,7 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
         "state": state.value,
         "mayUseUs": pairing.inbound_key is not None,
         "mayBeUsed": pairing.outbound_key is not None,
+        "isSecure": pairing.identity_key is not None,
         "isMarkedUnauthorized": pairing.is_marked_unauthorized,
         "baseUrl": pairing.base_url,
         "via": pairing.via,
@@ -5701,6 +5808,8 @@ class PairingStore:
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
         self._removals: set[PairingKey] = set()  # not yet in the file
+        self._noise_peers: dict[str, str] = {}
+        self._is_flush_due = False
         self._stamp: tuple[int, ...] | None = None
         self._listeners: list[PairingListener] = []
         self._saving = asyncio.Lock()
@@ -5717,6 +5826,7 @@ class PairingStore:
         elif file is not None and file.device_id not in (None, self.device_id):
             file = self._put_aside(file)
         self._adopt({} if file is None else file.records)
+        self._noise_peers = {} if file is None else dict(file.noise_peers)
         try:
             self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
         except StorageError as exc:
@@ -5737,27 +5847,71 @@ class PairingStore:
         return self._records.get((app_id, device_id))
 
     def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
-        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        """How far the pairing is good: as the better of its directions."""
+        states = {self._get_direction_state(pairing, direction, now_ms) for direction in PairingDirection}
+        return next(state for state in (PairingState.ACTIVE, *PairingState) if state in states)
+
+    def _get_direction_state(self, pairing: Pairing, direction: PairingDirection, now_ms: int) -> PairingState:
+        """Whether it was used recently enough. A last use in the future was a wrong clock's."""
+        link = pairing.get_link(direction)
         is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
-        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+        if pairing.get_key(direction) is None or is_old:
+            return PairingState.EXPIRED
+        if link is None or link.pending_until_ms is None:
+            return PairingState.ACTIVE
+        return PairingState.PENDING if now_ms <= link.pending_until_ms else PairingState.EXPIRED
+
+    def _is_usable(self, pairing: Pairing | None, direction: PairingDirection, now_ms: int) -> TypeGuard[Pairing]:
+        return pairing is not None and (
+            self._get_direction_state(pairing, direction, now_ms) is not PairingState.EXPIRED
+        )
 
     def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
-        """The active pairing by which this caller may use us."""
+        """The pairing by which this caller may use us."""
         pairing = self._records.get((app_id, device_id))
-        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+
+    def find_link(self, pair_id: bytes, now_ms: int) -> Pairing | None:
+        """The pairing by which the caller of the secure channel that names this pairId may use us."""
+        for pairing in self.pairings:
+            link = pairing.inbound_link
+            if link is not None and hmac.compare_digest(link.pair_id, pair_id):
+                return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+        return None
 
     def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
-        """The active pairing by which we may use this peer: by its id, else by where it is.
+        """The pairing by which we may use this peer: by its id, else by where it is.
 
         It may be marked unauthorized: then the peer no longer accepts it.
         """
         key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
         pairing = self._records[key] if key else None
-        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.OUTBOUND, now_ms) else None
+
+    def has_spoken_noise(self, device_id: str | None, base_url: str | None = None) -> bool:
+        """Whether the secure channel was ever met at this device, or at this address if no id is known for it."""
+        if any(each.speaks_noise for each in self.pairings if each.device_id == device_id):
+            return True
+        if device_id is not None and device_id in self._noise_peers.values():
+            return True
+        return base_url in self._noise_peers and device_id in (None, self._noise_peers[base_url])
+
+    async def note_noise_peer(self, base_url: str, device_id: str) -> None:
+        """Remember, through restarts too, that this device spoke the secure channel at this address."""
+        if self._noise_peers.get(base_url) != device_id:
+            self._noise_peers[base_url] = device_id
+            if len(self._noise_peers) > NOISE_PEERS_LIMIT:
+                del self._noise_peers[next(iter(self._noise_peers))]
+            await self._save()
+
+    def activate(self, pairing: Pairing, direction: PairingDirection) -> None:
+        """A pending pairing was used in this direction by both sides: it lives on. Written within seconds."""
+        known = self._records.get(pairing.key)
+        link = known.get_link(direction) if known is not None else None
+        if known is None or link is None or link.pending_until_ms is None or link != pairing.get_link(direction):
+            return
+        self.note(known, **{f"{direction.value}_link": replace(link, pending_until_ms=None)})
+        self._is_flush_due = True
 
     def note_use(self, pairing: Pairing, now_ms: int) -> None:
         """Keep the pairing from expiring. Cheap: at most one note an hour."""
@@ -5790,12 +5944,15 @@ class PairingStore:
         if pairing is None:
             return None
         self._removals.add(pairing.key)
+        if pairing.speaks_noise:
+            self._noise_peers[pairing.device_id] = pairing.device_id
         self._adopt(self._records)
         await self._save()
         return pairing
 
     async def flush(self) -> None:
         """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        self._is_flush_due = False
         if self._notes or self._removals:
             await self._save()
         if self.replay.has_new_untimed:
@@ -5813,6 +5970,7 @@ class PairingStore:
                 pairing_log.warning("the pairings in memory stay in use: %s", exc)
             else:
                 self._adopt(file.records if file else {})
+                self._noise_peers = {**(file.noise_peers if file else {}), **self._noise_peers}
             self._stamp = stamp
 
     async def maintain(self) -> NoReturn:
@@ -5821,7 +5979,7 @@ class PairingStore:
         for number in itertools.count(1):
             await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
             await self.refresh()
-            if number % rounds == 0:
+            if number % rounds == 0 or self._is_flush_due:
                 try:
                     await self.flush()
                 except StorageError as exc:
@@ -5863,7 +6021,8 @@ class PairingStore:
     async def _save(self, new: Pairing | None = None) -> None:
         async with self._saving:
             notes, removals = dict(self._notes), set(self._removals)
-            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            noise_peers = dict(self._noise_peers)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals, noise_peers)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
             self._adopt(records)
@@ -5874,6 +6033,7 @@ class PairingStore:
         new: Pairing | None,
         notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
         removals: Collection[PairingKey],
+        noise_peers: Mapping[str, str],
     ) -> PairingRecords:
         """In a thread: put the changes upon what the file holds. Returns what it holds then."""
         records: PairingRecords = {}
@@ -5884,7 +6044,9 @@ class PairingStore:
             records.update(_apply_changes(saved.records if saved else {}, notes, removals))
             if new is not None:
                 records[new.key] = merge_pairing(records.get(new.key), new)
-            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+            met = {**(saved.noise_peers if saved else {}), **noise_peers}
+            newest = dict(list(met.items())[-NOISE_PEERS_LIMIT:])
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records, noise_peers=newest))
 
         update_file(self._path, parse_pairings, change)
         return records
@@ -5979,6 +6141,7 @@ class SignatureVerifier:
             raise SignatureError
         self._verify_freshness(pairing, signature.nonce, now_ms)
         self._store.note_use(pairing, now_ms)
+        self._store.activate(pairing, PairingDirection.INBOUND)
         return pairing
 
     def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
