@@ -433,6 +433,18 @@ class NoiseError(CryptoError):
     """A message out of turn, of an impossible length, or after the end of its handshake or cipher."""
 
 
+class PairingExchangeError(BridgeError):
+    """One side of a pairing broke its rules, or somebody between the two did. Neither keeps anything."""
+
+    status, type, code = 502, "pairing_failed", "pairing_failed"
+
+
+class CodeRequiredError(InvalidRequestError):
+    """A pairing cannot be approved without the code that both devices show."""
+
+    code = "code_required"
+
+
 class RouteNotFoundError(BridgeError):
     """There is no such route."""
 
@@ -813,7 +825,8 @@ class OffloadConfig:
 
     `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
     their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
-    served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
+    served here, or (`request.is_outgoing`) serve this one: yes only if it shows the same `request.code`. Without it and
+    without an answer in time the answer is no. `on_offload(peer)` is told of each request
     that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then; they may
     also be in their JSON form. `rendezvous_url` is refused: the internet path is not in this version.
     """
@@ -894,16 +907,16 @@ class OffloadConfig:
     pairing: str = option(
         "--pairing",
         "ask",
-        "what a device that wants to use this one is told: `ask` asks on the terminal, and refuses where nobody can "
-        "be asked",
+        "who compares the code when devices pair: `ask` asks on the terminal, and refuses where nobody can be asked; "
+        "`allow` pairs without comparing; `deny` lets nobody use this device",
         "pairing",
         parse=parse_choice("ask", "allow", "deny"),
         metavar="ask|allow|deny",
     )
     legacy_pairing: str = option(
         "--legacy-pairing",
-        "allow",
-        "whether to pair by exchanging a key that the network could read, the only way that this version has",
+        "ask",
+        "whether to pair with software that knows no secure channel, by a key that the network could read",
         "pairing",
         parse=parse_choice("ask", "allow", "deny"),
         metavar="ask|allow|deny",
@@ -8005,8 +8018,8 @@ identity_log = logging.getLogger("dvai_bridge.identity")
 class Identity:
     """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
 
-    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
-    the key of the secure channel, base64url of 32 bytes.
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: base64url of the 32
+    bytes that the key of the secure channel comes from.
     """
 
     device_id: str
@@ -8051,12 +8064,22 @@ def encode_identity(identity: Identity) -> bytes:
 
 
 def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
-    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
-    if known is not None and (machine is None or known.machine == machine):
-        return known
-    if known is not None and known.machine is None:
-        return replace(known, machine=machine)
-    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one.
+
+    One without a seed, of an earlier version, gets one.
+    """
+    if known is not None and None not in (machine, known.machine) and known.machine != machine:
+        known = None
+    if known is None:
+        known = Identity(device_id=encode_base64url(random(16)), device_name=device_name)
+    return replace(known, machine=machine or known.machine, seed=known.seed or encode_base64url(random(32)))
+
+
+def build_static_key(identity: Identity, backend: CryptoBackend) -> KeyPair:
+    """The key by which the secure channel knows this installation. ValueError for an identity without a seed."""
+    if identity.seed is None:
+        raise ValueError("an identity without a seed has no key")
+    return build_key_pair(derive_x25519_private(parse_base64url(identity.seed)), backend)
 
 
 def build_machine_hash(machine_id: str) -> str:
@@ -8148,14 +8171,20 @@ def _read_registry_machine_id() -> str | None:
 # Who is paired with this device: the records, their file, and the check of a signed request against them.
 #
 # A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
-# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
-# clock that is wrong for a while changes nothing for good.
+# when it uses us (inbound), what we sign with when we use the peer (outbound); and, where the devices paired by the
+# secure channel, a link for that direction, by which its tunnel is known. What time does is computed, never written:
+# a clock that is wrong for a while changes nothing for good.
+#
+#     approved ─ PENDING ─ first use ─ ACTIVE ─ days without use ─ EXPIRED ─ approved anew ─ …
+#                   └─ ten minutes ─ EXPIRED      legacy pairings, which have no link, begin as ACTIVE
 
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
 PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
 PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+PENDING_LIFETIME_MS = 600_000  # a pairing of which the other side may not know
+NOISE_PEERS_LIMIT = 256  # memory taken by addresses where the secure channel was met
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
@@ -8169,8 +8198,30 @@ def read_clock_ms() -> int:
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
+    PENDING = "pending"  # may be used; whether the other side has it too is not known yet
     ACTIVE = "active"
     EXPIRED = "expired"
+
+
+class PairingDirection(enum.Enum):
+    """Who uses whom."""
+
+    INBOUND = "inbound"  # the peer uses us
+    OUTBOUND = "outbound"  # we use the peer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingLink:
+    """What the secure channel of one direction begins with.
+
+    `pair_id`: 16 bytes that name it to the provider; `resume_psk`: 32 bytes that both sides have; `room`: 16 bytes,
+    where the provider listens at a relay. `pending_until_ms`: None once it was used; before, it ends at this time.
+    """
+
+    pair_id: bytes
+    resume_psk: bytes = field(repr=False)
+    room: bytes = field(repr=False)
+    pending_until_ms: int | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -8181,7 +8232,9 @@ class Pairing:
     outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
     that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
     `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
-    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    answered 401 to a request of ours. `speaks_noise`: it is never again paired with in the legacy way.
+    `identity_key`: its static key in the secure channel, base64url of 32 bytes. `inbound_link`, `outbound_link`: of
+    the two directions, None where there is none or it was approved in the legacy way.
     """
 
     device_id: str
@@ -8197,6 +8250,16 @@ class Pairing:
     is_marked_unauthorized: bool = False
     speaks_noise: bool = False
     identity_key: str | None = field(default=None, repr=False)
+    inbound_link: PairingLink | None = None
+    outbound_link: PairingLink | None = None
+
+    def get_key(self, direction: PairingDirection) -> str | None:
+        """The key of a direction."""
+        return self.inbound_key if direction is PairingDirection.INBOUND else self.outbound_key
+
+    def get_link(self, direction: PairingDirection) -> PairingLink | None:
+        """The link of a direction."""
+        return self.inbound_link if direction is PairingDirection.INBOUND else self.outbound_link
 
     @property
     def key(self) -> PairingKey:
@@ -8230,6 +8293,7 @@ _PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "speaksNoise": ("speaks_noise", (bool,)),
     "identityKey": ("identity_key", _OPTIONAL_TEXT),
 }
+_LINK_MEMBERS = {"inboundLink": PairingDirection.INBOUND, "outboundLink": PairingDirection.OUTBOUND}
 
 
 def is_pairing_key(value: Any) -> TypeGuard[str]:
@@ -8242,10 +8306,14 @@ def is_pairing_key(value: Any) -> TypeGuard[str]:
 
 @record(frozen=True, kw_only=True, slots=True)
 class PairingFile:
-    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software.
+
+    `noise_peers`: base URL (or the id itself) → the id of a device that spoke the secure channel, newest last.
+    """
 
     device_id: str | None
     records: PairingRecords = field(repr=False)
+    noise_peers: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_pairings(data: bytes) -> PairingFile:
@@ -8256,27 +8324,66 @@ def parse_pairings(data: bytes) -> PairingFile:
     if document["version"] != 1 or not is_peer_id(document["deviceId"]):
         raise ValueError("another version")
     records = [_parse_pairing(each) for each in document["pairings"]]
-    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+    noise_peers = document.get("noisePeers", {})
+    if not all(isinstance(device_id, str) for device_id in noise_peers.values()):
+        raise TypeError("noisePeers has the wrong type")
+    return PairingFile(
+        device_id=document["deviceId"], records={each.key: each for each in records}, noise_peers=noise_peers
+    )
 
 
 def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
     for name, (_, types) in _PAIRING_MEMBERS.items():
         if type(members[name]) not in types:
             raise TypeError(f"{name} has the wrong type")
-    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
-    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    pairing = Pairing(
+        **{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()},
+        inbound_link=_parse_link(members.get("inboundLink")),
+        outbound_link=_parse_link(members.get("outboundLink")),
+    )
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key, pairing.identity_key) if key is not None]
     if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
         raise ValueError("no key, or no id")
     return pairing
+
+
+def _parse_link(members: Mapping[str, Any] | None) -> PairingLink | None:
+    """None for records of an earlier version, too."""
+    if members is None:
+        return None
+    link = PairingLink(
+        pair_id=parse_base64url(members["pairId"]),
+        resume_psk=parse_base64url(members["resumePsk"]),
+        room=parse_base64url(members["room"]),
+        pending_until_ms=members["pendingUntil"],
+    )
+    if (len(link.pair_id), len(link.resume_psk), len(link.room)) != (16, 32, 16):
+        raise ValueError("a link of other lengths")
+    if type(link.pending_until_ms) not in (int, type(None)):
+        raise TypeError("pendingUntil has the wrong type")
+    return link
+
+
+def _build_link_members(link: PairingLink | None) -> dict[str, Any] | None:
+    if link is None:
+        return None
+    return {
+        "pairId": encode_base64url(link.pair_id),
+        "resumePsk": encode_base64url(link.resume_psk),
+        "room": encode_base64url(link.room),
+        "pendingUntil": link.pending_until_ms,
+    }
 
 
 def encode_pairings(file: PairingFile) -> bytes:
     """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
     rows = [
         {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        | {name: _build_link_members(pairing.get_link(direction)) for name, direction in _LINK_MEMBERS.items()}
         for _, pairing in sorted(file.records.items())
     ]
-    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+    document = {"version": 1, "deviceId": file.device_id, "pairings": rows, "noisePeers": dict(file.noise_peers)}
+    return encode_json(document)
 
 
 def parse_foreign_pairings(data: bytes) -> PairingRecords:
@@ -8328,13 +8435,18 @@ def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
 
 
 def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
-    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
-    if known is None:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of.
+
+    Nothing, of a record with another identity key: that is another device under the same id.
+    """
+    if known is None or has_other_identity(known, new.identity_key):
         return new
     return replace(
         new,
         inbound_key=new.inbound_key or known.inbound_key,
         outbound_key=new.outbound_key or known.outbound_key,
+        inbound_link=new.inbound_link if new.inbound_key else known.inbound_link,
+        outbound_link=new.outbound_link if new.outbound_key else known.outbound_link,
         base_url=new.base_url or known.base_url,
         uses_t1=known.uses_t1 and new.inbound_key is None,
         speaks_noise=known.speaks_noise or new.speaks_noise,
@@ -8342,11 +8454,18 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
-def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
-    """Whether a change of a pairing must end what the peer is doing here."""
-    if before is None or before.inbound_key is None:
+def has_other_identity(known: Pairing, identity_key: str | None) -> bool:
+    """Whether a device that shows this key in the secure channel is another one than was paired under its id."""
+    return None not in (known.identity_key, identity_key) and known.identity_key != identity_key
+
+
+def has_lost_access(
+    before: Pairing | None, after: Pairing | None, direction: PairingDirection = PairingDirection.INBOUND
+) -> bool:
+    """Whether a change of a pairing must end what runs by it: what the peer does here, or we do there."""
+    if before is None or before.get_key(direction) is None:
         return False
-    return after is None or after.inbound_key != before.inbound_key
+    return after is None or after.get_key(direction) != before.get_key(direction)
 
 
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
@@ -8359,6 +8478,7 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
         "state": state.value,
         "mayUseUs": pairing.inbound_key is not None,
         "mayBeUsed": pairing.outbound_key is not None,
+        "isSecure": pairing.identity_key is not None,
         "isMarkedUnauthorized": pairing.is_marked_unauthorized,
         "baseUrl": pairing.base_url,
         "via": pairing.via,
@@ -8393,6 +8513,8 @@ class PairingStore:
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
         self._removals: set[PairingKey] = set()  # not yet in the file
+        self._noise_peers: dict[str, str] = {}
+        self._is_flush_due = False
         self._stamp: tuple[int, ...] | None = None
         self._listeners: list[PairingListener] = []
         self._saving = asyncio.Lock()
@@ -8409,6 +8531,7 @@ class PairingStore:
         elif file is not None and file.device_id not in (None, self.device_id):
             file = self._put_aside(file)
         self._adopt({} if file is None else file.records)
+        self._noise_peers = {} if file is None else dict(file.noise_peers)
         try:
             self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
         except StorageError as exc:
@@ -8429,27 +8552,72 @@ class PairingStore:
         return self._records.get((app_id, device_id))
 
     def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
-        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        """How far the pairing is good: as the better of its directions."""
+        states = {self._get_direction_state(pairing, direction, now_ms) for direction in PairingDirection}
+        best_first = (PairingState.ACTIVE, PairingState.PENDING, PairingState.EXPIRED)
+        return min(states, key=best_first.index)
+
+    def _get_direction_state(self, pairing: Pairing, direction: PairingDirection, now_ms: int) -> PairingState:
+        """Whether it was used recently enough. A last use in the future was a wrong clock's."""
+        link = pairing.get_link(direction)
         is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
-        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+        if pairing.get_key(direction) is None or is_old:
+            return PairingState.EXPIRED
+        if link is None or link.pending_until_ms is None:
+            return PairingState.ACTIVE
+        return PairingState.PENDING if now_ms <= link.pending_until_ms else PairingState.EXPIRED
+
+    def _is_usable(self, pairing: Pairing | None, direction: PairingDirection, now_ms: int) -> TypeGuard[Pairing]:
+        return pairing is not None and (
+            self._get_direction_state(pairing, direction, now_ms) is not PairingState.EXPIRED
+        )
 
     def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
-        """The active pairing by which this caller may use us."""
+        """The pairing by which this caller may use us."""
         pairing = self._records.get((app_id, device_id))
-        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+
+    def find_link(self, pair_id: bytes, now_ms: int) -> Pairing | None:
+        """The pairing by which the caller of the secure channel that names this pairId may use us."""
+        for pairing in self.pairings:
+            link = pairing.inbound_link
+            if link is not None and hmac.compare_digest(link.pair_id, pair_id):
+                return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+        return None
 
     def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
-        """The active pairing by which we may use this peer: by its id, else by where it is.
+        """The pairing by which we may use this peer: by its id, else by where it is.
 
         It may be marked unauthorized: then the peer no longer accepts it.
         """
         key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
         pairing = self._records[key] if key else None
-        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.OUTBOUND, now_ms) else None
+
+    def has_spoken_noise(self, device_id: str | None, base_url: str | None = None) -> bool:
+        """Whether the secure channel was ever met at this device, or at this address if no id is known for it."""
+        if any(each.speaks_noise for each in self.pairings if each.device_id == device_id):
+            return True
+        if device_id is not None and device_id in self._noise_peers.values():
+            return True
+        return base_url in self._noise_peers and device_id in (None, self._noise_peers[base_url])
+
+    async def note_noise_peer(self, base_url: str, device_id: str) -> None:
+        """Remember, through restarts too, that this device spoke the secure channel at this address."""
+        if self._noise_peers.get(base_url) != device_id:
+            self._noise_peers[base_url] = device_id
+            if len(self._noise_peers) > NOISE_PEERS_LIMIT:
+                del self._noise_peers[next(iter(self._noise_peers))]
+            await self._save()
+
+    def activate(self, pairing: Pairing, direction: PairingDirection) -> None:
+        """A pending pairing was used in this direction by both sides: it lives on. Written within seconds."""
+        known = self._records.get(pairing.key)
+        link = known.get_link(direction) if known is not None else None
+        if known is None or link is None or link.pending_until_ms is None or link != pairing.get_link(direction):
+            return
+        self.note(known, **{f"{direction.value}_link": replace(link, pending_until_ms=None)})
+        self._is_flush_due = True
 
     def note_use(self, pairing: Pairing, now_ms: int) -> None:
         """Keep the pairing from expiring. Cheap: at most one note an hour."""
@@ -8482,12 +8650,15 @@ class PairingStore:
         if pairing is None:
             return None
         self._removals.add(pairing.key)
+        if pairing.speaks_noise:
+            self._noise_peers[pairing.device_id] = pairing.device_id
         self._adopt(self._records)
         await self._save()
         return pairing
 
     async def flush(self) -> None:
         """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        self._is_flush_due = False
         if self._notes or self._removals:
             await self._save()
         if self.replay.has_new_untimed:
@@ -8505,6 +8676,7 @@ class PairingStore:
                 pairing_log.warning("the pairings in memory stay in use: %s", exc)
             else:
                 self._adopt(file.records if file else {})
+                self._noise_peers = {**(file.noise_peers if file else {}), **self._noise_peers}
             self._stamp = stamp
 
     async def maintain(self) -> NoReturn:
@@ -8513,7 +8685,7 @@ class PairingStore:
         for number in itertools.count(1):
             await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
             await self.refresh()
-            if number % rounds == 0:
+            if number % rounds == 0 or self._is_flush_due:
                 try:
                     await self.flush()
                 except StorageError as exc:
@@ -8555,7 +8727,8 @@ class PairingStore:
     async def _save(self, new: Pairing | None = None) -> None:
         async with self._saving:
             notes, removals = dict(self._notes), set(self._removals)
-            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            noise_peers = dict(self._noise_peers)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals, noise_peers)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
             self._adopt(records)
@@ -8566,6 +8739,7 @@ class PairingStore:
         new: Pairing | None,
         notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
         removals: Collection[PairingKey],
+        noise_peers: Mapping[str, str],
     ) -> PairingRecords:
         """In a thread: put the changes upon what the file holds. Returns what it holds then."""
         records: PairingRecords = {}
@@ -8576,7 +8750,9 @@ class PairingStore:
             records.update(_apply_changes(saved.records if saved else {}, notes, removals))
             if new is not None:
                 records[new.key] = merge_pairing(records.get(new.key), new)
-            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+            met = {**(saved.noise_peers if saved else {}), **noise_peers}
+            newest = dict(list(met.items())[-NOISE_PEERS_LIMIT:])
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records, noise_peers=newest))
 
         update_file(self._path, parse_pairings, change)
         return records
@@ -8671,6 +8847,7 @@ class SignatureVerifier:
             raise SignatureError
         self._verify_freshness(pairing, signature.nonce, now_ms)
         self._store.note_use(pairing, now_ms)
+        self._store.activate(pairing, PairingDirection.INBOUND)
         return pairing
 
     def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
@@ -8718,6 +8895,311 @@ def sign_request(
     )
 
 
+# ---- LAN pairing ----------------------------------------------------------------------
+# How two devices that share no secret pair so that nobody between them can take part unseen: Noise XX. Pure.
+#
+#     consumer                                                               provider
+#        │ m1   commitment = HMAC(rA, "dvai-lan-commit/1", key A, info A)  ───→ │
+#        │ ←───────────────────────────────────────────────  rB, info B    m2   │
+#        │ m3   rA, info A: the provider computes the commitment again  ──────→ │
+#        │         both show code(handshake hash, rA, rB); both users compare   │
+#        │ ←─────────────────────────────────────  {"ok":true}, encrypted  m4   │
+#        │ m5   {"ok":true}, encrypted  ──────────────────────────────────────→ │
+#
+# Invariants: whoever relays with keys of their own takes part in two handshakes with two hashes. The consumer is bound
+# to rA before it sees rB, and the provider to rB before it sees rA, so nobody can search for two hashes with one code:
+# each attempt shows equal codes once in a million, and each is on somebody's screen. Keys exist only after both users
+# confirmed. What is out of turn, late or wrong in any way ends an exchange for good.
+#
+#     consumer  NEW ─ begin ─ COMMITTED ─ reveal ─ REVEALED ────────────── confirm ─ COMPLETE
+#     provider  NEW ─ answer ─ COMMITTED ─ read_reveal ─ REVEALED ─ confirm ─ CONFIRMED ─ complete ─ COMPLETE
+
+EXCHANGE_LIFETIME_MS = 300_000  # codes that are compared another day
+EXCHANGE_REVEAL_MS = 30_000  # exchanges begun and left alone, until the provider has a code to show
+EXCHANGE_MESSAGE_LIMIT_BYTES = 4 * KIB  # memory taken by a message
+EXCHANGE_RANDOM_BYTES = 32
+PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+
+_COMMITMENT_LABEL = b"dvai-lan-commit/1"
+_CONFIRMED = b'{"ok":true}'
+
+
+class ExchangeStep(enum.Enum):
+    """How far an exchange has come; see the head of this section."""
+
+    NEW = enum.auto()
+    COMMITTED = enum.auto()
+    REVEALED = enum.auto()  # there is a code to compare
+    CONFIRMED = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DeviceInfo:
+    """What a device says of itself inside the exchange."""
+
+    device_id: str
+    name: str
+
+
+def encode_device_info(info: DeviceInfo) -> bytes:
+    """Canonical JSON `{"deviceId","name"}`."""
+    return encode_canonical_json({"deviceId": info.device_id, "name": info.name})
+
+
+def parse_device_info(data: bytes) -> DeviceInfo:
+    """The info in a message; ValueError for any other spelling than `encode_device_info`'s."""
+    document = parse_json(data)
+    if not isinstance(document, dict) or list(document) != ["deviceId", "name"]:
+        raise ValueError("no info of a device")
+    info = DeviceInfo(device_id=document["deviceId"], name=document["name"])
+    if not is_peer_id(info.device_id) or not is_peer_name(info.name) or encode_device_info(info) != data:
+        raise ValueError("no info of a device")
+    return info
+
+
+def is_peer_name(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside may be a device's name; it is shown by `display_name` only."""
+    return isinstance(value, str) and 1 <= len(value) <= PEER_NAME_LIMIT_CHARS
+
+
+def compute_lan_commitment(random: bytes, static_key: bytes, info: bytes) -> bytes:
+    """What the consumer binds itself to in m1. `random`: rA; `static_key`: its public key."""
+    label = struct.pack(">H", len(_COMMITMENT_LABEL)) + _COMMITMENT_LABEL
+    return hmac.digest(random, label + static_key + info, "sha256")
+
+
+class PairingExchange:
+    """What the two sides have in common. `code`: six digits once REVEALED; `peer`, `peer_key`: of the other side.
+
+    `random` gives 32 bytes for the ephemeral key, then 32 for rA or rB. Each step raises PairingExchangeError.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_consumer: bool,
+        identity: Identity,
+        static: KeyPair,
+        prologue: bytes,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        self.step = ExchangeStep.NEW
+        self.code = ""
+        self.peer = DeviceInfo(device_id="", name="")
+        self.peer_key = b""
+        self._is_consumer = is_consumer
+        self._own_id = identity.device_id
+        self._static = static
+        self._info = encode_device_info(DeviceInfo(device_id=identity.device_id, name=identity.device_name))
+        self._begun_at_ms = now_ms
+        ephemeral = build_key_pair(random(KEY_BYTES), backend)
+        self._random = random(EXCHANGE_RANDOM_BYTES)
+        self._peer_random = b""
+        self._noise = NoiseHandshake(
+            NoisePattern.XX,
+            initiator=is_consumer,
+            ephemeral=ephemeral,
+            static=static,
+            prologue=prologue,
+            backend=backend,
+        )
+        self._transport: NoiseTransport | None = None
+
+    def is_late(self, now_ms: int) -> bool:
+        """Whether it has taken too long: nobody compares this code any more."""
+        is_awaited = self.step in (ExchangeStep.NEW, ExchangeStep.COMMITTED)
+        return abs(now_ms - self._begun_at_ms) > (EXCHANGE_REVEAL_MS if is_awaited else EXCHANGE_LIFETIME_MS)
+
+    def build_keys(self) -> PairKeys:
+        """What both sides derive. ValueError before the exchange is COMPLETE."""
+        if self.step is not ExchangeStep.COMPLETE:
+            raise ValueError("the exchange is not complete")
+        consumer, provider = self._order_randoms()
+        return derive_pair_keys(self._noise.handshake_hash, consumer, provider)
+
+    @contextlib.contextmanager
+    def _advance(self, expected: ExchangeStep, following: ExchangeStep, now_ms: int) -> Iterator[None]:
+        """One step; whatever goes wrong in it ends the exchange."""
+        is_late = self.is_late(now_ms)
+        step, self.step = self.step, ExchangeStep.FAILED
+        if step is not expected:
+            raise PairingExchangeError("a message of a pairing came out of turn")
+        if is_late:
+            raise PairingExchangeError("the pairing took too long")
+        try:
+            yield
+        except CryptoError as exc:
+            raise PairingExchangeError("a message of a pairing cannot be read, or was changed on its way") from exc
+        self.step = following
+
+    def _read(self, message: bytes) -> bytes:
+        if len(message) > EXCHANGE_MESSAGE_LIMIT_BYTES:
+            raise PairingExchangeError("a message of a pairing is too long")
+        return self._noise.read_message(message)
+
+    def _meet(self, payload: bytes) -> None:
+        """Take in the other side's random bytes and info, and its key."""
+        self._peer_random, info = payload[:EXCHANGE_RANDOM_BYTES], payload[EXCHANGE_RANDOM_BYTES:]
+        try:
+            self.peer = parse_device_info(info)
+        except ValueError as exc:
+            raise PairingExchangeError("the other device says nothing usable of itself") from exc
+        self.peer_key = self._noise.remote_static or b""
+        if self.peer.device_id == self._own_id or self.peer_key == self._static.public:
+            raise PairingExchangeError("that is this bridge itself")
+
+    def _show(self) -> None:
+        """The handshake is complete: from now on there is a code, and keys for what the users decide."""
+        self.code = derive_confirmation_code(self._noise.handshake_hash, *self._order_randoms())
+        self._transport = self._noise.split()
+
+    def _order_randoms(self) -> tuple[bytes, bytes]:
+        """(rA, rB)."""
+        return (self._random, self._peer_random) if self._is_consumer else (self._peer_random, self._random)
+
+    def _write_confirmation(self) -> bytes:
+        assert self._transport is not None
+        return self._transport.send.encrypt(_CONFIRMED)
+
+    def _verify_confirmation(self, message: bytes) -> None:
+        assert self._transport is not None
+        if len(message) > EXCHANGE_MESSAGE_LIMIT_BYTES or self._transport.receive.decrypt(message) != _CONFIRMED:
+            raise PairingExchangeError("the other device did not confirm the pairing")
+
+
+def encode_lan_prologue(consumer_id: str, app_id: str | None) -> bytes:
+    """What both sides must agree on beforehand: who asks, and for which application."""
+    return encode_prologue("lan-pair", consumer_id.encode(), (app_id or "").encode())
+
+
+class ConsumerExchange(PairingExchange):
+    """The side that wants to use the other."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        app_id: str | None,
+        static: KeyPair,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        super().__init__(
+            is_consumer=True,
+            identity=identity,
+            static=static,
+            prologue=encode_lan_prologue(identity.device_id, app_id),
+            backend=backend,
+            random=random,
+            now_ms=now_ms,
+        )
+
+    def begin(self, now_ms: int) -> bytes:
+        """m1."""
+        with self._advance(ExchangeStep.NEW, ExchangeStep.COMMITTED, now_ms):
+            return self._noise.write_message(compute_lan_commitment(self._random, self._static.public, self._info))
+
+    def reveal(self, message: bytes, now_ms: int) -> bytes:
+        """m2 → m3; then there are `code` and `peer`."""
+        with self._advance(ExchangeStep.COMMITTED, ExchangeStep.REVEALED, now_ms):
+            self._meet(self._read(message))
+            reveal = self._noise.write_message(self._random + self._info)
+            self._show()
+            return reveal
+
+    def confirm(self, message: bytes, now_ms: int) -> bytes:
+        """m4 → m5, when the user here has confirmed the code, too."""
+        with self._advance(ExchangeStep.REVEALED, ExchangeStep.COMPLETE, now_ms):
+            self._verify_confirmation(message)
+            return self._write_confirmation()
+
+
+class ProviderExchange(PairingExchange):
+    """The side that is to be used. `consumer_id`, `app_id`: as the request to pair named them."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        consumer_id: str,
+        app_id: str | None,
+        static: KeyPair,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        super().__init__(
+            is_consumer=False,
+            identity=identity,
+            static=static,
+            prologue=encode_lan_prologue(consumer_id, app_id),
+            backend=backend,
+            random=random,
+            now_ms=now_ms,
+        )
+        self._consumer_id = consumer_id
+        self._commitment = b""
+
+    def answer(self, message: bytes, now_ms: int) -> bytes:
+        """m1 → m2."""
+        with self._advance(ExchangeStep.NEW, ExchangeStep.COMMITTED, now_ms):
+            self._commitment = self._read(message)
+            return self._noise.write_message(self._random + self._info)
+
+    def read_reveal(self, message: bytes, now_ms: int) -> None:
+        """m3; then there are `code` and `peer`."""
+        with self._advance(ExchangeStep.COMMITTED, ExchangeStep.REVEALED, now_ms):
+            payload = self._read(message)
+            self._meet(payload)
+            computed = compute_lan_commitment(self._peer_random, self.peer_key, payload[EXCHANGE_RANDOM_BYTES:])
+            if not hmac.compare_digest(computed, self._commitment):
+                raise PairingExchangeError("the other device changed its mind after it had committed itself")
+            if self.peer.device_id != self._consumer_id:
+                raise PairingExchangeError("the other device has two names")
+            self._show()
+
+    def confirm(self, now_ms: int) -> bytes:
+        """m4, when the user here has confirmed the code."""
+        with self._advance(ExchangeStep.REVEALED, ExchangeStep.CONFIRMED, now_ms):
+            return self._write_confirmation()
+
+    def complete(self, message: bytes, now_ms: int) -> None:
+        """m5."""
+        with self._advance(ExchangeStep.CONFIRMED, ExchangeStep.COMPLETE, now_ms):
+            self._verify_confirmation(message)
+
+
+def build_secure_pairing(
+    exchange: PairingExchange, *, direction: PairingDirection, app_id: str, provider_id: str, now_ms: int
+) -> Pairing:
+    """What a side keeps of a complete exchange: `direction` as it looks from there. PENDING until it is used."""
+    keys, is_inbound = exchange.build_keys(), direction is PairingDirection.INBOUND
+    link = PairingLink(
+        pair_id=keys.pair_id,
+        resume_psk=keys.resume_psk,
+        room=keys.build_room(provider_id),
+        pending_until_ms=now_ms + PENDING_LIFETIME_MS,
+    )
+    return Pairing(
+        device_id=exchange.peer.device_id,
+        app_id=app_id,
+        device_name=exchange.peer.name,
+        inbound_key=keys.pairing_key if is_inbound else None,
+        inbound_link=link if is_inbound else None,
+        outbound_key=None if is_inbound else keys.pairing_key,
+        outbound_link=None if is_inbound else link,
+        speaks_noise=True,
+        identity_key=encode_base64url(exchange.peer_key),
+        paired_at_ms=now_ms,
+        last_used_at_ms=now_ms,
+    )
+
+
 # ---- Handshake ------------------------------------------------------------------------
 # How two devices become paired on the LAN: the question to the user here, the request to the one there. No sockets.
 
@@ -8730,10 +9212,15 @@ HANDSHAKE_ADDRESSES_LIMIT = 256  # memory taken by addresses that asked
 HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
 HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
-PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+HANDSHAKE_CONFIRM_DEADLINE_S = 30.0  # an answer that needs nobody's approval
+EXCHANGES_LIMIT = 16  # memory taken by exchanges that strangers begin
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+NOISE_PART_VERSION = 1
+LEGACY_INCOMING = "The key will cross the network readably."
+LEGACY_OUTGOING = "It has no secure channel: its key has crossed the network readably, and so will prompts and answers."
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
 
@@ -8749,12 +9236,49 @@ class PairingPolicy(enum.Enum):
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class NoisePart:
+    """What a message of the handshake carries for the secure channel. `session_id`: the target's, None in the first."""
+
+    message: bytes = field(repr=False)
+    session_id: str | None = None
+
+
+def parse_noise_part(value: Any) -> NoisePart:
+    """The `noise` member of a message; ValueError if it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("noise must be an object")
+    version, message, session_id = value.get("v", NOISE_PART_VERSION), value.get("m"), value.get("sid")
+    if type(version) is not int or version != NOISE_PART_VERSION:
+        raise ValueError("noise must be of version 1")
+    if not isinstance(message, str) or len(message) > 2 * EXCHANGE_MESSAGE_LIMIT_BYTES:
+        raise ValueError("noise.m must be a short text in base64url")
+    if session_id is not None and not is_peer_id(session_id):
+        raise ValueError("noise.sid must be a short text")
+    return NoisePart(message=parse_base64url(message), session_id=session_id)
+
+
+def build_noise_part(message: bytes, session_id: str | None = None) -> dict[str, Any]:
+    """The `noise` member of a message."""
+    named = {} if session_id is None else {"sid": session_id}
+    return {"v": NOISE_PART_VERSION, **named, "m": encode_base64url(message)}
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class HandshakeRequest:
-    """The body of a request to pair; `app_id` is the device's id where it names no application."""
+    """The body of a request to pair. `named_app_id`: the application, where the device names one.
+
+    `noise`: where it can pair by the secure channel.
+    """
 
     device_id: str
     device_name: str
-    app_id: str
+    named_app_id: str | None = None
+    noise: NoisePart | None = None
+
+    @property
+    def app_id(self) -> str:
+        """The application; the device's id stands in for one that is not named."""
+        return self.named_app_id or self.device_id
 
 
 def parse_handshake_request(body: bytes) -> HandshakeRequest:
@@ -8769,7 +9293,7 @@ def parse_handshake_request(body: bytes) -> HandshakeRequest:
     app_id, nonce = document.get("appId"), document.get("nonce")
     if not is_peer_id(device_id):
         raise MalformedHandshakeError("peerDeviceId must be 1 to 128 printable characters", param="peerDeviceId")
-    if not (isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS):
+    if not is_peer_name(name):
         raise MalformedHandshakeError("peerDeviceName must be a text that is not empty", param="peerDeviceName")
     if app_id is not None and not is_peer_id(app_id):
         raise MalformedHandshakeError("appId must be 1 to 128 printable characters", param="appId")
@@ -8777,24 +9301,59 @@ def parse_handshake_request(body: bytes) -> HandshakeRequest:
         raise MalformedHandshakeError("via must be `lan-handshake` on this route", param="via")
     if nonce is not None and not (isinstance(nonce, str) and len(nonce) <= NONCE_LIMIT_CHARS):
         raise MalformedHandshakeError("nonce must be a short text", param="nonce")
-    return HandshakeRequest(device_id=device_id, device_name=name, app_id=app_id or device_id)
+    return HandshakeRequest(
+        device_id=device_id, device_name=name, named_app_id=app_id, noise=_parse_request_noise(document)
+    )
 
 
-def build_handshake_request(identity: Identity, app_id: str | None, nonce: str) -> dict[str, Any]:
+def _parse_request_noise(document: Mapping[str, Any]) -> NoisePart | None:
+    if "noise" not in document:
+        return None
+    try:
+        return parse_noise_part(document["noise"])
+    except ValueError as exc:
+        raise MalformedHandshakeError(str(exc), param="noise") from exc
+
+
+def build_handshake_request(
+    identity: Identity, app_id: str | None, nonce: str, noise: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The body of our request to pair."""
-    members = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
+    members: dict[str, Any] = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
     if app_id:
         members["appId"] = app_id
-    return {**members, "via": "lan-handshake", "nonce": nonce}
+    members |= {"via": "lan-handshake", "nonce": nonce}
+    return members if noise is None else {**members, "noise": noise}
 
 
-def build_handshake_answer(identity: Identity, pairing: Pairing, pairing_key: str | None) -> dict[str, Any]:
-    """The body of a 200. `pairing_key` None: the caller has it already. `peerDeviceId` is the caller's own."""
-    answer: dict[str, Any] = {"paired": True, "pairedAt": pairing.paired_at_ms, "via": "lan-handshake"}
-    if pairing_key is not None:
-        answer["pairingKey"] = pairing_key
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeReply:
+    """Status and body that answer a request to pair."""
+
+    status: int
+    document: Mapping[str, Any] = field(repr=False)
+
+
+def build_handshake_reply(
+    identity: Identity,
+    request: HandshakeRequest,
+    *,
+    paired_at_ms: int | None,
+    pairing_key: str | None = None,
+    noise: dict[str, Any] | None = None,
+) -> HandshakeReply:
+    """What a request is answered. `paired_at_ms` None: the exchange goes on. `peerDeviceId` is the caller's own.
+
+    `pairing_key` None: the caller has it already, or derives it.
+    """
+    is_paired = paired_at_ms is not None
+    members: dict[str, Any] = {"paired": is_paired, "via": "lan-handshake"}
+    members |= {"pairedAt": paired_at_ms} if is_paired else {}
+    members |= {} if pairing_key is None else {"pairingKey": pairing_key}
+    members |= {} if noise is None else {"noise": noise}
     own = {"deviceId": identity.device_id, "deviceName": identity.device_name}
-    return {**answer, "peerDeviceId": pairing.device_id, **own}
+    members |= {"peerDeviceId": request.device_id, **own}
+    return HandshakeReply(status=200 if is_paired else 202, document=members)
 
 
 class HandshakeLimiter:
@@ -8832,23 +9391,45 @@ class HandshakeLimiter:
         }
 
 
-class PairingRequest:
-    """A device that asks to use this one, until somebody answers, nobody does in time, or it hangs up.
+@record(frozen=True, kw_only=True, slots=True)
+class PairingQuestion:
+    """What the user is asked. `address`: the peer's IP address, or for an outgoing request its base URL.
 
-    `peer_device_name` is safe to show. `is_known`: the same (application, device) is paired already, and would get
-    another key. `asked_at_ms`: unix ms.
+    `is_outgoing`: this device wants to use the peer, else the peer this one. `code`: what both devices show; None where
+    the peer pairs in the legacy way, so that the key is readable. `is_known`: the same (application, device) is paired
+    already, and would get another key. `has_other_identity`: but its key in the secure channel was another one.
     """
 
-    def __init__(
-        self, request: HandshakeRequest, *, request_id: str, address: str, is_known: bool, asked_at_ms: int
-    ) -> None:
+    device_id: str
+    device_name: str
+    app_id: str
+    address: str
+    is_outgoing: bool = False
+    code: str | None = field(default=None, repr=False)
+    is_known: bool = False
+    has_other_identity: bool = False
+
+
+class PairingRequest:
+    """A question to the user, until somebody answers, nobody does in time, or the peer hangs up.
+
+    `peer_device_name` is safe to show. `code`: six digits to compare with those on the other device, None in the legacy
+    way. `asked_at_ms`: unix ms. `is_shown`: it is its turn.
+    """
+
+    def __init__(self, question: PairingQuestion, *, request_id: str, asked_at_ms: int) -> None:
+        self.question = question
         self.request_id = request_id
-        self.peer_device_id = request.device_id
-        self.peer_device_name = display_name(request.device_name)
-        self.app_id = request.app_id
-        self.address = address
-        self.is_known = is_known
+        self.peer_device_id = question.device_id
+        self.peer_device_name = display_name(question.device_name)
+        self.app_id = question.app_id
+        self.address = question.address
+        self.code = question.code
+        self.is_outgoing = question.is_outgoing
+        self.is_known = question.is_known
+        self.has_other_identity = question.has_other_identity
         self.asked_at_ms = asked_at_ms
+        self.is_shown = False
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[bool] = self._loop.create_future()
 
@@ -8858,7 +9439,7 @@ class PairingRequest:
         return self._answer.done()
 
     def respond(self, approved: bool) -> None:
-        """Approve or deny; the first answer counts. May be called in any thread."""
+        """Approve (the codes are the same) or deny; the first answer counts. May be called in any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: so is the request
             self._loop.call_soon_threadsafe(self._settle, approved is True)
 
@@ -8875,25 +9456,38 @@ class PairingRequest:
             self._answer.set_result(approved)
 
 
-def build_pairing_question(request: PairingRequest) -> str:
-    """The question to the user, in one line."""
+def build_pairing_question(request: PairingRequest, *, has_code: bool = True) -> str:
+    """The question to the user, in one line; without the code where others may read it, as in the log."""
     app = "" if request.app_id == request.peer_device_id else f", application {display_name(request.app_id)}"
-    known = " It is paired already and would get a new key." if request.is_known else ""
-    return (
-        f"Let {request.peer_device_name} (device {display_name(request.peer_device_id)}{app}, at {request.address}) "
-        f"use the models of this machine? The key will cross the network readably.{known}"
-    )
+    device = f"{request.peer_device_name} (device {display_name(request.peer_device_id)}{app}"
+    if request.is_outgoing:
+        question = f"Use the models of {device}, at {display_name(request.address)})?"
+    else:
+        question = f"Let {device}, at {request.address}) use the models of this machine?"
+    if request.has_other_identity:
+        question += " WARNING: it is not the device that was paired under this id, unless that was set up anew."
+    elif request.is_known:
+        question += " It is paired already and would get a new key."
+    if request.code is None:
+        return f"{question} {LEGACY_OUTGOING if request.is_outgoing else LEGACY_INCOMING}"
+    code = f" code {request.code}" if has_code else " code"
+    return f"{question} Only if both devices show the same{code}!"
 
 
 def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
-    """A waiting request as the owner of this machine may see it."""
+    """A waiting request as the owner of this machine may see it; the code while it is its turn."""
     return {
         "id": request.request_id,
         "deviceId": request.peer_device_id,
         "deviceName": request.peer_device_name,
         "appId": request.app_id,
         "address": request.address,
+        "isOutgoing": request.is_outgoing,
+        "isSecure": request.code is not None,
+        "code": request.code if request.is_shown else None,
         "isKnown": request.is_known,
+        "hasOtherIdentity": request.has_other_identity,
+        "question": build_pairing_question(request, has_code=request.is_shown),
         "askedAt": request.asked_at_ms,
     }
 
@@ -8901,40 +9495,31 @@ def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
 PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
 
 
-async def _end_task(task: asyncio.Task[None]) -> None:
+async def _end_task(task: asyncio.Task[Any]) -> None:
     """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
     task.cancel()
     await asyncio.wait([task], timeout=TASK_END_S)
 
 
-class PairingDesk:
-    """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
+class PairingPrompts:
+    """Asks whoever may decide about pairings, those that come and those that go, one at a time.
 
     A request is decided by the first of: `on_pairing_request` (sync or async), a reader of `requests()`, `respond`
     (the `pair approve` and `pair deny` commands). `is_operated`: somebody can give those commands. Nobody who could
-    be asked, no answer in time, and a callback that fails are all a denial. No stored key is ever given out.
-
-        request ─ malformed 400, disabled 503, policy 403, too many 429
-           │ ─ signed with the current key ─ 200, no key
-           └─ waits for its turn ─ shown ─ approved ─ saved ─ 200 with a new key
-                                     └─ denied, or nobody answers in time: 403
+    be asked, no answer in time, and a callback that fails are all a denial. So at most one code is on the screen.
     """
 
     def __init__(
         self,
         *,
-        identity: Identity,
-        store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int] = read_clock_ms,
-        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
         prompt_deadline_s: float = PROMPT_DEADLINE_S,
+        clock_ms: Callable[[], int] = read_clock_ms,
         random: RandomBytes = os.urandom,
     ) -> None:
-        self._identity = identity
-        self._store = store
         self._policy = policy
         self._legacy_policy = legacy_policy
         self._callback = on_pairing_request
@@ -8942,7 +9527,6 @@ class PairingDesk:
         self._prompt_deadline_s = prompt_deadline_s
         self._clock_ms = clock_ms
         self._random = random
-        self._limiter = HandshakeLimiter()
         self._pending: dict[str, PairingRequest] = {}
         self._shown: PairingRequest | None = None
         self._turn = asyncio.Lock()
@@ -8954,15 +9538,32 @@ class PairingDesk:
         """The requests that wait for an answer, in order of arrival."""
         return tuple(self._pending.values())
 
-    def respond(self, request_id: str, approved: bool) -> bool:
-        """Answer a waiting request; False if there is none with this id."""
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is anybody who could be asked."""
+        return not self._is_closed and bool(self._callback or self._readers or self._is_operated)
+
+    def respond(self, request_id: str, approved: bool, code: str | None = None) -> None:
+        """Answer a waiting request by its id, as commands do, which prove by the code that it was looked at.
+
+        PairingNotFoundError; CodeRequiredError for an approval without it. A wrong one is a denial, and
+        PairingDeniedError.
+        """
         request = self._pending.get(request_id)
-        if request is not None:
-            request.respond(approved)
-        return request is not None
+        if request is None:
+            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        if approved and request.code is not None:
+            if code is None:
+                raise CodeRequiredError("give the code that the other device shows: --code 123456", param="code")
+            if not hmac.compare_digest(code.encode(), request.code.encode()):
+                request.respond(False)
+                raise PairingDeniedError(
+                    "the codes differ, so this is denied: somebody may stand between the two devices"
+                )
+        request.respond(approved)
 
     async def requests(self) -> AsyncGenerator[PairingRequest, None]:
-        """Every request when it is its turn, until the desk closes. Reading them is to be somebody who may decide."""
+        """Every request when it is its turn, until the bridge closes. Reading them is to be somebody who may decide."""
         waiting: asyncio.Queue[PairingRequest | None] = asyncio.Queue(maxsize=1)
         self._readers.add(waiting)
         try:
@@ -8974,56 +9575,23 @@ class PairingDesk:
         finally:
             self._readers.discard(waiting)
 
-    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> dict[str, Any]:
-        """The 200 body for a handshake, or one of its errors. Cancel it when the requester hangs up.
+    def needs_nobody(self, question: PairingQuestion) -> bool:
+        """Whether the settings answer it: yes. Another device under a known id is always the user's to judge."""
+        if question.code is not None:
+            return self._policy is PairingPolicy.ALLOW and not question.has_other_identity
+        is_allowed = question.is_outgoing or self._policy is PairingPolicy.ALLOW
+        return is_allowed and self._legacy_policy is PairingPolicy.ALLOW
 
-        `signer`: whose valid signature the request carried.
-        """
-        store = self._store
-        if store is None or self._is_closed:
-            raise PairingDisabledError(
-                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
-            )
-        request = parse_handshake_request(body)
-        if signer is not None:
-            if signer.key != (request.app_id, request.device_id):
-                raise MalformedHandshakeError("the request is signed by another device than it names")
-            return build_handshake_answer(self._identity, signer, None)
-        known = store.find_record(request.app_id, request.device_id)
-        self._verify_policy(known)
-        self._limiter.verify_admission(address, self._clock_ms())
-        if not await self._decide(request, address, is_known=known is not None):
-            raise PairingDeniedError("the user of this device did not approve the pairing")
-        return await self._accept(store, request)
-
-    def close(self) -> None:
-        """Deny what waits, and end `requests()`."""
-        self._is_closed = True
-        for request in self.pending:
-            request.respond(False)
-        self._show(None)
-
-    def _verify_policy(self, known: Pairing | None) -> None:
-        if self._policy is PairingPolicy.DENY:
-            raise PairingDeniedError("this device denies all pairings")
-        if self._legacy_policy is PairingPolicy.DENY or (known is not None and known.speaks_noise):
-            raise PairingDeniedError("this device does not send keys over the network readably")
-
-    async def _decide(self, request: HandshakeRequest, address: str, *, is_known: bool) -> bool:
-        if self._policy is self._legacy_policy is PairingPolicy.ALLOW:
+    async def decide(self, question: PairingQuestion) -> bool:
+        """The answer to a question, after asking where needed. PairingBusyError. Cancel it when the peer hangs up."""
+        if self.needs_nobody(question):
             return True
-        if not (self._callback or self._readers or self._is_operated):
-            handshake_log.warning("%s asked to pair, and nobody can be asked", display_name(request.device_name))
+        if not self.can_ask:
+            handshake_log.warning("pairing with %s: nobody can be asked", display_name(question.device_name))
             return False
         if len(self._pending) >= PROMPTS_WAITING_LIMIT:
             raise PairingBusyError("too many devices wait to be paired; try again later", retry_after_s=60)
-        pending = PairingRequest(
-            request,
-            request_id=self._random(4).hex(),
-            address=address,
-            is_known=is_known,
-            asked_at_ms=self._clock_ms(),
-        )
+        pending = PairingRequest(question, request_id=self._random(4).hex(), asked_at_ms=self._clock_ms())
         self._pending[pending.request_id] = pending
         prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
         try:
@@ -9036,11 +9604,21 @@ class PairingDesk:
             pending.end()
             await _end_task(prompt)
 
+    def close(self) -> None:
+        """Deny what waits, and end `requests()`."""
+        self._is_closed = True
+        for request in self.pending:
+            request.respond(False)
+        self._show(None)
+
     async def _prompt(self, request: PairingRequest) -> None:
         """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
         async with self._turn:
-            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            shown = build_pairing_question(request, has_code=False)
+            way = "--code CODE; pair list shows the code of this one" if request.code is not None else ""
+            handshake_log.warning("%s Answer: pair approve %s %s", shown, request.request_id, way)
             callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            request.is_shown = True
             self._show(request)
             try:
                 async with asyncio.timeout(self._prompt_deadline_s):
@@ -9049,6 +9627,7 @@ class PairingDesk:
                 handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
                 request.respond(False)
             finally:
+                request.is_shown = False
                 self._show(None)
                 if callback is not None:
                     await _end_task(callback)
@@ -9070,7 +9649,82 @@ class PairingDesk:
             handshake_log.exception("on_pairing_request failed: that is a denial")
             request.respond(False)
 
-    async def _accept(self, store: PairingStore, request: HandshakeRequest) -> dict[str, Any]:
+
+class PairingDesk:
+    """Answers requests to pair: asks the user, and keeps the key. No stored key is ever given out.
+
+    request ─ malformed 400, disabled 503, policy 403, too many 429
+       │ ─ signed with the current key ─ 200, no key
+       │ ─ without `noise`, legacy policy ─ approved ─ saved ─ 200 with a new key;  else 403
+       └─ with `noise`: m1 ─ 202 m2;  m3 ─ code approved ─ 200 m4, else 403;  m5 ─ saved as PENDING ─ 200
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        policy: PairingPolicy,
+        prompts: PairingPrompts,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
+        get_backend: Callable[[], CryptoBackend] = choose_crypto_backend,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._policy = policy
+        self._legacy_policy = legacy_policy
+        self._prompts = prompts
+        self._clock_ms = clock_ms
+        self._get_backend = get_backend
+        self._random = random
+        self._limiter = HandshakeLimiter()
+        self._exchanges: dict[str, tuple[PairingKey, ProviderExchange]] = {}  # by session id; who asked
+        self._is_closed = False
+
+    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> HandshakeReply:
+        """What a handshake is answered, or one of its errors. Cancel it when the requester hangs up.
+
+        `signer`: whose valid signature the request carried.
+        """
+        store = self._store
+        if store is None or self._is_closed:
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
+        request = parse_handshake_request(body)
+        if signer is not None and signer.key != (request.app_id, request.device_id):
+            raise MalformedHandshakeError("the request is signed by another device than it names")
+        if request.noise is not None and request.noise.session_id is not None:
+            return await self._continue(store, request, request.noise, request.noise.session_id, address)
+        if signer is not None and request.noise is None:
+            return build_handshake_reply(self._identity, request, paired_at_ms=signer.paired_at_ms)
+        if self._policy is PairingPolicy.DENY:
+            raise PairingDeniedError("this device denies all pairings")
+        if request.noise is None:
+            return await self._answer_legacy(store, request, address)
+        self._limiter.verify_admission(address, self._clock_ms())
+        return await self._begin(request, request.noise)
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._is_closed = True
+        self._exchanges.clear()
+
+    async def _answer_legacy(self, store: PairingStore, request: HandshakeRequest, address: str) -> HandshakeReply:
+        if self._legacy_policy is PairingPolicy.DENY or store.has_spoken_noise(request.device_id):
+            raise PairingDeniedError("this device does not send keys over the network readably")
+        self._limiter.verify_admission(address, self._clock_ms())
+        known = store.find_record(request.app_id, request.device_id)
+        question = PairingQuestion(
+            device_id=request.device_id,
+            device_name=request.device_name,
+            app_id=request.app_id,
+            address=address,
+            is_known=known is not None,
+        )
+        await self._verify_approval(question)
         now_ms, key = self._clock_ms(), generate_pairing_key(self._random)
         pairing = await store.add(
             Pairing(
@@ -9083,7 +9737,102 @@ class PairingDesk:
             )
         )
         handshake_log.info("paired: %s may use this device", display_name(request.device_name))
-        return build_handshake_answer(self._identity, pairing, key)
+        return build_handshake_reply(self._identity, request, paired_at_ms=pairing.paired_at_ms, pairing_key=key)
+
+    async def _verify_approval(self, question: PairingQuestion) -> None:
+        if not await self._prompts.decide(question):
+            raise PairingDeniedError("the user of this device did not approve the pairing")
+
+    # Pairing by the secure channel
+
+    async def _begin(self, request: HandshakeRequest, noise: NoisePart) -> HandshakeReply:
+        """m1 → m2."""
+        backend = await asyncio.to_thread(self._get_backend)  # the package may have to be imported first
+        now_ms = self._clock_ms()
+        self._exchanges = {each: kept for each, kept in self._exchanges.items() if not kept[1].is_late(now_ms)}
+        if len(self._exchanges) >= EXCHANGES_LIMIT:
+            raise PairingBusyError("too many devices pair at this moment; try again later", retry_after_s=60)
+        exchange = ProviderExchange(
+            identity=self._identity,
+            consumer_id=request.device_id,
+            app_id=request.named_app_id,
+            static=build_static_key(self._identity, backend),
+            backend=backend,
+            random=self._random,
+            now_ms=now_ms,
+        )
+        with _as_malformed():
+            message = exchange.answer(noise.message, now_ms)
+        return self._keep_on(request, exchange, message, paired_at_ms=None)
+
+    async def _continue(
+        self, store: PairingStore, request: HandshakeRequest, noise: NoisePart, session_id: str, address: str
+    ) -> HandshakeReply:
+        """m3 → m4, m5 → the end. Whatever goes wrong, the exchange is over: it is only put back after a success."""
+        requester, exchange = self._exchanges.pop(session_id, (None, None))
+        if exchange is None or requester != (request.app_id, request.device_id):
+            raise MalformedHandshakeError("there is no such exchange, or it took too long: ask again", param="noise")
+        if exchange.step is ExchangeStep.CONFIRMED:
+            return await self._complete(store, request, exchange, noise)
+        with _as_malformed():
+            exchange.read_reveal(noise.message, self._clock_ms())
+        known = store.find_record(request.app_id, request.device_id)
+        key = encode_base64url(exchange.peer_key)
+        question = PairingQuestion(
+            device_id=exchange.peer.device_id,
+            device_name=exchange.peer.name,
+            app_id=request.app_id,
+            address=address,
+            code=exchange.code,
+            is_known=known is not None,
+            has_other_identity=known is not None and has_other_identity(known, key),
+        )
+        await self._verify_approval(question)
+        with _as_malformed():
+            message = exchange.confirm(self._clock_ms())
+        return self._keep_on(request, exchange, message, session_id=session_id, paired_at_ms=self._clock_ms())
+
+    def _keep_on(
+        self,
+        request: HandshakeRequest,
+        exchange: ProviderExchange,
+        message: bytes,
+        *,
+        session_id: str | None = None,
+        paired_at_ms: int | None,
+    ) -> HandshakeReply:
+        session_id = session_id or encode_base64url(self._random(16))
+        self._exchanges[session_id] = (request.app_id, request.device_id), exchange
+        noise = build_noise_part(message, session_id)
+        return build_handshake_reply(self._identity, request, paired_at_ms=paired_at_ms, noise=noise)
+
+    async def _complete(
+        self, store: PairingStore, request: HandshakeRequest, exchange: ProviderExchange, noise: NoisePart
+    ) -> HandshakeReply:
+        now_ms = self._clock_ms()
+        with _as_malformed():
+            exchange.complete(noise.message, now_ms)
+        pairing = await store.add(
+            build_secure_pairing(
+                exchange,
+                direction=PairingDirection.INBOUND,
+                app_id=request.app_id,
+                provider_id=self._identity.device_id,
+                now_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired by code: %s may use this device", display_name(pairing.device_name))
+        return build_handshake_reply(self._identity, request, paired_at_ms=pairing.paired_at_ms)
+
+
+@contextlib.contextmanager
+def _as_malformed() -> Iterator[None]:
+    """What a requester did wrong in an exchange is its fault towards HTTP, too."""
+    try:
+        yield
+    except PairingExchangeError as exc:
+        handshake_log.warning("a pairing failed: %s", exc.message)
+        raise MalformedHandshakeError(exc.message, param="noise") from exc
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -9102,28 +9851,38 @@ class PairingTarget:
 
 @record(frozen=True, kw_only=True, slots=True)
 class HandshakeAnswer:
-    """What a target's 200 says. `pairing_key` None: it holds that the key is known. The ids are the target's."""
+    """What a target's 200 or 202 says. The ids are the target's.
+
+    `pairing_key` None: it holds that the key is known, or derives it. `noise`: it pairs by the secure channel.
+    """
 
     pairing_key: str | None = field(repr=False)
     device_id: str | None = None
     device_name: str | None = None
+    noise: NoisePart | None = None
 
 
 # (URL, body, further header fields, deadline in seconds) → (status, body); OSError or BridgeError if there is none.
 HandshakePost = Callable[[str, bytes, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
 
 
-def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTarget) -> HandshakeAnswer:
-    """What a 200 says; PairingFailedError if it is none, is meant for another device, or comes from another one."""
+def parse_handshake_answer(
+    body: bytes, *, identity: Identity, target: PairingTarget, is_paired: bool = True
+) -> HandshakeAnswer:
+    """What a 200, or (not `is_paired`) a 202 says.
+
+    PairingFailedError if it is none, is meant for another device, or comes from another one.
+    """
     try:
         document = parse_json(body)
     except JsonError as exc:
         raise PairingFailedError(f"the answer of {target.shown_name} is not JSON: {exc}") from exc
-    if not isinstance(document, dict) or document.get("paired") is not True:
-        raise PairingFailedError(f"the answer of {target.shown_name} does not say that it is paired")
-    if document.get("peerDeviceId") != identity.device_id:
+    if not isinstance(document, dict) or document.get("paired") is not is_paired:
+        raise PairingFailedError(f"the answer of {target.shown_name} does not say whether it is paired")
+    if document.get("peerDeviceId", None if is_paired else identity.device_id) != identity.device_id:
         raise PairingFailedError(f"the answer of {target.shown_name} is meant for another device")
     key, device_id, name = document.get("pairingKey"), document.get("deviceId"), document.get("deviceName")
+    noise = _parse_answer_noise(document, target)
     if key is not None and not is_pairing_key(key):
         raise PairingFailedError(f"the answer of {target.shown_name} has no usable key")
     if device_id is not None and not is_peer_id(device_id):
@@ -9132,8 +9891,17 @@ def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTa
         raise PairingFailedError(f"{target.base_url} is this bridge itself")
     if None not in (device_id, target.device_id) and device_id != target.device_id:
         raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
-    name = name if isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS else None
-    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name)
+    name = name if is_peer_name(name) else None
+    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name, noise=noise)
+
+
+def _parse_answer_noise(document: Mapping[str, Any], target: PairingTarget) -> NoisePart | None:
+    if "noise" not in document:
+        return None
+    try:
+        return parse_noise_part(document["noise"])
+    except ValueError as exc:
+        raise PairingFailedError(f"the answer of {target.shown_name} is malformed: {exc}") from exc
 
 
 def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
@@ -9147,6 +9915,8 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
         return PairingDisabledError(
             f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
         )
+    if status == 400:
+        return PairingFailedError(f"{name} ended the pairing: it took too long, or its messages changed on the way")
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -9155,8 +9925,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
 class PairingInitiator:
     """Asks other devices for leave to use them; one request per base URL at a time, each in a task owned here.
 
-    What asks by itself (`is_explicit` False) leaves a peer that refused alone for HANDSHAKE_PAUSE_MS, and never asks
-    in ways that the user wants to be asked about.
+    Every request offers to pair by the secure channel; software that does not know it answers in the legacy way, and
+    `legacy_policy` says whether that is good enough. What asks by itself (`is_explicit` False) leaves a peer that
+    refused alone for HANDSHAKE_PAUSE_MS. `prompts` None: nobody here can be asked.
     """
 
     def __init__(
@@ -9166,16 +9937,20 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
+        prompts: PairingPrompts | None = None,
         clock_ms: Callable[[], int] = read_clock_ms,
-        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
+        get_backend: Callable[[], CryptoBackend] = choose_crypto_backend,
         random: RandomBytes = os.urandom,
     ) -> None:
         self._identity = identity
         self._app_id = app_id
         self._store = store
         self._post = post
+        self._prompts = prompts or PairingPrompts(policy=PairingPolicy.ASK, legacy_policy=legacy_policy)
         self._clock_ms = clock_ms
         self._legacy_policy = legacy_policy
+        self._get_backend = get_backend
         self._random = random
         self._tasks: dict[str, asyncio.Task[Pairing]] = {}
         self._refusals: dict[str, tuple[int, BridgeError]] = {}  # by base URL: when, and how it was said
@@ -9194,7 +9969,7 @@ class PairingInitiator:
         return task
 
     async def pair(self, target: PairingTarget, *, is_explicit: bool = False) -> Pairing:
-        """The pairing by which `target` may be used, after asking its user where needed (up to 300 s).
+        """The pairing by which `target` may be used, after asking the users where needed (up to 300 s).
 
         Whoever stops waiting does not stop the request. PairingDeniedError, PairingBusyError, PairingDisabledError,
         PairingFailedError; StorageError if the key cannot be kept.
@@ -9225,35 +10000,49 @@ class PairingInitiator:
             known = None
         if known is not None and not is_explicit:
             return known
-        self._verify_policy(target, is_explicit=is_explicit)
-        status, body = await self._ask(target, known)
+        refused = self._refusals.get(target.base_url)
+        if refused is not None and not is_explicit and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
+            raise refused[1]
+        exchange, status, body = await self._begin(target, known)
         if status == 401 and known is not None:  # it has forgotten us
             known = None
-            status, body = await self._ask(target, None)
-        if status != 200:
-            raise build_handshake_error(status, target)
-        answer = parse_handshake_answer(body, identity=self._identity, target=target)
-        return await self._keep(target, answer, known)
+            exchange, status, body = await self._begin(target, None)
+        if status == 202:
+            return await self._pair_by_code(target, exchange, body)
+        answer = self._parse_paired(target, status, body)
+        return await self._keep_legacy(target, answer, known)
 
-    def _verify_policy(self, target: PairingTarget, *, is_explicit: bool) -> None:
-        name, refused = target.shown_name, self._refusals.get(target.base_url)
-        speaks_noise = any(each.speaks_noise for each in self._store.pairings if each.device_id == target.device_id)
-        if self._legacy_policy is PairingPolicy.DENY or speaks_noise:
-            raise PairingDeniedError(
-                f"pairing with {name} would send a key over the network readably: not allowed here"
-            )
-        if is_explicit:
-            return
-        if self._legacy_policy is PairingPolicy.ASK:
-            raise PairingDeniedError(f"not paired with {name}; ask it with `pair request`")
-        if refused is not None and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
-            raise refused[1]
+    # Asking
 
-    async def _ask(self, target: PairingTarget, known: Pairing | None) -> tuple[int, bytes]:
-        """Status and body of one request; signed with the key that we have, which then needs nobody's approval."""
+    async def _begin(self, target: PairingTarget, known: Pairing | None) -> tuple[ConsumerExchange, int, bytes]:
+        """The first request. One by a peer that we are paired with by code is signed, and needs nobody's approval."""
+        backend = await asyncio.to_thread(self._get_backend)  # the package may have to be imported first
+        now_ms = self._clock_ms()
+        exchange = ConsumerExchange(
+            identity=self._identity,
+            app_id=self._app_id,
+            static=build_static_key(self._identity, backend),
+            backend=backend,
+            random=self._random,
+            now_ms=now_ms,
+        )
+        noise = build_noise_part(exchange.begin(now_ms))
+        is_repeat = known is not None and known.outbound_link is not None
+        status, body = await self._ask(target, None if is_repeat else noise, known=known)
+        return exchange, status, body
+
+    async def _ask(
+        self,
+        target: PairingTarget,
+        noise: dict[str, Any] | None,
+        *,
+        known: Pairing | None = None,
+        deadline_s: float = HANDSHAKE_REQUEST_DEADLINE_S,
+    ) -> tuple[int, bytes]:
+        """Status and body of one request, signed with the key of `known`."""
         receiver = target.device_id or target.base_url
         nonce = generate_nonce(self._identity.device_id, receiver, self._clock_ms(), self._random)
-        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce))
+        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce, noise))
         url, signed = target.base_url + HANDSHAKE_PATH, []
         if known is not None:
             signed = sign_request(
@@ -9267,8 +10056,8 @@ class PairingInitiator:
                 random=self._random,
             )
         try:
-            async with asyncio.timeout(HANDSHAKE_REQUEST_DEADLINE_S):
-                return await self._post(url, body, signed, HANDSHAKE_REQUEST_DEADLINE_S)
+            async with asyncio.timeout(deadline_s):
+                return await self._post(url, body, signed, deadline_s)
         except TimeoutError as exc:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
@@ -9276,14 +10065,99 @@ class PairingInitiator:
         except BridgeError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
-    async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
+    def _parse_paired(self, target: PairingTarget, status: int, body: bytes) -> HandshakeAnswer:
+        if status != 200:
+            raise build_handshake_error(status, target)
+        return parse_handshake_answer(body, identity=self._identity, target=target)
+
+    async def _verify_approval(self, target: PairingTarget, question: PairingQuestion) -> None:
+        if not await self._prompts.decide(question):
+            raise PairingDeniedError(f"the pairing with {target.shown_name} was not confirmed on this device")
+
+    # By code
+
+    async def _pair_by_code(self, target: PairingTarget, exchange: ConsumerExchange, body: bytes) -> Pairing:
+        """m2 to m5. Nothing is kept before both users have confirmed and the target has kept it."""
+        noise = self._parse_exchange(target, body, is_paired=False)
+        with _as_failed(target):
+            reveal = exchange.reveal(noise.message, self._clock_ms())
+        self._verify_peer(target, exchange)
+        await self._store.note_noise_peer(target.base_url, exchange.peer.device_id)
+        question = self._build_question(target, exchange)
+        if not (self._prompts.can_ask or self._prompts.needs_nobody(question)):
+            raise PairingDeniedError(
+                f"{target.shown_name} pairs by a code, and nobody here can compare it; ask it with `pair request`"
+            )
+        part = build_noise_part(reveal, noise.session_id)
+        confirmed = self._parse_exchange(target, await self._compare_codes(target, question, part), is_paired=True)
+        with _as_failed(target):
+            message = exchange.confirm(confirmed.message, self._clock_ms())
+        part = build_noise_part(message, noise.session_id)
+        status, body = await self._ask(target, part, deadline_s=HANDSHAKE_CONFIRM_DEADLINE_S)
+        self._parse_paired(target, status, body)
+        device_id, now_ms = exchange.peer.device_id, self._clock_ms()
+        pairing = build_secure_pairing(
+            exchange, direction=PairingDirection.OUTBOUND, app_id=device_id, provider_id=device_id, now_ms=now_ms
+        )
+        kept = await self._store.add(replace(pairing, base_url=target.base_url))
+        handshake_log.info("paired by code: this device may use %s", display_name(kept.device_name))
+        return kept
+
+    def _parse_exchange(self, target: PairingTarget, body: bytes, *, is_paired: bool) -> NoisePart:
+        answer = parse_handshake_answer(body, identity=self._identity, target=target, is_paired=is_paired)
+        if answer.noise is None or (answer.noise.session_id is None and not is_paired):
+            raise PairingFailedError(f"the answer of {target.shown_name} lacks its part of the exchange")
+        return answer.noise
+
+    def _verify_peer(self, target: PairingTarget, exchange: ConsumerExchange) -> None:
+        if _is_own_id(target.device_id) and exchange.peer.device_id != target.device_id:
+            raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
+
+    def _build_question(self, target: PairingTarget, exchange: ConsumerExchange) -> PairingQuestion:
+        peer = exchange.peer
+        known = self._store.find_record(peer.device_id, peer.device_id)
+        key = encode_base64url(exchange.peer_key)
+        return PairingQuestion(
+            device_id=peer.device_id,
+            device_name=peer.name,
+            app_id=peer.device_id,
+            address=target.base_url,
+            is_outgoing=True,
+            code=exchange.code,
+            is_known=known is not None and known.outbound_key is not None,
+            has_other_identity=known is not None and has_other_identity(known, key),
+        )
+
+    async def _compare_codes(self, target: PairingTarget, question: PairingQuestion, part: dict[str, Any]) -> bytes:
+        """The body of m4: both users are asked at the same time, and whichever denies ends it for both."""
+        here = asyncio.create_task(self._verify_approval(target, question), name="code here")
+        there = asyncio.create_task(self._ask(target, part), name="code there")
+        try:
+            await asyncio.wait((here, there), return_when=asyncio.FIRST_COMPLETED)
+            if here.done():
+                here.result()
+            status, body = await there
+            if status != 200:
+                raise build_handshake_error(status, target)
+            await here
+            return body
+        finally:
+            for task in (here, there):
+                if not task.done():
+                    await _end_task(task)
+            here.cancelled() or here.exception()  # a second failure, which nobody needs to hear of
+
+    # In the legacy way
+
+    async def _keep_legacy(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:
             if known is None:
                 raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
             self._store.note(known, base_url=target.base_url)
             return known
-        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
-        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
+        told_id = answer.device_id or (target.device_id if _is_own_id(target.device_id) else None)
+        device_id = told_id or target.base_url
+        await self._verify_legacy(target, answer, told_id)
         now_ms = self._clock_ms()
         pairing = await self._store.add(
             Pairing(
@@ -9298,6 +10172,38 @@ class PairingInitiator:
         )
         handshake_log.info("paired: this device may use %s", target.shown_name)
         return pairing
+
+    async def _verify_legacy(self, target: PairingTarget, answer: HandshakeAnswer, told_id: str | None) -> None:
+        """Whether a key that came over the network readably may be used."""
+        name = target.shown_name
+        if self._store.has_spoken_noise(told_id, target.base_url):
+            raise PairingDeniedError(
+                f"{name} spoke the secure channel before and now sends its key readably: somebody may stand between"
+            )
+        if self._legacy_policy is PairingPolicy.DENY:
+            raise PairingDeniedError(f"{name} only pairs readably: not allowed here; revoke the pairing there")
+        device_id = told_id or target.base_url
+        question = PairingQuestion(
+            device_id=device_id,
+            device_name=answer.device_name or target.device_name or target.base_url,
+            app_id=device_id,
+            address=target.base_url,
+            is_outgoing=True,
+        )
+        await self._verify_approval(target, question)
+
+
+def _is_own_id(device_id: str | None) -> TypeGuard[str]:
+    """Whether an id that discovery told is one device's alone."""
+    return device_id is not None and not _SHARED_DEVICE_ID.fullmatch(device_id)
+
+
+@contextlib.contextmanager
+def _as_failed(target: PairingTarget) -> Iterator[None]:
+    try:
+        yield
+    except PairingExchangeError as exc:
+        raise PairingFailedError(f"pairing with {target.shown_name} failed: {exc.message}") from exc
 
 
 # ---- Models ---------------------------------------------------------------------------
@@ -21277,6 +22183,7 @@ class PeerWord:
     version: str | None
     current_model_id: str | None
     queue: tuple[int, int, int] | None  # running, waiting, slots
+    speaks_noise: bool = False
 
 
 def parse_health(body: bytes) -> PeerWord:
@@ -21293,6 +22200,7 @@ def parse_health(body: bytes) -> PeerWord:
         version=_parse_peer_text(version) or None,
         current_model_id=model if is_model_id(model) else None,
         queue=_parse_queue(health.get("queue")),
+        speaks_noise=health.get("noise") == NOISE_PART_VERSION,
     )
 
 
@@ -21985,6 +22893,8 @@ class PeerMonitor:
                     self._watch(remaining)
                 return
         known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
+        if pairing is not None and word.speaks_noise and self._store is not None:
+            self._store.note(pairing, speaks_noise=True)
         is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
         if pairing is not None and (is_due or known.state is PeerState.PAIRED):
             await self._learn(known, way, pairing)
@@ -22008,6 +22918,8 @@ class PeerMonitor:
                 known.note_scores(parse_scores_json(parse_json(body)))
         with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/models", pairing)
+            if status == 200 and self._store is not None:
+                self._store.activate(pairing, PairingDirection.OUTBOUND)
             if status == 200:
                 known.models = parse_model_list(body)
                 known.learned_at_s = self._clock()
@@ -26040,6 +26952,7 @@ class DeviceService:
         upstreams: UpstreamBackend | None = None,
         get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
+        prompts: PairingPrompts,
         store: PairingStore | None,
         monitor: PeerMonitor | None,
         clock_ms: Callable[[], int],
@@ -26049,6 +26962,7 @@ class DeviceService:
         self._upstreams = upstreams
         self._get_speeds = get_speeds
         self._desk = desk
+        self._prompts = prompts
         self._store = store
         self._monitor = monitor
         self._clock_ms = clock_ms
@@ -26078,6 +26992,7 @@ class DeviceService:
         }
         if request.is_known_caller:
             health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+            health["noise"] = NOISE_PART_VERSION
         if request.is_known_caller and current is not None:
             health["queue"] = local.build_queue()
             health["loadProgress"] = round(current.engine.progress, 3)
@@ -26123,9 +27038,8 @@ class DeviceService:
 
     async def shake_hands(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/handshake`: another device asks to use this one; ends when its user hangs up."""
-        return build_json_response(
-            await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
-        )
+        reply = await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
+        return build_json_response(reply.document, status=reply.status)
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
@@ -26133,7 +27047,7 @@ class DeviceService:
         await store.refresh()
         now_ms = self._clock_ms()
         pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
-        pending = [build_pairing_request_json(each) for each in self._desk.pending]
+        pending = [build_pairing_request_json(each) for each in self._prompts.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
     async def request_pairing(self, request: HttpRequest) -> HttpResponse:
@@ -26149,12 +27063,14 @@ class DeviceService:
         return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
+        """`POST /v1/dvai/pairings/{id}/approve {code?}` or `/deny`."""
         request_id, _, word = request.path.rpartition("/pairings/")[2].partition("/")
         if word not in ("approve", "deny"):
             raise RouteNotFoundError(f"there is no {request.path}; a request to pair takes /approve and /deny")
-        if not self._desk.respond(request_id, word == "approve"):
-            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        code = request.parse_body().get("code")
+        if not (code is None or isinstance(code, str)):
+            raise InvalidRequestError("code must be a text of six digits", param="code")
+        self._prompts.respond(request_id, word == "approve", code)
         return build_json_response({"id": request_id, "approved": word == "approve"})
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
@@ -26738,14 +27654,19 @@ class Devices:
         self.identity = state.identity
         self.store = state.pairings
         self.is_open = config.lan or offload.advertise_lan
+        policy, legacy_policy = PairingPolicy(offload.pairing), PairingPolicy(offload.legacy_pairing)
+        self.prompts = PairingPrompts(
+            policy=policy,
+            legacy_policy=legacy_policy,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
         self.desk = PairingDesk(
             identity=state.identity,
             store=state.pairings if self.is_open else None,
-            policy=PairingPolicy(offload.pairing),
-            legacy_policy=PairingPolicy(offload.legacy_pairing),
-            clock_ms=read_clock_ms,
-            on_pairing_request=offload.on_pairing_request,
-            is_operated=is_operated,
+            policy=policy,
+            legacy_policy=legacy_policy,
+            prompts=self.prompts,
         )
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
         self._offload = offload
@@ -26771,7 +27692,7 @@ class Devices:
                 app_id=offload.app_id,
                 store=self.store,
                 post=build_handshake_post(client),
-                clock_ms=read_clock_ms,
+                prompts=self.prompts,
                 legacy_policy=PairingPolicy(offload.legacy_pairing),
             )
         self.monitor = PeerMonitor(
@@ -26909,7 +27830,7 @@ class Devices:
 
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
-        self.desk.close()
+        self.deny_waiting()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -26927,6 +27848,11 @@ class Devices:
                 await self.store.close()
             except StorageError as exc:
                 bridge_log.warning("%s", exc)
+
+    def deny_waiting(self) -> None:
+        """Nobody pairs any more: the bridge closes."""
+        self.prompts.close()
+        self.desk.close()
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
@@ -27213,7 +28139,7 @@ class DVAI:
             self._opening.cancel()
             await asyncio.wait([self._opening])
         if self.devices is not None:
-            self.devices.desk.close()
+            self.devices.deny_waiting()
         if self._server is not None:
             await self._server.stop()
         if self._closing is None:
@@ -27268,6 +28194,7 @@ class DVAI:
             upstreams=self.upstreams,
             get_speeds=self.host.get_speeds,
             desk=devices.desk,
+            prompts=devices.prompts,
             store=devices.store,
             monitor=devices.monitor,
             clock_ms=read_clock_ms,
@@ -27367,7 +28294,7 @@ class DVAI:
 
         Ends when the bridge closes. Whoever reads them is somebody who may be asked, as `on_pairing_request` is.
         """
-        return self._get_devices().desk.requests()
+        return self._get_devices().prompts.requests()
 
     # Parts
 
@@ -27663,6 +28590,7 @@ STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
+PAIR_POLL_S = 0.5  # how long a code waits to be shown
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -27770,6 +28698,8 @@ def build_parser() -> CommandParser:
     pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
     pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
     pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("--code", metavar="123456", help="request, approve: the code that the other device shows")
+    pair.add_argument("--yes", action="store_true", help="request: do not compare codes (on networks of your own)")
     pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -28016,7 +28946,7 @@ async def serve_until_stopped(command: Command) -> int:
     try:
         await bridge.start()
         print(f"listening on {bridge.base_url}", flush=True)
-        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        if is_on_terminal():
             tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
         loading = asyncio.create_task(bridge.host.wait_loaded(), name="loading")
         tasks.append(loading)
@@ -28033,6 +28963,11 @@ async def serve_until_stopped(command: Command) -> int:
         await closing
         await finish_tasks(hurrying, *tasks)
     return 0
+
+
+def is_on_terminal() -> bool:
+    """Whether there is somebody who sees a question and can answer it."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 class TerminalLines:
@@ -28343,28 +29278,96 @@ def run_pair(command: Command) -> int:
         status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
         return read_bridge_answer(status, answer, f"pair {action}")
 
-    if action == "request" and target:
-        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
-        return show_pairings(
-            command, [ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S)["pairing"]], []
-        )
+    if action == "request":
+        return request_pairing(command, ask)
     listed = ask("/dvai/pairings")
     if action == "list":
         return show_pairings(command, listed["pairings"], listed["pending"])
-    if action == "request":
-        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
     fitting = listed["pairings"] if action == "revoke" else listed["pending"]
     chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
-        answer = ask(f"/dvai/pairings/{chosen}/{action}", {})
+        entry = next(each for each in fitting if each["id"] == chosen)
+        action, body = ("deny", {}) if action == "deny" else choose_approval(command, entry)
+        answer = ask(f"/dvai/pairings/{chosen}/{action}", body)
     if command.json:
         show_json(answer)
     else:
         name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
         print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
+
+
+def choose_approval(command: Command, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """How a waiting request is answered, with which body: by the code as typed, or as the user says who compares it.
+
+    UsageError where there is nobody who could.
+    """
+    typed, is_incoming_legacy = command.arguments.code, not (entry["isSecure"] or entry["isOutgoing"])
+    if typed is not None or is_incoming_legacy:
+        return "approve", {} if typed is None else {"code": typed}
+    if entry["isSecure"] and entry["code"] is None:
+        raise BridgeError("pair: another request is on the screen; answer that one first (`pair list`)")
+    if not (command.arguments.yes or is_on_terminal()):
+        raise UsageError(f"pair approve {entry['id']} --code 123456: the code that the other device shows")
+    is_same = command.arguments.yes or input(f"{entry['question']} [y/N] ").strip().lower() in ("y", "yes")
+    return ("approve", {"code": entry["code"]}) if is_same else ("deny", {})
+
+
+def request_pairing(command: Command, ask: Callable[..., Any]) -> int:
+    """`pair request`: ask a device for leave to use it, and let the user compare the code."""
+    target = command.arguments.target
+    if not target:
+        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
+    if command.arguments.code is None:
+        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
+        return wait_paired(command, ask, target)
+    waiting = [each for each in ask("/dvai/pairings")["pending"] if is_request_to(each, target)]
+    if not waiting:
+        raise BridgeError(f"pair request: no code of {display_name(target)} waits; begin without --code")
+    ask(f"/dvai/pairings/{waiting[0]['id']}/approve", {"code": command.arguments.code})
+    return wait_paired(command, ask, target)
+
+
+def is_request_to(entry: Mapping[str, Any], target: str) -> bool:
+    """Whether a waiting request is that of this device to `target`: a URL, an id or a name."""
+    names = {entry["id"], entry["deviceId"], entry["deviceName"], entry["address"]}
+    with contextlib.suppress(ValueError):
+        target = parse_base_url(target) if "://" in target else target
+    return bool(entry["isOutgoing"]) and target in names
+
+
+def wait_paired(command: Command, ask: Callable[..., Any], target: str) -> int:
+    """Until both users have answered: shows the code here as soon as there is one."""
+    asked: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def request() -> None:
+        try:
+            asked.set_result(ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S))
+        except BridgeError as exc:
+            asked.set_exception(exc)
+
+    threading.Thread(target=request, name="pair request", daemon=True).start()
+    is_answered = command.arguments.code is not None
+    while not is_answered and not concurrent.futures.wait([asked], PAIR_POLL_S).done:
+        for entry in ask("/dvai/pairings")["pending"]:
+            is_ready = entry["code"] is not None or not entry["isSecure"]
+            if is_request_to(entry, target) and is_ready and not is_answered:
+                answer_own_request(command, ask, entry)
+                is_answered = True
+    return show_pairings(command, [asked.result()["pairing"]], [])
+
+
+def answer_own_request(command: Command, ask: Callable[..., Any], entry: Mapping[str, Any]) -> None:
+    """Let the user compare the code of a request of this device; without a terminal, say how."""
+    if not (command.arguments.yes or is_on_terminal()):
+        way = f"pair approve {entry['id']}" + (" --code CODE" if entry["isSecure"] else "")
+        print(f"{entry['question']} Then: {command.program} {way}", file=sys.stderr, flush=True)
+        return
+    word, body = choose_approval(command, entry)
+    with contextlib.suppress(BridgeError):  # it is over already: the request itself says how
+        ask(f"/dvai/pairings/{entry['id']}/{word}", body)
 
 
 def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
@@ -28406,14 +29409,13 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         show_json({"pairings": pairings, "pending": pending})
         return 0
     for each in pending:
-        print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
-            f"`pair approve {each['id']}`"
-        )
+        way = " --code CODE" if each["isSecure"] else ""
+        print(f"{each['id']}  {each['question']}\n{'':10}`pair approve {each['id']}{way}` or `pair deny {each['id']}`")
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}
         right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
-        marks = ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
+        marks = "" if each["isSecure"] else ", by a readable key"
+        marks += ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
         print(
             f"{each['id']}  {display_name(each['deviceName'])}  {each['state']}, {right}{marks}  ({each['deviceId']})"
         )
