@@ -12934,16 +12934,26 @@ class ClientConnection(asyncio.Protocol):
             self.close()
 
 
+class AnswerSource(Protocol):
+    """Where the body of an answer comes from."""
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+
+
 class ClientResponse:
     """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
 
     Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
     """
 
-    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+    def __init__(self, source: AnswerSource, head: ResponseHead, budgets: HttpBudgets) -> None:
         self.status = head.status
         self.headers = head.headers
-        self._connection = connection
+        self._source = source
         self.idle_s = budgets.idle_s
         self.may_linger = False
 
@@ -12951,14 +12961,14 @@ class ClientResponse:
         return self
 
     async def __anext__(self) -> bytes:
-        data = await self._connection.read_piece(self.idle_s)
+        data = await self._source.read_piece(self.idle_s)
         if not data:
             raise StopAsyncIteration
         return data
 
     async def read_piece(self) -> bytes:
         """The next piece; an empty one at the end of the body."""
-        return await self._connection.read_piece(self.idle_s)
+        return await self._source.read_piece(self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -12972,7 +12982,7 @@ class ClientResponse:
 
     def end_within(self, total_s: float | None) -> None:
         """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
-        self._connection.end_within(total_s)
+        self._source.end_within(total_s)
 
     def leave_rest(self) -> None:
         """The rest of the body is not wanted but short: leaving the block need not close the connection."""
@@ -22131,6 +22141,637 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
     return "\n".join([*lines, *(f"\nproblem: {cause}" for cause in diagnosis.causes)])
 
 
+# ---- Tunnel ---------------------------------------------------------------------------
+# Requests to paired devices inside the secure channel: many at once on one WebSocket, dialled when first needed.
+#
+#     PeerClient ─── pairing with a link ───► Tunnel ───► TunnelConnection ───► ChannelLink ───► WebSocket
+#         │                                   dials,      whose request is      reads, writes,
+#         └───────── any other peer ───► HttpClient       on which stream       keeps the time
+#
+# A Tunnel belongs to one pairing and outlives its connections: what was lost is dialled again by the next request,
+# and the monitor's questions are requests. A connection on which nothing came while somebody waited is given up, so
+# that a device which slept, or has another address now, is reached anew instead of being waited for.
+
+TUNNEL_SUBPROTOCOL = "dvai-noise.1"
+TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
+TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
+
+
+class FrameSocket(Protocol):
+    """What carries outer frames, one per binary message: a WebSocket, or what behaves like one."""
+
+    async def send_binary(self, data: bytes) -> None: ...
+    async def receive(self) -> bytes | str | None: ...
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
+
+
+class TunnelRevokedError(UpstreamError):
+    """The provider has ended the pairing: it says so itself, inside the tunnel."""
+
+
+def build_tunnel_url(url: HttpUrl) -> str:
+    """Where the bridge at this address opens tunnels."""
+    host = f"[{url.host.replace('%', '%25')}]" if ":" in url.host else url.host
+    return f"{'wss' if url.is_tls else 'ws'}://{host}:{url.port}/v1{TUNNEL_PATH}"
+
+
+class ChannelLink:
+    """A Channel on its socket: reads, writes and keeps its time until either ends.
+
+    `on_event` gets every event in order, ChannelClosed last. Whoever does something to the channel calls `advance`.
+    """
+
+    def __init__(self, channel: Channel, socket: FrameSocket, on_event: Callable[[ChannelEvent], None]) -> None:
+        self.channel = channel
+        self._socket = socket
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._time_out)
+        self._has_frames = asyncio.Event()
+        self._has_written = asyncio.Event()
+        self._is_telling = False
+        self.received_at_s = self._loop.time()  # the last sign of life
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the channel has ended."""
+        return self.channel.state is ChannelState.CLOSED
+
+    async def run(self) -> None:
+        """Carries frames until the channel ends; cancelling ends it."""
+        writing = asyncio.create_task(self._write(), name="tunnel writer")
+        try:
+            self.advance()
+            while (message := await self._socket.receive()) is not None and not self.is_closed:
+                self.received_at_s = self._loop.time()
+                frame = message if isinstance(message, bytes) else b""  # no frame is a text
+                self.channel.receive_frame(frame, self.received_at_s)
+                self.advance()
+            self.channel.connection_lost()
+            self.advance()
+            await asyncio.wait({writing}, timeout=TUNNEL_CLOSE_S)
+        finally:
+            self.channel.connection_lost()
+            self.advance()
+            self._deadline.close()
+            writing.cancel()
+            await asyncio.wait({writing})
+            await self._socket.close()
+
+    def advance(self) -> None:
+        """After anything that was done to the channel: tells what happened, sends what there is, sets the timer."""
+        if self._is_telling:  # the one who tells goes on until nothing is left to tell
+            return
+        self._is_telling = True
+        try:
+            while events := self.channel.take_events():
+                for event in events:
+                    self._on_event(event)
+        finally:
+            self._is_telling = False
+        self._has_frames.set()
+        due_at_s = self.channel.next_deadline()
+        if due_at_s is None:
+            self._deadline.clear()
+        else:
+            self._deadline.set_after(due_at_s - self._loop.time())
+
+    async def wait_written(self) -> None:
+        """Until more has been written than now."""
+        self._has_written.clear()
+        await self._has_written.wait()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                self._has_frames.clear()
+                while frames := self.channel.data_to_send(self._loop.time()):
+                    for frame in frames:
+                        await self._socket.send_binary(frame)
+                    self._has_written.set()
+                    self.advance()  # a queue may have room again
+                if self.is_closed:
+                    break
+                await self._has_frames.wait()
+        except ConnectionError:
+            self.channel.connection_lost()
+            self.advance()
+        await self._socket.close()  # which ends the reading too
+
+    def _time_out(self) -> None:
+        self.channel.on_timeout(self._loop.time())
+        self.advance()
+
+
+class TunnelConnection:
+    """A consumer's established channel to one provider: which request waits on which stream."""
+
+    def __init__(self, channel: Channel, socket: FrameSocket, peer_name: str) -> None:
+        self.peer_name = peer_name
+        self._link = ChannelLink(channel, socket, self._take_in)
+        self._loop = asyncio.get_running_loop()
+        self._exchanges: dict[int, TunnelExchange] = {}
+        self._closed: ChannelClosed | None = None
+        self._is_revoked = False
+        self._changed = asyncio.Event()  # established, closed, or a stream has ended
+        self.is_established = False
+        self._task = asyncio.create_task(self._link.run(), name="tunnel")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes new requests."""
+        return self.is_established and self._link.channel.state is ChannelState.OPEN
+
+    @property
+    def received_at_s(self) -> float:
+        """When the provider last gave a sign of life, in loop time."""
+        return self._link.received_at_s
+
+    async def wait_established(self) -> None:
+        """Until the provider has proved who it is; raises why there will be no tunnel."""
+        while not self.is_established:
+            if self._closed is not None:
+                raise self.build_error()
+            await self._wait_changed()
+
+    async def open(self, exchange: TunnelExchange, method: str, path: str, fields: Sequence[tuple[str, str]]) -> int:
+        """The new stream for a request, once there is room for one more. UpstreamLostError if the tunnel ends first."""
+        streams = self._link.channel.streams
+        while (delay_s := streams.open_delay_s(self._loop.time())) > 0:
+            if not self.is_usable:
+                raise self.build_error()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s if delay_s < math.inf else None):
+                    await self._wait_changed()
+        stream_id = streams.open(method, path, fields, self._loop.time(), is_last=not exchange.body)
+        self._exchanges[stream_id] = exchange
+        self._link.advance()
+        return stream_id
+
+    def send_body(self, stream_id: int, data: bytes) -> int:
+        """Sends as much of a request's rest as there is room for; how much that was."""
+        streams = self._link.channel.streams
+        try:
+            room = streams.compute_send_room(stream_id)
+        except StreamGoneError:  # whose event has told the exchange why
+            return 0
+        if room:
+            streams.send_data(stream_id, data[:room], is_last=len(data) <= room)
+            self._link.advance()
+        return room
+
+    def consume(self, stream_id: int, count: int) -> None:
+        """`count` bytes of an answer were taken: the provider may send as many more."""
+        self._link.channel.streams.consume(stream_id, count)
+        self._link.advance()
+
+    def leave(self, stream_id: int) -> None:
+        """Nobody waits for this answer any more: the provider stops working on it."""
+        if self._exchanges.pop(stream_id, None) is not None:
+            self._link.channel.streams.reset(stream_id, self._loop.time())
+            self._link.advance()
+            self._note_change()
+
+    def end(self) -> None:
+        """Ends it now, without waiting: nothing answers, or the pairing is over."""
+        self._link.channel.close()
+        self._link.advance()
+
+    async def close(self) -> None:
+        """Says goodbye and waits until it is closed."""
+        self._link.channel.shut_down(self._loop.time(), 0.0)
+        self._link.advance()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TUNNEL_CLOSE_S):
+                await asyncio.wait({self._task})
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    def build_error(self) -> UpstreamError:
+        """Why this tunnel serves nothing (more)."""
+        closed = self._closed
+        if self._is_revoked:
+            return TunnelRevokedError(f"{self.peer_name} has ended the pairing")
+        if closed is None:
+            return UpstreamLostError(f"the tunnel to {self.peer_name} takes no more requests")
+        if not self.is_established:
+            return UpstreamConnectError(
+                f"{self.peer_name} did not open the tunnel ({closed.reason.value}): if it does not know this device "
+                "any more, `pair request` asks it again"
+            )
+        return UpstreamLostError(f"the tunnel to {self.peer_name} ended: {closed.detail or closed.reason.value}")
+
+    async def _wait_changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    def _take_in(self, event: ChannelEvent) -> None:
+        if isinstance(event, StreamData):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.note_data(event.data, is_last=event.is_last)
+        elif isinstance(event, StreamHead):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.note_head(event)
+        elif isinstance(event, StreamWritable):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.wake()
+        elif isinstance(event, (StreamEnded, StreamReset)):
+            exchange = self._exchanges.pop(event.stream_id, None)
+            if exchange is not None and isinstance(event, StreamReset):
+                exchange.note_error(self._build_reset_error(event.code))
+            self._note_change()
+        elif isinstance(event, ChannelEstablished):
+            self.is_established = True
+            self._note_change()
+        elif isinstance(event, GoAwayReceived):
+            self._is_revoked = event.code is ErrorCode.REVOKED
+            self._note_change()
+        elif isinstance(event, ChannelClosed):
+            self._closed = event
+            self._note_change()
+
+    def _build_reset_error(self, code: ErrorCode | None) -> UpstreamError:
+        if self._is_revoked:
+            return self.build_error()
+        if code is None or code in (ErrorCode.REFUSED, ErrorCode.SHUTDOWN):  # it was not worked on: ask again
+            return UpstreamLostError(f"the tunnel to {self.peer_name} ended")
+        return UpstreamError(f"{self.peer_name} ended the request ({code.name.lower()})")
+
+
+class TunnelExchange:
+    """One request through a tunnel and its answer, used like a ClientExchange.
+
+    Like one on a kept connection, it is sent once more if the tunnel turns out to be dead before the answer's head.
+    """
+
+    def __init__(
+        self,
+        tunnel: Tunnel,
+        url: HttpUrl,
+        *,
+        method: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes,
+        budgets: HttpBudgets,
+    ) -> None:
+        self._tunnel = tunnel
+        self._url = url
+        self._method = method
+        self._headers = [(name.lower(), value) for name, value in headers]
+        self.body = body
+        self._budgets = budgets
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._time_out)
+        self._waiter: asyncio.Future[None] | None = None
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._connection: TunnelConnection | None = None
+        self._is_reused = False
+        self._stream_id = 0
+        self._sent_at = 0.0
+        self._forget_answer()
+
+    def _forget_answer(self) -> None:
+        self._head: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._has_ended = False
+        self._error: UpstreamError | None = None
+        self._response: ClientResponse | None = None
+
+    # -- as a ClientExchange --
+
+    async def __aenter__(self) -> ClientResponse:
+        return await self.open()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    async def open(self) -> ClientResponse:
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
+
+    async def start(self) -> None:
+        """The first half of `open`: finds a tunnel, dialling it if need be, and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+        try:
+            await self._send()
+        except BaseException:
+            self.release()
+            raise
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
+        try:
+            try:
+                await self._wait_head()
+            except UpstreamLostError:
+                if not self._is_reused:
+                    raise
+                self._forget_answer()
+                await self._send()
+                await self._wait_head()
+        except BaseException:
+            self.release()
+            raise
+        assert self._head is not None  # what was waited for
+        return ClientResponse(self, self._head, self._budgets)
+
+    def release(self) -> None:
+        """Gives up the stream; an answer that is not complete is wanted no more."""
+        self._deadline.close()
+        connection, self._connection = self._connection, None
+        if connection is not None and self._stream_id:
+            connection.leave(self._stream_id)
+
+    # -- as the connection of its ClientResponse --
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._has_ended:
+                return b""
+            await self._wait(limit_s)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        if self._connection is not None:
+            self._connection.consume(self._stream_id, len(data))
+        return data
+
+    # -- what the connection tells --
+
+    def note_head(self, head: StreamHead) -> None:
+        """The answer's head has come."""
+        self._head = ResponseHead(status=head.status, headers=Headers(head.headers), http_minor=1, keep_alive=True)
+        self._has_ended = head.is_last
+        self.wake()
+
+    def note_data(self, data: bytes, *, is_last: bool) -> None:
+        """A piece of the answer has come."""
+        if data:
+            self._pieces.append(data)
+        self._has_ended = is_last
+        self.wake()
+
+    def note_error(self, error: UpstreamError) -> None:
+        """The stream has ended too early; what came before is still read."""
+        if not self._has_ended:
+            self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Something has changed."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- inside --
+
+    async def _send(self) -> None:
+        connection, self._is_reused = await self._tunnel.connect(self._url, self._limit(self._budgets.connect_s))
+        self._connection, self._sent_at = connection, self._loop.time()
+        try:
+            async with asyncio.timeout(self._limit(self._budgets.first_byte_s)):
+                self._stream_id = await connection.open(self, self._method, self._url.target, self._headers)
+        except TimeoutError:
+            raise UpstreamTimeoutError(f"the tunnel to {connection.peer_name} had no room for a request") from None
+        sent = 0
+        while sent < len(self.body):
+            count = connection.send_body(self._stream_id, self.body[sent:])
+            sent += count
+            if not count:
+                await self._wait(self._budgets.first_byte_s)
+
+    async def _wait_head(self) -> None:
+        while self._head is None:
+            await self._wait(self._budgets.first_byte_s)
+
+    def _limit(self, limit_s: float) -> float:
+        return limit_s if self._ends_at is None else min(limit_s, self._ends_at - self._loop.time())
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong."""
+        if self._error is not None:
+            raise self._error
+        self._waited_s = self._limit(limit_s)
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(self._waited_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _time_out(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
+        if connection.received_at_s < self._sent_at:  # not even a PONG: nobody is there any more
+            connection.end()
+        self.wake()
+
+
+class Tunnel:
+    """The way into one provider: its connection, dialled when there is none. `get_pairing`: the record as it is now."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        store: PairingStore,
+        pairing: Pairing,
+        *,
+        backend: CryptoBackend,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self.pairing = pairing
+        self._backend = backend
+        self._random = random
+        self._connection: TunnelConnection | None = None
+        self._dialling: asyncio.Task[TunnelConnection] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection that takes requests."""
+        return self._connection is not None and self._connection.is_usable
+
+    async def connect(self, url: HttpUrl, limit_s: float) -> tuple[TunnelConnection, bool]:
+        """The connection, and whether it was there already; else a new one to the host and port of `url`.
+
+        UpstreamConnectError says why there is none, TunnelRevokedError that there will be none again.
+        """
+        connection = self._connection
+        if connection is not None and connection.is_usable:
+            return connection, True
+        if self._dialling is None or self._dialling.done():
+            self._dialling = asyncio.create_task(self._dial(url, limit_s), name="tunnel dial")
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.shield(self._dialling), False
+        except TimeoutError:
+            name = display_name(self.pairing.device_name)
+            raise UpstreamConnectError(f"no tunnel to {name} within {limit_s:.3g} s") from None
+
+    async def close(self) -> None:
+        """Says goodbye."""
+        dialling, connection = self._dialling, self._connection
+        if dialling is not None:
+            dialling.cancel()
+            await asyncio.wait({dialling})
+        if connection is not None:
+            await connection.close()
+
+    def end(self) -> None:
+        """Ends the connection now: the pairing is over, or its keys have changed."""
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._connection is not None:
+            self._connection.end()
+
+    async def _dial(self, url: HttpUrl, limit_s: float) -> TunnelConnection:
+        previous, pairing = self._connection, self.pairing
+        link, identity_key = pairing.outbound_link, pairing.identity_key
+        if link is None or identity_key is None:
+            raise UpstreamConnectError("this pairing has no tunnel")
+        if previous is not None:
+            await previous.close()
+        socket = await connect_websocket(
+            build_tunnel_url(url),
+            subprotocols=(TUNNEL_SUBPROTOCOL,),
+            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+            timeout_s=limit_s,
+        )
+        terms = build_resume_terms(
+            pair_id=link.pair_id,
+            initiator_device_id=self._identity.device_id,
+            responder_device_id=pairing.device_id,
+            static=build_static_key(self._identity, self._backend),
+            remote_static=parse_base64url(identity_key),
+            psk=link.resume_psk,
+        )
+        ephemeral = build_key_pair(self._random(KEY_BYTES), self._backend)
+        now_s = asyncio.get_running_loop().time()
+        handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
+        channel = Channel(handshake, now=now_s, serves=False)
+        connection = TunnelConnection(channel, socket, display_name(pairing.device_name))
+        try:
+            await connection.wait_established()
+        except BaseException:
+            connection.end()
+            await connection.close()
+            raise
+        self._connection = connection
+        self._store.activate(pairing, PairingDirection.OUTBOUND)
+        return connection
+
+
+class PeerClient:
+    """Asks peers: those with a secure pairing through their tunnel, paired hubs by signed HTTP, others as anybody.
+
+    Belongs to one event loop; `close` ends every tunnel. The HttpClient is the caller's.
+    """
+
+    def __init__(
+        self,
+        http: HttpClient,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        app_id: str | None,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._http = http
+        self._identity = identity
+        self._store = store
+        self._app_id = app_id
+        self._clock_ms = clock_ms
+        self._random = random
+        self._tunnels: dict[PairingKey, Tunnel] = {}
+        self._unsubscribe = None if store is None else store.subscribe(self._note_pairing)
+
+    def request(
+        self,
+        pairing: Pairing | None,
+        method: str,
+        url: HttpUrl,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange | TunnelExchange:
+        """A request, sent when the block is entered. Raises what HttpClient.request does, and TunnelRevokedError."""
+        if pairing is None:
+            return self._http.request(method, url, headers=headers, body=body, budgets=budgets)
+        if pairing.outbound_link is None:
+            fields = [*headers, *self._sign(pairing, method, url.target, body)]
+            return self._http.request(method, url, headers=fields, body=body, budgets=budgets)
+        return TunnelExchange(
+            self._find_tunnel(pairing),
+            url,
+            method=method,
+            headers=list(headers),
+            body=body,
+            budgets=budgets or HttpBudgets(),
+        )
+
+    def has_tunnel(self, pairing: Pairing) -> bool:
+        """Whether a tunnel to this peer is open now."""
+        tunnel = self._tunnels.get(pairing.key)
+        return tunnel is not None and tunnel.is_open
+
+    async def close(self) -> None:
+        """Ends every tunnel."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        if self._tunnels:
+            await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
+
+    def _sign(self, pairing: Pairing, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+        return sign_request(
+            pairing,
+            self._identity,
+            app_id=self._app_id,
+            method=method,
+            path=path,
+            body=body,
+            now_ms=self._clock_ms(),
+            random=self._random,
+        )
+
+    def _find_tunnel(self, pairing: Pairing) -> Tunnel:
+        tunnel = self._tunnels.get(pairing.key)
+        if tunnel is None:
+            assert self._store is not None  # where pairings come from
+            tunnel = self._tunnels[pairing.key] = Tunnel(
+                self._identity, self._store, pairing, backend=choose_crypto_backend(), random=self._random
+            )
+        return tunnel
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A pairing that is over, or was made anew, takes its tunnel with it."""
+        if before is None or (tunnel := self._tunnels.get(before.key)) is None:
+            return
+        if after is not None:
+            tunnel.pairing = after
+        if has_lost_access(before, after, PairingDirection.OUTBOUND):
+            del self._tunnels[before.key]
+            tunnel.end()
+
+
 # ---- Peers ----------------------------------------------------------------------------
 # Which other bridges there are, what each can do now, and how this one stands with them.
 #
@@ -24836,11 +25477,13 @@ class WebSocketUpgrade:
     """What follows an answer of 101: `run` has the connection for itself, which is closed when it returns.
 
     Once the client has left, `receive` gives None and sending raises ConnectionError: that is how `run` learns it.
+    `on_stop`: called when the server stops, to end `run` in good order; None: the WebSocket is closed then (1001).
     """
 
     run: Callable[[WebSocketConnection], Awaitable[None]]
     limit_bytes: int
     subprotocol: str = ""
+    on_stop: Callable[[], None] | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -24890,6 +25533,7 @@ def accept_websocket(
     *,
     subprotocols: Sequence[str] = (),
     limit_bytes: int = TUNNEL_MESSAGE_LIMIT_BYTES,
+    on_stop: Callable[[], None] | None = None,
 ) -> HttpResponse:
     """The answer that makes a WebSocket of a request's connection, for a route to return.
 
@@ -24909,7 +25553,7 @@ def accept_websocket(
     return HttpResponse(
         status=101,
         headers=build_upgrade_response_fields(key, chosen),
-        upgrade=WebSocketUpgrade(run=run, limit_bytes=limit_bytes, subprotocol=chosen),
+        upgrade=WebSocketUpgrade(run=run, limit_bytes=limit_bytes, subprotocol=chosen, on_stop=on_stop),
     )
 
 
@@ -25071,24 +25715,18 @@ class HttpExchange:
         finally:
             await close_response_body(response)
         if _http_logger.isEnabledFor(logging.INFO):
-            self._log(response.status, self._loop.time() - started_at)
+            log_request(self.request, response.status, self._loop.time() - started_at)
 
     async def _answer(self, handler: Handler) -> HttpResponse:
         """What the handler returns or raises, with its head prepared."""
+        response = await answer_request(handler, self.request)
         try:
-            response = await handler(self.request)
-            try:
-                self._prepare(response)
-            except Exception:
-                await close_response_body(response)
-                raise
-            return response
-        except BridgeError as error:
-            response = build_error_response(error)
+            self._prepare(response)
         except Exception:
             _http_logger.exception("internal error in request %s", self.request.request_id)
+            await close_response_body(response)
             response = build_error_response(InternalError("internal error"))
-        self._prepare(response)
+            self._prepare(response)
         return response
 
     def _prepare(self, response: HttpResponse) -> None:
@@ -25153,18 +25791,30 @@ class HttpExchange:
             if is_chunked:
                 self._writer.write(LAST_CHUNK)
 
-    def _log(self, status: int, elapsed_s: float) -> None:
-        request = self.request
-        _http_logger.log(
-            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
-            "%s %s %.200s %d %.1f ms %s",
-            request.client_address,
-            request.method,
-            request.raw_path,
-            status,
-            elapsed_s * 1000,
-            request.request_id,
-        )
+
+async def answer_request(handler: Handler, request: HttpRequest) -> HttpResponse:
+    """What the handler returns, or the answer to what it raises."""
+    try:
+        return await handler(request)
+    except BridgeError as error:
+        return build_error_response(error)
+    except Exception:
+        _http_logger.exception("internal error in request %s", request.request_id)
+        return build_error_response(InternalError("internal error"))
+
+
+def log_request(request: HttpRequest, status: int, elapsed_s: float) -> None:
+    """One line for an answered request."""
+    _http_logger.log(
+        logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
+        "%s %s %.200s %d %.1f ms %s",
+        request.client_address,
+        request.method,
+        request.raw_path,
+        status,
+        elapsed_s * 1000,
+        request.request_id,
+    )
 
 
 async def close_response_body(response: HttpResponse) -> None:
@@ -25406,6 +26056,12 @@ class HttpConnection(asyncio.Protocol):
         websocket.take_over(self._transport, self._writer, self._parser.take_rest(), self.connection_lost)
         self._server.own(self._serve_websocket(websocket, upgrade, exchange.request.request_id))
         if self._is_stopping:
+            self._stop_websocket(websocket, upgrade)
+
+    def _stop_websocket(self, websocket: WebSocketConnection, upgrade: WebSocketUpgrade) -> None:
+        if upgrade.on_stop is not None:
+            upgrade.on_stop()
+        else:
             websocket.begin_close(CLOSE_GOING_AWAY)
 
     async def _serve_websocket(
@@ -25490,8 +26146,8 @@ class HttpConnection(asyncio.Protocol):
     def stop(self) -> None:
         """Ends the connection as soon as the answer that is being written is complete."""
         self._is_stopping = True
-        if self._websocket is not None:
-            self._websocket.begin_close(CLOSE_GOING_AWAY)
+        if self._websocket is not None and self._exchange is not None and self._exchange.upgrade is not None:
+            self._stop_websocket(self._websocket, self._exchange.upgrade)
         elif self._exchange is not None:
             self._exchange.keep_alive = False
         else:
@@ -25672,6 +26328,318 @@ class HttpServer:
         if now_s != self._date_s:
             self._date_s, self._date = now_s, ("Date", encode_http_date(now_s))
         return [self._date, *build_cors_fields(self.policy, origin)]
+
+
+# ---- Tunnel server --------------------------------------------------------------------
+# What paired devices ask inside their tunnels, answered by the same handler as everybody's requests.
+
+TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one are those it left without a word
+TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunnel that are not complete yet
+
+_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
+
+# What may be asked inside a tunnel.
+_TUNNEL_ROUTES = frozenset({RouteClass.INFERENCE, RouteClass.CAPABILITY, RouteClass.HEALTH})
+
+
+class ServedStream:
+    """One request inside a tunnel: its body as it comes, and whether its answer may go on."""
+
+    def __init__(self, opened: StreamOpened) -> None:
+        self.opened = opened
+        self.body = bytearray()
+        self.has_body = opened.is_last
+        self.is_refused = False  # what still comes of its body is not kept
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something has changed."""
+        self._changed.set()
+
+    async def wait(self) -> None:
+        """Until something changes."""
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class ServedTunnel:
+    """One tunnel of a consumer: its streams become requests, each answered by a task of its own."""
+
+    def __init__(self, tunnels: TunnelServer, client_address: str) -> None:
+        self._tunnels = tunnels
+        self._loop = asyncio.get_running_loop()
+        self._client_address = client_address
+        self._channel = tunnels.build_channel(self._loop.time())
+        self._streams: dict[int, ServedStream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pair_id = b""
+        self.pairing_id: str | None = None  # once the consumer has proved who it is
+
+    async def run(self, socket: FrameSocket) -> None:
+        """Serves until the channel ends; what still runs for it is cancelled then."""
+        self._link = ChannelLink(self._channel, socket, self._take_in)
+        try:
+            await self._link.run()
+        finally:
+            self._tunnels.forget(self)
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+
+    def revoke(self) -> None:
+        """Ends it now: the consumer may no longer ask."""
+        self._channel.close(ErrorCode.REVOKED)
+        self._link.advance()
+
+    def shut_down(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Takes no more requests; those that run may finish within `grace_s`."""
+        self._channel.shut_down(self._loop.time(), grace_s)
+        self._link.advance()
+
+    def _take_in(self, event: ChannelEvent) -> None:
+        if isinstance(event, StreamOpened):
+            self._open(event)
+        elif isinstance(event, StreamData):
+            self._receive(event)
+        elif isinstance(event, StreamReset):
+            stream = self._streams.pop(event.stream_id, None)
+            if stream is not None and stream.task is not None:
+                stream.task.cancel()
+        elif isinstance(event, StreamEnded):
+            self._streams.pop(event.stream_id, None)
+        elif isinstance(event, StreamWritable):
+            stream = self._streams.get(event.stream_id)
+            if stream is not None:
+                stream.wake()
+        elif isinstance(event, ChannelEstablished):
+            self._pair_id = event.pair_id
+            self.pairing_id = self._tunnels.note_established(self, event.pair_id)
+        elif isinstance(event, ChannelClosed):
+            _tunnel_logger.debug("tunnel from %s: %s %s", self._client_address, event.reason.value, event.detail)
+
+    def _open(self, opened: StreamOpened) -> None:
+        stream = self._streams[opened.stream_id] = ServedStream(opened)
+        stream.task = asyncio.create_task(self._serve(stream), name="tunnel request")
+        self._tasks.add(stream.task)
+        stream.task.add_done_callback(self._tasks.discard)
+
+    def _receive(self, event: StreamData) -> None:
+        """Keeps what comes of a request's body, within the limits; the rest is read and forgotten."""
+        stream = self._streams.get(event.stream_id)
+        self._channel.streams.consume(event.stream_id, len(event.data))
+        if stream is None:
+            return
+        held = sum(len(each.body) for each in self._streams.values())
+        if len(stream.body) + len(event.data) > FOREIGN_BODY_LIMIT_BYTES or held > TUNNEL_BODIES_LIMIT_BYTES:
+            stream.is_refused = True
+            stream.body.clear()
+        if not stream.is_refused:
+            stream.body += event.data
+        stream.has_body = event.is_last
+        stream.wake()
+
+    async def _serve(self, stream: ServedStream) -> None:
+        started_at_s, stream_id = self._loop.time(), stream.opened.stream_id
+        try:
+            request, response = await self._answer(stream)
+            try:
+                await self._send(stream, response, request.request_id)
+            finally:
+                await close_response_body(response)
+            log_request(request, response.status, self._loop.time() - started_at_s)
+        except StreamGoneError:
+            pass  # its consumer is
+        except TimeoutError:
+            _tunnel_logger.info("a reader in a tunnel from %s took nothing: stream ended", self._client_address)
+            self._reset(stream_id, ErrorCode.LIMIT)
+        except Exception:
+            _tunnel_logger.exception("internal error in a tunnel")
+            self._reset(stream_id, ErrorCode.INTERNAL)
+
+    async def _answer(self, stream: ServedStream) -> tuple[HttpRequest, HttpResponse]:
+        """The request, and what the handler or a limit answers to it."""
+        refusal: BridgeError | None = None
+        try:
+            await self._read_body(stream)
+        except BridgeError as error:
+            refusal = error
+        pairing = self._tunnels.find_pairing(self._pair_id)
+        request = self._build_request(stream, pairing)
+        if pairing is None:
+            refusal = SignatureError()
+        elif ACCESS_TABLE[request.caller][classify_route(request.path)] is not Access.ALLOWED or (
+            classify_route(request.path) not in _TUNNEL_ROUTES
+        ):
+            refusal = ForbiddenError("this route is not for tunnels")
+        if refusal is not None:
+            return request, build_error_response(refusal)
+        return request, await answer_request(self._tunnels.handler, request)
+
+    async def _read_body(self, stream: ServedStream) -> None:
+        started_at_s = self._loop.time()
+        while not stream.has_body:
+            if stream.is_refused:
+                raise ContentTooLargeError(f"the body is larger than {FOREIGN_BODY_LIMIT_BYTES // MIB} MiB")
+            earned_s = len(stream.body) / BODY_RATE_FLOOR_BYTES_PER_S
+            try:
+                async with asyncio.timeout_at(started_at_s + BODY_DEADLINE_S + earned_s):
+                    await stream.wait()
+            except TimeoutError:
+                raise RequestTimeoutError("the request took too long to arrive") from None
+
+    def _build_request(self, stream: ServedStream, pairing: Pairing | None) -> HttpRequest:
+        opened = stream.opened
+        headers = Headers((*opened.headers, ("x-dvai-forwarded", "1")))  # tunnels end here: nothing goes on from one
+        body, stream.body = bytes(stream.body), bytearray()
+        return HttpRequest(
+            method=opened.method,
+            path=opened.path,
+            raw_path=opened.path,
+            query="",
+            headers=headers,
+            body=body,
+            client_address=self._client_address,
+            is_loopback=False,
+            is_tls=True,
+            caller=Caller.PAIRED,
+            request_id=choose_request_id(headers),
+            pairing=pairing,
+        )
+
+    async def _send(self, stream: ServedStream, response: HttpResponse, request_id: str) -> None:
+        streams, stream_id, body = self._channel.streams, stream.opened.stream_id, response.body
+        fields = [(name.lower(), value) for name, value in response.headers] + [("x-request-id", request_id)]
+        if isinstance(body, bytes):
+            streams.send_head(stream_id, response.status, fields, is_last=not body)
+            await self._send_data(stream, body, is_last=True)
+            return
+        streams.send_head(stream_id, response.status, fields)
+        try:
+            async for data in body:
+                await self._send_data(stream, data)
+        except BridgeError as error:
+            _tunnel_logger.info("answer of request %s torn off: %s", request_id, error.code or error.type)
+            async with asyncio.timeout(WRITE_STALL_S):  # what it said before is still to arrive
+                while streams.compute_send_room(stream_id) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+                    await self._link.wait_written()
+            self._reset(stream_id, ErrorCode.INTERNAL)
+        else:
+            streams.send_data(stream_id, b"", is_last=True)
+            self._link.advance()
+
+    async def _send_data(self, stream: ServedStream, data: bytes, *, is_last: bool = False) -> None:
+        """Queues `data` as there is room for it; TimeoutError if the consumer takes none for too long."""
+        streams, stream_id = self._channel.streams, stream.opened.stream_id
+        while data:
+            room = streams.compute_send_room(stream_id)
+            if room:
+                streams.send_data(stream_id, data[:room], is_last=is_last and len(data) <= room)
+                data = data[room:]
+                self._link.advance()
+            else:
+                async with asyncio.timeout(WRITE_STALL_S):
+                    await stream.wait()
+
+    def _reset(self, stream_id: int, code: ErrorCode) -> None:
+        if self._streams.pop(stream_id, None) is not None:
+            self._channel.streams.reset(stream_id, self._loop.time(), code)
+            self._link.advance()
+
+
+class TunnelServer:
+    """The provider's end of all tunnels. A consumer that is not paired, or no more, learns nothing but that."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        handler: Handler,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self.handler = handler
+        self._identity = identity
+        self._store = store
+        self._clock_ms = clock_ms
+        self._random = random
+        self._decoy: KeyPair | None = None
+        self._served: dict[ServedTunnel, None] = {}  # oldest first
+        self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
+        self._unsubscribe = None if store is None else store.subscribe(self._note_pairing)
+
+    async def accept(self, request: HttpRequest) -> HttpResponse:
+        """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is."""
+        served = ServedTunnel(self, request.client_address)
+        return accept_websocket(request, served.run, subprotocols=(TUNNEL_SUBPROTOCOL,), on_stop=served.shut_down)
+
+    def close(self) -> None:
+        """The store's changes are of no interest any more; the HTTP server ends the connections."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+
+    # -- what a tunnel calls --
+
+    def build_channel(self, now_s: float) -> Channel:
+        """The responder's channel of a new connection."""
+        backend = choose_crypto_backend()
+        if self._decoy is None:
+            self._decoy = build_key_pair(self._random(KEY_BYTES), backend)
+        ephemeral = build_key_pair(self._random(KEY_BYTES), backend)
+        handshake = ResponderHandshake(self._find_terms, decoy=self._decoy, ephemeral=ephemeral, backend=backend)
+        return Channel(handshake, now=now_s)
+
+    def find_pairing(self, pair_id: bytes) -> Pairing | None:
+        """The pairing by which a consumer may ask now, its use noted."""
+        now_ms = self._clock_ms()
+        pairing = None if self._store is None else self._store.find_link(pair_id, now_ms)
+        if pairing is not None and self._store is not None:
+            self._store.note_use(pairing, now_ms)
+        return pairing
+
+    def note_established(self, served: ServedTunnel, pair_id: bytes) -> str | None:
+        """A consumer has proved who it is: the pairing is active, and its oldest tunnel makes room."""
+        pairing = self.find_pairing(pair_id)
+        if pairing is None or self._store is None:  # revoked during the handshake
+            self._served[served] = None
+            served.revoke()
+            return None
+        self._store.activate(pairing, PairingDirection.INBOUND)
+        others = [each for each in self._served if each.pairing_id == pairing.pairing_id]
+        for each in others[: max(len(others) - TUNNELS_PER_PAIRING_LIMIT + 1, 0)]:
+            each.shut_down(0.0)
+        self._served[served] = None
+        return pairing.pairing_id
+
+    def forget(self, served: ServedTunnel) -> None:
+        """A tunnel has ended."""
+        self._served.pop(served, None)
+
+    def _find_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms | None:
+        pairing = None if self._store is None else self._store.find_link(pair_id, self._clock_ms())
+        if mode is not HandshakeMode.RESUME or pairing is None:
+            return None
+        link, identity_key = pairing.inbound_link, pairing.identity_key
+        if link is None or identity_key is None:
+            return None
+        return build_resume_terms(
+            pair_id=link.pair_id,
+            initiator_device_id=pairing.device_id,
+            responder_device_id=self._identity.device_id,
+            static=build_static_key(self._identity, choose_crypto_backend()),
+            remote_static=parse_base64url(identity_key),
+            psk=link.resume_psk,
+        )
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A device that may no longer use this one, or must prove itself anew, loses its tunnels."""
+        if before is None or not has_lost_access(before, after, PairingDirection.INBOUND):
+            return
+        for served in list(self._served):
+            if served.pairing_id == before.pairing_id:
+                served.revoke()
 
 
 # ---- Routes ---------------------------------------------------------------------------
