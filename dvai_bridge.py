@@ -12,7 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, noise, identity, pairing, handshake: who may use this device, and whom it may use
+    trust         signing, primitives, Noise, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
@@ -5326,9 +5326,9 @@ def _hash_nonce(nonce: str) -> bytes:
 # ---- Primitives -----------------------------------------------------------------------
 # The secure channel's arithmetic: X25519, HKDF and ChaCha20-Poly1305, by `cryptography` or by ourselves. Pure.
 #
-# Both backends accept and refuse the same. HMAC and HKDF are the standard library's in both. Ours takes about 1 ms for
-# a key agreement, 0.1 ms for a short message and 0.7 ms for the longest frame, and is not constant-time: the time it
-# takes depends on the keys, as with everything that Python computes.
+# Both backends accept and refuse the same; HMAC and HKDF are the standard library's in both. Ours takes about 1 ms for
+# a key agreement, 0.04 ms for a short frame and 0.8 ms for one of 16 KiB, so the event loop never waits long for it. It
+# is not constant-time: how long it takes depends on the keys, as with everything that Python's integers compute.
 
 KEY_BYTES = 32  # private and public keys, shared secrets, AEAD keys, pre-shared keys, seeds
 AEAD_NONCE_BYTES = 12
