@@ -108,6 +108,17 @@ def test_poly1305(case):
     assert dvai_bridge._compute_poly1305(unhex(case["key"]), unhex(case["message"])).hex() == case["tag"]
 
 
+@pytest.mark.parametrize("length", [*range(500, 530), 16 * 64, 16 * 64 + 1, 16_400])
+def test_poly1305_of_many_blocks(length):
+    """Groups of blocks are summed at once: as block by block, which section 2.5 of the RFC describes."""
+    key, message = random.Random(length).randbytes(32), random.Random(length + 1).randbytes(length)
+    r, total = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF, 0
+    for start in range(0, length, 16):
+        total = (total + int.from_bytes(message[start : start + 16] + b"\1", "little")) * r % (2**130 - 5)
+    tag = (total + int.from_bytes(key[16:], "little")) % 2**128
+    assert dvai_bridge._compute_poly1305(key, message) == tag.to_bytes(16, "little")
+
+
 @pytest.mark.parametrize("case", RFC["poly1305KeyGeneration"], ids=by_section)
 def test_poly1305_key_generation(case):
     key, stream = OwnBackend().aead(unhex(case["key"]))._generate(unhex(case["nonce"]), 0)
