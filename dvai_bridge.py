@@ -22286,6 +22286,11 @@ class TunnelConnection:
         return self.is_established and self._link.channel.state is ChannelState.OPEN
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._task.done()
+
+    @property
     def received_at_s(self) -> float:
         """When the provider last gave a sign of life, in loop time."""
         return self._link.received_at_s
@@ -22529,7 +22534,7 @@ class TunnelExchange:
 
     def note_error(self, error: UpstreamError) -> None:
         """The stream has ended too early; what came before is still read."""
-        if not self._has_ended:
+        if not self._has_ended and self._error is None:
             self._error = error
         self.wake()
 
@@ -22603,8 +22608,8 @@ class Tunnel:
         self._backend = backend
         self._random = random
         self._connection: TunnelConnection | None = None
+        self._earlier: list[TunnelConnection] = []  # those on which answers may still be coming
         self._dialling: asyncio.Task[TunnelConnection] | None = None
-        self._ending: set[asyncio.Task[None]] = set()
 
     @property
     def is_open(self) -> bool:
@@ -22630,27 +22635,26 @@ class Tunnel:
 
     async def close(self) -> None:
         """Says goodbye."""
-        dialling, connection = self._dialling, self._connection
-        if dialling is not None:
-            dialling.cancel()
-            await asyncio.wait({dialling})
-        if connection is not None:
-            await connection.close()
-
-    def end(self) -> None:
-        """Ends the connection now: the pairing is over, or its keys have changed."""
         if self._dialling is not None:
             self._dialling.cancel()
-        if self._connection is not None:
-            self._connection.end()
+            await asyncio.wait({self._dialling})
+        await asyncio.gather(*(connection.close() for connection in self._list_connections()))
+
+    def end(self) -> None:
+        """Ends its connections now: the pairing is over, or its keys have changed."""
+        if self._dialling is not None:
+            self._dialling.cancel()
+        for connection in self._list_connections():
+            connection.end()
+
+    def _list_connections(self) -> list[TunnelConnection]:
+        return [*self._earlier, *([] if self._connection is None else [self._connection])]
 
     async def _dial(self, url: HttpUrl, limit_s: float) -> TunnelConnection:
-        previous, pairing = self._connection, self.pairing
+        pairing = self.pairing
         link, identity_key = pairing.outbound_link, pairing.identity_key
         if link is None or identity_key is None:
             raise UpstreamConnectError("this pairing has no tunnel")
-        if previous is not None:
-            await previous.close()
         socket = await connect_websocket(
             build_tunnel_url(url),
             subprotocols=(TUNNEL_SUBPROTOCOL,),
@@ -22676,6 +22680,7 @@ class Tunnel:
             connection.end()
             await connection.close()
             raise
+        self._earlier = [each for each in self._list_connections() if not each.is_closed]
         self._connection = connection
         self._store.activate(pairing, PairingDirection.OUTBOUND)
         return connection
@@ -22771,7 +22776,6 @@ class PeerClient:
         if after is not None:
             tunnel.pairing = after
         if has_lost_access(before, after, PairingDirection.OUTBOUND):
-            del self._tunnels[before.key]
             tunnel.end()
 
 
@@ -26482,15 +26486,15 @@ class ServedTunnel:
 
     async def _read_body(self, stream: ServedStream) -> None:
         started_at_s = self._loop.time()
-        while not stream.has_body:
-            if stream.is_refused:
-                raise ContentTooLargeError(f"the body is larger than {FOREIGN_BODY_LIMIT_BYTES // MIB} MiB")
+        while not (stream.has_body or stream.is_refused):
             earned_s = len(stream.body) / BODY_RATE_FLOOR_BYTES_PER_S
             try:
                 async with asyncio.timeout_at(started_at_s + BODY_DEADLINE_S + earned_s):
                     await stream.wait()
             except TimeoutError:
                 raise RequestTimeoutError("the request took too long to arrive") from None
+        if stream.is_refused:
+            raise ContentTooLargeError(f"the body is larger than {FOREIGN_BODY_LIMIT_BYTES // MIB} MiB")
 
     def _build_request(self, stream: ServedStream, pairing: Pairing | None) -> HttpRequest:
         opened = stream.opened
