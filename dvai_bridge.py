@@ -11,10 +11,10 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
+    formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, metrics, routing
-    transport     streams, HTTP client: asyncio begins here
+    transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
     peers         discovery, peers, offload, upstream engine: who is there, and who answers
     program       HTTP server, routes, bridge, command line, and the built-in model's data
@@ -10375,6 +10375,13 @@ class ProxiedWebSocket:
         await self._connection.close(code, reason)
 
 
+def _build_proxy_package_error(package: str, url: HttpUrl) -> UsageError:
+    return UsageError(
+        f"{url.authority} is to be reached through the proxy that the environment names, which needs the package "
+        f"{package.partition('>')[0]}: pip install '{package}', or name the host in NO_PROXY"
+    )
+
+
 async def _connect_through(
     proxy: str,
     url: str,
@@ -10387,10 +10394,7 @@ async def _connect_through(
     try:
         client, exceptions = map(importlib.import_module, ("websockets.asyncio.client", "websockets.exceptions"))
     except ImportError as exc:
-        raise UsageError(
-            f"{parsed.authority} is to be reached through a proxy, which needs the package websockets: "
-            "pip install 'websockets>=15' python-socks, or name the host in NO_PROXY"
-        ) from exc
+        raise _build_proxy_package_error("websockets>=15", parsed) from exc
 
     class Connect(client.connect):  # type: ignore[name-defined,misc]
         def process_redirect(self, exc: Exception) -> Exception:
@@ -10415,7 +10419,9 @@ async def _connect_through(
         raise UpstreamError(f"no WebSocket with {parsed.authority}: {why}") from exc
     except exceptions.InvalidProxy as exc:  # whose text has the URL, and the URL may have a password
         raise UpstreamConnectError("the proxy that the environment names is not a URL of one") from exc
-    except (exceptions.ProxyError, ImportError) as exc:
+    except ImportError as exc:  # of what it needs for SOCKS
+        raise _build_proxy_package_error("python-socks>=2.5", parsed) from exc
+    except exceptions.ProxyError as exc:
         raise UpstreamConnectError(f"the proxy for {parsed.authority} does not help: {display_name(str(exc))}") from exc
     except (OSError, exceptions.WebSocketException) as exc:
         if isinstance(exc, TimeoutError):
