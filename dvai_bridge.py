@@ -8505,6 +8505,7 @@ COOL_DOWN_S = 5.0  # a peer that fails each request given to it
 COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
 CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
 NO_DEVICE_RETRY_AFTER_S = 30
+DECISIONS_LIMIT = 64  # remembered at a time: clients may name a new model in every request
 
 
 class PeerVia(enum.Enum):
@@ -8653,10 +8654,12 @@ class OffloadPreference(enum.Enum):
     REQUIRE = "require"
 
 
+_PREFERENCES = {each.value: each for each in OffloadPreference}
+
+
 def parse_preference(value: str | None) -> OffloadPreference:
     """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
-    word = (value or "").strip().lower()
-    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+    return _PREFERENCES.get((value or "").strip().lower(), OffloadPreference.PREFER)
 
 
 def parse_forwarded(value: str | None) -> bool:
@@ -8953,6 +8956,30 @@ def choose_route(
         paired_remote_peers=sum(each.has_pairing and each.peer.via is PeerVia.RENDEZVOUS for each in candidates),
     )
     return _decide_peers(decision, terms, offers)
+
+
+class RouteChooser:
+    """`choose_route` under one policy, which looks again only when the devices are not as they were. Pure."""
+
+    def __init__(self, policy: OffloadPolicy) -> None:
+        self._policy = policy
+        self._devices: tuple[Sequence[LocalModel], Sequence[Candidate]] = (), ()
+        self._decisions: dict[RouteRequest, RouteDecision] = {}
+
+    def choose(
+        self, request: RouteRequest, local: Sequence[LocalModel], candidates: Sequence[Candidate], now_s: float
+    ) -> RouteDecision:
+        """As `choose_route`. What cools down changes with the time, and is not remembered."""
+        devices = local, candidates
+        if devices != self._devices or len(self._decisions) >= DECISIONS_LIMIT:
+            self._devices = devices
+            self._decisions.clear()
+        decision = self._decisions.get(request)
+        if decision is None:
+            decision = choose_route(self._policy, request, local, candidates, now_s)
+            if all(each.cool_down.until_s <= now_s for each in candidates):
+                self._decisions[request] = decision
+        return decision
 
 
 def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
@@ -19011,6 +19038,14 @@ def average_measurement(known: float | None, measured: float) -> float:
     return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
 
 
+def add_measurement(averages: Mapping[str, float], model_id: str, measured: float) -> dict[str, float]:
+    """The running averages by model id after one more measurement; as they were for one that is absurd or too many."""
+    has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
+    if not is_score(measured) or not has_room:
+        return dict(averages)
+    return {**averages, model_id: average_measurement(averages.get(model_id), measured)}
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class PeerWay:
     """One way to a peer. `is_lasting`: the user or a pairing named it, so that it is tried forever."""
@@ -19025,6 +19060,8 @@ class KnownPeer:
 
     `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
     """
+
+    _candidate: Candidate | None
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -19046,6 +19083,11 @@ class KnownPeer:
         self.failures = 0
         self.error = ""
         self.learned_at_s = -math.inf
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever changes: the candidate is to be built anew."""
+        self.__dict__[name] = value
+        self.__dict__["_candidate"] = None
 
     @property
     def is_lasting(self) -> bool:
@@ -19114,7 +19156,8 @@ class KnownPeer:
 
     def note_success(self) -> None:
         """It served a request."""
-        self.cool_down, self.has_failed_requests = CoolDown(), False
+        if self.cool_down.failures or self.has_failed_requests:
+            self.cool_down, self.has_failed_requests = CoolDown(), False
 
     def note_failure(self, reason: str, now_s: float, *, has_answered: bool, retry_after_s: float) -> None:
         """It failed a request; one that could not even be reached is lost until it answers again."""
@@ -19127,16 +19170,15 @@ class KnownPeer:
         """What it advertises by its capability route, instead of what it did before."""
         sound = [each for each in scores if is_model_id(each.model_id) and is_score(each.tok_per_s)][:PEER_MODELS_LIMIT]
         self.scores = {each.model_id: each.tok_per_s for each in sound}
-        self.prefill.update({each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s})
+        self.prefill = self.prefill | {each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s}
 
     def record_measurement(self, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None) -> None:
         """What a request saw of its speed; bounded like what it advertises."""
-        for averages, measured in ((self.measured, tok_per_s), (self.prefill, prefill_tok_per_s)):
-            has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
-            if measured is not None and is_score(measured) and has_room:
-                averages[model_id] = average_measurement(averages.get(model_id), measured)
+        self.measured = add_measurement(self.measured, model_id, tok_per_s)
+        if prefill_tok_per_s is not None:
+            self.prefill = add_measurement(self.prefill, model_id, prefill_tok_per_s)
 
-    def build_peer(self) -> Peer:
+    def _build_peer(self) -> Peer:
         """The record of this peer as it is now. What it advertises itself goes before what was measured."""
         loaded = (self.current_model_id, *self.peer.loaded_models)
         return replace(
@@ -19146,11 +19188,18 @@ class KnownPeer:
             capability={**self.measured, **self.peer.capability, **self.scores},
         )
 
-    def build_candidate(self) -> Candidate:
-        """What the decision looks at."""
+    @property
+    def candidate(self) -> Candidate:
+        """What the decision looks at; the same object while nothing has changed."""
+        candidate = self._candidate
+        if candidate is None:
+            candidate = self.__dict__["_candidate"] = self._build_candidate()
+        return candidate
+
+    def _build_candidate(self) -> Candidate:
         running, waiting, slots = self.queue
         return Candidate(
-            peer=self.build_peer(),
+            peer=self._build_peer(),
             state=self.state,
             has_pairing=self.has_pairing,
             handshake=self.handshake,
@@ -19392,11 +19441,11 @@ class PeerMonitor:
 
     def candidates(self) -> list[Candidate]:
         """Every peer, as the decision looks at it."""
-        return [known.build_candidate() for known in self.table]
+        return [known.candidate for known in self.table]
 
     def peers(self) -> list[Peer]:
         """Every peer, reachable or not."""
-        return [known.build_peer() for known in self.table]
+        return [known.candidate.peer for known in self.table]
 
     def list_models(self) -> list[tuple[str, Peer]]:
         """The models that paired peers have, each with its peer; without their demonstration models."""
@@ -23510,7 +23559,7 @@ class Offloading:
         on_offload: Callable[[Peer], None] = lambda peer: None,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
-        self._policy = policy
+        self._chooser = RouteChooser(policy)
         self._monitor = monitor
         self._list_local = list_local
         self._sign = sign
@@ -23562,7 +23611,7 @@ class Offloading:
 
     def _decide(self, asked: RouteRequest) -> RouteDecision:
         monitor = self._monitor
-        return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
+        return self._chooser.choose(asked, self._list_local(), monitor.candidates(), monitor.now_s())
 
     def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
         peer, route = target.peer, target.route
