@@ -19170,7 +19170,9 @@ class KnownPeer:
         """What it advertises by its capability route, instead of what it did before."""
         sound = [each for each in scores if is_model_id(each.model_id) and is_score(each.tok_per_s)][:PEER_MODELS_LIMIT]
         self.scores = {each.model_id: each.tok_per_s for each in sound}
-        self.prefill = self.prefill | {each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s}
+        self.prefill = self.prefill | {
+            each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s
+        }
 
     def record_measurement(self, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None) -> None:
         """What a request saw of its speed; bounded like what it advertises."""
