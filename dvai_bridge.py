@@ -133,6 +133,7 @@ WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: w
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
 CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+URLS_LIMIT = 64  # memory taken by URLs that were parsed, and may be asked again
 HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
 POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
 POOL_LIMIT = 32  # descriptors of connections kept for the next request
@@ -171,6 +172,26 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as record
 else:
 
+    def build_quick_init(cls: type) -> Callable[..., None]:
+        """The `__init__` of a frozen dataclass in half the time: it fills the instance's dictionary.
+
+        The one that `dataclasses` writes calls `object.__setattr__` for every field. No `__post_init__` is called.
+        """
+        parameters, names, defaults = [], [], {}
+        for each in sorted(dataclasses.fields(cls), key=lambda each: each.kw_only):
+            if each.kw_only and "*" not in parameters:
+                parameters.append("*")
+            has_factory = each.default_factory is not dataclasses.MISSING
+            has_default = has_factory or each.default is not dataclasses.MISSING
+            defaults[f"_{each.name}"] = each.default_factory if has_factory else each.default
+            parameters.append(f"{each.name}=_{each.name}" if has_default else each.name)
+            value = f"_{each.name}() if {each.name} is _{each.name} else {each.name}" if has_factory else each.name
+            names.append(f"{each.name}={value}")
+        namespace: dict[str, Any] = {}
+        text = f"def __init__(self, {', '.join(parameters)}): self.__dict__.update({', '.join(names)})"
+        exec(text, defaults, namespace)
+        return namespace["__init__"]
+
     def record(**options: Any) -> Callable[[type], type]:
         """`dataclasses.dataclass(**options)`, put off until the class is called, and without slots.
 
@@ -185,7 +206,9 @@ else:
                 with lock:
                     if cls.__dict__["__init__"] is generate:
                         del cls.__init__
-                        dataclasses.dataclass(**options)(cls)
+                        dataclasses.dataclass(**options, init=not options.get("frozen"))(cls)
+                        if options.get("frozen"):
+                            cls.__init__ = build_quick_init(cls)
                 self.__init__(*args, **values)
 
             cls.__init__ = generate
@@ -1470,12 +1493,24 @@ _JSON_DECODER = json.JSONDecoder(
     parse_constant=_parse_json_constant,
     object_pairs_hook=_build_json_object,
 )
-_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _build_json_encoder() -> Any:
+    """What `_JSON_ENCODER.iterencode` makes anew for every value: half of the time that a small one takes."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # another interpreter than CPython
+        return lambda value, level: _JSON_ENCODER.iterencode(value)
+    encode_string = json.encoder.encode_basestring
+    return make(None, _JSON_ENCODER.default, encode_string, None, ":", ",", False, False, False)
+
+
+_encode_json_pieces = _build_json_encoder()
 
 
 def encode_json(value: Any) -> bytes:
     """Compact JSON in raw UTF-8, keys in their order. ValueError for NaN, infinities and lone surrogates."""
-    return _JSON_ENCODER.encode(value).encode()
+    return "".join(_encode_json_pieces(value, 0)).encode()
 
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
@@ -5373,6 +5408,7 @@ PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
 TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
 TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
 UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
+PAIRING_KEYS_LIMIT = 64  # kept as bytes beside the text that they are read from, with the ids that nonces bind
 NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
 
 SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
@@ -5399,7 +5435,12 @@ def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> b
 
 def sign_hmac(pairing_key: str, message: bytes) -> str:
     """The signature of a composed message: 43 digits of base64url."""
-    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+    return encode_base64url(hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
+
+
+@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
+def _parse_pairing_key(pairing_key: str) -> bytes:
+    return parse_base64url(pairing_key)
 
 
 def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
@@ -5414,7 +5455,7 @@ def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
         presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
     except ValueError:
         presented = b""
-    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
+    return hmac.compare_digest(presented, hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
 
 
 @record(frozen=True, slots=True)
@@ -5430,6 +5471,7 @@ def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes 
     return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
 
 
+@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
 def build_nonce_binding(sender: str, receiver: str) -> str:
     """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
     return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
@@ -8038,7 +8080,12 @@ class AuditEntry:
 
 def format_utc(time_ms: int) -> str:
     """Unix milliseconds as `2026-11-21T12:20:01.123Z` (RFC 3339)."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms // 1000)) + f".{time_ms % 1000:03d}Z"
+    return f"{_format_utc_second(time_ms // 1000)}.{time_ms % 1000:03d}Z"
+
+
+@functools.lru_cache(maxsize=2)  # of the same second there are many lines, if time matters
+def _format_utc_second(time_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
 
 
 def build_audit_json(entry: AuditEntry) -> dict[str, Any]:
@@ -9275,16 +9322,27 @@ class TransportWriter:
     def flush(self) -> None:
         """Hands everything queued to the transport now."""
         self._flush_is_due = False
-        if not self._pending or self.is_lost:
+        if self._pending:
+            self.send(b"")
+
+    def send(self, data: bytes) -> None:
+        """Hands everything queued, and these bytes behind it, to the transport now."""
+        if self.is_lost:
             return
-        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-        self._pending.clear()
-        self._pending_bytes = 0
+        if self._pending:
+            data = b"".join((*self._pending, data))
+            self._pending.clear()
+            self._pending_bytes = 0
         self._written_bytes += len(data)
         self._transport.write(data)
         if self._watch is None and self._transport.get_write_buffer_size():
             self._note_progress()
             self._watch_later()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the other side takes less than is written."""
+        return self._can_write is not None or self._pending_bytes >= WRITE_BUFFER_LIMIT_BYTES or self.is_lost
 
     async def drain(self) -> None:
         """Returns when more may be written: at once while little is queued. ConnectionResetError once it is lost."""
@@ -9338,6 +9396,48 @@ class TransportWriter:
             self._transport.abort()
             return
         self._watch_later()
+
+
+class ByteSink(Protocol):
+    """What a body is poured into: a TransportWriter, or what frames its bytes on their way to one."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to `drain` before more is written."""
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes."""
+
+    def flush(self) -> None:
+        """Sends what is queued."""
+
+    def send(self, data: bytes) -> None:
+        """Sends what is queued, and these bytes behind it."""
+
+    async def drain(self) -> None:
+        """Returns when more may be written; ConnectionResetError once nobody is there to read it."""
+
+
+async def pour(body: AsyncIterator[bytes], sink: ByteSink) -> None:
+    """Everything that a body gives, into a sink.
+
+    A body may know a way that is shorter than a step of the task for each piece: its own `pour_into(sink)`.
+    """
+    pour_into = getattr(body, "pour_into", None)
+    if pour_into is not None:
+        await pour_into(sink)
+        return
+    async for data in body:
+        if data:
+            sink.write(data)
+            await sink.drain()
+
+
+async def close_body(body: bytes | AsyncIterator[bytes]) -> None:
+    """Closes a body that streams, finished or not; one that never started, too."""
+    close = getattr(body, "aclose", None)
+    if close is not None:
+        await close()
 
 
 def is_loopback_address(address: str) -> bool:
@@ -9520,6 +9620,7 @@ class HttpUrl:
     target: str
 
 
+@functools.lru_cache(maxsize=URLS_LIMIT)
 def parse_http_url(url: str) -> HttpUrl:
     """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
 
@@ -9570,12 +9671,13 @@ class ClientConnection(asyncio.Protocol):
         self._held_bytes = 0
         self._is_reading = True
         self._waiter: asyncio.Future[None] | None = None
-        self._waited_s = 0.0
+        self._limit_s = self._waited_s = 0.0  # as asked for; as the total leaves it
         self._ends_at: float | None = None  # in loop time
         self._error: UpstreamError | None = None
         self.phase = ClientPhase.IDLE
         self.is_reused = False
         self.has_received = False
+        self._receive: Callable[[bytes], bool] | None = None  # of the relay that runs
 
     # -- what asyncio calls --
 
@@ -9589,15 +9691,14 @@ class ClientConnection(asyncio.Protocol):
         if self.phase is ClientPhase.ACTIVE:
             self.has_received = True
             piece = self._parser.receive(data)
-            if piece:
-                self._pieces.append(piece)
-                self._held_bytes += len(piece)
-                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
-                    self._is_reading = False
-                    self._transport.pause_reading()
+            if self._receive is not None and self._waiter is not None and not self._waiter.done():
+                self._hand_on(piece)
+            elif piece:
+                self._hold(piece)
             if self._parser.error is not None:
                 self._transport.abort()
-            self._wake()
+            if self._receive is None or self._parser.is_complete:
+                self._wake()
         elif self.phase is ClientPhase.LINGERING:
             self._held_bytes += len(data)
             self._parser.receive(data)
@@ -9646,13 +9747,26 @@ class ClientConnection(asyncio.Protocol):
             if self._parser.is_complete:
                 return b""
             await self._wait(limit_s)
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._held_bytes = 0
-        if not self._is_reading:
-            self._is_reading = True
-            self._transport.resume_reading()
-        return data
+        return self._take_held()
+
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece of the body in the very moment it comes, until it returns False.
+
+        False: the body has ended. Raises what reading does, and what `receive` does.
+        """
+        self._receive = receive
+        try:
+            while self._receive is not None:
+                if self._pieces:  # they came when nobody was waiting
+                    if not receive(self._take_held()):
+                        break
+                elif self._parser.is_complete:
+                    return False
+                else:
+                    await self._wait(limit_s)
+        finally:
+            self._receive = None
+        return True
 
     def release(self, *, may_linger: bool) -> None:
         """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
@@ -9680,16 +9794,47 @@ class ClientConnection(asyncio.Protocol):
 
     # -- inside --
 
+    def _hold(self, piece: bytes) -> None:
+        """Until somebody takes it."""
+        self._pieces.append(piece)
+        self._held_bytes += len(piece)
+        if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+            self._is_reading = False
+            self._transport.pause_reading()
+
+    def _take_held(self) -> bytes:
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def _hand_on(self, piece: bytes) -> None:
+        """To the relay, which goes on waiting if it wants more."""
+        assert self._receive is not None and self._waiter is not None  # a relay is waiting
+        self._set_deadline(self._limit_s)
+        try:
+            wants_more = not piece or self._receive(piece)
+        except Exception as exc:
+            self._waiter.set_exception(exc)
+        else:
+            self._receive = self._receive if wants_more else None
+
+    def _set_deadline(self, limit_s: float) -> None:
+        self._limit_s = self._waited_s = limit_s
+        if self._ends_at is not None:
+            self._waited_s = min(limit_s, self._ends_at - self._loop.time())
+        self._deadline.set_after(self._waited_s)
+
     async def _wait(self, limit_s: float) -> None:
         """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
         error = self._error or self._parser.error
         if error is not None:
             raise error
-        if self._ends_at is not None:
-            limit_s = min(limit_s, self._ends_at - self._loop.time())
-        self._waited_s = limit_s
         self._waiter = self._loop.create_future()
-        self._deadline.set_after(limit_s)
+        self._set_deadline(limit_s)
         try:
             await self._waiter
         finally:
@@ -9742,6 +9887,10 @@ class ClientResponse:
     async def read_piece(self) -> bytes:
         """The next piece; an empty one at the end of the body."""
         return await self._connection.read_piece(self.idle_s)
+
+    async def relay(self, receive: Callable[[bytes], bool]) -> bool:
+        """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
+        return await self._connection.relay(receive, self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -19504,13 +19653,10 @@ class PeerMonitor:
     # What requests teach
 
     def note_success(self, device_id: str) -> None:
-        """A request was served by this peer: the pairing is in use, and any cool-down is over."""
+        """A request was served by this peer: any cool-down is over."""
         known = self.table.find(device_id)
         if known is not None:
             known.note_success()
-            pairing = self._find_pairing(known)
-            if pairing is not None and self._store is not None:
-                self._store.note_use(pairing, self._clock_ms())
 
     def note_failure(self, device_id: str, reason: str, *, has_answered: bool, retry_after_s: float = 0.0) -> None:
         """A request failed before its first content.
@@ -19813,7 +19959,6 @@ PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow o
 PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
 FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
 LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
-PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
@@ -20589,6 +20734,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._content_pieces = 0  # that have come
         self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
         self._on_end = on_end
@@ -20633,19 +20779,44 @@ class PeerExchange:
             data = await self._response.read_piece()
             if not data:
                 return self._read_end()
-            piece = self.stream.feed(data)
-            if self.stream.has_content:
-                if self._content_at is None:
-                    self._note_content()
-                if self.stream.is_done:
-                    self._response.leave_rest()
-                    self.end(ForwardOutcome.COMPLETED)
-                if piece or self.assembler is not None:
-                    self._written_at = self._loop.time()
-                    return piece
-            if self.assembler is None and self._loop.time() - self._written_at >= PING_INTERVAL_S:
-                self._written_at = self._loop.time()
-                return PING
+            piece = self._take_in(data)
+            if self.stream.is_done:
+                self._complete()
+            if piece or (self.assembler is not None and self.stream.has_content):
+                return piece
+
+    async def relay(self, sink: ByteSink) -> None:
+        """Writes what the client gets into a sink, each piece when it comes, until the end or until that is full."""
+
+        def receive(data: bytes) -> bool:
+            piece = self._take_in(data)
+            if piece:
+                sink.send(piece)
+            return not (self.stream.is_done or sink.is_full)
+
+        if not self.stream.has_content:  # its deadline is another
+            sink.write(await self.read())
+        elif not await self._response.relay(receive):
+            sink.write(self._read_end())
+        elif self.stream.is_done:
+            self._complete()
+
+    def _take_in(self, data: bytes) -> bytes:
+        """What the client gets for a piece of the answer; a sign of life where it got nothing for long."""
+        piece, now = self.stream.feed(data), self._loop.time()
+        if self.stream.has_content:
+            self._content_pieces += 1
+            if self._content_at is None:
+                self._note_content()
+        if not piece and self.assembler is None and now - self._written_at >= PING_INTERVAL_S:
+            piece = PING
+        if piece:
+            self._written_at = now
+        return piece
+
+    def _complete(self) -> None:
+        self._response.leave_rest()
+        self.end(ForwardOutcome.COMPLETED)
 
     def _read_end(self) -> bytes:
         """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
@@ -20694,8 +20865,9 @@ class PeerExchange:
         rates = [read_rate(self.normalizer.timings, name) for name in ("prompt_per_second", "predicted_per_second")]
         if rates[0] is None and prompt and first_content_s:
             rates[0] = prompt / first_content_s
-        if rates[1] is None and completion and content_at is not None and completion > 1 and now > content_at:
-            rates[1] = (completion - 1) / (now - content_at)
+        has_flowed = self._content_pieces > 1  # what came all at once was written before, nobody knows how fast
+        if rates[1] is None and completion and content_at is not None and completion > 1 and has_flowed:
+            rates[1] = (completion - 1) / max(now - content_at, 1e-6)
         return ForwardReport(
             target=self.target,
             outcome=outcome,
@@ -20743,6 +20915,21 @@ class ForwardedStream:
             self._error = build_peer_failure(self._exchange.target, exc)
             return encode_json_event(build_error_body(self._error))
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        """The same as iterating, without a step of the task for each piece."""
+        first, self._first = self._first, b""
+        sink.write(first)
+        try:
+            while not self._exchange.stream.is_done:
+                sink.flush()
+                await sink.drain()
+                await self._exchange.relay(sink)
+        except UpstreamError as exc:
+            self._exchange.end(ForwardOutcome.PEER_FAILED)
+            error = build_peer_failure(self._exchange.target, exc)
+            sink.write(encode_json_event(build_error_body(error)))
+            raise error from exc
+
     async def aclose(self) -> None:
         self._exchange.end(ForwardOutcome.CLIENT_LEFT)
 
@@ -20770,7 +20957,6 @@ class Forwarder:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
-        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -20807,7 +20993,7 @@ class Forwarder:
         is_own = target.is_own_engine
         encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
         body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
-        url = self._parse_url(target.base_url + request.form.value)
+        url = parse_http_url(target.base_url + request.form.value)
         headers = build_forward_headers(request, is_own_engine=is_own)
         if target.sign is not None:
             headers += target.sign("POST", url.target, body)
@@ -20824,14 +21010,6 @@ class Forwarder:
             silence_s=budgets.silence_s,
             on_end=self._on_end,
         )
-
-    def _parse_url(self, url: str) -> HttpUrl:
-        parsed = self._urls.get(url)
-        if parsed is None:
-            if len(self._urls) >= PEER_URLS_LIMIT:
-                self._urls.clear()
-            parsed = self._urls[url] = parse_http_url(url)
-        return parsed
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
         attempts.append(attempt)
@@ -21876,7 +22054,7 @@ class HttpExchange:
         try:
             await self._send(response)
         finally:
-            await close_response_body(response)
+            await close_body(response.body)
         if _http_logger.isEnabledFor(logging.INFO):
             self._log(response.status, self._loop.time() - started_at)
 
@@ -21887,7 +22065,7 @@ class HttpExchange:
             try:
                 self._prepare(response)
             except Exception:
-                await close_response_body(response)
+                await close_body(response.body)
                 raise
             return response
         except BridgeError as error:
@@ -21944,10 +22122,7 @@ class HttpExchange:
     async def _send_stream(self, body: AsyncIterator[bytes], framing: BodyFraming) -> None:
         is_chunked = framing is BodyFraming.CHUNKED
         try:
-            async for data in body:
-                if data:
-                    self._writer.write(encode_chunk(data) if is_chunked else data)
-                    await self._writer.drain()
+            await pour(body, ChunkSink(self._writer) if is_chunked else self._writer)
         except BridgeError as error:
             _http_logger.info("answer of request %s torn off: %s", self.request.request_id, error.code or error.type)
             self.keep_alive = False
@@ -21974,11 +22149,24 @@ class HttpExchange:
         )
 
 
-async def close_response_body(response: HttpResponse) -> None:
-    """Closes a streamed body, finished or not; one that never started, too."""
-    close = getattr(response.body, "aclose", None)
-    if close is not None:
-        await close()
+class ChunkSink:
+    """What a chunked answer is poured into."""
+
+    def __init__(self, writer: TransportWriter) -> None:
+        self._writer = writer
+        self.flush = writer.flush
+        self.drain = writer.drain
+
+    @property
+    def is_full(self) -> bool:
+        return self._writer.is_full
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._writer.write(encode_chunk(data))
+
+    def send(self, data: bytes) -> None:
+        self._writer.send(encode_chunk(data) if data else b"")
 
 
 class HttpConnection(asyncio.Protocol):
@@ -22952,12 +23140,20 @@ class AccountedBody:
             self._account.close(self._status, name_outcome(exc))
             raise
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        try:
+            await pour(self._body, sink)
+        except Exception as exc:
+            self._account.close(self._status, name_outcome(exc))
+            raise
+        self._account.close(self._status, "ok")
+
     async def aclose(self) -> None:
         self._account.close(self._status, "cancelled")
-        async with self._place:
-            close = getattr(self._body, "aclose", None)
-            if close is not None:
-                await close()
+        try:
+            await close_body(self._body)
+        finally:
+            await self._place.aclose()
 
 
 def name_outcome(exc: BaseException) -> str:
@@ -23153,11 +23349,15 @@ class HeldBody:
             await self._held.aclose()
             raise
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        try:
+            await pour(self._body, sink)
+        finally:
+            await self._held.aclose()
+
     async def aclose(self) -> None:
         try:
-            close = getattr(self._body, "aclose", None)
-            if close is not None:
-                await close()
+            await close_body(self._body)
         finally:
             await self._held.aclose()
 
@@ -23334,25 +23534,28 @@ class Service:
 
     async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
         """One inference request, from its body to its entry in the audit."""
-        account = InferenceAccount(request, self._record, self._observe)
+        account, place = InferenceAccount(request, self._record, self._observe), contextlib.AsyncExitStack()
         try:
-            async with contextlib.AsyncExitStack() as place:
-                await self._enter(place, request)
-                response = await self._answer(form, request, account)
-                if not isinstance(response.body, bytes):
-                    body = AccountedBody(response.body, account, response.status, place.pop_all())
-                    return replace(response, body=body)
+            guest = name_guest(request)
+            if guest is not None:
+                await self._enter(place, guest)
+            response = await self._answer(form, request, account)
         except BaseException as exc:
             account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
+            await place.aclose()
             raise
+        if not isinstance(response.body, bytes):
+            body = AccountedBody(response.body, account, response.status, place)
+            return HttpResponse(status=response.status, headers=response.headers, body=body)
         account.close(response.status, "ok" if response.status < 400 else "refused")
+        await place.aclose()
         return response
 
-    async def _enter(self, place: contextlib.AsyncExitStack, request: HttpRequest) -> None:
-        """Wait for one of the guest's places, to be held until its answer has ended."""
+    async def _enter(self, place: contextlib.AsyncExitStack, guest: str) -> None:
+        """Wait for one of the guest's places, to be held until its answer has ended. The owner needs none."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await place.enter_async_context(self._quotas.place(name_guest(request)))
+                await place.enter_async_context(self._quotas.place(guest))
         except TimeoutError as exc:
             raise self._build_timeout() from exc
 
@@ -23558,7 +23761,7 @@ class Offloading:
         client: HttpClient,
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
-        on_offload: Callable[[Peer], None] = lambda peer: None,
+        on_offload: Callable[[Peer], None] | None = None,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._chooser = RouteChooser(policy)
@@ -23635,9 +23838,9 @@ class Offloading:
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
         self._count_attempt(attempt.target.route, outcome.name.lower())
         if outcome is AttemptOutcome.COMMITTED:
-            for peer in monitor.peers():
-                if peer.device_id == device_id:
-                    self._on_offload(peer)
+            known = monitor.table.find(device_id)
+            if known is not None and self._on_offload is not None:
+                self._on_offload(known.candidate.peer)
         elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
