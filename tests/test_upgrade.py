@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import socket
 import struct
@@ -141,7 +142,8 @@ def server():
 
 
 def test_a_client_of_others(server):
-    client = require("websockets.sync.client")
+    require("websockets")
+    client = importlib.import_module("websockets.sync.client")
     for path in ("?x=1", ""):
         with client.connect(
             f"ws://127.0.0.1:{server.port}/v1/dvai/tunnel{path}", subprotocols=["x", SUBPROTOCOL]
@@ -256,8 +258,6 @@ def test_handshakes_that_are_none(server, request_data, status):
     "field", [{"Origin": "https://page.example"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"}]
 )
 def test_no_web_page_gets_a_websocket(origins, field):
-    if field == {"Sec_Fetch_Site": "cross-site"} and "*" in origins:
-        field = {"Origin": "https://any.example"}
     with Upgrading(cors_origins=origins) as server, server.connect(build_request(**field)) as sock:
         assert read_head(sock).startswith(b"HTTP/1.1 403 ")
 
@@ -280,8 +280,8 @@ def test_open_websockets_count_and_give_way_to_nobody():
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(server.open()) for _ in range(3)]
             assert server.server.connection_count == 3
-            with server.connect(build_request()) as sock:
-                assert read_head(sock) == b""
+            with contextlib.suppress(ConnectionError), server.connect(build_request()) as sock:
+                assert read_head(sock) == b"", "one too many"
             for client in clients:
                 client.send(OPCODE_TEXT, b"still here")
                 assert client.read() == (OPCODE_TEXT, "still here")

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import importlib
 import socket
 import ssl
 import struct
@@ -68,7 +69,8 @@ async def until(condition):
 
 @contextlib.asynccontextmanager
 async def serve_theirs(handler, **options):
-    server = require("websockets.asyncio.server")
+    require("websockets")
+    server = importlib.import_module("websockets.asyncio.server")
     async with server.serve(handler, "127.0.0.1", 0, compression=None, max_size=LIMIT_BYTES, **options) as running:
         yield f"{'wss' if options.get('ssl') else 'ws'}://127.0.0.1:{running.sockets[0].getsockname()[1]}/pair?x=1"
 
@@ -687,18 +689,19 @@ def test_which_proxy_is_used(url, environ, proxy):
     assert choose_proxy(parse_http_url(url), environ) == proxy
 
 
+async def copy_stream(reader, writer):
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
 @contextlib.asynccontextmanager
 async def serve_proxy(target_url, status=b"200 OK", login=None):
     """An HTTP proxy that takes every CONNECT to one server of ours; `asked`: what it was asked for."""
     asked, tasks = [], set()
     port = parse_http_url(target_url.replace("ws", "http", 1)).port
-
-    async def copy(reader, writer):
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
 
     async def serve(reader, writer):
         tasks.add(asyncio.current_task())
@@ -710,7 +713,7 @@ async def serve_proxy(target_url, status=b"200 OK", login=None):
             return
         writer.write(b"HTTP/1.1 " + status + b"\r\n\r\n")
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+        await asyncio.gather(copy_stream(reader, far_writer), copy_stream(far_reader, writer))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
@@ -737,6 +740,61 @@ def test_through_a_proxy_with_a_login():
             assert connection.close_code == 4000 and await connection.receive() is None
             with pytest.raises(ConnectionError):
                 await connection.send_text("late")
+
+    run(play())
+
+
+@contextlib.asynccontextmanager
+async def serve_socks(target_url):
+    """A SOCKS 5 proxy (RFC 1928) that takes every CONNECT by name to one server of ours."""
+    asked, tasks = [], set()
+    target_port = parse_http_url(target_url.replace("ws", "http", 1)).port
+
+    async def serve(reader, writer):
+        tasks.add(asyncio.current_task())
+        _, count = await reader.readexactly(2)
+        await reader.readexactly(count)
+        writer.write(b"\x05\x00")
+        assert await reader.readexactly(4) == b"\x05\x01\x00\x03"
+        name = await reader.readexactly((await reader.readexactly(1))[0])
+        asked.append((name, int.from_bytes(await reader.readexactly(2), "big")))
+        writer.write(b"\x05\x00\x00\x01" + bytes(6))
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target_port)
+        await asyncio.gather(copy_stream(reader, far_writer), copy_stream(far_reader, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], asked
+    finally:
+        server.close()
+        await asyncio.wait(tasks)
+
+
+def test_through_a_socks_proxy():
+    require("python_socks")
+
+    async def play():
+        async with serve_theirs(echo) as url, serve_socks(url) as (port, asked):
+            environ = {"ALL_PROXY": f"socks5h://127.0.0.1:{port}"}
+            connection = await connect_websocket("ws://relay.invalid:8080/pair", environ=environ)
+            assert asked == [(b"relay.invalid", 8080)], "the name is resolved over there"
+            await connection.send_binary(bytes(1000))
+            assert await connection.receive() == bytes(1000)
+            await connection.close()
+            assert connection.close_code == CLOSE_NORMAL
+
+    run(play())
+
+
+def test_a_socks_proxy_without_its_package_names_it(monkeypatch):
+    require("websockets")
+    monkeypatch.delitem(sys.modules, "websockets.asyncio.client", raising=False)  # it looks when it is imported
+    for name in ("python_socks", "python_socks.async_", "python_socks.async_.asyncio"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    async def play():
+        with pytest.raises(UsageError, match="package python-socks: pip install"):
+            await connect_websocket("ws://relay.invalid/", environ={"ALL_PROXY": "socks5h://127.0.0.1:9"})
 
     run(play())
 
