@@ -6248,8 +6248,8 @@ class ErrorCode(enum.IntEnum):
 class ChannelPath(enum.Enum):
     """What carries the channel. `window_bytes`: credit of the connection; a stream has a quarter of it.
 
-    A quarter, so that one stream whose reader stops leaves credit to the others. What goes through a relay is
-    padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
+    A quarter, so that streams whose reader stops, up to three, leave credit to the others. What goes through a relay
+    is padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
     """
 
     DIRECT = (1 * MIB, False)
@@ -6258,6 +6258,7 @@ class ChannelPath(enum.Enum):
     def __init__(self, window_bytes: int, is_padded: bool) -> None:
         self.window_bytes = window_bytes
         self.stream_window_bytes = window_bytes // 4
+        self.return_bytes = self.stream_window_bytes // 2  # consumed before it is given back: half of a stream's
         self.is_padded = is_padded
 
 
@@ -6884,12 +6885,12 @@ class ReceiveWindow:
     Invariants: `left` >= 0; `left` + bytes that the application holds + bytes owed = the window.
     """
 
-    __slots__ = ("_owed", "_window_bytes", "left")
+    __slots__ = ("_return_bytes", "left", "owed")
 
-    def __init__(self, window_bytes: int) -> None:
-        self._window_bytes = window_bytes
-        self._owed = 0
+    def __init__(self, window_bytes: int, return_bytes: int) -> None:
         self.left = window_bytes
+        self.owed = 0
+        self._return_bytes = return_bytes
 
     def take(self, count: int) -> None:
         """The peer has used credit. Raises _ChannelViolation if it had less."""
@@ -6898,11 +6899,11 @@ class ReceiveWindow:
             raise _ChannelViolation(ErrorCode.FLOW, "more data than credit")
 
     def give_back(self, count: int) -> int:
-        """The application has consumed `count`: the credit to announce now, 0 until it is half of the window."""
-        self._owed += count
-        if 2 * self._owed < self._window_bytes:
+        """The application has consumed `count`: the credit to announce now, 0 until it is worth a frame."""
+        self.owed += count
+        if self.owed < self._return_bytes:
             return 0
-        credit, self._owed = self._owed, 0
+        credit, self.owed = self.owed, 0
         self.left += credit
         return credit
 
@@ -6944,12 +6945,12 @@ class ChannelStream:
         "stream_id",
     )
 
-    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, window_bytes: int) -> None:
+    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, path: ChannelPath) -> None:
         self.stream_id = stream_id
         self.sending = sending
         self.receiving = receiving
-        self.send_credit = window_bytes
-        self.receive_window = ReceiveWindow(window_bytes)
+        self.send_credit = path.stream_window_bytes
+        self.receive_window = ReceiveWindow(path.stream_window_bytes, path.return_bytes)
         self.queue = bytearray()
         self.end_is_queued = False
         self.is_half_full = False
@@ -7004,7 +7005,7 @@ class StreamMultiplexer:
         self._streams: dict[int, ChannelStream] = {}
         self._ready: deque[ChannelStream] = deque()
         self._send_credit = path.window_bytes
-        self._receive_window = ReceiveWindow(path.window_bytes)
+        self._receive_window = ReceiveWindow(path.window_bytes, path.return_bytes)
         self._held: dict[int, int] = {}
         self._reset_ids: dict[int, None] = {}  # the oldest first
         self._late_resets: deque[tuple[int, ErrorCode]] = deque()  # those that would be more than the peer tolerates
@@ -7273,10 +7274,7 @@ class StreamMultiplexer:
         return (stream_id ^ self._next_id) & 1 == 1
 
     def _add(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf) -> None:
-        window_bytes = self._path.stream_window_bytes
-        self._streams[stream_id] = ChannelStream(
-            stream_id, sending=sending, receiving=receiving, window_bytes=window_bytes
-        )
+        self._streams[stream_id] = ChannelStream(stream_id, sending=sending, receiving=receiving, path=self._path)
 
     def _find(self, stream_id: int) -> ChannelStream:
         stream = self._streams.get(stream_id)
