@@ -7574,9 +7574,13 @@ class Channel:
             raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR where none belongs")
         self._has_received_pair = True
         try:
-            self._events.append(PairReceived(parse_pair_message(body)))
+            message = parse_pair_message(body)
         except ValueError as exc:
             raise _ChannelViolation(ErrorCode.PROTOCOL, str(exc)) from None
+        is_proved = message.identity_public == self._handshake.noise.remote_static
+        if not (is_proved or self._is_initiator):  # the initiator proved the key it keeps; the responder's was the QR's
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR with another key than the handshake's")
+        self._events.append(PairReceived(message))
 
     _RECEIVERS: ClassVar[Mapping[int, Callable[[Channel, bytes, float], None]]] = {
         FrameType.PAD: _receive_nothing,

@@ -1,10 +1,11 @@
-"""The secure channel, both ends in memory: known bytes, what a stranger or a hostile peer gets, credit, ends, fuzzing."""
+"""The secure channel, both ends in memory: known bytes, strangers, hostile peers, credit, how it ends, fuzzing."""
 
 import contextlib
 import json
 import math
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_known_handshakes_byte_for_byte(mode, crypto_backend):
 
 
 def build_strangers():
-    """What a responder may get first that it must not answer: name, its frame or the change of the initiator's terms."""
+    """What a responder may get first and must not answer: a name, and what makes the frame."""
     yield "empty", lambda keys: b""
     yield "one byte", lambda keys: b"\x01"
     yield "no mode", lambda keys: b"\x01\x01"
@@ -855,7 +856,7 @@ def test_a_handshake_has_a_deadline():
 
 
 def test_silence_is_asked_about_and_then_is_the_end():
-    consumer, provider = ends = connect(BACKEND)
+    consumer, _ = ends = connect(BACKEND)
     stream_id = exchange_some(ends)
     pump(*ends)
     assert consumer.channel.next_deadline() == CHANNEL_PING_INTERVAL_S
@@ -992,7 +993,7 @@ def test_a_number_of_frames_is_a_channels_life(monkeypatch, crypto_backend):
 
 def test_frames_never_run_out_unseen(monkeypatch):
     monkeypatch.setattr(dvai_bridge, "NOISE_FRAMES_LIMIT", 6)
-    consumer, provider = ends = connect(BACKEND)
+    consumer, _ = ends = connect(BACKEND)
     stream_id = consumer.streams.open(*CHAT, 0.0)
     for _ in range(8):
         with contextlib.suppress(StreamGoneError):
@@ -1028,16 +1029,20 @@ PAIR = PairMessage(
 )
 
 
+PROVED = Keys(HandshakeMode.QR, BACKEND).initiatorStatic.public
+
+
 def test_pairing_says_who_is_who_once(crypto_backend):
     consumer, provider = ends = connect(crypto_backend, HandshakeMode.QR)
-    for end in ends:
-        end.channel.send_pair(PAIR)
+    messages = replace(PAIR, identity_public=PROVED), PAIR  # the QR's key is only for this; the provider's one is kept
+    for end, message in zip(ends, messages, strict=True):
+        end.channel.send_pair(message)
         with pytest.raises(ValueError, match="once"):
-            end.channel.send_pair(PAIR)
+            end.channel.send_pair(message)
         with pytest.raises(ChannelBusyError):
             end.streams.open(*CHAT, 0.0)
     pump(*ends)
-    assert consumer.seen(PairReceived) == provider.seen(PairReceived) == [PairReceived(PAIR)]
+    assert [*provider.seen(PairReceived), *consumer.seen(PairReceived)] == list(map(PairReceived, messages))
     assert str(PAIR.random) not in repr(consumer.events)
 
 
@@ -1071,7 +1076,7 @@ WRONG_PAIRS = [
 
 @pytest.mark.parametrize("change", WRONG_PAIRS, ids=str)
 def test_wrong_pair_messages(change):
-    body = head_json(json.loads(encode_pair_message(PAIR)) | change)
+    body = head_json(json.loads(encode_pair_message(replace(PAIR, identity_public=PROVED))) | change)
     with pytest.raises(ValueError):
         parse_pair_message(body)
     peer = RawPeer(BACKEND, HandshakeMode.QR)
@@ -1082,18 +1087,21 @@ def test_wrong_pair_messages(change):
 @pytest.mark.parametrize(
     "frames",
     [
-        [frame(9, encode_pair_message(PAIR)), frame(9, encode_pair_message(PAIR))],
+        [frame(9, encode_pair_message(replace(PAIR, identity_public=PROVED)))] * 2,
+        [frame(9, encode_pair_message(PAIR))],
         [frame(1, OPEN, 1)],
         [frame(5, b"\0\0\0\1")],
         [frame(9, b"[]")],
         [frame(9, b"null")],
     ],
-    ids=["PAIR twice", "OPEN", "WINDOW", "a list", "null"],
+    ids=["PAIR twice", "PAIR with another key", "OPEN", "WINDOW", "a list", "null"],
 )
 def test_a_channel_for_pairing_carries_nothing_else(frames):
     peer = RawPeer(BACKEND, HandshakeMode.QR)
-    peer.send(*frames)
-    assert closed(peer.end).code is ErrorCode.PROTOCOL
+    peer.send(*frames[:-1])
+    assert closed(peer.end) is None
+    peer.send(frames[-1])
+    check_told(peer, ErrorCode.PROTOCOL)
 
 
 # Two machines against each other: random operations, cuts and schedules.
