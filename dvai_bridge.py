@@ -12,7 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, Noise, identity, pairing, handshake: who may use this device, and whom it may use
+    trust         signing, primitives, Noise, channel, identity, pairing, handshake: who uses this device, whom it uses
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
@@ -7016,14 +7016,6 @@ class StreamMultiplexer:
         self._own_resets = SlidingRate(CHANNEL_RESETS_LIMIT // 2)
         self._peer_opens = SlidingRate(CHANNEL_OPENS_LIMIT)
         self._peer_resets = SlidingRate(CHANNEL_RESETS_LIMIT)
-        self._receivers: Mapping[int, Callable[[int, bool, bytes, float], None]] = {
-            FrameType.OPEN: self._receive_open,
-            FrameType.HEAD: self._receive_head,
-            FrameType.DATA: self._receive_data,
-            FrameType.DATA_PADDED: self._receive_padded_data,
-            FrameType.RESET: self._receive_reset,
-            FrameType.WINDOW: self._receive_window_credit,
-        }
 
     def __len__(self) -> int:
         return len(self._streams) + len(self._late_resets)
@@ -7111,7 +7103,7 @@ class StreamMultiplexer:
 
     def receive(self, frame_type: int, is_last: bool, stream_id: int, body: bytes, now: float) -> None:
         """Takes a frame of a stream, or WINDOW. Raises _ChannelViolation."""
-        self._receivers[frame_type](stream_id, is_last, body, now)
+        self._RECEIVERS[frame_type](self, stream_id, is_last, body, now)
 
     def _receive_open(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
         if not self._is_peers(stream_id) or stream_id <= self.last_peer_id:
@@ -7197,6 +7189,15 @@ class StreamMultiplexer:
             self._make_ready(stream)
         if is_too_much:
             raise _ChannelViolation(ErrorCode.FLOW, "more credit than was used")
+
+    _RECEIVERS: ClassVar[Mapping[int, Callable[[StreamMultiplexer, int, bool, bytes, float], None]]] = {
+        FrameType.OPEN: _receive_open,
+        FrameType.HEAD: _receive_head,
+        FrameType.DATA: _receive_data,
+        FrameType.DATA_PADDED: _receive_padded_data,
+        FrameType.RESET: _receive_reset,
+        FrameType.WINDOW: _receive_window_credit,
+    }
 
     # What goes out.
 

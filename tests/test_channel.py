@@ -116,6 +116,7 @@ def build_strangers():
     yield "transport first", lambda keys: b"\x10" + bytes(30)
     yield "a longer message", lambda keys: keys.initiate().first_frame + b"\0"
     yield "a shorter message", lambda keys: keys.initiate().first_frame[:-1]
+    yield "a payload", lambda keys: b"\x01\x01\x02" + unhex(keys.known["pairId"]) + begin(keys).write_message(b"x")
     yield "a low-order key", lambda keys: keys.initiate().first_frame[:19] + bytes(32) + bytes(16)
     yield "another pairing", lambda keys: keys.initiate(change(keys, pair_id=bytes(16))).first_frame
     yield "another psk", lambda keys: keys.initiate(change(keys, psk=bytes(32))).first_frame
@@ -123,6 +124,13 @@ def build_strangers():
     yield "another provider", lambda keys: keys.initiate(change(keys, responder_device_id="dev-x")).first_frame
     yield "another key", lambda keys: keys.initiate(change(keys, static=keys.initiatorEphemeral)).first_frame
     yield "another mode", lambda keys: Keys(HandshakeMode.DELEGATE, keys.backend).initiate().first_frame
+
+
+def begin(keys, *, is_initiator=True):
+    """The Noise handshake of one side by itself."""
+    ephemeral = keys.initiatorEphemeral if is_initiator else keys.responderEphemeral
+    terms = keys.build_terms(is_initiator=is_initiator)
+    return terms.begin(is_initiator=is_initiator, ephemeral=ephemeral, backend=keys.backend)
 
 
 def change(keys, **changes):
@@ -193,6 +201,14 @@ def test_a_wrong_answer_ends_the_initiator(second, crypto_backend):
     end.give([second])
     assert [type(event) for event in end.events] == [ChannelClosed]
     assert closed(end).reason is CloseReason.UNPROVEN and end.take() == []
+
+
+def test_an_answer_with_a_payload_ends_the_initiator():
+    keys = Keys(HandshakeMode.RESUME, BACKEND)
+    end, noise = End(Channel(keys.initiate(), now=0.0)), begin(keys, is_initiator=False)
+    noise.read_message(end.take()[0][19:])
+    end.give([b"\x02" + noise.write_message(b"x")])
+    assert [type(event) for event in end.events] == [ChannelClosed] and end.take() == []
 
 
 @MODES
