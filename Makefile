@@ -38,6 +38,7 @@ bench:
 	$(PYTHON) tests/bench/bench_engine.py
 	$(PYTHON) tests/bench/bench_forward.py
 	$(PYTHON) tests/bench/bench_crypto.py
+	$(PYTHON) tests/bench/bench_channel.py
 
 model:
 	$(PYTHON) tests/train_builtin_model.py

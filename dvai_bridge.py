@@ -6661,8 +6661,8 @@ class ErrorCode(enum.IntEnum):
 class ChannelPath(enum.Enum):
     """What carries the channel. `window_bytes`: credit of the connection; a stream has a quarter of it.
 
-    A quarter, so that one stream whose reader stops leaves credit to the others. What goes through a relay is
-    padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
+    A quarter, so that streams whose reader stops, up to three, leave credit to the others. What goes through a relay
+    is padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
     """
 
     DIRECT = (1 * MIB, False)
@@ -6671,6 +6671,7 @@ class ChannelPath(enum.Enum):
     def __init__(self, window_bytes: int, is_padded: bool) -> None:
         self.window_bytes = window_bytes
         self.stream_window_bytes = window_bytes // 4
+        self.return_bytes = self.stream_window_bytes // 2  # consumed before it is given back: half of a stream's
         self.is_padded = is_padded
 
 
@@ -7297,12 +7298,12 @@ class ReceiveWindow:
     Invariants: `left` >= 0; `left` + bytes that the application holds + bytes owed = the window.
     """
 
-    __slots__ = ("_owed", "_window_bytes", "left")
+    __slots__ = ("_return_bytes", "left", "owed")
 
-    def __init__(self, window_bytes: int) -> None:
-        self._window_bytes = window_bytes
-        self._owed = 0
+    def __init__(self, window_bytes: int, return_bytes: int) -> None:
         self.left = window_bytes
+        self.owed = 0
+        self._return_bytes = return_bytes
 
     def take(self, count: int) -> None:
         """The peer has used credit. Raises _ChannelViolation if it had less."""
@@ -7311,11 +7312,11 @@ class ReceiveWindow:
             raise _ChannelViolation(ErrorCode.FLOW, "more data than credit")
 
     def give_back(self, count: int) -> int:
-        """The application has consumed `count`: the credit to announce now, 0 until it is half of the window."""
-        self._owed += count
-        if 2 * self._owed < self._window_bytes:
+        """The application has consumed `count`: the credit to announce now, 0 until it is worth a frame."""
+        self.owed += count
+        if self.owed < self._return_bytes:
             return 0
-        credit, self._owed = self._owed, 0
+        credit, self.owed = self.owed, 0
         self.left += credit
         return credit
 
@@ -7357,12 +7358,12 @@ class ChannelStream:
         "stream_id",
     )
 
-    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, window_bytes: int) -> None:
+    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, path: ChannelPath) -> None:
         self.stream_id = stream_id
         self.sending = sending
         self.receiving = receiving
-        self.send_credit = window_bytes
-        self.receive_window = ReceiveWindow(window_bytes)
+        self.send_credit = path.stream_window_bytes
+        self.receive_window = ReceiveWindow(path.stream_window_bytes, path.return_bytes)
         self.queue = bytearray()
         self.end_is_queued = False
         self.is_half_full = False
@@ -7417,7 +7418,7 @@ class StreamMultiplexer:
         self._streams: dict[int, ChannelStream] = {}
         self._ready: deque[ChannelStream] = deque()
         self._send_credit = path.window_bytes
-        self._receive_window = ReceiveWindow(path.window_bytes)
+        self._receive_window = ReceiveWindow(path.window_bytes, path.return_bytes)
         self._held: dict[int, int] = {}
         self._reset_ids: dict[int, None] = {}  # the oldest first
         self._late_resets: deque[tuple[int, ErrorCode]] = deque()  # those that would be more than the peer tolerates
@@ -7425,14 +7426,6 @@ class StreamMultiplexer:
         self._own_resets = SlidingRate(CHANNEL_RESETS_LIMIT // 2)
         self._peer_opens = SlidingRate(CHANNEL_OPENS_LIMIT)
         self._peer_resets = SlidingRate(CHANNEL_RESETS_LIMIT)
-        self._receivers: Mapping[int, Callable[[int, bool, bytes, float], None]] = {
-            FrameType.OPEN: self._receive_open,
-            FrameType.HEAD: self._receive_head,
-            FrameType.DATA: self._receive_data,
-            FrameType.DATA_PADDED: self._receive_padded_data,
-            FrameType.RESET: self._receive_reset,
-            FrameType.WINDOW: self._receive_window_credit,
-        }
 
     def __len__(self) -> int:
         return len(self._streams) + len(self._late_resets)
@@ -7520,7 +7513,7 @@ class StreamMultiplexer:
 
     def receive(self, frame_type: int, is_last: bool, stream_id: int, body: bytes, now: float) -> None:
         """Takes a frame of a stream, or WINDOW. Raises _ChannelViolation."""
-        self._receivers[frame_type](stream_id, is_last, body, now)
+        self._RECEIVERS[frame_type](self, stream_id, is_last, body, now)
 
     def _receive_open(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
         if not self._is_peers(stream_id) or stream_id <= self.last_peer_id:
@@ -7607,6 +7600,15 @@ class StreamMultiplexer:
         if is_too_much:
             raise _ChannelViolation(ErrorCode.FLOW, "more credit than was used")
 
+    _RECEIVERS: ClassVar[Mapping[int, Callable[[StreamMultiplexer, int, bool, bytes, float], None]]] = {
+        FrameType.OPEN: _receive_open,
+        FrameType.HEAD: _receive_head,
+        FrameType.DATA: _receive_data,
+        FrameType.DATA_PADDED: _receive_padded_data,
+        FrameType.RESET: _receive_reset,
+        FrameType.WINDOW: _receive_window_credit,
+    }
+
     # What goes out.
 
     def next_frame(self, now: float) -> bytes | None:
@@ -7686,10 +7688,7 @@ class StreamMultiplexer:
         return (stream_id ^ self._next_id) & 1 == 1
 
     def _add(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf) -> None:
-        window_bytes = self._path.stream_window_bytes
-        self._streams[stream_id] = ChannelStream(
-            stream_id, sending=sending, receiving=receiving, window_bytes=window_bytes
-        )
+        self._streams[stream_id] = ChannelStream(stream_id, sending=sending, receiving=receiving, path=self._path)
 
     def _find(self, stream_id: int) -> ChannelStream:
         stream = self._streams.get(stream_id)
@@ -7986,9 +7985,13 @@ class Channel:
             raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR where none belongs")
         self._has_received_pair = True
         try:
-            self._events.append(PairReceived(parse_pair_message(body)))
+            message = parse_pair_message(body)
         except ValueError as exc:
             raise _ChannelViolation(ErrorCode.PROTOCOL, str(exc)) from None
+        is_proved = message.identity_public == self._handshake.noise.remote_static
+        if not (is_proved or self._is_initiator):  # the initiator proved the key it keeps; the responder's was the QR's
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR with another key than the handshake's")
+        self._events.append(PairReceived(message))
 
     _RECEIVERS: ClassVar[Mapping[int, Callable[[Channel, bytes, float], None]]] = {
         FrameType.PAD: _receive_nothing,
