@@ -13119,6 +13119,9 @@ class AnswerSource(Protocol):
     async def read_piece(self, limit_s: float) -> bytes:
         """What has come of the body since the last call, at least one byte; nothing at its end."""
 
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
+
     def end_within(self, total_s: float | None) -> None:
         """Gives the rest of the answer another total."""
 
@@ -13151,7 +13154,7 @@ class ClientResponse:
 
     async def relay(self, receive: Callable[[bytes], bool]) -> bool:
         """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
-        return await self._connection.relay(receive, self.idle_s)
+        return await self._source.relay(receive, self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -22623,6 +22626,7 @@ class TunnelExchange:
         self._loop = asyncio.get_running_loop()
         self._deadline = Deadline(self._loop, self._time_out)
         self._waiter: asyncio.Future[None] | None = None
+        self._receive: Callable[[bytes], bool] | None = None  # the relay's, while one waits
         self._waited_s = 0.0
         self._ends_at: float | None = None  # in loop time
         self._connection: TunnelConnection | None = None
@@ -22697,11 +22701,26 @@ class TunnelExchange:
             if self._has_ended:
                 return b""
             await self._wait(limit_s)
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        if self._connection is not None:
-            self._connection.consume(self._stream_id, len(data))
-        return data
+        return self._take_held()
+
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece of the body in the very moment it comes, until it returns False.
+
+        False: the body has ended. Raises what reading does, and what `receive` does.
+        """
+        self._receive = receive
+        try:
+            while self._receive is not None:
+                if self._pieces:  # they came when nobody was waiting
+                    if not receive(self._take_held()):
+                        break
+                elif self._has_ended:
+                    return False
+                else:
+                    await self._wait(limit_s)
+        finally:
+            self._receive = None
+        return True
 
     # -- what the connection tells --
 
@@ -22713,9 +22732,13 @@ class TunnelExchange:
 
     def note_data(self, data: bytes, *, is_last: bool) -> None:
         """A piece of the answer has come."""
+        self._has_ended = is_last
         if data:
             self._pieces.append(data)
-        self._has_ended = is_last
+            if self._receive is not None and self._waiter is not None and not self._waiter.done():
+                self._hand_on(self._receive, self._waiter)
+                if not is_last and self._receive is not None:
+                    return  # the relay goes on waiting
         self.wake()
 
     def note_error(self, error: UpstreamError) -> None:
@@ -22730,6 +22753,24 @@ class TunnelExchange:
             self._waiter.set_result(None)
 
     # -- inside --
+
+    def _take_held(self) -> bytes:
+        """What has come; the provider may send as much again."""
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        if self._connection is not None:
+            self._connection.consume(self._stream_id, len(data))
+        return data
+
+    def _hand_on(self, receive: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> None:
+        """To the relay that waits, without a step of its task."""
+        self._deadline.set_after(self._waited_s)
+        try:
+            wants_more = receive(self._take_held())
+        except Exception as exc:
+            waiter.set_exception(exc)
+        else:
+            self._receive = receive if wants_more else None
 
     async def _send(self) -> None:
         connection, self._is_reused = await self._tunnel.connect(self._url, self._limit(self._budgets.connect_s))
@@ -26619,6 +26660,60 @@ class ServedStream:
         await self._changed.wait()
 
 
+class StreamSink:
+    """An answer's stream, as what its body is poured into; what the consumer has no room for yet is kept."""
+
+    def __init__(self, link: ChannelLink, stream: ServedStream) -> None:
+        self._link = link
+        self._stream = stream
+        self._stream_id = stream.opened.stream_id
+        self._kept = b""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to `drain` before more is written."""
+        return bool(self._kept)
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes; StreamGoneError once the consumer has left."""
+        self._kept += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Hands the channel what it has room for."""
+        streams = self._link.channel.streams
+        room = streams.compute_send_room(self._stream_id)
+        if self._kept and room:
+            streams.send_data(self._stream_id, self._kept[:room])
+            self._kept = self._kept[room:]
+            self._link.advance()
+
+    def send(self, data: bytes) -> None:
+        """As `write`: what is queued goes out as soon as the transport takes it."""
+        self.write(data)
+
+    async def drain(self) -> None:
+        """Until the channel has taken everything; TimeoutError if the consumer takes nothing for too long."""
+        while self._kept:
+            async with asyncio.timeout(WRITE_STALL_S):
+                await self._stream.wait()
+            self.flush()
+
+    async def wait_sent(self) -> None:
+        """Until the transport has taken everything; TimeoutError as in `drain`."""
+        streams = self._link.channel.streams
+        await self.drain()
+        async with asyncio.timeout(WRITE_STALL_S):
+            while streams.compute_send_room(self._stream_id) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+                await self._link.wait_written()
+
+    async def end(self) -> None:
+        """The answer is complete."""
+        await self.drain()
+        self._link.channel.streams.send_data(self._stream_id, b"", is_last=True)
+        self._link.advance()
+
+
 class ServedTunnel:
     """One tunnel of a consumer: its streams become requests, each answered by a task of its own."""
 
@@ -26766,37 +26861,24 @@ class ServedTunnel:
 
     async def _send(self, stream: ServedStream, response: HttpResponse, request_id: str) -> None:
         streams, stream_id, body = self._channel.streams, stream.opened.stream_id, response.body
-        fields = [(name.lower(), value) for name, value in response.headers] + [("x-request-id", request_id)]
-        if isinstance(body, bytes):
-            streams.send_head(stream_id, response.status, fields, is_last=not body)
-            await self._send_data(stream, body, is_last=True)
-            return
-        streams.send_head(stream_id, response.status, fields)
+        fields = [*response.headers, ("x-request-id", request_id)]
+        streams.send_head(stream_id, response.status, fields, is_last=not body)
+        self._link.advance()
+        sink = StreamSink(self._link, stream)
         try:
-            async for data in body:
-                await self._send_data(stream, data)
+            if isinstance(body, bytes):
+                sink.write(body)
+            else:
+                await pour(body, sink)
+        except StreamGoneError:
+            raise
         except BridgeError as error:
             _tunnel_logger.info("answer of request %s torn off: %s", request_id, error.code or error.type)
-            async with asyncio.timeout(WRITE_STALL_S):  # what it said before is still to arrive
-                while streams.compute_send_room(stream_id) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
-                    await self._link.wait_written()
+            await sink.wait_sent()  # what it said before is still to arrive
             self._reset(stream_id, ErrorCode.INTERNAL)
         else:
-            streams.send_data(stream_id, b"", is_last=True)
-            self._link.advance()
-
-    async def _send_data(self, stream: ServedStream, data: bytes, *, is_last: bool = False) -> None:
-        """Queues `data` as there is room for it; TimeoutError if the consumer takes none for too long."""
-        streams, stream_id = self._channel.streams, stream.opened.stream_id
-        while data:
-            room = streams.compute_send_room(stream_id)
-            if room:
-                streams.send_data(stream_id, data[:room], is_last=is_last and len(data) <= room)
-                data = data[room:]
-                self._link.advance()
-            else:
-                async with asyncio.timeout(WRITE_STALL_S):
-                    await stream.wait()
+            if body:
+                await sink.end()
 
     def _reset(self, stream_id: int, code: ErrorCode) -> None:
         if self._streams.pop(stream_id, None) is not None:
