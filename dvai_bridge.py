@@ -8316,6 +8316,11 @@ class Pairing:
         return self.app_id, self.device_id
 
     @property
+    def transport(self) -> str:
+        """What our requests to this peer travel in, as people are told."""
+        return "tunnel" if self.outbound_link is not None else "signed-http"
+
+    @property
     def pairing_id(self) -> str:
         """12 characters that name this record in routes and commands."""
         return encode_base64url(hashlib.sha256("\0".join(self.key).encode()).digest()[:9])
@@ -12092,7 +12097,8 @@ class Candidate:
 
     `peer.capability`: what it scores; `prefill`: how fast it reads prompts, by model id; `models`: every model that it
     serves, None while unknown; `slots`, `running`, `waiting`: its queue; `has_pairing`: we may use it, as soon as it
-    is reachable; `error`: why it does not answer, "" while nobody knows yet.
+    is reachable; `transport`: what requests to it travel in, None while unpaired; `error`: why it does not answer, ""
+    while nobody knows yet.
     """
 
     peer: Peer
@@ -12107,6 +12113,7 @@ class Candidate:
     slots: int = 1
     cool_down: CoolDown = field(default_factory=CoolDown)
     route: PeerRoute = PeerRoute.LAN
+    transport: str | None = None
     error: str = ""
 
 
@@ -22357,8 +22364,8 @@ class FrameSocket(Protocol):
     async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
 
 
-class TunnelRevokedError(UpstreamError):
-    """The provider has ended the pairing: it says so itself, inside the tunnel."""
+class PairingEndedError(UpstreamError):
+    """There is no pairing any more: this side ended it, or the provider says so, inside the tunnel."""
 
 
 def build_tunnel_url(url: HttpUrl) -> str:
@@ -22548,7 +22555,7 @@ class TunnelConnection:
         """Why this tunnel serves nothing (more)."""
         closed = self._closed
         if self._is_revoked:
-            return TunnelRevokedError(f"{self.peer_name} has ended the pairing")
+            return PairingEndedError(f"{self.peer_name} has ended the pairing")
         if closed is None:
             return UpstreamLostError(f"the tunnel to {self.peer_name} takes no more requests")
         if not self.is_established:
@@ -22834,7 +22841,9 @@ class Tunnel:
         self.pairing = pairing
         self._backend = backend
         self._random = random
+        self.url: HttpUrl | None = None  # of the connection
         self._connection: TunnelConnection | None = None
+        self.is_over = False  # until the pairing is made anew
         self._earlier: list[TunnelConnection] = []  # those on which answers may still be coming
         self._dialling: asyncio.Task[TunnelConnection] | None = None
 
@@ -22846,11 +22855,13 @@ class Tunnel:
     async def connect(self, url: HttpUrl, limit_s: float) -> tuple[TunnelConnection, bool]:
         """The connection, and whether it was there already; else a new one to the host and port of `url`.
 
-        UpstreamConnectError says why there is none, TunnelRevokedError that there will be none again.
+        UpstreamConnectError says why there is none, PairingEndedError that there will be none again.
         """
         connection = self._connection
         if connection is not None and connection.is_usable:
             return connection, True
+        if self.is_over:
+            raise PairingEndedError("the pairing has ended")
         if self._dialling is None or self._dialling.done():
             self._dialling = asyncio.create_task(self._dial(url, limit_s), name="tunnel dial")
         try:
@@ -22869,6 +22880,7 @@ class Tunnel:
 
     def end(self) -> None:
         """Ends its connections now: the pairing is over, or its keys have changed."""
+        self.is_over = True
         if self._dialling is not None:
             self._dialling.cancel()
         for connection in self._list_connections():
@@ -22908,7 +22920,7 @@ class Tunnel:
             await connection.close()
             raise
         self._earlier = [each for each in self._list_connections() if not each.is_closed]
-        self._connection = connection
+        self._connection, self.url = connection, url
         self._store.activate(pairing, PairingDirection.OUTBOUND)
         return connection
 
@@ -22948,14 +22960,14 @@ class PeerClient:
         body: bytes = b"",
         budgets: HttpBudgets | None = None,
     ) -> ClientExchange | TunnelExchange:
-        """A request, sent when the block is entered. Raises what HttpClient.request does, and TunnelRevokedError."""
+        """A request, sent when the block is entered. Raises what HttpClient.request does, and PairingEndedError."""
         if pairing is None:
             return self._http.request(method, url, headers=headers, body=body, budgets=budgets)
         if pairing.outbound_link is None:
             fields = [*headers, *self._sign(pairing, method, url.target, body)]
             return self._http.request(method, url, headers=fields, body=body, budgets=budgets)
         return TunnelExchange(
-            self._find_tunnel(pairing),
+            self._get_tunnel(pairing),
             url,
             method=method,
             headers=list(headers),
@@ -22963,10 +22975,18 @@ class PeerClient:
             budgets=budgets or HttpBudgets(),
         )
 
-    def has_tunnel(self, pairing: Pairing) -> bool:
-        """Whether a tunnel to this peer is open now."""
+    def request_paired(
+        self, pairing: Pairing | None, method: str, url: HttpUrl, **options: Any
+    ) -> ClientExchange | TunnelExchange:
+        """As `request`, for what only a paired device may see. PairingEndedError without a pairing."""
+        if pairing is None:
+            raise PairingEndedError("the pairing has ended")
+        return self.request(pairing, method, url, **options)
+
+    def find_tunnel(self, pairing: Pairing) -> HttpUrl | None:
+        """Where the tunnel to this peer was dialled, None unless one is open now."""
         tunnel = self._tunnels.get(pairing.key)
-        return tunnel is not None and tunnel.is_open
+        return tunnel.url if tunnel is not None and tunnel.is_open else None
 
     async def close(self) -> None:
         """Ends every tunnel."""
@@ -22987,7 +23007,7 @@ class PeerClient:
             random=self._random,
         )
 
-    def _find_tunnel(self, pairing: Pairing) -> Tunnel:
+    def _get_tunnel(self, pairing: Pairing) -> Tunnel:
         tunnel = self._tunnels.get(pairing.key)
         if tunnel is None:
             assert self._store is not None  # where pairings come from
@@ -23000,10 +23020,10 @@ class PeerClient:
         """A pairing that is over, or was made anew, takes its tunnel with it."""
         if before is None or (tunnel := self._tunnels.get(before.key)) is None:
             return
-        if after is not None:
-            tunnel.pairing = after
         if has_lost_access(before, after, PairingDirection.OUTBOUND):
             tunnel.end()
+        if after is not None and after.outbound_link is not None:
+            tunnel.pairing, tunnel.is_over = after, False
 
 
 # ---- Peers ----------------------------------------------------------------------------
@@ -23147,6 +23167,7 @@ class KnownPeer:
     """One device and what is known of it. No I/O; belongs to the table, whose lock is the event loop.
 
     `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
+    `transport`: as of its pairing, None without one.
     """
 
     _candidate: Candidate | None
@@ -23158,6 +23179,7 @@ class KnownPeer:
         self.ways: dict[str, PeerWay] = {}
         self.state = PeerState.SEEN
         self.has_pairing = False
+        self.transport: str | None = None
         self.handshake = Handshake.NONE
         self.health = PeerHealth.OK
         self.models: tuple[str, ...] | None = None
@@ -23301,6 +23323,7 @@ class KnownPeer:
             slots=slots,
             cool_down=self.cool_down,
             route=PeerRoute.RELAY if self.peer.via is PeerVia.RENDEZVOUS else PeerRoute.LAN,
+            transport=self.transport,
             error=self.error,
         )
 
@@ -23469,8 +23492,7 @@ class PeerMonitor:
         self,
         *,
         identity: Identity,
-        client: HttpClient,
-        app_id: str | None = None,
+        client: PeerClient,
         store: PairingStore | None = None,
         initiator: PairingInitiator | None = None,
         known_peers: Iterable[Peer] = (),
@@ -23482,8 +23504,6 @@ class PeerMonitor:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.table = PeerTable(identity.device_id, own_urls)
-        self._identity = identity
-        self._app_id = app_id
         self._client = client
         self._store = store
         self._initiator = initiator
@@ -23764,9 +23784,12 @@ class PeerMonitor:
         """Ask health by each way until one answers, then what else there is to know."""
         pairing, error, is_refused = self._find_pairing(known), "no address", False
         known.has_pairing = pairing is not None
-        for way in known.list_ways():
+        known.transport = None if pairing is None else pairing.transport
+        for way in self._list_ways(known, pairing):
             try:
                 word = await self._ask_health(known, way, pairing)
+            except PairingEndedError as exc:
+                error, is_refused = exc.message, True
             except AuthenticationError as exc:
                 error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
             except (BridgeError, ValueError) as exc:
@@ -23777,6 +23800,14 @@ class PeerMonitor:
         known.note_silence(error)
         if is_refused:
             self._mark_unauthorized(known)
+
+    def _list_ways(self, known: KnownPeer, pairing: Pairing | None) -> list[PeerWay]:
+        """The ways in the order to try them; an open tunnel goes first, whatever it was dialled by."""
+        ways = known.list_ways()
+        open_at = None if pairing is None else self._client.find_tunnel(pairing)
+        if open_at is not None:
+            ways.sort(key=lambda way: parse_http_url(way.base_url).authority != open_at.authority)
+        return ways
 
     async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
         known.note_word(way, word, self._clock_ms())
@@ -23814,28 +23845,17 @@ class PeerMonitor:
                 known.note_scores(parse_scores_json(parse_json(body)))
         with contextlib.suppress(BridgeError, ValueError):
             status, body = await self._ask(f"{way.base_url}/models", pairing)
-            if status == 200 and self._store is not None:
-                self._store.activate(pairing, PairingDirection.OUTBOUND)
             if status == 200:
                 known.models = parse_model_list(body)
                 known.learned_at_s = self._clock()
                 known.advance(PeerEvent.LEARNED)
 
     async def _ask(self, url: str, pairing: Pairing | None) -> tuple[int, bytes]:
-        """GET with our signature where there is a pairing; marked as forwarded, so that a peer speaks for itself."""
+        """GET as the paired device that we are to it, if so; marked as forwarded, so that a peer speaks for itself."""
         headers = [("X-DVAI-Forwarded", "1"), ("Accept", "application/json")]
-        if pairing is not None:
-            headers += sign_request(
-                pairing,
-                self._identity,
-                app_id=self._app_id,
-                method="GET",
-                path=urllib.parse.urlsplit(url).path,
-                body=b"",
-                now_ms=self._clock_ms(),
-            )
         budgets = HttpBudgets(total_s=self._intervals.answer_s)
-        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+        request = self._client.request(pairing, "GET", parse_http_url(url), headers=headers, budgets=budgets)
+        async with request as response:
             return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
 
 
@@ -23879,6 +23899,7 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
         "state": candidate.state.value,
         "paired": candidate.has_pairing,
         "route": candidate.route.value,
+        "transport": candidate.transport,
         **({} if candidate.has_pairing else {"pairing": candidate.handshake.value}),
         "models": None if candidate.models is None else list(candidate.models),
         "queue": {"running": candidate.running, "waiting": candidate.waiting, "slots": candidate.slots},
@@ -23916,7 +23937,7 @@ class ForwardForm(enum.Enum):
     EMBEDDINGS = "/embeddings"
 
 
-SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method, path, body) → the fields that sign it
+SendRequest = Callable[..., "ClientExchange | TunnelExchange"]  # as HttpClient.request
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -23924,8 +23945,9 @@ class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
     `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
-    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned. `is_own_engine`: a server that
-    the user put behind this bridge; it is asked in the client's form, and what it refuses is the client's answer.
+    `prefill_tok_per_s`: None when not known. `send`: how it is asked. `transport`: what the request travels in, for the
+    client to know. `is_own_engine`: a server that the user put behind this bridge; it is asked in the client's form,
+    and what it refuses is the client's answer.
     """
 
     device_id: str
@@ -23936,7 +23958,8 @@ class ForwardTarget:
     reason: str = ""
     substituted_for: str | None = None
     prefill_tok_per_s: float | None = None
-    sign: SignRequest | None = field(default=None, repr=False)
+    transport: str = ""
+    send: SendRequest = field(repr=False)
     is_own_engine: bool = False
 
 
@@ -24095,6 +24118,7 @@ def build_served_by_headers(target: ForwardTarget) -> tuple[tuple[str, str], ...
     fields = (
         ("X-DVAI-Served-By", target.device_id),
         ("X-DVAI-Route", target.route),
+        ("X-DVAI-Transport", target.transport),
         ("X-DVAI-Reason", target.reason),
         ("X-DVAI-Substituted-For", target.substituted_for or ""),
     )
@@ -24643,6 +24667,8 @@ def judge_error(error: UpstreamError) -> AttemptOutcome:
     """What an error before the commit point means for the next step."""
     if isinstance(error, AttemptError):
         return error.outcome
+    if isinstance(error, PairingEndedError):
+        return AttemptOutcome.UNAUTHORIZED
     if isinstance(error, UpstreamConnectError):
         return AttemptOutcome.UNREACHABLE
     return AttemptOutcome.TIMEOUT if isinstance(error, UpstreamTimeoutError) else AttemptOutcome.BROKEN
@@ -24661,7 +24687,7 @@ class PeerExchange:
 
     def __init__(
         self,
-        exchange: ClientExchange,
+        exchange: ClientExchange | TunnelExchange,
         request: ForwardRequest,
         target: ForwardTarget,
         *,
@@ -24890,13 +24916,11 @@ class Forwarder:
 
     def __init__(
         self,
-        client: HttpClient,
         *,
         on_attempt: Callable[[Attempt], None],
         on_end: Callable[[ForwardReport], None],
         budgets: ForwardBudgets | None = None,
     ) -> None:
-        self._client = client
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
@@ -24938,11 +24962,9 @@ class Forwarder:
         body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
         url = parse_http_url(target.base_url + request.form.value)
         headers = build_forward_headers(request, is_own_engine=is_own)
-        if target.sign is not None:
-            headers += target.sign("POST", url.target, body)
         budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
         waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
-        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        exchange = target.send("POST", url, headers=headers, body=body, budgets=waits)
         await exchange.start()
         return PeerExchange(
             exchange,
@@ -25279,10 +25301,10 @@ class UpstreamEngine:
             route="upstream",
             reason=reason,
             prefill_tok_per_s=self._prefill.get(model_id),
-            sign=self._sign,
+            send=self._send,
             is_own_engine=True,
         )
-        forwarder = Forwarder(self._client, on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarder = Forwarder(on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
         forwarded = await forwarder.forward(request, [target])
         if forwarded.answer is None:
             raise self._build_failure(forwarded.attempts[0])
@@ -25290,8 +25312,12 @@ class UpstreamEngine:
 
     # What requests teach
 
-    def _sign(self, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
-        return [] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")]
+    def _send(
+        self, method: str, url: str | HttpUrl, *, headers: Iterable[tuple[str, str]], **options: Any
+    ) -> ClientExchange:
+        """As HttpClient.request, with the server's API key."""
+        fields = [*headers, *([] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")])]
+        return self._client.request(method, url, headers=fields, **options)
 
     def _note_attempt(self, attempt: Attempt) -> None:
         outcome = attempt.outcome
@@ -25376,9 +25402,8 @@ class UpstreamEngine:
 
     async def _ask(self, url: str) -> UpstreamWord:
         headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
-        headers += self._sign("GET", url, b"")
         budgets = HttpBudgets(total_s=self._answer_s)
-        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+        async with self._send("GET", url, headers=headers, budgets=budgets) as response:
             data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
             return parse_upstream_answer(response.status, dict(response.headers), data)
 
@@ -25514,7 +25539,8 @@ def build_upstream_json(engine: UpstreamEngine) -> dict[str, Any]:
 _http_logger = logging.getLogger("dvai_bridge.http")
 
 EXPOSED_FIELDS = (
-    "X-Request-Id, X-DVAI-Served-By, X-DVAI-Route, X-DVAI-Reason, X-DVAI-Substituted-For, Retry-After, x-should-retry"
+    "X-Request-Id, X-DVAI-Served-By, X-DVAI-Route, X-DVAI-Transport, X-DVAI-Reason, X-DVAI-Substituted-For, "
+    "Retry-After, x-should-retry"
 )
 
 
@@ -26906,17 +26932,13 @@ class TunnelServer:
         self._decoy: KeyPair | None = None
         self._served: dict[ServedTunnel, None] = {}  # oldest first
         self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
-        self._unsubscribe = None if store is None else store.subscribe(self._note_pairing)
+        if store is not None:
+            store.subscribe(self._note_pairing)
 
     async def accept(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is."""
         served = ServedTunnel(self, request.client_address)
         return accept_websocket(request, served.run, subprotocols=(TUNNEL_SUBPROTOCOL,), on_stop=served.shut_down)
-
-    def close(self) -> None:
-        """The store's changes are of no interest any more; the HTTP server ends the connections."""
-        if self._unsubscribe is not None:
-            self._unsubscribe()
 
     # -- what a tunnel calls --
 
@@ -28069,16 +28091,16 @@ class Offloading:
         *,
         policy: OffloadPolicy,
         monitor: PeerMonitor,
-        client: HttpClient,
+        client: PeerClient,
         list_local: Callable[[], Sequence[LocalModel]],
-        sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
+        find_pairing: Callable[[Peer], Pairing | None],
         on_offload: Callable[[Peer], None] | None = None,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._chooser = RouteChooser(policy)
         self._monitor = monitor
         self._list_local = list_local
-        self._sign = sign
+        self._find_pairing = find_pairing
         self._on_offload = on_offload
         self._count_attempt = note_attempt
         self._client = client
@@ -28109,7 +28131,7 @@ class Offloading:
         targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
         if targets:
             note_end = functools.partial(self._note_end, account)
-            forwarder = Forwarder(self._client, on_attempt=self._note_attempt, on_end=note_end)
+            forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end)
             forwarded = await forwarder.forward(
                 ForwardRequest(form=form, body=body, request_id=request.request_id), targets
             )
@@ -28132,6 +28154,7 @@ class Offloading:
     def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
         peer, route = target.peer, target.route
         assert peer is not None and route is not None  # those of this device are not forwarded
+        pairing = self._find_pairing(peer)
         return ForwardTarget(
             device_id=peer.device_id,
             device_name=peer.device_name,
@@ -28141,7 +28164,8 @@ class Offloading:
             reason=reason,
             substituted_for=target.substituted_for,
             prefill_tok_per_s=target.prefill_tok_per_s,
-            sign=functools.partial(self._sign, peer),
+            transport="" if pairing is None else pairing.transport,
+            send=functools.partial(self._client.request_paired, pairing),
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
@@ -28993,6 +29017,7 @@ class Devices:
         self._offload = offload
         self._server: HttpServer | None = None
         self._client: HttpClient | None = None
+        self._peer_client: PeerClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
@@ -29007,6 +29032,7 @@ class Devices:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
+        self._peer_client = PeerClient(client, identity=self.identity, store=self.store, app_id=offload.app_id)
         if self.store is not None:
             self._initiator = PairingInitiator(
                 identity=self.identity,
@@ -29018,8 +29044,7 @@ class Devices:
             )
         self.monitor = PeerMonitor(
             identity=self.identity,
-            app_id=offload.app_id,
-            client=client,
+            client=self._peer_client,
             store=self.store,
             initiator=self._initiator,
             known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
@@ -29033,9 +29058,9 @@ class Devices:
                 substitute_quant=offload.substitute_quant,
             ),
             monitor=self.monitor,
-            client=client,
+            client=self._peer_client,
             list_local=list_local,
-            sign=self._sign,
+            find_pairing=self._find_pairing,
             on_offload=self._note_offload,
             note_attempt=note_attempt,
         )
@@ -29044,22 +29069,15 @@ class Devices:
         if self._offload.on_offload is not None:
             self._notifier.tell(self._offload.on_offload, peer)
 
-    def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
-        """The fields that prove to a peer who asks; none for one that we are not paired with."""
+    def _find_pairing(self, peer: Peer) -> Pairing | None:
+        """The pairing by which a peer may be used, its use noted."""
+        if self.store is None:
+            return None
         now_ms = read_clock_ms()
-        pairing = None if self.store is None else self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
-        if pairing is None or self.store is None:
-            return ()
-        self.store.note_use(pairing, now_ms)
-        return sign_request(
-            pairing,
-            self.identity,
-            app_id=self._offload.app_id,
-            method=method,
-            path=path,
-            body=body,
-            now_ms=now_ms,
-        )
+        pairing = self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
+        if pairing is not None:
+            self.store.note_use(pairing, now_ms)
+        return pairing
 
     def _list_own_urls(self) -> list[str]:
         """Base URLs under which this bridge answers: a peer there is ourselves."""
@@ -29162,6 +29180,8 @@ class Devices:
             await self.monitor.close()
         if self._initiator is not None:
             await self._initiator.close()
+        if self._peer_client is not None:
+            await self._peer_client.close()
         if self._client is not None:
             await self._client.close()
         if self.store is not None:
@@ -29482,11 +29502,12 @@ class DVAI:
             notifier=self._notifier,
             note_attempt=self._metrics.note_attempt,
         )
-        tables = self._build_routes(devices)
 
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
+        tunnels = TunnelServer(identity=devices.identity, store=devices.store, handler=handle)
+        tables = (*self._build_routes(devices), tunnels.routes)
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()

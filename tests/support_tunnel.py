@@ -77,7 +77,6 @@ class Provider(Device):
         try:
             yield self
         finally:
-            tunnels.close()
             await server.stop()
 
     async def handle(self, request):

@@ -28,6 +28,7 @@ from dvai_bridge import (
     PairingInitiator,
     PairingStore,
     Peer,
+    PeerClient,
     PeerHealth,
     PeerIntervals,
     PeerMonitor,
@@ -441,6 +442,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
     for pairing in pairings:
         await store.add(pairing)
     client = HttpClient()
+    peer_client = PeerClient(client, identity=OWN, store=store, app_id=None)
     initiator = PairingInitiator(
         identity=OWN,
         app_id=None,
@@ -450,7 +452,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
     )
     monitor = PeerMonitor(
         identity=OWN,
-        client=client,
+        client=peer_client,
         store=store,
         initiator=initiator,
         known_peers=peers,
@@ -463,6 +465,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
     finally:
         await monitor.close()
         await initiator.close()
+        await peer_client.close()
         await client.close()
     await until(lambda: asyncio.all_tasks() <= before, "every task has ended")
 
@@ -752,8 +755,9 @@ def test_without_a_store_nobody_is_paired(tmp_path):
     async def run():
         async with LoopbackPeer() as peer:
             client = HttpClient()
+            peer_client = PeerClient(client, identity=OWN, store=None, app_id=None)
             monitor = PeerMonitor(
-                identity=OWN, client=client, known_peers=[build_static_peer(peer.base_url)], intervals=INTERVALS
+                identity=OWN, client=peer_client, known_peers=[build_static_peer(peer.base_url)], intervals=INTERVALS
             )
             monitor.start()
             stranger = (await until_state(monitor, PeerState.REACHABLE, peer.base_url)).peer

@@ -54,7 +54,7 @@ def test_a_request_and_its_answer(tmp_path):
             (request,) = provider.requests
             assert request.caller is d.Caller.PAIRED and request.pairing == provider.pairing
             assert request.headers.get("authorization", "") == "" and request.headers.get("x-dvai-forwarded") == "1"
-            assert consumer.client.has_tunnel(consumer.pairing)
+            assert consumer.client.find_tunnel(consumer.pairing)
             assert provider.pairing.inbound_link == make_link(is_pending=False), "its first use makes it active"
             assert consumer.pairing.outbound_link == make_link(is_pending=False)
 
@@ -131,7 +131,7 @@ def test_who_leaves_ends_the_work(tmp_path):
             async with consumer.ask(provider) as response:
                 assert await response.read_piece() == b"first"
             await until(lambda: source.is_closed)
-            assert consumer.client.has_tunnel(consumer.pairing), "the tunnel goes on"
+            assert consumer.client.find_tunnel(consumer.pairing), "the tunnel goes on"
 
     run(test)
 
@@ -261,7 +261,7 @@ def test_revocation_ends_what_runs(tmp_path):
             async with consumer.ask(provider) as response:
                 assert await response.read_piece() == b"first"
                 await provider.store.revoke(provider.pairing.pairing_id)
-                with pytest.raises(d.TunnelRevokedError):
+                with pytest.raises(d.PairingEndedError):
                     await response.read_piece()
             await until(lambda: source.is_closed)
             with pytest.raises(d.UpstreamConnectError, match="pair request"):
@@ -325,7 +325,7 @@ def test_stopping_lets_answers_finish(tmp_path):
             async with consumer.ask(provider) as response:
                 assert await response.read_piece() == b"first"
                 stopping = asyncio.create_task(provider.server.stop(20))
-                await until(lambda: not consumer.client.has_tunnel(consumer.pairing))
+                await until(lambda: not consumer.client.find_tunnel(consumer.pairing))
                 with pytest.raises(d.UpstreamConnectError):
                     await consumer.ask(provider).open()
                 source.queue.put_nowait(b"last")

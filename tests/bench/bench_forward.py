@@ -127,14 +127,17 @@ async def run_forwarder(base_url):
 
     key, me = dvai.generate_pairing_key(), "consumer-device-000000"
 
-    def sign(method, path, body):
-        nonce = dvai.generate_nonce(me, "peer", time.time_ns() // 1_000_000)
-        return dvai.build_signed_headers(
-            pairing_key=key, device_id=me, app_id="bench", nonce=nonce, method=method, path=path, body=body
-        )
+    client = dvai.HttpClient()
 
-    target = dvai.ForwardTarget(device_id="peer", device_name="Peer", base_url=base_url, model_id="model", sign=sign)
-    forwarder = dvai.Forwarder(dvai.HttpClient(), on_attempt=lambda attempt: None, on_end=lambda report: None)
+    def send(method, url, *, headers, body, **options):
+        nonce = dvai.generate_nonce(me, "peer", time.time_ns() // 1_000_000)
+        signed = dvai.build_signed_headers(
+            pairing_key=key, device_id=me, app_id="bench", nonce=nonce, method=method, path=url.target, body=body
+        )
+        return client.request(method, url, headers=[*headers, *signed], body=body, **options)
+
+    target = dvai.ForwardTarget(device_id="peer", device_name="Peer", base_url=base_url, model_id="model", send=send)
+    forwarder = dvai.Forwarder(on_attempt=lambda attempt: None, on_end=lambda report: None)
 
     async def handle(request):
         body = request.parse_body()
