@@ -163,6 +163,32 @@ def test_revoked_is_as_unknown_even_to_who_knows_the_decoy(mode, crypto_backend)
         assert closed(end).reason is CloseReason.UNPROVEN and end.take() == []
 
 
+class CountingBackend(OwnBackend):
+    """Counts the key agreements, which are what a first message costs."""
+
+    count = 0
+
+    def x25519(self, private, public):
+        self.count += 1
+        return super().x25519(private, public)
+
+
+@MODES
+def test_the_unknown_costs_what_the_wrong_costs(mode):
+    counts = []
+    for is_known in (True, False):
+        keys = Keys(mode, CountingBackend())
+        first = flip(keys.initiate().first_frame, -1)
+        own, before = keys.build_terms(is_initiator=False) if is_known else None, keys.backend.count
+        end = End(Channel(keys.respond(lambda mode, pair_id, own=own: own), now=0.0))
+        end.give([first])
+        assert closed(end).reason is CloseReason.UNPROVEN
+        counts.append(keys.backend.count - before)
+    known, unknown = counts
+    assert unknown > 0
+    assert known == unknown if mode is HandshakeMode.RESUME else known >= unknown
+
+
 def test_a_relay_that_swaps_keys_fails(crypto_backend):
     keys = Keys(HandshakeMode.QR, crypto_backend)
     own = keys.build_terms(is_initiator=False, relayed_key=keys.responderEphemeral.public)
@@ -232,6 +258,7 @@ def test_one_flipped_bit_in_any_byte_of_the_first_three_frames_ends_it(mode, cry
 
 
 def flip(data, index):
+    index %= len(data)
     return data[:index] + bytes([data[index] ^ 1 << index % 8]) + data[index + 1 :]
 
 
@@ -433,8 +460,14 @@ def test_misuse_is_a_value_error():
         consumer.streams.open("POST", "/v1/dvai/probe", [], 0.0)
     with pytest.raises(ValueError, match="a head of more"):
         consumer.streams.open("POST", "/v1/embeddings", [("accept", "x" * 9000)], 0.0)
+    for fields in ([("accept", "a"), ("Accept", "b")], [("accept", "a\nb")], [("accept", "Ā")]):
+        with pytest.raises(ValueError, match="HTTP cannot carry"):
+            consumer.streams.open("GET", "/v1/models", fields, 0.0)
+    for status in (100, 101, 199, 600, 0):
+        with pytest.raises(ValueError, match="no final status"):
+            provider.streams.send_head(stream_id, status, [])
     with pytest.raises(ValueError, match="PAIR"):
-        consumer.channel.send_pair(None)
+        consumer.channel.send_pair(PAIR)
     consumer.streams.send_data(stream_id, b"x", is_last=True)
     with pytest.raises(ValueError, match="after the end"):
         consumer.streams.send_data(stream_id, b"x")
@@ -1072,6 +1105,14 @@ def test_pair_message_byte_for_byte():
     assert parse_pair_message(body) == PAIR
 
 
+def test_a_pair_message_that_nobody_would_take_is_not_sent():
+    consumer, _ = connect(BACKEND, HandshakeMode.QR)
+    for wrong in (replace(PAIR, name="a\nb"), replace(PAIR, device_id=""), replace(PAIR, random=b"short")):
+        with pytest.raises(ValueError, match="PAIR"):
+            consumer.channel.send_pair(wrong)
+    consumer.channel.send_pair(PAIR)
+
+
 WRONG_PAIRS = [
     {"v": 2},
     {"v": True},
@@ -1249,6 +1290,9 @@ def test_two_machines_against_each_other(seed, path, crypto_backend):
             each.check()
     finish(players, rng, now)
     check_complete(players)
+    rng.choice(ends).channel.shut_down(now)
+    pump(*ends, now=now)
+    assert {closed(end).reason for end in ends} == {CloseReason.FINISHED}
 
 
 def finish(players, rng, now):
