@@ -527,6 +527,24 @@ def test_credit_is_given_back_when_half_is_consumed(path):
     assert closed(peer.end) is None and peer.end.streams._receive_window.owed == 0
 
 
+@PATHS
+def test_a_long_body_flows_as_fast_as_it_is_consumed(path):
+    consumer, provider = ends = connect(BACKEND, path=path)
+    stream_id = consumer.streams.open(*CHAT, 0.0)
+    body, sent, taken = random.Random(3).randbytes(5 * path.stream_window_bytes // 2), 0, 0
+    while taken < len(body):
+        if sent < len(body):
+            part = body[sent : sent + consumer.streams.compute_send_room(stream_id)]
+            sent += len(part)
+            consumer.streams.send_data(stream_id, part, is_last=sent == len(body))
+        pump(*ends)
+        arrived = len(provider.data_of(stream_id, StreamData))
+        assert taken < arrived <= taken + path.stream_window_bytes
+        provider.streams.consume(stream_id, arrived - taken)
+        taken = arrived
+    assert provider.data_of(stream_id, StreamData) == body and provider.seen(StreamData)[-1].is_last
+
+
 def test_padding_hides_lengths_and_is_counted():
     consumer, provider = ends = connect(BACKEND, path=ChannelPath.RELAY)
     stream_id = consumer.streams.open(*CHAT, 0.0)
@@ -974,6 +992,18 @@ def test_an_idle_channel_shuts_down_at_once():
     assert closed(consumer).reason is closed(provider).reason is CloseReason.FINISHED
     consumer.channel.connection_lost()
     assert closed(consumer).reason is CloseReason.FINISHED
+
+
+def test_a_channel_that_ends_in_order_sends_all_it_has():
+    peer = RawPeer(BACKEND)
+    peer.send(frame(1, OPEN, 1, 1))
+    peer.end.streams.send_head(1, 204, [], is_last=True)
+    peer.end.channel.shut_down(0.0)
+    peer.send(frame(6, b"question"))  # no stream is left, but three frames have not gone out
+    assert closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end).reason is CloseReason.FINISHED
 
 
 @pytest.mark.parametrize("by_provider", [True, False])
