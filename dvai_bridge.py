@@ -6322,7 +6322,10 @@ class StreamHead:
 
 @record(frozen=True, slots=True)
 class StreamData:
-    """A part of a body, never empty unless `is_last`. Its bytes are the peer's credit until they are consumed."""
+    """A part of a body, never empty unless `is_last`. Its bytes are taken from the peer's credit until consumed.
+
+    Who keeps them joins them: a peer may send byte by byte, and credit counts bytes, not objects.
+    """
 
     stream_id: int
     data: bytes = field(repr=False)
