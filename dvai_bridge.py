@@ -6732,7 +6732,10 @@ class StreamHead:
 
 @record(frozen=True, slots=True)
 class StreamData:
-    """A part of a body, never empty unless `is_last`. Its bytes are the peer's credit until they are consumed."""
+    """A part of a body, never empty unless `is_last`. Its bytes are taken from the peer's credit until consumed.
+
+    Who keeps them joins them: a peer may send byte by byte, and credit counts bytes, not objects.
+    """
 
     stream_id: int
     data: bytes = field(repr=False)
@@ -6858,7 +6861,7 @@ def _parse_padded_data(body: bytes) -> bytes:
     """The bytes inside the body of DATA_PADDED: `length(2) bytes zeros`."""
     (size,) = _U16.unpack_from(body)
     end = _U16.size + size
-    if end > len(body) or body.count(0, end) != len(body) - end:
+    if body.count(0, end) != len(body) - end:  # also where `end` lies behind it
         raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA_PADDED with a wrong length or padding")
     return body[_U16.size : end]
 
@@ -6893,6 +6896,7 @@ _CHANNEL_MODEL_PREFIX = "/v1/models/"
 _REQUEST_FIELDS = frozenset({"content-type", "accept", "x-request-id", "x-dvai-offload"})
 _RESPONSE_FIELDS = frozenset({"content-type", "retry-after", "x-should-retry", "x-request-id"})
 _RESPONSE_FIELD_PREFIX = "x-dvai-"
+_FINAL_STATUSES = range(200, 600)
 
 
 def is_channel_route(method: str, path: str) -> bool:
@@ -6915,9 +6919,18 @@ def _is_response_field(name: str) -> bool:
     return name in _RESPONSE_FIELDS or name.startswith(_RESPONSE_FIELD_PREFIX)
 
 
-def _build_fields(headers: Iterable[tuple[str, str]], may_travel: Callable[[str], bool]) -> list[list[str]]:
-    """The fields that travel, as OPEN and HEAD have them."""
-    return [[name.lower(), value] for name, value in headers if may_travel(name.lower())]
+def _is_field(name: str, value: str) -> bool:
+    """Whether HTTP can carry the field (Latin-1, no control characters)."""
+    is_latin = value.isascii() or max(value) <= "\xff"
+    return is_latin and _FIELD_NAME.fullmatch(name) is not None and _FIELD_VALUE.fullmatch(value) is not None
+
+
+def _build_fields(headers: Iterable[tuple[str, str]], may_travel: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """The fields that travel, as OPEN and HEAD have them. ValueError for what the peer would not take."""
+    fields = [(name.lower(), value) for name, value in headers if may_travel(name.lower())]
+    if len(dict(fields)) != len(fields) or not all(_is_field(*each) for each in fields):
+        raise ValueError("a field that occurs twice, or that HTTP cannot carry")
+    return fields
 
 
 def _parse_fields(value: Any, may_travel: Callable[[str], bool]) -> ChannelHeaders:
@@ -6929,10 +6942,8 @@ def _parse_fields(value: Any, may_travel: Callable[[str], bool]) -> ChannelHeade
         if type(each) is not list or len(each) != 2 or type(each[0]) is not str or type(each[1]) is not str:
             raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that is no pair of texts")
         name, text = each[0].lower(), each[1]
-        if not (_FIELD_NAME.fullmatch(name) and _FIELD_VALUE.fullmatch(text) and (text.isascii() or max(text) < "Ā")):
-            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that HTTP cannot carry")
-        if name in fields:
-            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that occurs twice")
+        if name in fields or not _is_field(name, text):
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that occurs twice, or that HTTP cannot carry")
         fields[name] = text
     return tuple((name, text) for name, text in fields.items() if may_travel(name))
 
@@ -6971,14 +6982,16 @@ def _parse_open(body: bytes) -> tuple[str, str, ChannelHeaders]:
 
 
 def encode_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """The body of HEAD. Fields that do not travel are left out."""
+    """The body of HEAD. Fields that do not travel are left out; ValueError for an interim status."""
+    if status not in _FINAL_STATUSES:
+        raise ValueError(f"{status} is no final status")
     return _encode_head_object({"s": status, "h": _build_fields(headers, _is_response_field)})
 
 
 def _parse_head(body: bytes) -> tuple[int, ChannelHeaders]:
     value = _parse_head_object(body)
     status = value.get("s")
-    if type(status) is not int or not 200 <= status <= 599:
+    if type(status) is not int or status not in _FINAL_STATUSES:
         raise _ChannelViolation(ErrorCode.PROTOCOL, "HEAD without a status")
     return status, _parse_fields(value.get("h", []), _is_response_field)
 
@@ -7001,8 +7014,8 @@ class PairMessage:
 
 
 def encode_pair_message(message: PairMessage) -> bytes:
-    """The body of PAIR."""
-    return _encode_head_object(
+    """The body of PAIR; ValueError for what `parse_pair_message` would not take."""
+    body = _encode_head_object(
         {
             "v": 1,
             "deviceId": message.device_id,
@@ -7013,6 +7026,8 @@ def encode_pair_message(message: PairMessage) -> bytes:
             "rights": {"serve": message.may_serve, "use": message.may_use},
         }
     )
+    parse_pair_message(body)
+    return body
 
 
 def parse_pair_message(body: bytes) -> PairMessage:
@@ -7865,7 +7880,7 @@ class Channel:
                 size += len(inner)
         except NoiseError:  # what ran on under the old handshake has used up its frames
             self._close(CloseReason.CLOSED_HERE, "no frame is left under this handshake", ErrorCode.REKEY)
-        if cipher.n >= CHANNEL_FRAMES_LIMIT:
+        if cipher.n >= CHANNEL_FRAMES_LIMIT:  # of this direction; for the other one the peer sees to it
             self._renew(now)
         self._finish_if_drained()
         return frames
@@ -7921,8 +7936,8 @@ class Channel:
         """Says who we are, once, on a channel made for pairing."""
         if not self._is_for_pairing or self._has_sent_pair or self.state is not ChannelState.OPEN:
             raise ValueError("PAIR is sent once, on an open channel for pairing")
-        self._has_sent_pair = True
         self._control.append(encode_inner_frame(FrameType.PAIR, encode_pair_message(message)))
+        self._has_sent_pair = True
 
     @property
     def _is_for_pairing(self) -> bool:
@@ -7957,8 +7972,6 @@ class Channel:
             raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} on a channel for pairing")
         else:
             self.streams.receive(frame_type, is_last, stream_id, body, now)
-        if cipher.n >= CHANNEL_FRAMES_LIMIT:
-            self._renew(now)
 
     def _receive_nothing(self, body: bytes, now: float) -> None:
         """PAD, and PONG, whose only meaning is that the peer lives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -25,13 +26,18 @@ USES = {HandshakeMode.QR: "qr-pair", HandshakeMode.RESUME: "resume", HandshakeMo
 unhex = bytes.fromhex
 
 
+@functools.cache
+def load_key_pair(use, name, backend):
+    return build_key_pair(unhex(KNOWN[use][name]), backend)
+
+
 class Keys:
     """The key pairs and the terms of one known handshake."""
 
     def __init__(self, mode, backend):
         self.mode, self.backend, self.known = mode, backend, KNOWN[USES[mode]]
         for name in ("initiatorStatic", "initiatorEphemeral", "responderStatic", "responderEphemeral"):
-            setattr(self, name, build_key_pair(unhex(self.known[name]), backend))
+            setattr(self, name, load_key_pair(USES[mode], name, backend))
 
     def build_terms(self, *, is_initiator, **changes):
         static = self.initiatorStatic if is_initiator else self.responderStatic

@@ -163,6 +163,32 @@ def test_revoked_is_as_unknown_even_to_who_knows_the_decoy(mode, crypto_backend)
         assert closed(end).reason is CloseReason.UNPROVEN and end.take() == []
 
 
+class CountingBackend(OwnBackend):
+    """Counts the key agreements, which are what a first message costs."""
+
+    count = 0
+
+    def x25519(self, private, public):
+        self.count += 1
+        return super().x25519(private, public)
+
+
+@MODES
+def test_the_unknown_costs_what_the_wrong_costs(mode):
+    counts = []
+    for is_known in (True, False):
+        keys = Keys(mode, CountingBackend())
+        first = flip(keys.initiate().first_frame, -1)
+        own, before = keys.build_terms(is_initiator=False) if is_known else None, keys.backend.count
+        end = End(Channel(keys.respond(lambda mode, pair_id, own=own: own), now=0.0))
+        end.give([first])
+        assert closed(end).reason is CloseReason.UNPROVEN
+        counts.append(keys.backend.count - before)
+    known, unknown = counts
+    assert unknown > 0
+    assert known == unknown if mode is HandshakeMode.RESUME else known >= unknown
+
+
 def test_a_relay_that_swaps_keys_fails(crypto_backend):
     keys = Keys(HandshakeMode.QR, crypto_backend)
     own = keys.build_terms(is_initiator=False, relayed_key=keys.responderEphemeral.public)
@@ -232,6 +258,7 @@ def test_one_flipped_bit_in_any_byte_of_the_first_three_frames_ends_it(mode, cry
 
 
 def flip(data, index):
+    index %= len(data)
     return data[:index] + bytes([data[index] ^ 1 << index % 8]) + data[index + 1 :]
 
 
@@ -433,8 +460,14 @@ def test_misuse_is_a_value_error():
         consumer.streams.open("POST", "/v1/dvai/probe", [], 0.0)
     with pytest.raises(ValueError, match="a head of more"):
         consumer.streams.open("POST", "/v1/embeddings", [("accept", "x" * 9000)], 0.0)
+    for fields in ([("accept", "a"), ("Accept", "b")], [("accept", "a\nb")], [("accept", "Ā")]):
+        with pytest.raises(ValueError, match="HTTP cannot carry"):
+            consumer.streams.open("GET", "/v1/models", fields, 0.0)
+    for status in (100, 101, 199, 600, 0):
+        with pytest.raises(ValueError, match="no final status"):
+            provider.streams.send_head(stream_id, status, [])
     with pytest.raises(ValueError, match="PAIR"):
-        consumer.channel.send_pair(None)
+        consumer.channel.send_pair(PAIR)
     consumer.streams.send_data(stream_id, b"x", is_last=True)
     with pytest.raises(ValueError, match="after the end"):
         consumer.streams.send_data(stream_id, b"x")
@@ -492,6 +525,24 @@ def test_credit_is_given_back_when_half_is_consumed(path):
     peer.end.streams.consume(1, 5)
     peer.end.streams.consume(999, 5)
     assert closed(peer.end) is None and peer.end.streams._receive_window.owed == 0
+
+
+@PATHS
+def test_a_long_body_flows_as_fast_as_it_is_consumed(path):
+    consumer, provider = ends = connect(BACKEND, path=path)
+    stream_id = consumer.streams.open(*CHAT, 0.0)
+    body, sent, taken = random.Random(3).randbytes(5 * path.stream_window_bytes // 2), 0, 0
+    while taken < len(body):
+        if sent < len(body):
+            part = body[sent : sent + consumer.streams.compute_send_room(stream_id)]
+            sent += len(part)
+            consumer.streams.send_data(stream_id, part, is_last=sent == len(body))
+        pump(*ends)
+        arrived = len(provider.data_of(stream_id, StreamData))
+        assert taken < arrived <= taken + path.stream_window_bytes
+        provider.streams.consume(stream_id, arrived - taken)
+        taken = arrived
+    assert provider.data_of(stream_id, StreamData) == body and provider.seen(StreamData)[-1].is_last
 
 
 def test_padding_hides_lengths_and_is_counted():
@@ -565,16 +616,16 @@ def test_a_full_queue_says_when_it_has_room():
     consumer, provider = ends = connect(BACKEND)
     stream_id = consumer.streams.open(*CHAT, 0.0)
     half = CHANNEL_SEND_QUEUE_LIMIT_BYTES // 2
-    consumer.streams.send_data(stream_id, bytes(half - 1))
+    consumer.streams.send_data(stream_id, bytes(2 * half - 1))
     consumer.streams.send_data(stream_id, b"x")
-    assert consumer.streams.compute_send_room(stream_id) == half
-    assert consumer.seen(StreamWritable) == []
-    provider.give(consumer.take(limit_bytes=1))
-    provider.give(consumer.take(limit_bytes=1))
+    assert consumer.streams.compute_send_room(stream_id) == 0
+    while consumer.streams.compute_send_room(stream_id) <= half:
+        assert consumer.seen(StreamWritable) == []
+        provider.give(consumer.take(limit_bytes=1))
     assert consumer.seen(StreamWritable) == [StreamWritable(stream_id)]
     pump(*ends)
     assert consumer.seen(StreamWritable) == [StreamWritable(stream_id)]
-    assert len(provider.data_of(stream_id, StreamData)) == half
+    assert len(provider.data_of(stream_id, StreamData)) == 2 * half
 
 
 # Numbers of streams and rates.
@@ -943,6 +994,18 @@ def test_an_idle_channel_shuts_down_at_once():
     assert closed(consumer).reason is CloseReason.FINISHED
 
 
+def test_a_channel_that_ends_in_order_sends_all_it_has():
+    peer = RawPeer(BACKEND)
+    peer.send(frame(1, OPEN, 1, 1))
+    peer.end.streams.send_head(1, 204, [], is_last=True)
+    peer.end.channel.shut_down(0.0)
+    peer.send(frame(6, b"question"))  # no stream is left, but three frames have not gone out
+    assert closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end) is None
+    assert len(peer.end.take(limit_bytes=1)) == 1 and closed(peer.end).reason is CloseReason.FINISHED
+
+
 @pytest.mark.parametrize("by_provider", [True, False])
 def test_revocation_ends_everything_at_once(by_provider):
     ends = connect(BACKEND)
@@ -1070,6 +1133,14 @@ def test_pair_message_byte_for_byte():
         '"rights":{"serve":true,"use":false}}'
     )
     assert parse_pair_message(body) == PAIR
+
+
+def test_a_pair_message_that_nobody_would_take_is_not_sent():
+    consumer, _ = connect(BACKEND, HandshakeMode.QR)
+    for wrong in (replace(PAIR, name="a\nb"), replace(PAIR, device_id=""), replace(PAIR, random=b"short")):
+        with pytest.raises(ValueError, match="PAIR"):
+            consumer.channel.send_pair(wrong)
+    consumer.channel.send_pair(PAIR)
 
 
 WRONG_PAIRS = [
@@ -1249,6 +1320,9 @@ def test_two_machines_against_each_other(seed, path, crypto_backend):
             each.check()
     finish(players, rng, now)
     check_complete(players)
+    rng.choice(ends).channel.shut_down(now)
+    pump(*ends, now=now)
+    assert {closed(end).reason for end in ends} == {CloseReason.FINISHED}
 
 
 def finish(players, rng, now):
