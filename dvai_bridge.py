@@ -6607,8 +6607,8 @@ CHANNEL_PAD_BYTES = 64  # where lengths are hidden, frames are multiples of this
 FIN = 1  # the only flag: the last frame of this direction of the stream
 
 _INNER_HEADER = struct.Struct(">BBI")
-_U16 = struct.Struct(">H")
-_U32 = struct.Struct(">I")
+_BE_U16 = struct.Struct(">H")
+_BE_U32 = struct.Struct(">I")
 _GOAWAY_BODY = struct.Struct(">IH")
 _DATA_LIMIT_BYTES = CHANNEL_FRAME_LIMIT_BYTES - _INNER_HEADER.size
 _TRANSPORT_LIMIT_BYTES = 1 + CHANNEL_FRAME_LIMIT_BYTES + AEAD_TAG_BYTES
@@ -6859,11 +6859,11 @@ def _parse_inner_frame(frame: bytes) -> tuple[int, bool, int, bytes]:
 
 def _parse_padded_data(body: bytes) -> bytes:
     """The bytes inside the body of DATA_PADDED: `length(2) bytes zeros`."""
-    (size,) = _U16.unpack_from(body)
-    end = _U16.size + size
+    (size,) = _BE_U16.unpack_from(body)
+    end = _BE_U16.size + size
     if body.count(0, end) != len(body) - end:  # also where `end` lies behind it
         raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA_PADDED with a wrong length or padding")
-    return body[_U16.size : end]
+    return body[_BE_U16.size : end]
 
 
 def _plan_padded_data(size: int, credit: int) -> tuple[int, int]:
@@ -6875,9 +6875,9 @@ def _plan_padded_data(size: int, credit: int) -> tuple[int, int]:
     largest = (min(credit, _DATA_LIMIT_BYTES) + header) // CHANNEL_PAD_BYTES * CHANNEL_PAD_BYTES - header
     if largest <= 0:
         return 0, 0
-    wanted = -(-(header + _U16.size + size) // CHANNEL_PAD_BYTES) * CHANNEL_PAD_BYTES - header
+    wanted = -(-(header + _BE_U16.size + size) // CHANNEL_PAD_BYTES) * CHANNEL_PAD_BYTES - header
     whole = min(wanted, largest)
-    return min(size, whole - _U16.size), whole
+    return min(size, whole - _BE_U16.size), whole
 
 
 # What may travel: a short list of routes, and of fields. A request is rebuilt from it, never copied.
@@ -7595,10 +7595,10 @@ class StreamMultiplexer:
             self._verify_was_known(stream_id)
             return
         self._drop(stream)
-        self._events.append(StreamReset(stream_id, parse_error_code(_U16.unpack(body)[0])))
+        self._events.append(StreamReset(stream_id, parse_error_code(_BE_U16.unpack(body)[0])))
 
     def _receive_window_credit(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
-        (credit,) = _U32.unpack(body)
+        (credit,) = _BE_U32.unpack(body)
         if credit == 0:
             raise _ChannelViolation(ErrorCode.PROTOCOL, "WINDOW of nothing")
         if stream_id == 0:
@@ -7663,7 +7663,7 @@ class StreamMultiplexer:
         is_last = stream.end_is_queued and size == len(queue)
         frame = _INNER_HEADER.pack(frame_type, is_last, stream.stream_id)
         if frame_type is FrameType.DATA_PADDED:
-            frame += _U16.pack(size) + queue[:size] + bytes(whole - _U16.size - size)
+            frame += _BE_U16.pack(size) + queue[:size] + bytes(whole - _BE_U16.size - size)
         else:
             frame += queue[:size]
         del queue[:size]
@@ -7720,12 +7720,12 @@ class StreamMultiplexer:
         """Credit for consumed bytes, to the connection and to a stream whose body goes on."""
         credit = self._receive_window.give_back(count)
         if credit:
-            self._control.append(encode_inner_frame(FrameType.WINDOW, _U32.pack(credit)))
+            self._control.append(encode_inner_frame(FrameType.WINDOW, _BE_U32.pack(credit)))
         if stream is not None and stream.receiving is not StreamHalf.ENDED:
             credit = stream.receive_window.give_back(count)
             if credit:
                 self._control.append(
-                    encode_inner_frame(FrameType.WINDOW, _U32.pack(credit), stream_id=stream.stream_id)
+                    encode_inner_frame(FrameType.WINDOW, _BE_U32.pack(credit), stream_id=stream.stream_id)
                 )
 
     def _forget_if_over(self, stream: ChannelStream) -> None:
@@ -7752,7 +7752,7 @@ class StreamMultiplexer:
             self._late_resets.append((stream_id, code))
             return
         self._own_resets.note(now)
-        self._control.append(encode_inner_frame(FrameType.RESET, _U16.pack(code), stream_id=stream_id))
+        self._control.append(encode_inner_frame(FrameType.RESET, _BE_U16.pack(code), stream_id=stream_id))
 
     def _verify_was_known(self, stream_id: int) -> None:
         """Raises _ChannelViolation for a stream that never was."""
@@ -21069,7 +21069,7 @@ def _join_scores(scores: Mapping[str, float], limit_bytes: int) -> str:
     return encode_json(told).decode()
 
 
-_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 _SCORE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,19})?")
 
 
@@ -23060,8 +23060,6 @@ PEER_BACK_OFF_LIMIT_S = 60.0
 PEER_SLOTS_LIMIT = 4096  # queues that a peer may claim
 CUSTOM_DISCOVERY_TIMEOUT_S = 10.0
 MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer was seen to do
-
-_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 
 peers_log = logging.getLogger("dvai_bridge.peers")
 
