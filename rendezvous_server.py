@@ -2226,9 +2226,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_event(self, opcode: int, content: Any, parser: WebSocketParser) -> None:
         if opcode == OPCODE_TEXT:
-            self._take_message(content.encode())
+            self._take_text(content)
         elif opcode == OPCODE_BINARY:
-            self._take_message(content, is_text=not self.is_binary)
+            self._take_message(content)
         elif opcode == OPCODE_PING:
             self._relay.touch(self)
             self.send_control(encode_websocket_frame(OPCODE_PONG, content), is_optional=True)
@@ -2236,25 +2236,24 @@ class Connection(asyncio.BufferedProtocol):
             code = parser.close_code or CLOSE_WITHOUT_CODE
             self._finish(encode_websocket_close(code))
 
-    def _take_message(self, payload: bytes, *, is_text: bool | None = None) -> None:
-        """A whole message that no route has taken."""
-        self._note_spoken()
-        if self.is_binary and is_text is None:
-            is_text = False
-        if is_text is False:
+    def _take_message(self, payload: bytes) -> None:
+        """A message of the kind that this client's frames are; existing relays take JSON in binary messages, too."""
+        if self.is_binary:
             self._take_binary(payload)
             return
         try:
-            message = parse_control(payload.decode())
+            self._take_text(payload.decode())
         except UnicodeDecodeError:
             self.close(CLOSE_INVALID_DATA, "text that is not UTF-8")
+
+    def _take_text(self, text: str) -> None:
+        """A JSON message; a frame of a session, spelled in an unusual way, finds its route by the same look-up."""
+        self._note_spoken()
+        try:
+            message = parse_control(text)
         except Refusal as refusal:
             self._relay.refuse(self, refusal)
-        else:
-            self._take_control(message)
-
-    def _take_control(self, message: dict[str, Any]) -> None:
-        """A JSON message; a frame of a session, spelled in an unusual way, finds its route by the same look-up."""
+            return
         session_id, content = message.get("sessionId"), message.get("payload")
         if message["type"] == "relay" and isinstance(session_id, str) and isinstance(content, str):
             route = self.routes.get(build_text_key(session_id))
@@ -2264,7 +2263,8 @@ class Connection(asyncio.BufferedProtocol):
         self._relay.handle(self, message)
 
     def _take_binary(self, payload: bytes) -> None:
-        """A binary frame, as it came from the parser, or without a route."""
+        """A binary frame that came in pieces, or has no route."""
+        self._note_spoken()
         tag = payload[:_TAG_BYTES]
         route = self.routes.get(tag)
         if route is None or not self._forward(route, payload[_TAG_BYTES:], self._relay.now()):
