@@ -107,7 +107,7 @@ ADDRESSES_LIMIT = 100_000  # addresses whose use is counted, connected or not
 DESCRIPTORS_RESERVE = 32  # descriptors that are not clients
 
 # Data under way: memory that receivers who do not read could take.
-READ_BYTES = 32 * KIB  # read from one socket before the others have their turn
+READ_BYTES = 12 * KIB  # read from one socket before the others have their turn
 SESSION_QUEUE_LIMIT_BYTES = 256 * KIB  # waiting in one direction of a session: then that session ends
 TOTAL_QUEUE_LIMIT_BYTES = 256 * MIB  # waiting in all sessions together, likewise
 WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # given to a socket that takes no more, before sessions begin to wait
@@ -1387,7 +1387,7 @@ class Client:
     is_many: bool
     alive_at: float
     control: Allowance
-    sessions: list[Session] = field(default_factory=list)
+    sessions: tuple[Session, ...] = ()
     listens: tuple[tuple[str, bytes], ...] = ()
     challenge: Challenge | None = None
     ended: dict[str, bool] | None = None
@@ -1457,7 +1457,7 @@ class RelayState:
         for listen in client.listens:
             self._drop_listen(client, listen)
         actions: list[Action] = []
-        for session in list(client.sessions):
+        for session in client.sessions:
             actions += self._end(session, now, "peer closed connection", leaving=client)
         del self._clients[client_id]
         self._addresses[client.address].connections -= 1
@@ -1529,7 +1529,7 @@ class RelayState:
         actions = self._leave_pairing(client, now)
         offer, session.offer = session.offer or {}, None
         session.target = client.id
-        client.sessions.append(session)
+        client.sessions += (session,)
         ends = self._join(session, now)
         for end, message in zip(ends, (introduction, offer), strict=True):
             actions.append(Send(end.client, message | self._describe_session(session, end)))
@@ -1576,7 +1576,7 @@ class RelayState:
         self._verify_may_open(client, now, named, is_closing=False)
         session = self._open(client, SessionState.JOINED, now + self._settings.session_ttl_s)
         session.source, session.target = client.id, listener.id
-        listener.sessions.append(session)
+        listener.sessions += (session,)
         ends = self._join(session, now)
         told = [
             Send(end.client, {"type": kind_of_message, **self._describe_session(session, end), **named})
@@ -1699,7 +1699,7 @@ class RelayState:
         self.sessions.put(session)
         self.sessions_opened += 1
         self._addresses[client.address].sessions += 1
-        client.sessions.append(session)
+        client.sessions += (session,)
         return session
 
     def _join(self, session: Session, now: float) -> tuple[End, End]:
@@ -1736,7 +1736,7 @@ class RelayState:
         return actions + self._forget(session)
 
     def _leave(self, session: Session, client: Client) -> None:
-        client.sessions.remove(session)
+        client.sessions = tuple(other for other in client.sessions if other is not session)
         client.ended = client.ended or {}
         client.ended[session.id] = False
         if len(client.ended) > ENDED_SESSIONS_REMEMBERED:
@@ -1764,7 +1764,7 @@ class RelayState:
         if client.is_many:
             return []
         actions: list[Action] = []
-        for session in list(client.sessions):
+        for session in client.sessions:
             actions += self._end(session, now, "peer began another session", leaving=client)
         return actions
 
@@ -2388,7 +2388,7 @@ class Relay:
         self._started_at = self.now()
         self._state = RelayState(settings, os.urandom, time.time() - self._started_at)
         self._connections: dict[int, Connection] = {}  # those that are open, in the order of their last ping
-        self._all: set[Connection] = set()
+        self._others: set[Connection] = set()  # those that are no WebSocket yet, or no more
         self._limit = settings.max_sessions * CONNECTIONS_PER_SESSION + CONNECTIONS_LEAST
         self._links: dict[str, Link] = {}
         self._to_flush: list[Connection] = []
@@ -2441,22 +2441,20 @@ class Relay:
         logger.info("stopping: %d sessions", len(self._state.sessions))
         assert self._server is not None
         self._server.close()
-        for connection in [c for c in self._all if c.phase is Phase.HEAD]:
+        for connection in [c for c in self._others if c.phase is Phase.HEAD]:
             connection.abort()
         self._apply(self._state.stop())
         await self._wait_until_empty(STOP_GRACE_S)
         for connection in list(self._connections.values()):
             connection.close(CLOSE_SERVICE_RESTART, "the relay is stopping: connect again")
-        self._flush()
-        if self._connections or self._all:
-            await self._wait_until_empty(CLOSE_LINGER_S)
-        for connection in list(self._all):
+        await self._wait_until_empty(CLOSE_LINGER_S)
+        for connection in list(self._others):
             connection.abort()
         await asyncio.sleep(0)
 
     async def _wait_until_empty(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            if self._all:
+            if self._connections or self._others:
                 await asyncio.wait_for(self._is_empty.wait(), timeout_s)
 
     def now(self) -> float:
@@ -2505,16 +2503,16 @@ class Relay:
     def admit(self, connection: Connection) -> bool:
         """Whether there is room for one more connection."""
         self.counters.connections += 1
-        self._all.add(connection)
-        if len(self._all) <= self._limit and not self._is_stopping.is_set():
+        self._others.add(connection)
+        if len(self._others) + len(self._connections) <= self._limit and not self._is_stopping.is_set():
             return True
         self.counters.refused += 1
         return False
 
     def release(self, connection: Connection) -> None:
         """A connection is gone."""
-        self._all.discard(connection)
-        if not self._all and self._is_stopping.is_set():
+        self._others.discard(connection)
+        if self._is_stopping.is_set() and not self._others and not self._connections:
             self._is_empty.set()
 
     def verify_request(self, request: HttpRequest, peer: Any) -> str:
@@ -2547,11 +2545,13 @@ class Relay:
         connection.pinged_at = self.now()
         connection.client_id = self._state.connect(address, connection.pinged_at, is_binary=connection.is_binary)
         self._connections[connection.client_id] = connection
+        self._others.discard(connection)
         logger.debug("client %d connected from %s", connection.client_id, address)
 
     def leave(self, connection: Connection) -> None:
         """A WebSocket is over; again has no effect."""
         if self._connections.pop(connection.client_id, None) is not None:
+            self._others.add(connection)
             logger.debug("client %d disconnected", connection.client_id)
             self._apply(self._state.disconnect(connection.client_id, self.now()))
 
