@@ -1727,7 +1727,7 @@ class RelayState:
                 message = {"type": "hangup", "sessionId": session.id, "reason": reason}
             actions.append(Send(client.id, message, session.id))
         if session.state is SessionState.JOINED:
-            actions.append(Part(session.id, is_discarded))
+            actions.insert(0 if is_discarded else len(actions), Part(session.id, is_discarded))
         if leaving and session.state is SessionState.JOINED and not staying[0].is_many:
             self._leave(session, leaving)
             session.state, session.deadline = SessionState.HALF, now + self._settings.session_ttl_s
@@ -2128,16 +2128,16 @@ class Connection(asyncio.BufferedProtocol):
         first = 0x82 if self.is_binary else 0x81
         routes, key_bytes, now = self.routes, self._key_bytes, self._relay.now()
         position, end = 0, len(data)
-        while end - position >= 6:
+        while end - position >= 2:
             size = data[position + 1] - 128
             if data[position] != first or size < 0 or size == 127:
                 self._receive_slowly(data[position:])
                 return
             start = position + 6
             if size == 126:
-                if end - position < 8:
-                    break
                 start = position + 8
+                if start > end:
+                    break
                 size = data[position + 2] << 8 | data[position + 3]
                 if size < 126:
                     self._receive_slowly(data[position:])
@@ -2148,18 +2148,17 @@ class Connection(asyncio.BufferedProtocol):
             payload = apply_mask(data[start:stop], data[start - 4 : start])
             position = stop
             route = routes.get(payload[:key_bytes])
-            if route is not None and self._forward(route, payload[key_bytes:], now):
-                continue
-            self._take_message(payload)
+            rest = payload[key_bytes:]
+            is_usual = self.is_binary or (rest.translate(None, _BASE64_AND_BASE64URL) == _TEXT_END and rest[-1] == 125)
+            if route is None or not is_usual or not self._forward(route, rest, now):
+                self._take_message(payload)
             if self.phase is not Phase.OPEN:
                 return
         self._held = data[position:]
 
     def _forward(self, route: Route, payload: bytes, now: float) -> bool:
-        """Passes a frame on, without its sender's key; False if it is not of the usual form after all."""
+        """Passes a frame on, without its sender's key; False if its receiver could not be told it."""
         head = route.head
-        if not self.is_binary and (payload.translate(None, _BASE64_AND_BASE64URL) != _TEXT_END or payload[-1] != 125):
-            return False
         if route.is_converting:
             try:
                 payload = route.convert(payload)
@@ -2257,8 +2256,10 @@ class Connection(asyncio.BufferedProtocol):
         session_id, content = message.get("sessionId"), message.get("payload")
         if message["type"] == "relay" and isinstance(session_id, str) and isinstance(content, str):
             route = self.routes.get(build_text_key(session_id))
-            payload = encode_json(content)[1:] + b"}"
-            if route is not None and self._forward(route, payload, self._relay.now()):
+            if route is not None:
+                if not self._forward(route, encode_json(content)[1:] + b"}", self._relay.now()):
+                    reason = "the other end wants base64url as 'payload'"
+                    self._relay.refuse(self, Refusal(ErrorCode.MALFORMED_MESSAGE, reason))
                 return
         self._relay.handle(self, message)
 
