@@ -1013,7 +1013,7 @@ def encode_response(
         f"Content-Length: {len(body)}",
         "Cache-Control: no-store",
         *(f"{name}: {value}" for name, value in fields),
-        "Connection: close",
+        "Connection: close, Upgrade" if status == 426 else "Connection: close",
     ]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if is_head else body)
 
@@ -2426,9 +2426,16 @@ class Relay:
         return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def load_certificate(self) -> None:
-        """Reads the TLS files (again): new connections get the new certificate."""
+        """Reads the TLS files; ssl.SSLError or OSError if they are none."""
         if self._tls is not None:
             self._tls.load_cert_chain(self.settings.tls_cert_file, self.settings.tls_key_file)
+
+    def reload_certificate(self) -> None:
+        """Reads the TLS files again: new connections get the new certificate, or still the old one."""
+        try:
+            self.load_certificate()
+        except OSError as error:
+            logger.error("TLS_CERT_FILE or TLS_KEY_FILE: %s; the former certificate stays", error)
 
     def stop(self) -> None:
         """Begins to stop: sessions may end by themselves for STOP_GRACE_S. A second time: at once."""
@@ -2767,7 +2774,7 @@ async def _serve(settings: Settings) -> None:
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(relay.stop))
     if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, relay.load_certificate)
+        loop.add_signal_handler(signal.SIGHUP, relay.reload_certificate)
     if not settings.relay_url:
         logger.warning(
             "RENDEZVOUS_URL is not set: pairing codes name %s, and addresses cannot be proved", settings.host

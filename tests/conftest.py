@@ -14,6 +14,7 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package llama_cpp",
     "needs the package numpy",
     "needs the package prometheus_client",
+    "needs the package websockets",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama-server (DVAI_LLAMA_SERVER)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",

@@ -35,16 +35,17 @@ SETTINGS = (
 )
 CLEAN_ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith((*SETTINGS, "REDIS_"))}
 PEER = {"deviceId": "dev", "deviceName": "Device", "capability": {"m": 10.5}, "ephemeralPubKey": "key"}
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @dataclass
 class RunningRelay:
-    """A real relay. `log`: what it wrote to stderr so far."""
+    """A real relay. `log`: what it wrote to stderr. `inside`: the relay itself, where it runs in this process."""
 
     process: subprocess.Popen[str]
     port: int
     log: list[str] = field(default_factory=list)
+    inside: object = None
 
     def get(self, path, method="GET", headers=None):
         """(status, headers, body) of one request."""
