@@ -1602,19 +1602,18 @@ class RelayState:
 
     def _explain_relay(self, client: Client, session_id: str) -> list[Action]:
         """Why a frame cannot be passed on; in silence if the client has been told, and may not have read it yet."""
+        details = {"sessionId": session_id} if client.is_many else None
         session = self.sessions.get(session_id)
         if session is not None and session in client.sessions:
             if session.state is SessionState.JOINED:
-                raise Refusal(
-                    ErrorCode.SESSION_MISMATCH, "in this subprotocol frames are binary", {"sessionId": session_id}
-                )
-            raise Refusal(ErrorCode.PEER_NOT_CONNECTED, "the other peer is not connected")
+                raise Refusal(ErrorCode.SESSION_MISMATCH, "in this subprotocol frames are binary", details)
+            raise Refusal(ErrorCode.PEER_NOT_CONNECTED, "the other peer is not connected", details)
         if client.ended is None or session_id not in client.ended:
-            raise Refusal(ErrorCode.SESSION_MISMATCH, "this socket is not part of that session")
+            raise Refusal(ErrorCode.SESSION_MISMATCH, "this socket is not part of that session", details)
         if client.ended[session_id]:
             return []
         client.ended[session_id] = True
-        raise Refusal(ErrorCode.SESSION_NOT_FOUND, "the session has ended", {"sessionId": session_id})
+        raise Refusal(ErrorCode.SESSION_NOT_FOUND, "the session has ended", details)
 
     def explain_tag(self, client_id: int, tag: int | None) -> list[Action]:
         """Why a binary frame cannot be passed on; `tag` None: it has none. One of a session that has ended may have
@@ -2043,9 +2042,7 @@ class Connection(asyncio.BufferedProtocol):
         self._set_timer(0, None)
         self._relay.leave(self)
         self._relay.release(self)
-        for route in self._waiting or ():
-            self._relay.queued_bytes -= route.queued_bytes
-        self._waiting = None
+        self._drop_waiting()
         self._out.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -2286,7 +2283,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def flush(self) -> None:
         """Gives the socket what this pass has gathered."""
-        if self._out and self.phase is not Phase.CLOSED:
+        if self._out and self.phase in (Phase.OPEN, Phase.HEAD):
             self._transport.write(self._out[0] if len(self._out) == 1 else b"".join(self._out))
         self._out.clear()
 
@@ -2316,6 +2313,11 @@ class Connection(asyncio.BufferedProtocol):
             self._relay.queued_bytes -= route.queued_bytes
             del self._waiting[route]
             self.is_held = self.is_paused or bool(self._waiting)
+
+    def _drop_waiting(self) -> None:
+        for route in self._waiting or ():
+            self._relay.queued_bytes -= route.queued_bytes
+        self._waiting = None
 
     def drain(self) -> None:
         """Sends what waits, a frame of each session in turn, as far as the socket and the sessions' allowances go."""
@@ -2359,6 +2361,7 @@ class Connection(asyncio.BufferedProtocol):
         self.flush()
         self.phase = Phase.CLOSING
         self._held, self._parser = b"", None
+        self._drop_waiting()
         self._relay.leave(self)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -2764,10 +2767,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio could not tell anybody: a line for what the network or the system did, all of it for our bugs."""
+    if isinstance(context.get("exception"), OSError):
+        logger.warning("%s: %s", context["message"], context["exception"])
+    else:
+        loop.default_exception_handler(context)
+
+
 async def _serve(settings: Settings) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_report)
     relay = Relay(settings)
     url = await relay.start()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             loop.add_signal_handler(number, relay.stop)
@@ -2792,6 +2804,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rendezvous_server: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel(max(settings.log_level, logging.INFO))
     try:
         asyncio.run(_serve(settings))
     except KeyboardInterrupt:
