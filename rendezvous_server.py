@@ -2363,11 +2363,12 @@ class Connection(asyncio.BufferedProtocol):
         self._held, self._parser = b"", None
         self._drop_waiting()
         self._relay.leave(self)
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-            self._set_timer(CLOSE_DEADLINE_S, self._transport.abort)
-        else:
+        if not self._transport.can_write_eof():
             self._set_timer(CLOSE_LINGER_S, self._transport.close)
+            return
+        self._set_timer(CLOSE_DEADLINE_S, self._transport.abort)
+        with contextlib.suppress(OSError):  # reset by the client: asyncio will say so next
+            self._transport.write_eof()
 
     def _set_timer(self, delay_s: float, callback: Callable[[], None] | None) -> None:
         """The one deadline that runs, or none."""

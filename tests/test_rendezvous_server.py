@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -358,6 +359,22 @@ def test_hostile_frames_end_their_own_socket_only(relay, case, is_in_bytes, is_b
         assert client.receive() is None and client.close_code == close_code
         with contextlib.suppress(ConnectionError):
             assert client.socket.recv(1) == b""
+    assert relay.read_health()["status"] == "ok"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_bytes_after_a_good_opening(relay, seed):
+    rng = random.Random(seed)
+    for _ in range(25):
+        with RawClient(relay, is_binary=rng.random() < 0.5) as client, contextlib.suppress(ConnectionError):
+            data = bytearray(TEXT * 3 + encode_frame(0x82, b"\0\0\0\1frame") + rng.randbytes(rng.randrange(200)))
+            for _ in range(rng.randrange(4)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            for start in range(0, len(data), 50):
+                client.socket.sendall(data[start : start + 50])
+            client.socket.shutdown(socket.SHUT_WR)
+            while client.socket.recv(4096):
+                pass
     assert relay.read_health()["status"] == "ok"
 
 
@@ -830,6 +847,26 @@ def test_too_many_connections_of_one_address(monkeypatch):
             client.socket.close()
 
     run_with_client(body, sessions_per_address=1)
+
+
+def test_all_queues_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(rendezvous_server, "TOTAL_QUEUE_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(rendezvous_server, "SOCKET_BUFFER_BYTES", 4096)
+
+    def body(relay):
+        listener = RawClient(relay, receive_buffer=4096)
+        listener.ask("listen", v=1, room=build_room())
+        with listener, RawClient(relay) as first, RawClient(relay) as second:
+            for sender in (first, second):
+                told = sender.ask("dial", v=1, room=build_room())
+                frame = {"type": "relay", "sessionId": told["sessionId"], "payload": "A" * 20_000}
+                sender.socket.sendall(encode_text(frame) * 50)  # far less than 256 KiB would be too much
+                assert sender.receive()["code"] == "session_stalled"
+            assert relay.inside.queued_bytes <= 100_000
+            listener.socket.close()
+            wait_for(lambda: relay.inside.queued_bytes == 0, DEADLINE_S, "nothing waits any more")
+
+    run_with_client(body, sessions_per_address=0, bytes_per_second=0)
 
 
 def test_a_client_that_asks_too_much_and_never_reads_is_cut_off(monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import hmac
 import itertools
 import json
+import random
 
 import pytest
 
@@ -281,8 +282,7 @@ def test_listening_again_changes_nothing(table):
 @pytest.mark.parametrize("who", ["dialer", "listener"])
 def test_either_end_hangs_up(table, who):
     dialer, listener, session_id = table.dial()
-    ends, other = (dialer, listener) if who == "dialer" else (listener, dialer), None
-    leaving, other = ends
+    leaving, other = (dialer, listener) if who == "dialer" else (listener, dialer)
     hangup = {"type": "hangup", "sessionId": session_id, "reason": "done"}
     actions = table.say(leaving, "hangup", sessionId=session_id, reason="done")
     assert actions == [Send(other, hangup, session_id), Part(session_id)]
@@ -556,6 +556,101 @@ def test_a_stop_sends_idle_clients_away_and_others_when_they_are_done(table):
     actions = table.say(dialer, "hangup", sessionId=session_id)
     assert {a.client for a in actions if isinstance(a, Close)} == {dialer, listener}
     assert [a for a in table.state.disconnect(target, table.now) if isinstance(a, Close)] == []
+
+
+# Whatever happens
+
+
+class Walk(Table):
+    """Clients that say anything at any time; the invariants of the core hold after every step."""
+
+    def __init__(self, seed):
+        super().__init__(max_sessions=12, sessions_per_address=6, sessions_per_address_per_minute=0)
+        self.random = random.Random(seed)
+        self.clients: set[int] = set()
+        self.joined: dict[str, set[int]] = {}
+        self.known = ["nonsense"]
+
+    def step(self):
+        choose = self.random.choice
+        self.now += choose((0, 0, 0.1, 1, 30))
+        if not self.clients or self.random.random() < 0.1:
+            self.clients.add(self.connect(f"192.0.2.{self.random.randrange(4)}", is_binary=choose((False, True))))
+            return
+        client = choose(sorted(self.clients))
+        room, session_id = relay.encode_base64url(bytes([self.random.randrange(4)] * 16)), choose(self.known[-6:])
+        name, act = choose(
+            [
+                ("leave", lambda: self.state.disconnect(client, self.now)),
+                ("expire", self.expire),
+                ("stall", lambda: self.stall(session_id)),
+                *[("say", lambda: self.say(client, "pair-source", **PEER))] * 2,
+                *[("say", lambda: self.say(client, "pair-target", sessionId=session_id, **PEER))] * 3,
+                *[("say", lambda: self.say(client, "listen", v=1, room=room))] * 2,
+                *[("say", lambda: self.say(client, "dial", v=1, room=room))] * 3,
+                ("say", lambda: self.say(client, "hangup", sessionId=session_id)),
+                ("say", lambda: self.say(client, "relay", sessionId=session_id, payload="")),
+                ("say", lambda: self.say(client, "ping")),
+            ]
+        )
+        if name == "leave":
+            self.clients.remove(client)
+        self.obey(act())
+        self.verify()
+
+    def stall(self, session_id):
+        session = self.state.sessions.get(session_id)
+        if session is None or session.state is not relay.SessionState.JOINED:
+            return []
+        return self.state.stall(session_id, session.source, ErrorCode.SESSION_STALLED, self.now)
+
+    def obey(self, actions):
+        for action in actions:
+            if isinstance(action, Join):
+                assert action.session_id not in self.joined
+                self.joined[action.session_id] = {end.client for end in action.ends}
+                assert len(self.joined[action.session_id]) == 2
+            elif isinstance(action, Part):
+                self.joined.pop(action.session_id, None)
+            elif isinstance(action, Close):
+                if action.client in self.clients:
+                    self.clients.remove(action.client)
+                    self.obey(self.state.disconnect(action.client, self.now))
+            else:
+                self.known.append(action.message.get("sessionId", "nonsense"))
+
+    def verify(self):
+        state, sessions = self.state, {}
+        assert set(state._clients) == self.clients
+        for client in state._clients.values():
+            for session in client.sessions:
+                assert client.id in (session.source, session.target)
+                assert state.sessions.get(session.id) is session
+                sessions[session.id] = session
+            for kind, key in client.listens:
+                assert state._listeners[kind][key] == client.id
+        assert len(sessions) == len(state.sessions) <= 12
+        assert state.listeners_count == sum(len(client.listens) for client in state._clients.values())
+        joined = {s.id: {s.source, s.target} for s in sessions.values() if s.state is relay.SessionState.JOINED}
+        assert joined == self.joined
+        for session in sessions.values():
+            assert (session.offer is not None) == (session.state is relay.SessionState.WAITING)
+            assert (session.source is None) + (session.target is None) == (session.state.name != "JOINED")
+        for address, use in state._addresses.items():
+            assert use.sessions == sum(session.address == address for session in sessions.values()) <= 6
+            assert use.connections == sum(client.address == address for client in state._clients.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_invariants_hold_on_every_walk(seed):
+    walk = Walk(seed)
+    for _ in range(500):
+        walk.step()
+    for client in sorted(walk.clients):
+        walk.clients.discard(client)
+        if client in walk.state._clients:
+            walk.obey(walk.state.disconnect(client, walk.now))
+    assert len(walk.state.sessions) == walk.state.listeners_count == 0 and walk.joined == {}
 
 
 # What the edge asks
