@@ -13586,41 +13586,41 @@ class StepPace:
     """How long steps take, learnt from the steps before. Times in seconds.
 
     A slice of n prompt tokens takes about fixed_s + n · token_s. Attention makes a token the dearer the more tokens
-    come before it, and so token_s is kept by the number of bits of that depth.
+    come before it, and so token_s is kept by the number of bits of that depth; apart for slices beside those who
+    write, which are short, because a token of a long one takes as little as half the time.
     """
 
     def __init__(self) -> None:
         self._writing_s: dict[int, float] = {}  # by how many write
-        self._token_s: dict[int, float] = {}  # by the bits of the depth
+        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
     def learn_writing(self, writers: int, elapsed_s: float) -> None:
         """What one token of each of `writers` took."""
         self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
 
-    def learn_reading(self, tokens: int, depth: float, elapsed_s: float) -> None:
+    def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
         """What a slice took; `depth`: the mean position of its tokens."""
-        bits = self._count_bits(depth)
+        bits, by_depth = self._count_bits(depth), self._token_s[writers > 0]
         token_s = max(elapsed_s - self.fixed_s, elapsed_s / 10) / tokens
-        self._token_s[bits] = self._average(self._token_s.get(bits), token_s)
+        by_depth[bits] = self._average(by_depth.get(bits), token_s)
 
     @property
     def fixed_s(self) -> float:
         """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
         return self._estimate_writing(1) / 2
 
-    def estimate_token(self, depth: float) -> float:
+    def estimate_token(self, writers: int, depth: float) -> float:
         """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
 
         Deeper ones cost more, and at twice the depth no more than twice as much.
         """
         bits = self._count_bits(depth)
-        deeper = [known for known in self._token_s if known >= bits]
-        if deeper:
-            return self._token_s[min(deeper)]
-        if not self._token_s:
+        by_depth = self._token_s[writers > 0] or self._token_s[not writers]
+        if not by_depth:
             return self.fixed_s
-        deepest = max(self._token_s)
-        return self._token_s[deepest] * 2.0 ** (bits - deepest)
+        deeper = [known for known in by_depth if known >= bits]
+        nearest = min(deeper) if deeper else max(by_depth)
+        return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
 
     def choose_budget(self, writers: int) -> SliceBudget:
         """How long the next slice may take beside `writers`."""
@@ -13875,11 +13875,11 @@ class LlamaBackend:
 
     def _read(self) -> list[tuple[int, EngineEvent]]:
         """Slices of the prompts of those who do not write yet."""
-        started_s, parts = self._model.clock(), self._choose_slices()
+        started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
         tokens = sum(len(part.tokens) for part in parts)
         depth = sum(len(part.tokens) * (len(part.slot.tokens) + len(part.tokens) / 2) for part in parts) / tokens
         events = self._compute(parts)
-        self.pace.learn_reading(tokens, depth, self._model.clock() - started_s)
+        self.pace.learn_reading(writers, tokens, depth, self._model.clock() - started_s)
         return events
 
     def _choose_slices(self) -> list[BatchPart]:
@@ -13887,7 +13887,7 @@ class LlamaBackend:
         prompts = [
             UnreadPrompt(
                 missing=len(job.prompt) - len(job.computed),
-                token_s=self.pace.estimate_token(len(job.computed)),
+                token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
                 is_begun=len(job.computed) > job.writer.cached_tokens,
             )
             for _, job in readers
@@ -13999,7 +13999,7 @@ class LlamaBackend:
 
     def _count_fitting(self, job: LlamaEmbedding, budget: SliceBudget) -> int:
         """Tokens of the next slice of a text to embed."""
-        token_s = self.pace.estimate_token(len(job.slot.tokens))
+        token_s = self.pace.estimate_token(len(self._writing), len(job.slot.tokens))
         text = UnreadPrompt(missing=EMBEDDING_SLICE_TOKENS, token_s=token_s, is_begun=True)
         return choose_slices([text], budget, EMBEDDING_SLICE_TOKENS)[0]
 
@@ -14076,7 +14076,7 @@ def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
 
     measure(1)
     backend.pace.learn_writing(1, measure(1))
-    backend.pace.learn_reading(LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
 
 
 def choose_batch_size(load: LoadRequest) -> int:

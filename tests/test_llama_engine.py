@@ -196,26 +196,33 @@ def test_the_pace_of_writing_is_that_of_the_nearest_number_of_writers():
 
 def test_a_deeper_token_is_estimated_by_what_was_measured_and_rather_too_high():
     pace = learn(StepPace(), learn_writing=(1, 0.010))
-    assert pace.estimate_token(0) == pace.estimate_token(5000) == pytest.approx(0.005)  # half of writing one
-    learn(pace, learn_reading=(10, 100, 0.025))  # five of these are for the weights
-    assert pace.estimate_token(0) == pace.estimate_token(255) == pytest.approx(0.002)
-    assert [pace.estimate_token(depth) for depth in (256, 511, 512, 1024)] == pytest.approx(
+    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 5000) == pytest.approx(0.005)  # half of writing one
+    learn(pace, learn_reading=(1, 10, 100, 0.025))  # five of these are for the weights
+    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 255) == pytest.approx(0.002)
+    assert [pace.estimate_token(1, depth) for depth in (256, 511, 512, 1024)] == pytest.approx(
         [0.004, 0.004, 0.008, 0.016]
     )
-    learn(pace, learn_reading=(2, 1500, 0.015))
-    assert pace.estimate_token(100) == pytest.approx(0.002)
-    assert pace.estimate_token(600) == pace.estimate_token(2000) == pytest.approx(0.005)  # no more than the deeper
+    learn(pace, learn_reading=(2, 2, 1500, 0.015))
+    assert pace.estimate_token(1, 100) == pytest.approx(0.002)
+    assert pace.estimate_token(1, 600) == pace.estimate_token(3, 2000) == pytest.approx(0.005)  # as the deeper at most
+
+
+def test_slices_beside_those_who_write_tell_little_of_those_that_are_alone():
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 1, 1500, 0.015))
+    assert pace.estimate_token(0, 1500) == pytest.approx(0.010)  # until one alone was measured
+    learn(pace, learn_reading=(0, 100, 1500, 0.405))
+    assert pace.estimate_token(0, 1500) == pytest.approx(0.004)
+    assert pace.estimate_token(1, 1500) == pytest.approx(0.010)
 
 
 def test_slices_grow_smaller_as_a_prompt_is_read_beside_a_writer():
-    pace = learn(StepPace(), learn_writing=(1, 0.007), learn_reading=(8, 4, 0.017))
+    pace = learn(StepPace(), learn_writing=(1, 0.007), learn_reading=(1, 8, 4, 0.017))
     depth, slices, took = 0, [], []
     while depth < 2000:
-        (count,) = choose_slices(
-            [unread(2000 - depth, 1000 * pace.estimate_token(depth), depth > 0)], pace.choose_budget(1), 512
-        )
+        prompt = unread(2000 - depth, 1000 * pace.estimate_token(1, depth), depth > 0)
+        (count,) = choose_slices([prompt], pace.choose_budget(1), 512)
         elapsed_s = 0.0035 + count * (0.0016 + 0.000003 * depth)  # as llama.cpp takes on a small model
-        pace.learn_reading(count, depth, elapsed_s)
+        pace.learn_reading(1, count, depth, elapsed_s)
         slices.append(count)
         took.append(elapsed_s)
         depth += count
@@ -224,11 +231,11 @@ def test_slices_grow_smaller_as_a_prompt_is_read_beside_a_writer():
 
 
 def test_one_step_that_was_held_up_changes_the_pace_little():
-    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(100, 50, 0.2))
-    known_s = pace.estimate_token(0)
-    pace.learn_reading(2, 0, 60.0)
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 100, 50, 0.2))
+    known_s = pace.estimate_token(1, 0)
+    pace.learn_reading(1, 2, 0, 60.0)
     pace.learn_writing(1, 60.0)
-    assert pace.estimate_token(0) <= 1.21 * known_s
+    assert pace.estimate_token(1, 0) <= 1.21 * known_s
     assert pace.choose_budget(1).steady_s <= 0.0241 * 1.2
 
 
