@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOTS, N_CTX, END_ID = 8, 4096, 2
 STREAMS, TOKENS, PROMPT_TOKENS = (1, 4, 8), 64, 16
 TURN_TOKENS, NEW_TOKENS, LONG_TOKENS = 1000, 40, 2000
-USUAL_TOKENS, GAP_TOKENS = 60, 1500
+USUAL_TOKENS, GAP_TOKENS = 60, 3600
 
 
 def build_model():
@@ -130,7 +130,11 @@ def measure_turns(port, source):
 
 
 def measure_gaps(port, source):
-    """(p99, greatest) of a stream's gaps while a long prompt is read, by its usual gap; seconds until it is read."""
+    """A stream's gaps while a long prompt is read: (p99, greatest, p99 by the gap before, seconds until it is read).
+
+    The first two by what is usual at that length of the stream itself, which grows slower as it grows longer: between
+    the median gaps before and after the reading. The third by the median before alone.
+    """
     running = Stream(port, source.draw(PROMPT_TOKENS), GAP_TOKENS)
     running.start()
     running.wait_tokens(USUAL_TOKENS)
@@ -138,12 +142,17 @@ def measure_gaps(port, source):
     began = len(running.times)
     long.start()
     long.join()
-    times = list(running.times)
+    ended = len(running.times)
+    running.wait_tokens(ended + USUAL_TOKENS)
     running.is_enough.set()
     running.join()
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    usual, during = statistics.median(gaps[10 : began - 1]), sorted(gaps[began - 1 :])
-    return during[int(0.99 * (len(during) - 1))] / usual, during[-1] / usual, long.first_token_s
+    gaps = [after - before for before, after in itertools.pairwise(running.times)]
+    during = gaps[began - 1 : ended]
+    before, after = statistics.median(gaps[10 : began - 1]), statistics.median(gaps[ended + 1 :])
+    usual = [before + (after - before) * index / len(during) for index in range(len(during))]
+    ratios = sorted(gap / each for gap, each in zip(during, usual, strict=True))
+    p99 = int(0.99 * (len(ratios) - 1))
+    return ratios[p99], ratios[-1], sorted(during)[p99] / before, long.first_token_s
 
 
 def read_cpu_s(pid):
@@ -225,8 +234,10 @@ def compare_pace(ports, rounds, source):
     for name, (ratios,) in alternate(ports, rounds, functools.partial(measure_turns, source=source)).items():
         show(name, ratios)
     print(f"gaps of a stream while a prompt of {LONG_TOKENS} tokens is read, by its usual gap")
-    for name, columns in alternate(ports, max(1, rounds // 3), functools.partial(measure_gaps, source=source)).items():
-        for label, values in zip(("p99", "greatest", "seconds of reading"), columns, strict=True):
+    for name, columns in alternate(ports, max(1, rounds // 4), functools.partial(measure_gaps, source=source)).items():
+        for label, values in zip(
+            ("p99", "greatest", "p99 by the gap before", "seconds of reading"), columns, strict=True
+        ):
             show(f"{name}, {label}", values)
 
 
