@@ -1,6 +1,6 @@
 """The llama engine through HTTP beside llama-server, in the same run, on a 135M-class model of random Q8_0 weights.
 
-    python tests/bench/bench_llama.py path/to/llama-server [--quick] [--rounds N] [--threads N]
+    python tests/bench/bench_llama.py path/to/llama-server [--quick] [--rounds N] [--threads N] [--nice N]
 
 Needs llama-cpp-python; llama-server is to be built from the same sources with the same flags. Both servers run all
 the time, each in a session of its own, and are measured by turns. What is printed is the median of the rounds, the
@@ -17,6 +17,7 @@ import http.client
 import itertools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -247,7 +248,9 @@ def main():
     parser.add_argument("--rounds", type=int, help="of each measurement; 9, or 4 with --quick")
     parser.add_argument("--quick", action="store_true", help="streams only, few rounds")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nice", type=int, default=0, help="of llama-server; 5, as our worker has, on a busy machine")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, which ends the servers too
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         path = Path(folder, "model.gguf")
         path.write_bytes(build_model())
@@ -255,7 +258,7 @@ def main():
         ports = {"bridge": find_free_port(), "llama-server": find_free_port()}
         common = ["-m", path, "-t", arguments.threads, "-np", SLOTS, "--port"]
         ours = [sys.executable, ROOT / "dvai_bridge.py", "serve", "--engine", "llama", "--home", folder, "-c", N_CTX]
-        theirs = [arguments.llama_server, "-c", N_CTX * SLOTS]
+        theirs = ["nice", "-n", arguments.nice, arguments.llama_server, "-c", N_CTX * SLOTS]
         bridge_pid, _ = (
             servers.enter_context(
                 run_server(list(map(str, [*command, *common, ports[name]])), ports[name], dict(os.environ))
