@@ -10,7 +10,7 @@ Three commands to begin with:
 
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
-    ground        constants, records, errors, optional packages, config, encodings, storage
+    ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, metrics, routing
@@ -19727,7 +19727,7 @@ def learn_template(
     where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
     peers = value.get("choices")
-    if not isinstance(peers, list) or len(peers) != 1:
+    if not isinstance(peers, list) or len(peers) != 1 or (choices and choices[-1]["finish_reason"]):
         return None
     delta = peers[0].get("delta")
     if not choices:
@@ -19741,7 +19741,7 @@ def learn_template(
         container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
         name = texts[0] if len(texts) == 1 else ""
         found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["logprobs"]:
             return None
         if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
             return None
