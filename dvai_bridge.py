@@ -5123,7 +5123,7 @@ PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
 TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
 TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
 UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
-PAIRING_KEYS_LIMIT = 64  # kept as bytes beside the text that they are read from, with the ids that nonces bind
+NONCE_BINDINGS_LIMIT = 64  # kept, of pairs of devices that ask each other again and again
 NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
 
 SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
@@ -5150,12 +5150,7 @@ def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> b
 
 def sign_hmac(pairing_key: str, message: bytes) -> str:
     """The signature of a composed message: 43 digits of base64url."""
-    return encode_base64url(hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
-
-
-@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
-def _parse_pairing_key(pairing_key: str) -> bytes:
-    return parse_base64url(pairing_key)
+    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
 
 
 def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
@@ -5170,7 +5165,7 @@ def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
         presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
     except ValueError:
         presented = b""
-    return hmac.compare_digest(presented, hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
+    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
 
 
 @record(frozen=True, slots=True)
@@ -5186,7 +5181,7 @@ def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes 
     return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
 
 
-@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
+@functools.lru_cache(maxsize=NONCE_BINDINGS_LIMIT)
 def build_nonce_binding(sender: str, receiver: str) -> str:
     """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
     return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
