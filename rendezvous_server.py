@@ -94,6 +94,7 @@ NAME_LIMIT_CHARS = 256  # a device's name, id or public key, likewise
 REASON_LIMIT_CHARS = 128  # the reason of a hangup, which the other end shows
 CONTROL_BURST = 60  # messages that are not within a session: this many at once,
 CONTROL_PER_SECOND = 10.0  # and this many a second; floods of pings, dials and guesses
+CHALLENGES_PER_ADDRESS_PER_MINUTE = 20  # one address that keeps the others from proving theirs
 CHALLENGES_PER_SECOND = 50.0  # all clients together: two X25519 each, which take milliseconds without a C library
 
 # Sessions and sockets: what they may hold.
@@ -1396,9 +1397,10 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class AddressUse:
-    """What one address has taken; `opening` is its allowance of new sessions."""
+    """What one address has taken, and its allowances of new sessions and of challenges."""
 
     opening: Allowance
+    proving: Allowance
     connections: int = 0
     sessions: int = 0
 
@@ -1540,9 +1542,13 @@ class RelayState:
             return self._start_listening(client, ("room", values["room"]))
         if not self._relay_name:
             raise Refusal(ErrorCode.RELAY_NAME_UNSET, "this relay's operator has not set RENDEZVOUS_URL")
-        per_second = CHALLENGES_PER_SECOND
-        if not self._challenges.take(now, burst=per_second, per_second=per_second):
-            raise Refusal(ErrorCode.RATE_LIMITED, "too many want to prove an address; wait a second")
+        per_minute, per_second = CHALLENGES_PER_ADDRESS_PER_MINUTE, CHALLENGES_PER_SECOND
+        proving = self._get_use(client.address, now).proving
+        if not (
+            proving.take(now, burst=per_minute, per_second=per_minute / 60)
+            and self._challenges.take(now, burst=per_second, per_second=per_second)
+        ):
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many want to prove an address; wait a minute")
         try:
             challenge = build_challenge(
                 values["publicKey"], self._relay_name, self._random_bytes(32), self._random_bytes(32)
@@ -1662,7 +1668,8 @@ class RelayState:
         if len(self._addresses) > ADDRESSES_LIMIT:
             now += 60
         for address, use in list(self._addresses.items()):
-            if not use.connections and not use.sessions and use.opening.counted_at + 60 <= now:
+            used_at = max(use.opening.counted_at, use.proving.counted_at)
+            if not use.connections and not use.sessions and used_at + 60 <= now:
                 del self._addresses[address]
 
     def stop(self) -> list[Action]:
@@ -1689,7 +1696,8 @@ class RelayState:
     def _get_use(self, address: str, now: float) -> AddressUse:
         use = self._addresses.get(address)
         if use is None:
-            use = AddressUse(Allowance(self._settings.sessions_per_address_per_minute, now))
+            opening = Allowance(self._settings.sessions_per_address_per_minute, now)
+            use = AddressUse(opening, Allowance(CHALLENGES_PER_ADDRESS_PER_MINUTE, now))
             self._addresses[address] = use
         return use
 

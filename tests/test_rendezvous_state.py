@@ -486,10 +486,13 @@ def test_sessions_per_socket():
     assert find_error(actions) == ("rate_limited", False) and len(table.state.sessions) == 256
 
 
-def test_challenges_of_all_clients_together(table):
-    clients = [table.connect() for _ in range(51)]
-    answers = [table.say(client, "listen", v=1, publicKey=PROVIDER_KEY) for client in clients]
-    assert [a[0].message["type"] for a in answers] == ["challenge"] * 50 + ["error"]
+def test_challenges_of_one_address_and_of_all(table):
+    def ask(address):
+        return table.say(table.connect(address), "listen", v=1, publicKey=PROVIDER_KEY)
+
+    answers = [ask("192.0.2.1") for _ in range(21)] + [ask(f"198.51.100.{n}") for n in range(31)]
+    kinds = [answer[0].message["type"] for answer in answers]
+    assert kinds == ["challenge"] * 20 + ["error"] + ["challenge"] * 30 + ["error"]
     assert find_error(answers[-1]) == ("rate_limited", False)
 
 
