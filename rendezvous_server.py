@@ -94,6 +94,7 @@ NAME_LIMIT_CHARS = 256  # a device's name, id or public key, likewise
 REASON_LIMIT_CHARS = 128  # the reason of a hangup, which the other end shows
 CONTROL_BURST = 60  # messages that are not within a session: this many at once,
 CONTROL_PER_SECOND = 10.0  # and this many a second; floods of pings, dials and guesses
+CHALLENGES_PER_ADDRESS_PER_MINUTE = 20  # one address that keeps the others from proving theirs
 CHALLENGES_PER_SECOND = 50.0  # all clients together: two X25519 each, which take milliseconds without a C library
 
 # Sessions and sockets: what they may hold.
@@ -1013,7 +1014,7 @@ def encode_response(
         f"Content-Length: {len(body)}",
         "Cache-Control: no-store",
         *(f"{name}: {value}" for name, value in fields),
-        "Connection: close",
+        "Connection: close, Upgrade" if status == 426 else "Connection: close",
     ]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if is_head else body)
 
@@ -1396,9 +1397,10 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class AddressUse:
-    """What one address has taken; `opening` is its allowance of new sessions."""
+    """What one address has taken, and its allowances of new sessions and of challenges."""
 
     opening: Allowance
+    proving: Allowance
     connections: int = 0
     sessions: int = 0
 
@@ -1540,9 +1542,13 @@ class RelayState:
             return self._start_listening(client, ("room", values["room"]))
         if not self._relay_name:
             raise Refusal(ErrorCode.RELAY_NAME_UNSET, "this relay's operator has not set RENDEZVOUS_URL")
-        per_second = CHALLENGES_PER_SECOND
-        if not self._challenges.take(now, burst=per_second, per_second=per_second):
-            raise Refusal(ErrorCode.RATE_LIMITED, "too many want to prove an address; wait a second")
+        per_minute, per_second = CHALLENGES_PER_ADDRESS_PER_MINUTE, CHALLENGES_PER_SECOND
+        proving = self._get_use(client.address, now).proving
+        if not (
+            proving.take(now, burst=per_minute, per_second=per_minute / 60)
+            and self._challenges.take(now, burst=per_second, per_second=per_second)
+        ):
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many want to prove an address; wait a minute")
         try:
             challenge = build_challenge(
                 values["publicKey"], self._relay_name, self._random_bytes(32), self._random_bytes(32)
@@ -1602,19 +1608,18 @@ class RelayState:
 
     def _explain_relay(self, client: Client, session_id: str) -> list[Action]:
         """Why a frame cannot be passed on; in silence if the client has been told, and may not have read it yet."""
+        details = {"sessionId": session_id} if client.is_many else None
         session = self.sessions.get(session_id)
         if session is not None and session in client.sessions:
             if session.state is SessionState.JOINED:
-                raise Refusal(
-                    ErrorCode.SESSION_MISMATCH, "in this subprotocol frames are binary", {"sessionId": session_id}
-                )
-            raise Refusal(ErrorCode.PEER_NOT_CONNECTED, "the other peer is not connected")
+                raise Refusal(ErrorCode.SESSION_MISMATCH, "in this subprotocol frames are binary", details)
+            raise Refusal(ErrorCode.PEER_NOT_CONNECTED, "the other peer is not connected", details)
         if client.ended is None or session_id not in client.ended:
-            raise Refusal(ErrorCode.SESSION_MISMATCH, "this socket is not part of that session")
+            raise Refusal(ErrorCode.SESSION_MISMATCH, "this socket is not part of that session", details)
         if client.ended[session_id]:
             return []
         client.ended[session_id] = True
-        raise Refusal(ErrorCode.SESSION_NOT_FOUND, "the session has ended", {"sessionId": session_id})
+        raise Refusal(ErrorCode.SESSION_NOT_FOUND, "the session has ended", details)
 
     def explain_tag(self, client_id: int, tag: int | None) -> list[Action]:
         """Why a binary frame cannot be passed on; `tag` None: it has none. One of a session that has ended may have
@@ -1663,7 +1668,8 @@ class RelayState:
         if len(self._addresses) > ADDRESSES_LIMIT:
             now += 60
         for address, use in list(self._addresses.items()):
-            if not use.connections and not use.sessions and use.opening.counted_at + 60 <= now:
+            used_at = max(use.opening.counted_at, use.proving.counted_at)
+            if not use.connections and not use.sessions and used_at + 60 <= now:
                 del self._addresses[address]
 
     def stop(self) -> list[Action]:
@@ -1690,7 +1696,8 @@ class RelayState:
     def _get_use(self, address: str, now: float) -> AddressUse:
         use = self._addresses.get(address)
         if use is None:
-            use = AddressUse(Allowance(self._settings.sessions_per_address_per_minute, now))
+            opening = Allowance(self._settings.sessions_per_address_per_minute, now)
+            use = AddressUse(opening, Allowance(CHALLENGES_PER_ADDRESS_PER_MINUTE, now))
             self._addresses[address] = use
         return use
 
@@ -1727,7 +1734,7 @@ class RelayState:
                 message = {"type": "hangup", "sessionId": session.id, "reason": reason}
             actions.append(Send(client.id, message, session.id))
         if session.state is SessionState.JOINED:
-            actions.append(Part(session.id, is_discarded))
+            actions.insert(0 if is_discarded else len(actions), Part(session.id, is_discarded))
         if leaving and session.state is SessionState.JOINED and not staying[0].is_many:
             self._leave(session, leaving)
             session.state, session.deadline = SessionState.HALF, now + self._settings.session_ttl_s
@@ -2043,9 +2050,7 @@ class Connection(asyncio.BufferedProtocol):
         self._set_timer(0, None)
         self._relay.leave(self)
         self._relay.release(self)
-        for route in self._waiting or ():
-            self._relay.queued_bytes -= route.queued_bytes
-        self._waiting = None
+        self._drop_waiting()
         self._out.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -2128,16 +2133,16 @@ class Connection(asyncio.BufferedProtocol):
         first = 0x82 if self.is_binary else 0x81
         routes, key_bytes, now = self.routes, self._key_bytes, self._relay.now()
         position, end = 0, len(data)
-        while end - position >= 6:
+        while end - position >= 2:
             size = data[position + 1] - 128
             if data[position] != first or size < 0 or size == 127:
                 self._receive_slowly(data[position:])
                 return
             start = position + 6
             if size == 126:
-                if end - position < 8:
-                    break
                 start = position + 8
+                if start > end:
+                    break
                 size = data[position + 2] << 8 | data[position + 3]
                 if size < 126:
                     self._receive_slowly(data[position:])
@@ -2148,18 +2153,17 @@ class Connection(asyncio.BufferedProtocol):
             payload = apply_mask(data[start:stop], data[start - 4 : start])
             position = stop
             route = routes.get(payload[:key_bytes])
-            if route is not None and self._forward(route, payload[key_bytes:], now):
-                continue
-            self._take_message(payload)
+            rest = payload[key_bytes:]
+            is_usual = self.is_binary or (rest.translate(None, _BASE64_AND_BASE64URL) == _TEXT_END and rest[-1] == 125)
+            if route is None or not is_usual or not self._forward(route, rest, now):
+                self._take_message(payload)
             if self.phase is not Phase.OPEN:
                 return
         self._held = data[position:]
 
     def _forward(self, route: Route, payload: bytes, now: float) -> bool:
-        """Passes a frame on, without its sender's key; False if it is not of the usual form after all."""
+        """Passes a frame on, without its sender's key; False if its receiver could not be told it."""
         head = route.head
-        if not self.is_binary and (payload.translate(None, _BASE64_AND_BASE64URL) != _TEXT_END or payload[-1] != 125):
-            return False
         if route.is_converting:
             try:
                 payload = route.convert(payload)
@@ -2257,8 +2261,10 @@ class Connection(asyncio.BufferedProtocol):
         session_id, content = message.get("sessionId"), message.get("payload")
         if message["type"] == "relay" and isinstance(session_id, str) and isinstance(content, str):
             route = self.routes.get(build_text_key(session_id))
-            payload = encode_json(content)[1:] + b"}"
-            if route is not None and self._forward(route, payload, self._relay.now()):
+            if route is not None:
+                if not self._forward(route, encode_json(content)[1:] + b"}", self._relay.now()):
+                    reason = "the other end wants base64url as 'payload'"
+                    self._relay.refuse(self, Refusal(ErrorCode.MALFORMED_MESSAGE, reason))
                 return
         self._relay.handle(self, message)
 
@@ -2285,7 +2291,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def flush(self) -> None:
         """Gives the socket what this pass has gathered."""
-        if self._out and self.phase is not Phase.CLOSED:
+        if self._out and self.phase in (Phase.OPEN, Phase.HEAD):
             self._transport.write(self._out[0] if len(self._out) == 1 else b"".join(self._out))
         self._out.clear()
 
@@ -2315,6 +2321,11 @@ class Connection(asyncio.BufferedProtocol):
             self._relay.queued_bytes -= route.queued_bytes
             del self._waiting[route]
             self.is_held = self.is_paused or bool(self._waiting)
+
+    def _drop_waiting(self) -> None:
+        for route in self._waiting or ():
+            self._relay.queued_bytes -= route.queued_bytes
+        self._waiting = None
 
     def drain(self) -> None:
         """Sends what waits, a frame of each session in turn, as far as the socket and the sessions' allowances go."""
@@ -2358,12 +2369,14 @@ class Connection(asyncio.BufferedProtocol):
         self.flush()
         self.phase = Phase.CLOSING
         self._held, self._parser = b"", None
+        self._drop_waiting()
         self._relay.leave(self)
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-            self._set_timer(CLOSE_DEADLINE_S, self._transport.abort)
-        else:
+        if not self._transport.can_write_eof():
             self._set_timer(CLOSE_LINGER_S, self._transport.close)
+            return
+        self._set_timer(CLOSE_DEADLINE_S, self._transport.abort)
+        with contextlib.suppress(OSError):  # reset by the client: asyncio will say so next
+            self._transport.write_eof()
 
     def _set_timer(self, delay_s: float, callback: Callable[[], None] | None) -> None:
         """The one deadline that runs, or none."""
@@ -2425,9 +2438,16 @@ class Relay:
         return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def load_certificate(self) -> None:
-        """Reads the TLS files (again): new connections get the new certificate."""
+        """Reads the TLS files; ssl.SSLError or OSError if they are none."""
         if self._tls is not None:
             self._tls.load_cert_chain(self.settings.tls_cert_file, self.settings.tls_key_file)
+
+    def reload_certificate(self) -> None:
+        """Reads the TLS files again: new connections get the new certificate, or still the old one."""
+        try:
+            self.load_certificate()
+        except OSError as error:
+            logger.error("TLS_CERT_FILE or TLS_KEY_FILE: %s; the former certificate stays", error)
 
     def stop(self) -> None:
         """Begins to stop: sessions may end by themselves for STOP_GRACE_S. A second time: at once."""
@@ -2756,17 +2776,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio could not tell anybody: a line for what the network or the system did, all of it for our bugs."""
+    if isinstance(context.get("exception"), OSError):
+        logger.warning("%s: %s", context["message"], context["exception"])
+    else:
+        loop.default_exception_handler(context)
+
+
 async def _serve(settings: Settings) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_report)
     relay = Relay(settings)
     url = await relay.start()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             loop.add_signal_handler(number, relay.stop)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(relay.stop))
     if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, relay.load_certificate)
+        loop.add_signal_handler(signal.SIGHUP, relay.reload_certificate)
     if not settings.relay_url:
         logger.warning(
             "RENDEZVOUS_URL is not set: pairing codes name %s, and addresses cannot be proved", settings.host
@@ -2784,6 +2813,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rendezvous_server: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel(max(settings.log_level, logging.INFO))
     try:
         asyncio.run(_serve(settings))
     except KeyboardInterrupt:
