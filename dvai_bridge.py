@@ -10,20 +10,14 @@ Three commands to begin with:
 
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
-<<<<<<< HEAD
-    ground        constants, records, errors, optional packages, config, encodings, storage
+    ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, primitives, Noise, channel, identity, pairing, handshake: who may use this device, and whom
                   it may use
-=======
-    ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
->>>>>>> relay
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, tunnel, peers, offload, upstream engine: who is there, and who answers
+    peers         discovery, tunnel, rendezvous, QR pairing, peers, offload, upstream engine: who is there, who answers
     program       HTTP server, tunnel server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
