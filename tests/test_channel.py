@@ -1300,7 +1300,7 @@ def carry(sender, receiver, rng, now, *, everything=False):
 
 
 @PATHS
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_two_machines_against_each_other(seed, path, crypto_backend):
     rng = random.Random(seed)
     ends = connect(crypto_backend, path=path)
