@@ -781,6 +781,7 @@ def check_told(peer, code):
     assert (last.reason, last.code) == (CloseReason.VIOLATION, code), last
     *_, goaway = peer.receive()
     assert goaway[0] == FrameType.GOAWAY and goaway[-2:] == struct.pack(">H", code)
+    assert peer.end.channel._ciphers is None  # the keys are forgotten
     opened = len(peer.end.seen(StreamOpened))
     assert len(peer.end.seen(StreamReset, StreamEnded)) == opened
     events = len(peer.end.events)
