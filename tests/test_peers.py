@@ -26,6 +26,7 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
+    PairingPolicy,
     PairingStore,
     Peer,
     PeerHealth,
@@ -447,6 +448,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
         store=store,
         post=build_handshake_post(client),
         clock_ms=lambda: time.time_ns() // 1_000_000,
+        legacy_policy=PairingPolicy.ALLOW,
     )
     monitor = PeerMonitor(
         identity=OWN,

@@ -309,6 +309,8 @@ def main():
                 "serve",
                 "--offload-only",
                 "--no-discover-lan",
+                "--legacy-pairing",
+                "allow",
                 "--peer",
                 peer_url,
                 "--port",
