@@ -53,7 +53,7 @@ from dvai_bridge import (
     verify_hmac,
 )
 
-OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here")
+OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here", seed="A" * 43)
 KEY = "A" * 42 + "E"  # 32 bytes
 M = "Llama-3.2-3B-Instruct-Q4_K_M"
 HEALTH = {"status": "ok", "version": "4.0.0", "uptimeSec": 7, "currentModelId": M}
