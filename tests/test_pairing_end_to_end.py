@@ -6,12 +6,16 @@ import http.client
 import http.server
 import json
 import os
+import re
+import select
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 
 import pytest
-from support import start_bridge, wait_for
+from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
 from support_peer import ask_owner, find_secrets, read_device_id
 
 from dvai_bridge import (
@@ -247,3 +251,111 @@ def test_whoever_downgrades_what_spoke_the_secure_channel_is_refused(two):
         status, answer = asked.result(60)
         assert status == 403 and "somebody may stand between" in answer["error"]["message"], answer
     assert weak.list_paired() == []
+
+
+# At the terminal, and by commands
+
+
+def run_command(side, *words):
+    command = [sys.executable, str(MODULE), *words, "--home", str(side.home)]
+    return subprocess.run(
+        command, env=CLEAN_ENVIRON, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_script_pairs_by_commands(two):
+    """Without a terminal `pair request` says what to compare, and waits; other commands bring the codes."""
+    weak, strong = two
+    url = f"http://127.0.0.1:{strong.bridge.port}"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        requesting = pool.submit(run_command, weak, "pair", "request", url)
+        here, there = wait_shown(weak), wait_shown(strong)
+        listed = run_command(strong, "pair", "list").stdout
+        assert f"the same code {here['code']}!" in listed and f"pair approve {there['id']} --code" in listed
+        nobody = run_command(strong, "pair", "approve")
+        assert nobody.returncode == 2 and "--code" in nobody.stderr
+        assert run_command(strong, "pair", "approve", "--code", here["code"]).returncode == 0
+        named = run_command(weak, "pair", "request", url, "--code", there["code"])
+        requested = requesting.result(60)
+    for done in (named, requested):
+        assert done.returncode == 0 and "may be used from here" in done.stdout, done
+    assert here["code"] in requested.stderr and "pair approve" in requested.stderr
+    late = run_command(weak, "pair", "request", url, "--code", there["code"])
+    assert late.returncode == 1 and "begin without --code" in late.stderr
+
+
+def test_a_wrong_code_by_command_is_a_denial(two):
+    weak, strong = two
+    with asking(weak, f"http://127.0.0.1:{strong.bridge.port}") as asked:
+        here = wait_shown(weak)
+        wrong = f"{(int(here['code']) + 1) % 1_000_000:06}"
+        wait_shown(strong)
+        denied = run_command(strong, "pair", "approve", "--code", wrong)
+        assert denied.returncode == 1 and "codes differ" in denied.stderr
+        assert asked.result(60)[0] == 403
+    assert weak.list_paired() == strong.list_paired() == []
+
+
+class Terminal:
+    """A command on a terminal of its own. `shown`: all that it printed there."""
+
+    def __init__(self, *words):
+        self._end, inner = os.openpty()
+        command = [sys.executable, str(MODULE), *map(str, words)]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), inner)
+        self.process = subprocess.Popen(command, env=CLEAN_ENVIRON, start_new_session=True, **streams)
+        os.close(inner)
+        self.shown = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.terminate()
+        while self.process.poll() is None:  # what is not read may hold it up
+            self._read()
+        os.close(self._end)
+
+    def _read(self):
+        if select.select([self._end], [], [], 0.01)[0]:
+            with contextlib.suppress(OSError):  # the other end is closed
+                self.shown += os.read(self._end, 1 << 16).decode(errors="replace")
+
+    def wait(self, pattern):
+        def find():
+            self._read()
+            return re.search(pattern, self.shown)
+
+        return wait_for(find, 60, f"{pattern} in {self.shown}")
+
+    def type(self, line):
+        os.write(self._end, line.encode() + b"\n")
+
+
+needs_terminals = pytest.mark.skipif(not hasattr(os, "openpty"), reason="POSIX file modes, links and signals")
+
+
+@needs_terminals
+@pytest.mark.parametrize("answers", ["yy", "yn", "ny"])
+def test_both_users_at_their_terminals(tmp_path, answers):
+    strong_home, weak_home = tmp_path / "strong", tmp_path / "weak"
+    weak_flags = ("--offload-only", "--no-discover-lan", "--device-name", "weak one")
+    lan = ("--lan", "--host", "127.0.0.1", "--port", 0, "--device-name", "strong one")
+    with (
+        Terminal("serve", "--home", strong_home, *lan) as strong,
+        start_bridge(weak_home, *weak_flags) as weak,
+    ):
+        port = strong.wait(r"listening on http://127\.0\.0\.1:(\d+)/v1")[1]
+        question = r"strong one [^\n]* same code (\d{6})! \[y/N\] "
+        with Terminal("pair", "request", f"http://127.0.0.1:{port}", "--home", weak_home) as request:
+            here = request.wait(question)[1]
+            there = strong.wait(question.replace("strong", "weak"))[1]
+            assert here == there
+            for terminal, answer in ((strong, answers[0]), (request, answers[1])):
+                terminal.type(answer)
+            request.wait(r"may be used from here|pair request: [^\n]*\n")
+            request.process.wait(60)
+            is_paired = answers == "yy"
+            assert request.process.returncode == (0 if is_paired else 1), request.shown
+            assert ("may be used from here" in request.shown) is is_paired
+        assert bool(Side(weak, weak_home).list_paired()) is is_paired
