@@ -12,7 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, Noise, identity, pairing, handshake: who may use this device, and whom it may use
+    trust         signing, primitives, Noise, identity, pairing, LAN pairing, handshake: who may use whom
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
