@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
-from support_peer import ask_owner, find_secrets, read_device_id
+from support_peer import FakePeer, ask_owner, find_secrets, read_device_id, serve_text, start_peer
 
 from dvai_bridge import (
     ConsumerExchange,
@@ -251,6 +251,27 @@ def test_whoever_downgrades_what_spoke_the_secure_channel_is_refused(two):
         status, answer = asked.result(60)
         assert status == 403 and "somebody may stand between" in answer["error"]["message"], answer
     assert weak.list_paired() == []
+
+
+@pytest.mark.parametrize("word", ["approve", "deny"])
+def test_a_readable_key_is_used_only_if_the_user_says_so(tmp_path, word):
+    """With software that knows no secure channel; by default the user is asked."""
+    hub = FakePeer("hub", serve_text("hello"), models=("m",))
+    flags = ("--offload-only", "--no-discover-lan")
+    with start_peer(hub), start_bridge(tmp_path / "home", *flags) as bridge:
+        side = Side(bridge, tmp_path / "home")
+        with asking(side, hub.url) as asked:
+            entry = wait_shown(side)
+            assert entry["isOutgoing"] and not entry["isSecure"] and "readably" in entry["question"]
+            assert side.ask("POST", f"{PAIRINGS}/{entry['id']}/{word}", {})[0] == 200
+            status, answer = asked.result(60)
+        paired = side.list_paired()
+        if word == "approve":
+            assert status == 200 and not paired[0]["isSecure"], answer
+            assert side.read_pairing().outbound_key == hub.key
+        else:
+            assert status == 403 and paired == []
+    assert not find_secrets([hub.key], bridges=[bridge], homes=[tmp_path / "home"])
 
 
 # At the terminal, and by commands
