@@ -14942,11 +14942,11 @@ RPC_CONNECT_TIMEOUT_S = 5.0
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
-STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
-STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
-BURST_RATIO = 6.0  # likewise, of prompts that end within that step
-FIRST_SLICE_TOKENS = 32  # before any speed is known
-SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
+STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
+STEADY_RATIO = 3.4  # how long a token of those that write may take, by its usual time, while a long prompt is read
+BURST_RATIO = 9.0  # likewise, while short prompts are read whole
+LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machine is: fewer take hardly less time
+SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
@@ -15353,19 +15353,60 @@ class NativeTokenizer(Tokenizer):
 
 
 class StepPace:
-    """How many prompt tokens may share a step with those that write, learnt from the steps before. Times in seconds."""
+    """How long steps take, learnt from the steps before. Times in seconds.
+
+    A slice of n prompt tokens takes about fixed_s + n · token_s. Attention makes a token the dearer the more tokens
+    come before it, and so token_s is kept by the number of bits of that depth; apart for slices beside those who
+    write, which are short, because a token of a long one takes as little as half the time.
+    """
 
     def __init__(self) -> None:
-        self._plain_s: dict[int, float] = {}  # of a step without prompt tokens, by how many write
-        self._token_s: float | None = None  # that one more prompt token adds
+        self._writing_s: dict[int, float] = {}  # by how many write
+        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
-    def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
-        """What a step took."""
-        if prompt_tokens:
-            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
-            self._token_s = self._average(self._token_s, added_s)
-        else:
-            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+    def learn_writing(self, writers: int, elapsed_s: float) -> None:
+        """What one token of each of `writers` took."""
+        self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
+
+    def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
+        """What a slice took; `depth`: the mean position of its tokens."""
+        bits, by_depth = self._count_bits(depth), self._token_s[writers > 0]
+        token_s = max(elapsed_s - self.fixed_s, elapsed_s / 10) / tokens
+        by_depth[bits] = self._average(by_depth.get(bits), token_s)
+
+    @property
+    def fixed_s(self) -> float:
+        """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
+        return self._estimate_writing(1) / 2
+
+    def estimate_token(self, writers: int, depth: float) -> float:
+        """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
+
+        Deeper ones cost more, and at twice the depth no more than twice as much.
+        """
+        bits = self._count_bits(depth)
+        by_depth = self._token_s[writers > 0] or self._token_s[not writers]
+        if not by_depth:
+            return self.fixed_s
+        deeper = [known for known in by_depth if known >= bits]
+        nearest = min(deeper) if deeper else max(by_depth)
+        return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
+
+    def choose_budget(self, writers: int) -> SliceBudget:
+        """How long the next slice may take beside `writers`."""
+        if not writers:
+            return SliceBudget(
+                fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
+            )
+        usual_s = self._estimate_writing(writers)
+        steady_s, burst_s = (min(STEP_LIMIT_S, (ratio - 1) * usual_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
+
+    def _estimate_writing(self, writers: int) -> float:
+        """By the nearest number of writers that was measured."""
+        if not self._writing_s:
+            return 0.0
+        return self._writing_s[min(self._writing_s, key=lambda known: abs(known - writers))]
 
     @staticmethod
     def _average(known_s: float | None, measured_s: float) -> float:
@@ -15374,40 +15415,71 @@ class StepPace:
             return measured_s
         return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
 
-    def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
-        """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
-        if self._token_s is None:
-            return min(FIRST_SLICE_TOKENS, limit), min(FIRST_SLICE_TOKENS, limit)
-        if not writers:
-            room = max(SLICE_FLOOR_LLAMA_TOKENS, min(limit, int(STEP_LIMIT_S / self._token_s)))
-            return room, room
-        step_s = min(self._estimate_plain(writers), STEP_LIMIT_S / BURST_RATIO)
-        steady, burst = (int((ratio - 1) * step_s / self._token_s) for ratio in (STEADY_RATIO, BURST_RATIO))
-        return min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, steady)), min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, burst))
-
-    def _estimate_plain(self, writers: int) -> float:
-        """By the nearest number of writers that was measured."""
-        if not writers or not self._plain_s:
-            return 0.0
-        return self._plain_s[min(self._plain_s, key=lambda known: abs(known - writers))]
+    @staticmethod
+    def _count_bits(depth: float) -> int:
+        return max(SHALLOW_BITS, int(depth).bit_length())
 
 
-def choose_slices(missing: Sequence[int], room: int, burst: int) -> list[int]:
-    """How many tokens of each prompt, the oldest first, a step computes; `missing`: how many each still needs.
+@record(frozen=True, kw_only=True, slots=True)
+class SliceBudget:
+    """Seconds that a slice may take: one of a long prompt, and one of short prompts that it ends.
 
-    Prompts that `burst` tokens bring to their end go first, the shortest before the others. What is left of `room`
-    is for the oldest of the others, which always gets a little, so that none starves.
+    `fixed_s` goes whatever its length. `floor`: tokens that the oldest prompt always gets.
     """
-    slices, used = [0] * len(missing), 0
-    for index in sorted(range(len(missing)), key=missing.__getitem__):
-        if used + missing[index] <= burst:
-            slices[index] = missing[index]
-            used += missing[index]
-    for index, count in enumerate(missing):
+
+    fixed_s: float
+    steady_s: float
+    burst_s: float
+    floor: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UnreadPrompt:
+    """What is still to be read of a prompt: `missing` tokens of `token_s` each. `is_begun`: a slice was read."""
+
+    missing: int
+    token_s: float
+    is_begun: bool = False
+
+
+def choose_slices(prompts: Sequence[UnreadPrompt], budget: SliceBudget, limit: int) -> list[int]:
+    """How many tokens of each prompt, the oldest first, the next slice has; at most `limit` together.
+
+    Short prompts go first, the shortest before the others, as many as can be read whole in time. What is left of the
+    time is for the oldest of the others, which always gets a little, so that none starves.
+    """
+    slices, left, used_s = [0] * len(prompts), limit, budget.fixed_s
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].missing * prompts[index].token_s):
+        prompt = prompts[index]
+        whole_s = prompt.missing * prompt.token_s
+        if not prompt.is_begun and prompt.missing < left and used_s + whole_s <= budget.burst_s:
+            slices[index] = prompt.missing
+            left -= prompt.missing
+            used_s += whole_s
+    for index, prompt in enumerate(prompts):
         if not slices[index]:
-            slices[index] = min(count, max(room - used, SLICE_FLOOR_LLAMA_TOKENS))
+            fitting = int((budget.steady_s - used_s) / prompt.token_s) if prompt.token_s else left
+            slices[index] = min(prompt.missing, left, max(fitting, budget.floor))
             break
     return slices
+
+
+class StepKind(enum.Enum):
+    """What one step computes: never two of them, so that what is written is sent before the next slice is read."""
+
+    WRITE = "one token of each generation that writes"
+    READ = "slices of prompts"
+    EMBED = "a slice of a text to embed"
+
+
+def choose_step(recent: Sequence[StepKind], waiting: Collection[StepKind]) -> StepKind:
+    """What the next step computes of what is waiting; `recent`: all kinds, that of the last step at the end.
+
+    Who writes waits for one other step at most; the others take turns.
+    """
+    if StepKind.WRITE in waiting and recent[-1] is not StepKind.WRITE:
+        return StepKind.WRITE
+    return next(kind for kind in recent if kind in waiting)
 
 
 def count_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -15506,7 +15578,7 @@ class BatchPart:
 class LlamaBackend:
     """Runs up to `info.slots` jobs in one batch a step; see Backend.
 
-    A step computes one token of everyone who writes, and slices of the prompts of those who do not yet.
+    A step computes one token of everyone who writes, or slices of the prompts of those who do not yet.
     """
 
     def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
@@ -15518,6 +15590,7 @@ class LlamaBackend:
         self._writing: dict[int, LlamaGeneration] = {}
         self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
         self._generations = 0
+        self._recent = [StepKind.WRITE, StepKind.READ, StepKind.EMBED]  # the kind of the last step at the end
 
     def submit(self, job_id: int, request: EngineJob) -> None:
         if isinstance(request, EmbeddingRequest):
@@ -15542,8 +15615,15 @@ class LlamaBackend:
             self._end_generation(job_id)
 
     def step(self) -> list[tuple[int, EngineEvent]]:
-        events = self._step_generations() if self._reading or self._writing else []
-        return events + (self._step_embeddings() if self._embedding else [])
+        jobs = {StepKind.WRITE: self._writing, StepKind.READ: self._reading, StepKind.EMBED: self._embedding}
+        waiting = [kind for kind, of_kind in jobs.items() if of_kind]
+        if not waiting:
+            return []
+        kind = choose_step(self._recent, waiting)
+        self._recent.remove(kind)
+        self._recent.append(kind)
+        steps = {StepKind.WRITE: self._write, StepKind.READ: self._read, StepKind.EMBED: self._embed}
+        return steps[kind]()
 
     def close(self) -> None:
         for job_id in (*self._reading, *self._writing, *self._embedding):
@@ -15552,9 +15632,51 @@ class LlamaBackend:
 
     # Generations
 
-    def _step_generations(self) -> list[tuple[int, EngineEvent]]:
+    def _write(self) -> list[tuple[int, EngineEvent]]:
+        """One token of each generation that writes."""
         started_s, writers = self._model.clock(), len(self._writing)
-        parts = self._choose_parts()
+        parts = []
+        for job_id, job in self._writing.items():
+            assert job.slot is not None and job.next is not None
+            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+        events = self._compute(parts)
+        self.pace.learn_writing(writers, self._model.clock() - started_s)
+        return events
+
+    def _read(self) -> list[tuple[int, EngineEvent]]:
+        """Slices of the prompts of those who do not write yet."""
+        started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
+        tokens = sum(len(part.tokens) for part in parts)
+        depth = sum(len(part.tokens) * (len(part.slot.tokens) + len(part.tokens) / 2) for part in parts) / tokens
+        events = self._compute(parts)
+        self.pace.learn_reading(writers, tokens, depth, self._model.clock() - started_s)
+        return events
+
+    def _choose_slices(self) -> list[BatchPart]:
+        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        prompts = [
+            UnreadPrompt(
+                missing=len(job.prompt) - len(job.computed),
+                token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
+                is_begun=len(job.computed) > job.writer.cached_tokens,
+            )
+            for _, job in readers
+        ]
+        slices = choose_slices(prompts, self.pace.choose_budget(len(self._writing)), self._model.batch_size)
+        parts = []
+        for (job_id, job), count in zip(readers, slices, strict=True):
+            if count:
+                assert job.slot is not None
+                done = len(job.computed)
+                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
+                tokens = job.prompt[done : done + count]
+                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+        return parts
+
+    def _compute(self, parts: Sequence[BatchPart]) -> list[tuple[int, EngineEvent]]:
+        """What one batch of all parts brings."""
+        # In the order of the sequences, because llama.cpp computes neighbouring ones together.
+        parts = sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
         rows = [
             (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
             for part in parts
@@ -15567,31 +15689,11 @@ class LlamaBackend:
             self._context.compute(rows)
         except EngineError as exc:
             return [event for part in parts for event in self._fail(part, exc)]
-        events = [
+        return [
             (part.job_id, event)
             for part, end in zip(parts, ends, strict=True)
             for event in self._continue(part, end - 1)
         ]
-        self.pace.learn(writers, len(rows) - writers, self._model.clock() - started_s)
-        return events
-
-    def _choose_parts(self) -> list[BatchPart]:
-        """In the order of the sequences, because llama.cpp computes neighbouring ones together."""
-        parts = []
-        for job_id, job in self._writing.items():
-            assert job.slot is not None and job.next is not None
-            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
-        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
-        missing = [len(job.prompt) - len(job.computed) for _, job in readers]
-        room, burst = self.pace.choose_room(len(parts), self._model.batch_size - len(parts))
-        for (job_id, job), count in zip(readers, choose_slices(missing, room, burst), strict=True):
-            if count:
-                assert job.slot is not None
-                done = len(job.computed)
-                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
-                tokens = job.prompt[done : done + count]
-                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
-        return sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
 
     def _has_slot(self, job: LlamaGeneration) -> bool:
         """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
@@ -15647,13 +15749,13 @@ class LlamaBackend:
 
     # Embeddings
 
-    def _step_embeddings(self) -> list[tuple[int, EngineEvent]]:
+    def _embed(self) -> list[tuple[int, EngineEvent]]:
         """Slices of the job whose turn it is, until the step is long enough."""
         job_id, job = next(iter(self._embedding.items()))
         deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
-        room, _ = self.pace.choose_room(len(self._writing), EMBEDDING_SLICE_TOKENS)
+        budget = self.pace.choose_budget(len(self._writing))
         try:
-            while tokens := job.take_slice(room):
+            while tokens := job.take_slice(self._count_fitting(job, budget)):
                 number = cast(NativeSequence, job.slot.cache).number
                 job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
                 if self._model.clock() >= deadline_s and job.take_slice(1):
@@ -15664,6 +15766,12 @@ class LlamaBackend:
             event = Failed(error=exc)
         self._end_embedding(job_id)
         return [(job_id, event)]
+
+    def _count_fitting(self, job: LlamaEmbedding, budget: SliceBudget) -> int:
+        """Tokens of the next slice of a text to embed."""
+        token_s = self.pace.estimate_token(len(self._writing), len(job.slot.tokens))
+        text = UnreadPrompt(missing=EMBEDDING_SLICE_TOKENS, token_s=token_s, is_begun=True)
+        return choose_slices([text], budget, EMBEDDING_SLICE_TOKENS)[0]
 
     def _end_embedding(self, job_id: int) -> None:
         slot = self._embedding.pop(job_id).slot
@@ -15727,14 +15835,18 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
 
 
 def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
-    """Read all weights once, so that the first request does not wait for the disk, and learn how long a token takes."""
+    """Read all weights once, so that the first request does not wait for the disk, and learn how long tokens take."""
     token = model.encoder.tokenizer.bos_id or 0
-    for _ in range(2):
+
+    def measure(count: int) -> float:
         started_s = model.clock()
-        model.context.compute([(token, 0, 0, True)])
-        elapsed_s = model.clock() - started_s
+        model.context.compute([(token, index, 0, index + 1 == count) for index in range(count)])
         model.context.remove(0, 0)
-    backend.pace.learn(1, 0, elapsed_s)
+        return model.clock() - started_s
+
+    measure(1)
+    backend.pace.learn_writing(1, measure(1))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
 
 
 def choose_batch_size(load: LoadRequest) -> int:
