@@ -774,6 +774,16 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_seed(text: str) -> str:
+    """A seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        return base64.urlsafe_b64encode(bytes.fromhex(text)).decode().rstrip("=")
+    is_seed = re.fullmatch(r"[A-Za-z0-9_-]{43}", text)
+    if not is_seed or base64.urlsafe_b64encode(base64.urlsafe_b64decode(text + "=")).decode() != text + "=":
+        raise ValueError("it must be 32 bytes, as 64 hex digits or 43 digits of base64url")
+    return text
+
+
 def parse_models(text: str) -> str | tuple[str, ...]:
     """One model, or several, one a line: paths may have commas in them."""
     lines = tuple(line for line in text.split("\n") if line)
@@ -936,6 +946,23 @@ class OffloadConfig:
         "application that pairs; each one of a device is approved by itself. Default: the device's own id",
         "pairing",
         metavar="ID",
+    )
+    seed: str | None = option(
+        "--seed",
+        None,
+        "32 bytes (64 hex digits, or 43 of base64url) from which the key of this installation comes, instead of the "
+        "stored ones; environment only",
+        "pairing",
+        parse=parse_seed,
+        metavar="SEED",
+        secret=True,
+    )
+    seed_file: str | None = option(
+        "--seed-file",
+        None,
+        "file with such a seed",
+        "pairing",
+        metavar="FILE",
     )
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
@@ -25308,6 +25335,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         )
     if offload.device_name is not None:
         identity = replace(identity, device_name=offload.device_name)
+    identity = replace(identity, seed=load_seed(offload) or identity.seed)
     pairings = PairingStore(
         directories.data,
         device_id=identity.device_id,
@@ -25319,6 +25347,16 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         bridge_log.error("pairing is off: %s", exc)
         return DeviceState(identity=identity, control_token=token, pairings=None)
     return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def load_seed(offload: OffloadConfig) -> str | None:
+    """The seed that the environment or a file gives. Blocks for the disk. UsageError."""
+    if offload.seed is not None or offload.seed_file is None:
+        return offload.seed
+    try:
+        return parse_seed(read_option_file("--seed-file", offload.seed_file).strip())
+    except ValueError as exc:
+        raise UsageError(f"--seed-file {offload.seed_file}: {exc}") from exc
 
 
 def choose_lan_host() -> str:

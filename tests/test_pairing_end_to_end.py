@@ -380,3 +380,26 @@ def test_both_users_at_their_terminals(tmp_path, answers):
             assert request.process.returncode == (0 if is_paired else 1), request.shown
             assert ("may be used from here" in request.shown) is is_paired
         assert bool(Side(weak, weak_home).list_paired()) is is_paired
+
+
+def test_a_seed_of_the_users_is_the_identity_that_others_see(tmp_path):
+    """Protocol section 1's known answer, by the environment and by a file; a wrong file is said, and nothing starts."""
+    public = "raNS_HZR5eMcRklH55m6i05JQC1Cf5sfBCFJ_CHuN3s"
+    strong_home, seed_file = tmp_path / "strong", tmp_path / "seed"
+    seed_file.write_text("21" * 32 + "\n")
+    weak_flags = ("--offload-only", "--no-discover-lan")
+    with start_bridge(strong_home, "--lan", "--host", "127.0.0.1", "--pairing", "allow") as strong:
+        url = f"http://127.0.0.1:{strong.port}"
+        for name, flags, environ in (
+            ("by-environment", (), {"DVAI_SEED": "21" * 32}),
+            ("by-file", ("--seed-file", seed_file), {}),
+        ):
+            with start_bridge(tmp_path / name, *weak_flags, *flags, environ=environ) as weak:
+                assert run_command(Side(weak, tmp_path / name), "pair", "request", url, "--yes").returncode == 0
+                assert "21" * 32 not in (tmp_path / name / "data" / "identity.json").read_text()
+    given = parse_pairings((strong_home / "data" / "pairings.json").read_bytes()).records.values()
+    assert [each.identity_key for each in given] == [public, public]
+    seed_file.write_text("short")
+    command = [sys.executable, str(MODULE), "serve", "--seed-file", seed_file, "--home", tmp_path / "by-file"]
+    failed = subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 2 and "--seed-file" in failed.stderr and "32 bytes" in failed.stderr
