@@ -12,8 +12,7 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, Noise, channel, identity, pairing, handshake: who may use this device, and whom
-                  it may use
+    trust         signing, primitives, Noise, channel, identity, pairing, LAN pairing, handshake: who may use whom
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
@@ -39,7 +38,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one sentence, instead of an erro
 import contextlib
 import importlib.util
 import os
-from types import FrameType
+from types import FrameType as StackFrame
 
 # ---- Compiled form --------------------------------------------------------------------
 # A script that runs for long goes on from its bytecode: before everything else, since it begins anew.
@@ -79,7 +78,7 @@ def names_serve(words: list[str]) -> bool:
     return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
 
 
-def is_outermost(frame: FrameType) -> bool:
+def is_outermost(frame: StackFrame) -> bool:
     """Whether the interpreter itself runs this frame's module as a script: no debugger, no profiler, no `-m`."""
     return frame.f_back is None and frame.f_globals.get("__spec__") is None and not sys.flags.inspect
 
@@ -901,6 +900,16 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_seed(text: str) -> str:
+    """A seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        return base64.urlsafe_b64encode(bytes.fromhex(text)).decode().rstrip("=")
+    is_seed = re.fullmatch(r"[A-Za-z0-9_-]{43}", text)
+    if not is_seed or base64.urlsafe_b64encode(base64.urlsafe_b64decode(text + "=")).decode() != text + "=":
+        raise ValueError("it must be 32 bytes, as 64 hex digits or 43 digits of base64url")
+    return text
+
+
 def parse_models(text: str) -> str | tuple[str, ...]:
     """One model, or several, one a line: paths may have commas in them."""
     lines = tuple(line for line in text.split("\n") if line)
@@ -1063,6 +1072,23 @@ class OffloadConfig:
         "application that pairs; each one of a device is approved by itself. Default: the device's own id",
         "pairing",
         metavar="ID",
+    )
+    seed: str | None = option(
+        "--seed",
+        None,
+        "32 bytes (64 hex digits, or 43 of base64url) from which the key of this installation comes, instead of the "
+        "stored ones; environment only",
+        "pairing",
+        parse=parse_seed,
+        metavar="SEED",
+        secret=True,
+    )
+    seed_file: str | None = option(
+        "--seed-file",
+        None,
+        "file with such a seed",
+        "pairing",
+        metavar="FILE",
     )
     rendezvous_url: str | None = option(
         "--rendezvous-url",
@@ -9774,9 +9800,11 @@ class PairingPrompts:
     async def _prompt(self, request: PairingRequest) -> None:
         """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
         async with self._turn:
-            shown = build_pairing_question(request, has_code=False)
-            way = "--code CODE; pair list shows the code of this one" if request.code is not None else ""
-            handshake_log.warning("%s Answer: pair approve %s %s", shown, request.request_id, way)
+            shown, way = build_pairing_question(request, has_code=False), f"pair approve {request.request_id}"
+            if request.code is not None:  # which is no business of the log's readers
+                shown = f"pairing with {request.peer_device_name}: compare the code that `pair list` shows."
+                way += " --code CODE"
+            handshake_log.warning("%s Answer: %s", shown, way)
             callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
             request.is_shown = True
             self._show(request)
@@ -12168,7 +12196,7 @@ class Handshake(enum.Enum):
     """Where the pairing with an unpaired peer stands."""
 
     NONE = "not paired"
-    ASKING = "waits for approval there"
+    ASKING = "waits for approval"
     REFUSED = "not paired: refused or revoked"  # asked again by the user only
     FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
@@ -12557,7 +12585,8 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
     asked = next((each for each in fast if each.is_unpaired), None)
     refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
     if asked:
-        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+        name = display_name(asked.candidate.peer.device_name)
+        return f"Approve the pairing on {name}, and here if `pair list` shows a code; then ask again."
     if any(each.is_coming for each in offers):
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
@@ -30775,6 +30804,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         )
     if offload.device_name is not None:
         identity = replace(identity, device_name=offload.device_name)
+    identity = replace(identity, seed=load_seed(offload) or identity.seed)
     pairings = PairingStore(
         directories.data,
         device_id=identity.device_id,
@@ -30786,6 +30816,16 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         bridge_log.error("pairing is off: %s", exc)
         return DeviceState(identity=identity, control_token=token, pairings=None)
     return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def load_seed(offload: OffloadConfig) -> str | None:
+    """The seed that the environment or a file gives. Blocks for the disk. UsageError."""
+    if offload.seed is not None or offload.seed_file is None:
+        return offload.seed
+    try:
+        return parse_seed(read_option_file("--seed-file", offload.seed_file).strip())
+    except ValueError as exc:
+        raise UsageError(f"--seed-file {offload.seed_file}: {exc}") from exc
 
 
 def choose_lan_host() -> str:
