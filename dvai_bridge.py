@@ -23935,8 +23935,9 @@ class RelayClient:
         dialled = None if refusal.room is None else self._waiting.get(refusal.room)
         if dialled is not None and not dialled.done():
             dialled.set_exception(UpstreamConnectError(reason))
-        elif refusal.code != "session_not_found":
-            relay_log.warning("%s: %s", self.shown_url, reason)
+        else:
+            level = logging.DEBUG if refusal.room or refusal.session_id else logging.WARNING
+            relay_log.log(level, "%s: %s", self.shown_url, reason)
 
     async def _serve_session(self, session: RelaySession) -> None:
         try:
@@ -32012,6 +32013,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
         if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
             raise UsageError(f"{word} is not in this version yet")
     arguments, unknown = build_parser().parse_known_args(words)
+    if words[0] == "pair" and arguments.target is None and unknown and not unknown[0].startswith("-"):
+        arguments.target = unknown.pop(0)  # argparse takes what may be left out only if it stands before the options
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")
     return arguments

@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-from dataclasses import replace
 import json
+from dataclasses import replace
 
 import pytest
 from support_relay import start_relay
