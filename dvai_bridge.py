@@ -23501,9 +23501,7 @@ class RelayProtocol:
             return self._receive_binary(message)
         try:
             document = parse_json(message.encode())
-            kind = document["type"]
-            receive = self._RECEIVERS.get(kind)
-            return receive(self, document) if receive is not None else None
+            return self._RECEIVERS[document["type"]](self, document)
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise RelayError("the relay sent a message that is none") from exc
 
@@ -23512,6 +23510,9 @@ class RelayProtocol:
             raise RelayError("the relay sent a frame without a tag")
         session_id = self._sessions.get(_TAG.unpack_from(message)[0])
         return None if session_id is None else RelayFrame(session_id, message[_TAG.size :])
+
+    def _receive_pong(self, document: Mapping[str, Any]) -> None:
+        """The relay is there; that anything came has shown it."""
 
     def _receive_frame(self, document: Mapping[str, Any]) -> RelayFrame | None:
         session_id = document.get("sessionId", self._pairing_session)
@@ -23571,6 +23572,7 @@ class RelayProtocol:
         "session-created": _receive_created,
         "peer-connected": _receive_connected,
         "relay": _receive_frame,
+        "pong": _receive_pong,
         "listening": _receive_listening,
         "unlistened": _receive_unlistened,
         "dialed": _receive_dialed,
