@@ -555,6 +555,7 @@ def test_access_tokens():
         assert RawClient(relay, headers=["Authorization: Basic first"]).status == 401
         assert RawClient(relay, path="/pair?token=").status == 401
         assert RawClient(relay, headers=["Authorization: Bearer first"]).status == 101
+        assert RawClient(relay, headers=["Authorization: bearer sécond"]).status == 101
         assert RawClient(relay, path="/pair?token=s%C3%A9cond").status == 101
         assert relay.read_health()["status"] == "ok"
 
