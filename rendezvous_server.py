@@ -761,8 +761,8 @@ class Settings:
     session_ttl_s: int = setting(
         "SESSION_TTL_SECONDS",
         60,
-        "seconds without a message or ping after which a session ends, at the latest after twice as many (one that nobody "
-        "joined: after 120, or this if longer)",
+        "seconds without a message or ping after which a session ends, at the latest after twice as many; one that "
+        "nobody has joined ends after 120, or this if longer",
         parse=parse_whole_number(1, 86_400),
         metavar="SECONDS",
     )

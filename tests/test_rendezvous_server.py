@@ -732,6 +732,11 @@ def test_help_names_every_setting():
         assert setting.is_secret or (setting.environment in done.stdout and setting.flag in done.stdout)
 
 
+def test_systems_without_limits_of_descriptors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert rendezvous_server.raise_descriptor_limit() == sys.maxsize
+
+
 # Time, in this process, with clocks that run fast
 
 
