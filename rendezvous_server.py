@@ -761,7 +761,8 @@ class Settings:
     session_ttl_s: int = setting(
         "SESSION_TTL_SECONDS",
         60,
-        "seconds without a message or ping after which a session ends (one that nobody joined: 120, or this if longer)",
+        "seconds without a message or ping after which a session ends, at the latest after twice as many; one that "
+        "nobody has joined ends after 120, or this if longer",
         parse=parse_whole_number(1, 86_400),
         metavar="SECONDS",
     )
@@ -1032,13 +1033,14 @@ def encode_upgrade_response(fields: Iterable[tuple[str, str]]) -> bytes:
 
 def is_token_valid(request: HttpRequest, tokens: Sequence[str]) -> bool:
     """Whether a request has one of the tokens, in `Authorization: Bearer …` or `?token=…`; in constant time."""
-    scheme, _, given = request.get("authorization").partition(" ")
-    candidates = [given.strip()] if scheme.lower() == "bearer" else []
+    scheme, _, credentials = request.get("authorization").partition(" ")
+    candidates = [credentials.strip().encode("latin-1")] if scheme.lower() == "bearer" else []
     try:
-        candidates += urllib.parse.parse_qs(request.query, max_num_fields=8).get("token", [])
+        fields = urllib.parse.parse_qs(request.query, max_num_fields=8)
     except ValueError:
         return False
-    matches = [hmac.compare_digest(a.encode(), b.encode()) for a in candidates for b in tokens]
+    candidates += (text.encode() for text in fields.get("token", []))
+    matches = [hmac.compare_digest(given, token.encode()) for given in candidates for token in tokens]
     return any(matches)
 
 

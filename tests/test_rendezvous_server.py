@@ -555,6 +555,7 @@ def test_access_tokens():
         assert RawClient(relay, headers=["Authorization: Basic first"]).status == 401
         assert RawClient(relay, path="/pair?token=").status == 401
         assert RawClient(relay, headers=["Authorization: Bearer first"]).status == 101
+        assert RawClient(relay, headers=["Authorization: bearer sécond"]).status == 101
         assert RawClient(relay, path="/pair?token=s%C3%A9cond").status == 101
         assert relay.read_health()["status"] == "ok"
 
@@ -729,6 +730,11 @@ def test_help_names_every_setting():
     assert done.returncode == 0
     for setting in rendezvous_server.get_settings_fields().values():
         assert setting.is_secret or (setting.environment in done.stdout and setting.flag in done.stdout)
+
+
+def test_systems_without_limits_of_descriptors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert rendezvous_server.raise_descriptor_limit() == sys.maxsize
 
 
 # Time, in this process, with clocks that run fast
