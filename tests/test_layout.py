@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ["dvai_bridge.py"]
+MODULES = ["dvai_bridge.py", "rendezvous_server.py"]
 
 
 def read_sections(source):

@@ -3,6 +3,7 @@
 import re
 
 import dvai_bridge
+import rendezvous_server
 from tests.support import MODULE
 from tests.update_readme import update
 
@@ -20,6 +21,7 @@ def test_every_flag_that_it_names_exists():
     for action in parser._actions:
         for command in (getattr(action, "choices", None) or {}).values():
             options |= set(command._option_string_actions)
+    options |= set(rendezvous_server.build_parser()._option_string_actions)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--strict"}
     assert named <= options, named - options
 

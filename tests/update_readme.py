@@ -11,12 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dvai_bridge  # noqa: E402
+import rendezvous_server  # noqa: E402
 
 README = ROOT / "README.md"
 
 
 def build_tables():
     tables = {f"options {g}": dvai_bridge.build_options_table(dvai_bridge.Config, g) for g in dvai_bridge.OPTION_GROUPS}
+    tables["relay settings"] = rendezvous_server.build_settings_table()
     return tables | {"packages": dvai_bridge.build_packages_table()}
 
 
