@@ -3933,7 +3933,8 @@ def build_json_grammar(schema: Any = True) -> str:
     Properties come in the schema's order, and only those it names, unless `additionalProperties` says what others
     may be. `oneOf` is taken as `anyOf`. ValueError says what of the schema cannot be expressed.
     """
-    return _GrammarBuilder(schema).build()
+    builder = GrammarBuilder()
+    return builder.build(builder.add_schema(schema))
 
 
 def quote_grammar_text(text: str) -> str:
@@ -4004,16 +4005,23 @@ def _list_range_patterns(low: str, high: str) -> list[str]:
     return patterns + tails
 
 
-class _GrammarBuilder:
-    """The rules of one schema. Its own are named `r1`, `r2`, …; of _GRAMMAR_RULES those that it needs are added."""
+class GrammarBuilder:
+    """The rules of schemas. They are named `r1`, `r2`, …; of _GRAMMAR_RULES those that they need are added."""
 
-    def __init__(self, schema: Any) -> None:
-        self._schema = {"type": "object"} if schema is True else schema
+    def __init__(self) -> None:
+        self._is_lenient = False  # keywords that cannot be expressed are passed over
+        self._schema: Any = None
         self._rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
 
-    def build(self) -> str:
-        root = self._visit(self._schema, 0)
+    def add_schema(self, schema: Any) -> str:
+        """The name of a rule for the texts that a schema allows, or an expression; True: any object."""
+        self._schema = {"type": "object"} if schema is True else schema
+        self._references = {}
+        return self._visit(self._schema, 0)
+
+    def build(self, root: str) -> str:
+        """The grammar with this expression as its root."""
         lines = [f"root ::= {root}", *(f"{name} ::= {body}" for name, body in self._rules.items())]
         grammar = "\n".join(lines + self._list_common("\n".join(lines)))
         if len(grammar.encode("utf-8", "surrogatepass")) > GRAMMAR_LIMIT_BYTES:
@@ -4032,7 +4040,18 @@ class _GrammarBuilder:
                     unseen.append(_GRAMMAR_RULES[name])
         return [f"{name} ::= {_GRAMMAR_RULES[name]}" for name in needed]
 
-    def _add(self, body: str) -> str:
+    def add_leniently(self, schema: Any) -> str:
+        """As add_schema; what cannot be expressed restricts nothing, in the worst case but that it is an object."""
+        rules, was_lenient, self._is_lenient = dict(self._rules), self._is_lenient, True
+        try:
+            return self.add_schema(schema)
+        except ValueError:
+            self._rules = rules
+            return "object"
+        finally:
+            self._is_lenient = was_lenient
+
+    def add_rule(self, body: str) -> str:
         """The name of a rule with this body."""
         if len(self._rules) >= GRAMMAR_RULES_LIMIT:
             raise ValueError("it is too large")
@@ -4067,7 +4086,7 @@ class _GrammarBuilder:
         if len(schema) > 1 or not isinstance(reference, str) or not reference.startswith("#"):
             raise ValueError("'$ref' must stand alone and begin with '#'")
         if reference not in self._references:
-            self._references[reference] = name = self._add("")
+            self._references[reference] = name = self.add_rule("")
             self._rules[name] = self._visit(self._resolve(reference), level + 1)
         return self._references[reference]
 
@@ -4106,12 +4125,12 @@ class _GrammarBuilder:
             if shared and (not isinstance(option_schema, dict) or set(shared) & set(option_schema) - {"type"}):
                 raise ValueError(f"what stands beside '{key}' also stands in it")
             options.append(self._visit({**shared, **option_schema} if shared else option_schema, level + 1))
-        return self._add(" | ".join(options))
+        return self.add_rule(" | ".join(options))
 
     def _visit_enum(self, schema: Mapping[str, Any]) -> str:
         self._verify_keywords(schema, frozenset({"enum", "const"}))
         values = [schema["const"]] if "const" in schema else self._read_list(schema, "enum")
-        return self._add(" | ".join(map(_quote_json, values)))
+        return self.add_rule(" | ".join(map(_quote_json, values)))
 
     def _visit_types(self, schema: Mapping[str, Any], level: int) -> str:
         types = schema.get("type")
@@ -4124,7 +4143,7 @@ class _GrammarBuilder:
         self._verify_keywords(schema, frozenset().union(*(_SCHEMA_KEYWORDS[name] for name in names)))
         visits = {"object": self._visit_object, "array": self._visit_array}
         rules = [visits[name](schema, level) if name in visits else self._visit_plain(name, schema) for name in names]
-        return rules[0] if len(rules) == 1 else self._add(" | ".join(rules))
+        return rules[0] if len(rules) == 1 else self.add_rule(" | ".join(rules))
 
     def _visit_plain(self, name: str, schema: Mapping[str, Any]) -> str:
         if name == "string":
@@ -4139,8 +4158,8 @@ class _GrammarBuilder:
         if written is not None:
             if repeated != "*":
                 raise ValueError("a 'format' cannot be combined with a length")
-            return self._add(written)
-        return "string" if repeated == "*" else self._add(rf'"\"" char{repeated} "\""')
+            return self.add_rule(written)
+        return "string" if repeated == "*" else self.add_rule(rf'"\"" char{repeated} "\""')
 
     def _visit_integer(self, schema: Mapping[str, Any]) -> str:
         low, high = self._read_bound(schema, "minimum"), self._read_bound(schema, "maximum")
@@ -4149,7 +4168,7 @@ class _GrammarBuilder:
             low = max(above + 1, above + 1 if low is None else low)
         if below is not None:
             high = min(below - 1, below - 1 if high is None else high)
-        return self._add(build_integer_pattern(low, high))
+        return self.add_rule(build_integer_pattern(low, high))
 
     def _visit_object(self, schema: Mapping[str, Any], level: int) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -4160,12 +4179,12 @@ class _GrammarBuilder:
         if missing and extra is False:
             raise ValueError("a property is required and not described")
         members = [
-            (self._add(f'{_quote_json(name)} ":" ws {self._visit(value, level + 1)}'), name in required)
+            (self.add_rule(f'{_quote_json(name)} ":" ws {self._visit(value, level + 1)}'), name in required)
             for name, value in (properties | dict.fromkeys(missing, extra)).items()
         ]
         if not members and extra is True:
             return "object"
-        return self._add(self._chain_members(members, extra, level))
+        return self.add_rule(self._chain_members(members, extra, level))
 
     def _chain_members(self, members: Sequence[tuple[str, bool]], extra: Any, level: int) -> str:
         """An object of members (rule, whether it is required) in their order; rules from the last one to the first.
@@ -4174,15 +4193,15 @@ class _GrammarBuilder:
         """
         first, after = '"}"', 'ws "}"'
         if extra is not False:
-            member = self._add(f'string ":" ws {self._visit(extra, level + 1)}')
-            after = self._add(f'("," ws {member})* ws "}}"')
-            first = self._add(f'{member} {after} | "}}"')
+            member = self.add_rule(f'string ":" ws {self._visit(extra, level + 1)}')
+            after = self.add_rule(f'("," ws {member})* ws "}}"')
+            first = self.add_rule(f'{member} {after} | "}}"')
         for rule, is_required in reversed(members):
             if is_required:
                 first, after = f"{rule} {after}", f'"," ws {rule} {after}'
             else:
                 first, after = f"{rule} {after} | {first}", f'"," ws {rule} {after} | {after}'
-            first, after = self._add(first), self._add(after)
+            first, after = self.add_rule(first), self.add_rule(after)
         return f'"{{" ws {first}'
 
     def _visit_array(self, schema: Mapping[str, Any], level: int) -> str:
@@ -4191,16 +4210,15 @@ class _GrammarBuilder:
         if most is not None and most < (least or 0):
             raise ValueError("'maxItems' is less than 'minItems'")
         if most == 0:
-            return self._add('"[" ws "]"')
+            return self.add_rule('"[" ws "]"')
         more = f"{{{max((least or 1) - 1, 0)},{'' if most is None else most - 1}}}"
         filled = f'{item} ("," ws {item}){more} ws'
-        return self._add(f'"[" ws {filled} "]"' if least else f'"[" ws ({filled})? "]"')
+        return self.add_rule(f'"[" ws {filled} "]"' if least else f'"[" ws ({filled})? "]"')
 
     # Reading keywords
 
-    @staticmethod
-    def _verify_keywords(schema: Mapping[str, Any], known: frozenset[str]) -> None:
-        for key in schema:
+    def _verify_keywords(self, schema: Mapping[str, Any], known: frozenset[str]) -> None:
+        for key in schema if not self._is_lenient else ():
             if key not in known and key != "type":
                 reason = "does not belong to its type" if key in _ALL_SCHEMA_KEYWORDS else "is not supported"
                 raise ValueError(f"'{display_name(key)}' {reason}")
@@ -4246,6 +4264,7 @@ MAX_STOP_CHARS = 1024  # of one stop sequence: what may be held back
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_EMBEDDING_INPUTS = 2048
+MAX_TOOLS = 128  # functions that one request may offer, and calls in one message or answer
 MAX_MODEL_CHARS = 512
 MAX_COUNT = 2**31 - 1  # of any count or token id in a request
 DEFAULT_TEXT_TOKENS = 16  # max_tokens of a legacy completion that names none, as OpenAI documents it
@@ -4254,11 +4273,72 @@ D = TypeVar("D")
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """A function that a model may call. `parameters`: the JSON schema of its arguments.
+
+    `is_strict`: the arguments must be what the schema says, even if that has to be enforced.
+    """
+
+    name: str
+    description: str | None
+    parameters: Mapping[str, Any]
+    is_strict: bool = False
+
+    def build_json(self) -> dict[str, Any]:
+        """As templates show it to the model."""
+        described = {} if self.description is None else {"description": self.description}
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": self.parameters}}
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """What a model may call. `is_required`: it must; `only`: the one function that it may call then.
+
+    `is_parallel`: it may make more than one call.
+    """
+
+    tools: tuple[Tool, ...]
+    is_required: bool = False
+    only: str | None = None
+    is_parallel: bool = True
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """Those that may be called."""
+        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """A call that a model made. `arguments`: a JSON text, as the model wrote it."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolCallDelta:
+    """More of a call: `index` counts the calls of an answer; only the first delta of each has its `name`."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation. `role` is system, user, assistant or tool; `content` plain text."""
+    """One turn of a conversation. `role` is system, user, assistant or tool; `content` plain text.
+
+    `tool_calls`, `reasoning`: what an assistant did and thought besides. `tool_call_id`: whose result a tool's
+    message is.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    reasoning: str = ""
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -4287,8 +4367,9 @@ class GenerationRequest:
 
     `max_tokens` None: until the model stops or the context is full. `stop`: up to 4 texts that end the
     generation and never appear. `top_logprobs` None: no log probabilities; k ≥ 0: those of each token and
-    of its k best alternatives. `grammar`: in GBNF, what the whole answer must be like. `tenant`: whose prompt
-    cache may be used.
+    of its k best alternatives. `grammar`: in GBNF, what the whole answer must be like. `tool_use`: what may be called,
+    None for nothing. `enable_thinking` False asks a model that thinks to answer at once. `tenant`: whose prompt cache
+    may be used.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -4298,6 +4379,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     top_logprobs: int | None = None
     grammar: str | None = None
+    tool_use: ToolUse | None = None
+    enable_thinking: bool = True
     tenant: str = ""
 
 
@@ -4415,7 +4498,9 @@ ENGINE_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     "lora": ([],),
 }
 SAMPLING_FEATURES = frozenset({"logprobs", "logit_bias"})  # what every engine that samples by itself can do
-GRAMMAR_FEATURES = frozenset({"response_format", "json_schema", "grammar"})
+GRAMMAR_FEATURES = frozenset({"response_format", "json_schema", "grammar", "tool_choice"})  # by what limits sampling
+TOOL_FEATURES = frozenset({"tools"})  # of models whose chat template shows them tools
+THINKING_FEATURES = frozenset({"chat_template_kwargs"})  # of models that can be asked not to think
 
 
 def as_integer(value: Any) -> int | None:
@@ -4490,6 +4575,8 @@ def verify_features(fields: RequestFields, features: frozenset[str]) -> None:
     for name, neutral in ENGINE_PARAMETERS.items():
         if name in features or name not in fields.values or fields.values[name] in neutral:
             continue
+        if name in TOOL_FEATURES:
+            raise fields.refusal(name, "needs a model whose chat template has tools, as Qwen, Llama 3 and Mistral have")
         if name in GRAMMAR_FEATURES:
             raise fields.refusal(name, f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
         raise fields.refusal(name, "is not supported by the active engine")
@@ -4525,17 +4612,51 @@ def parse_content(fields: RequestFields) -> str:
     return "\n".join(parse_content_part(part, f"{path}[{index}]") for index, part in enumerate(value))
 
 
+MAX_TOOL_NAME_CHARS = 128  # of a function's name, and of a call's id
+_TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_TOOL_NAME_CHARS}}}")
+
+
+def parse_tool_name(fields: RequestFields) -> str:
+    """The `name` of a function."""
+    name = fields.text("name") or ""
+    if not _TOOL_NAME.fullmatch(name):
+        raise fields.refusal("name", f"must be 1 to {MAX_TOOL_NAME_CHARS} letters, digits or any of _ . : / -")
+    return name
+
+
+def parse_tool_calls(fields: RequestFields) -> tuple[ToolCall, ...]:
+    """The calls that an assistant's message made."""
+    calls = []
+    for index, item in enumerate(fields.array("tool_calls", MAX_TOOLS) if fields.values.get("tool_calls") else ()):
+        call = RequestFields(item, f"{fields.locate('tool_calls')}[{index}]")
+        if call.text("type") not in (None, "function"):
+            raise call.refusal("type", "must be function")
+        function = RequestFields(call.values.get("function"), call.locate("function"))
+        arguments = function.text("arguments") or "{}"
+        call_id = call.text("id", MAX_TOOL_NAME_CHARS) or ""
+        calls.append(ToolCall(call_id=call_id, name=parse_tool_name(function), arguments=arguments))
+    return tuple(calls)
+
+
 def parse_message(value: Any, path: str) -> ChatMessage:
     """One turn; `developer` becomes `system`. `path` names it in errors."""
     fields = RequestFields(value, path)
     role = fields.text("role")
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise fields.refusal("role", "must be system, developer, user, assistant or tool")
-    if fields.values.get("tool_calls") or fields.values.get("function_call"):
-        raise fields.refusal("tool_calls", "is not supported by this version")
-    if role == "assistant" and "content" not in fields.values:
-        return ChatMessage(role=role, content="")
-    return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
+    if fields.values.get("function_call"):
+        raise fields.refusal("function_call", "is not supported: use 'tool_calls'")
+    if role == "tool":
+        call_id = fields.text("tool_call_id", MAX_TOOL_NAME_CHARS) or ""
+        return ChatMessage(role=role, content=parse_content(fields), tool_call_id=call_id)
+    if role != "assistant":
+        return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
+    return ChatMessage(
+        role=role,
+        content=parse_content(fields) if "content" in fields.values else "",
+        tool_calls=parse_tool_calls(fields),
+        reasoning=fields.text("reasoning_content") or "",
+    )
 
 
 def parse_messages(fields: RequestFields) -> tuple[ChatMessage, ...]:
@@ -4627,6 +4748,62 @@ def parse_response_format(fields: RequestFields) -> Any:
     return described.values["schema"]
 
 
+def parse_tool(value: Any, path: str, *, may_enforce: bool) -> Tool:
+    """One item of `tools`; `may_enforce`: the engine can hold arguments to a strict schema. `path` names it in errors."""
+    fields = RequestFields(value, path)
+    if fields.text("type") != "function":
+        raise fields.refusal("type", "must be function")
+    function = RequestFields(fields.values.get("function"), fields.locate("function"))
+    parameters = function.values.get("parameters", {"type": "object", "properties": {}})
+    if not isinstance(parameters, dict):
+        raise function.refusal("parameters", "must be a JSON schema")
+    is_strict = function.flag("strict")
+    if is_strict and not may_enforce:
+        raise function.refusal("strict", f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
+    if is_strict:
+        try:
+            build_json_grammar(parameters)
+        except ValueError as exc:
+            raise function.refusal("parameters", f"has a schema that cannot be followed: {exc}") from exc
+    name, description = parse_tool_name(function), function.text("description")
+    return Tool(name=name, description=description, parameters=parameters, is_strict=is_strict)
+
+
+def parse_tool_use(fields: RequestFields, *, may_enforce: bool) -> ToolUse | None:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; None when nothing is to be called."""
+    choice = fields.values.get("tool_choice", "auto")
+    if not fields.values.get("tools"):
+        if choice not in ("none", "auto"):
+            raise fields.refusal("tool_choice", "is only allowed with 'tools'")
+        return None
+    items = fields.array("tools", MAX_TOOLS)
+    tools = tuple(parse_tool(item, f"tools[{index}]", may_enforce=may_enforce) for index, item in enumerate(items))
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise fields.refusal("tools", "must have different names")
+    only = None
+    if isinstance(choice, dict):
+        named = RequestFields(choice, "tool_choice")
+        only = RequestFields(named.values.get("function"), "tool_choice.function").text("name")
+        if named.text("type") != "function" or only not in names:
+            raise fields.refusal("tool_choice", "must name one of the functions in 'tools'")
+    elif choice not in ("none", "auto", "required"):
+        raise fields.refusal("tool_choice", "must be none, auto, required or a function")
+    is_parallel = "parallel_tool_calls" not in fields.values or fields.flag("parallel_tool_calls")
+    if choice == "none":
+        return None
+    return ToolUse(tools=tools, is_required=choice != "auto", only=only, is_parallel=is_parallel and only is None)
+
+
+def parse_enable_thinking(fields: RequestFields) -> bool:
+    """`chat_template_kwargs`, as llama-server and vLLM have it; of the variables of templates, only this one."""
+    kwargs = RequestFields(fields.values.get("chat_template_kwargs", {}), "chat_template_kwargs")
+    for name in kwargs.values:
+        if name != "enable_thinking":
+            raise fields.refusal("chat_template_kwargs", "may have only 'enable_thinking'")
+    return "enable_thinking" not in kwargs.values or kwargs.flag("enable_thinking")
+
+
 def parse_stream(fields: RequestFields) -> tuple[bool, bool]:
     """(`stream`, `stream_options.include_usage`)."""
     stream = fields.flag("stream")
@@ -4659,13 +4836,19 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     fields = RequestFields(body)
     verify_features(fields, features)
     stream, include_usage = parse_stream(fields)
+    grammar, tool_use = parse_grammar(fields), parse_tool_use(fields, may_enforce="tool_choice" in features)
+    if grammar is not None and tool_use is not None:
+        name = next(name for name in ("response_format", "json_schema", "grammar") if fields.values.get(name))
+        raise fields.refusal(name, "cannot be combined with 'tools', unless 'tool_choice' is none")
     generation = GenerationRequest(
         messages=parse_messages(fields),
         max_tokens=parse_max_tokens(fields, low=1, default=None),
         stop=parse_stop(fields),
         sampling=parse_sampling(fields),
         top_logprobs=parse_chat_logprobs(fields),
-        grammar=parse_grammar(fields),
+        grammar=grammar,
+        tool_use=tool_use,
+        enable_thinking=parse_enable_thinking(fields),
         tenant=tenant,
     )
     generations = build_choices(generation, fields.integer("n", 1, MAX_CHOICES, 1))
@@ -4805,6 +4988,8 @@ class Choice:
     text: str
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def combine_usage(usages: Sequence[Usage], n: int = 1) -> Usage:
@@ -4883,12 +5068,52 @@ def build_answer(head: AnswerHead, object_name: str, choices: list[dict[str, Any
     }
 
 
+def build_chat_message(choice: Choice) -> dict[str, Any]:
+    """The message of a chat's choice: its content is null where it has calls instead."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+    return message
+
+
+def build_call_id(head: AnswerHead, choice: int, index: int) -> str:
+    """The id of call `index` of a choice: no two answers share one."""
+    return f"call_{head.id.rpartition('-')[2]}{choice}_{index}"
+
+
+def build_tool_call_delta(head: AnswerHead, choice: int, delta: ToolCallDelta) -> dict[str, Any]:
+    """A fragment of a call; with the name, its id and type."""
+    if not delta.name:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {
+        "index": delta.index,
+        "id": build_call_id(head, choice, delta.index),
+        "type": "function",
+        "function": {"name": delta.name, "arguments": delta.arguments},
+    }
+
+
+def join_tool_calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """The same with one delta for each call."""
+    joined: dict[int, ToolCallDelta] = {}
+    for delta in deltas:
+        before = joined.get(delta.index)
+        joined[delta.index] = delta if before is None else replace(before, arguments=before.arguments + delta.arguments)
+    return tuple(joined.values())
+
+
 def build_chat_completion(head: AnswerHead, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
     """The whole answer to a chat that is not streamed."""
     items = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": build_chat_message(choice),
             "finish_reason": choice.finish_reason,
             "logprobs": build_chat_logprobs(choice.logprobs),
         }
@@ -5000,6 +5225,550 @@ def build_model(model_id: str, created: int, owned_by: str) -> dict[str, Any]:
 def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The answer of `GET /v1/models`; its items are made by build_model."""
     return {"object": "list", "data": list(models)}
+
+
+# ---- Tool calls -----------------------------------------------------------------------
+# What a model writes, told apart as it comes: thoughts, text and calls of tools; and grammars that make it call. Pure.
+
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+CALL_HELD_LIMIT_CHARS = 64 * KIB  # of what may yet turn out to be no call
+PYTHON_CALL_LIMIT_CHARS = 8 * KIB
+FORCED_CALLS_LIMIT = 16  # that a grammar allows one after the other
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolFormat:
+    """How a family of models writes calls.
+
+        hermes    <tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>, again for each call
+        llama3    {"name": "f", "parameters": {…}} as the whole answer, or behind <|python_tag|>, or
+                  <|python_tag|>f.call(name="value")
+        mistral   [TOOL_CALLS][{"name": "f", "arguments": {…}, "id": "…"}, …]
+
+    `opening` and `closing`: the marks around a call, or around a list of them (`is_list`). `is_bare`: an answer may
+    begin with a call without its mark.
+    """
+
+    name: str
+    opening: str
+    closing: str = ""
+    arguments_key: str = "arguments"
+    is_list: bool = False
+    is_bare: bool = False
+
+
+TOOL_FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": ToolFormat(name="hermes", opening="<tool_call>", closing="</tool_call>"),
+    "llama3": ToolFormat(name="llama3", opening="<|python_tag|>", arguments_key="parameters", is_bare=True),
+    "mistral": ToolFormat(name="mistral", opening="[TOOL_CALLS]", is_list=True),
+}
+
+
+def recognize_tool_format(template: str) -> ToolFormat | None:
+    """How a model with this chat template writes calls; None if its template has no tools, or in a form not known."""
+    others = ("<function=", "<arg_key>", "functools[", ">>>", "[ARGS]", "<｜tool▁", "<|tool_call_begin|>")
+    if "tools" not in template or any(mark in template for mark in others):
+        return None
+    if "<tool_call>" in template and "arguments" in template:
+        return TOOL_FORMATS["hermes"]
+    if "[TOOL_CALLS]" in template:
+        return TOOL_FORMATS["mistral"]
+    if "<|start_header_id|>" in template and '"parameters": ' in template:
+        return TOOL_FORMATS["llama3"]
+    return None
+
+
+_JSON_SPACE = " \t\r\n"
+_JSON_SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_JSON_SCALAR_CHARS = frozenset("+-.0123456789Eabcdefghijklmnopqrstuvwxyz")
+
+
+class JsonScanner:
+    """Takes a JSON text character by character, and says at once when it is none. Control characters pass in strings.
+
+    VALUE ──► STRING, SCALAR ──► NEXT ──► VALUE (after a comma, in an array), KEY (in an object), or a bracket
+    VALUE ──► ITEM (after "[")  ──► as VALUE, or "]"
+    VALUE ──► MEMBER (after "{") ──► as KEY, or "}"          KEY ──► STRING ──► COLON ──► VALUE
+    """
+
+    def __init__(self) -> None:
+        self.state = "value"
+        self.is_key = False  # the string at hand, or the last one, is a member's name
+        self._open: list[str] = []  # the brackets that will close
+        self._scalar = ""
+        self._hex_left = 0
+
+    @property
+    def depth(self) -> int:
+        """Objects and arrays that are open."""
+        return len(self._open)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole text was an object, an array or a string, and has ended."""
+        return self.state == "end"
+
+    def push(self, char: str) -> bool:
+        """Take the next character; False, and it is not taken, if none such may follow."""
+        if self.state in ("string", "escape", "hex"):
+            return self._push_string(char)
+        if self.state == "scalar":
+            if char in _JSON_SCALAR_CHARS and len(self._scalar) < JSON_DIGITS_LIMIT:
+                self._scalar += char
+                return True
+            if not _JSON_SCALAR.fullmatch(self._scalar):
+                return False
+            self.state = "next"
+        return char in _JSON_SPACE or self._push_structure(char)
+
+    def _push_string(self, char: str) -> bool:
+        if self.state == "string":
+            if char == '"':
+                self._end_value("colon" if self.is_key else "next")
+            self.state = "escape" if char == "\\" else self.state
+            return True
+        if self.state == "escape":
+            self._hex_left = 4
+            self.state = "hex" if char == "u" else "string"
+            return char in '"\\/bfnrtu'
+        self._hex_left -= 1
+        self.state = "hex" if self._hex_left else "string"
+        return char in "0123456789abcdefABCDEF"
+
+    def _push_structure(self, char: str) -> bool:
+        state, closing = self.state, self._open[-1] if self._open else ""
+        if char == closing and state in ("next", "item" if char == "]" else "member"):
+            self._open.pop()
+            self._end_value("next")
+        elif char == '"' and state in ("value", "item", "member", "key"):
+            self.is_key, self.state = state in ("member", "key"), "string"
+        elif char in "{[" and state in ("value", "item") and self.depth < JSON_DEPTH_LIMIT:
+            self._open.append("}" if char == "{" else "]")
+            self.state = "member" if char == "{" else "item"
+        elif char in _JSON_SCALAR_CHARS and state in ("value", "item"):
+            self._scalar, self.state = char, "scalar"
+        elif char == "," and state == "next" and closing:
+            self.state = "key" if closing == "}" else "value"
+        elif char == ":" and state == "colon":
+            self.state = "value"
+        else:
+            return False
+        return True
+
+    def _end_value(self, state: str) -> None:
+        self.state = state if self._open else "end"
+
+
+class CallReader:
+    """One call's object, character by character: its name, then its arguments as they come. Pure.
+
+    Arguments come only after the name, whatever their order in the object; until then `raw` is all that was read. A
+    call whose name is none of `names`, or whose object breaks before its arguments begin, is none (`is_broken`).
+    Arguments that break once a part of them is out stay as the model wrote them (`is_loose`).
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.raw = ""
+        self.name = ""
+        self.is_begun = False  # name and arguments are on their way out
+        self.is_complete = False
+        self.is_broken = False
+        self.is_loose = False
+        self._names = names
+        self._scanner = JsonScanner()
+        self._start = 0  # in `raw`, of the member's name or value at hand
+        self._member = ""
+        self._arguments: str | None = None  # whole, waiting for the name
+        self._is_streaming = False
+
+    def push(self, char: str) -> str | None:
+        """The arguments' text that a character brings; None, and it is not taken, when it is no part of the call."""
+        scanner = self._scanner
+        state, depth = scanner.state, scanner.depth
+        if not scanner.push(char):
+            self.is_complete = self.is_begun and not self._is_streaming
+            self.is_loose = self._is_streaming
+            self.is_broken = not self.is_begun
+            return None
+        if self._is_streaming:
+            self._is_streaming = scanner.depth > 1
+            return json.dumps(char)[1:-1] if state == "string" and char < " " else char
+        self.raw += char
+        text = self._follow(char, state, depth)
+        if scanner.is_complete and not self.is_begun and self.name:
+            text = self._begin("{}" if self._arguments is None else self._arguments)
+        self.is_complete = scanner.is_complete and self.is_begun
+        self.is_broken |= (scanner.is_complete or len(self.raw) > CALL_HELD_LIMIT_CHARS) and not self.is_begun
+        return text
+
+    def _follow(self, char: str, state: str, depth: int) -> str:
+        """Note what a character begins or ends in the outer object, whose scanner was in `state`."""
+        after, here = self._scanner.state, len(self.raw)
+        if depth == 1 and state in ("member", "key", "value") and char not in _JSON_SPACE:
+            self._start = here - 1
+            if state == "value" and char == "{" and self._member in _ARGUMENTS_KEYS and self.name and not self.is_begun:
+                self._is_streaming = True
+                return self._begin("{")
+        elif depth == 1 and state == "string" and after == "colon":
+            self._member = json.loads(self.raw[self._start :], strict=False)
+        elif depth == 1 and state == "scalar" and after != "scalar":
+            return self._end_member(self.raw[self._start : -1])
+        elif self._scanner.depth == 1 and after == "next" and (depth == 2 or state == "string"):
+            return self._end_member(self.raw[self._start :])
+        return ""
+
+    def _end_member(self, text: str) -> str:
+        if self.is_begun or self._member not in ("name", *_ARGUMENTS_KEYS):
+            return ""
+        value = json.loads(text, strict=False)
+        if self._member == "name":
+            self.name = value if isinstance(value, str) else ""
+            self.is_broken = self.name not in self._names
+            return "" if self.is_broken or self._arguments is None else self._begin(self._arguments)
+        if isinstance(value, str):  # some write the arguments as OpenAI sends them: as a text
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value, strict=False)
+        self._arguments = json.dumps({} if value is None else value)
+        self.is_broken = not isinstance(value, dict | None)
+        return "" if self.is_broken or not self.name else self._begin(self._arguments)
+
+    def _begin(self, arguments: str) -> str:
+        self.is_begun = True
+        return arguments
+
+
+_ARGUMENTS_KEYS = ("arguments", "parameters")
+
+
+def parse_python_call(text: str, names: frozenset[str]) -> tuple[str, str] | None:
+    """Name and arguments (JSON) of a call as Llama 3 writes those of its own tools: `f.call(name="value")`."""
+    match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\.call\((.*)\)\s*", text, re.DOTALL)
+    if match is None or match[1] not in names or len(text) > PYTHON_CALL_LIMIT_CHARS:
+        return None
+    import ast  # here: few models write so
+
+    try:
+        call = ast.parse(f"call({match[2]})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
+            return None
+        arguments = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        return match[1], json.dumps(arguments, allow_nan=False)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AnswerPiece:
+    """What a piece of a model's output adds to its answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+
+class AnswerPhase(enum.Enum):
+    """What a model is writing.
+
+        START ──<think>──► THINKING ──</think>──► REPLY ──► TEXT ◄──────────────┐
+          └──────────────────────────────────────────────────►│                 │ anything else
+                                             mark of a call   ▼                 │
+                 TEXT ◄── no call after all ── OPENED ──{──► CALL ──}──► CLOSING
+                                                 ▲                          │
+                                                 └── another mark or comma ─┘
+
+    LOOSE is a CALL whose arguments are no JSON; PYTHON one whose form only its end shows.
+    Invariant: until it is known what a text is, nothing of it is out; then all of it, as what it is. Only marks, and
+    the white space around them, are left out.
+    """
+
+    START = enum.auto()
+    THINKING = enum.auto()
+    REPLY = enum.auto()
+    TEXT = enum.auto()
+    OPENED = enum.auto()
+    CALL = enum.auto()
+    LOOSE = enum.auto()
+    PYTHON = enum.auto()
+    CLOSING = enum.auto()
+
+
+def count_overlap(text: str, mark: str) -> int:
+    """The length of the longest end of `text` that begins `mark`, and is not all of it."""
+    longest = min(len(text), len(mark) - 1)
+    return next((length for length in range(longest, 0, -1) if mark.startswith(text[-length:])), 0)
+
+
+class AnswerParser:
+    """Tells thoughts, text and calls apart, however the output is cut into pieces. Pure.
+
+    `tool_format` None: it makes no calls. `thinks`: it may begin with its thoughts; `is_thinking`: its prompt already
+    has begun them. `names`: what it may call. `is_over`: the one call that it may make is made.
+    `since_thoughts` and `since_mark`: all text since the thoughts ended, or since the mark of a call (the brace, where a
+    call needs none), as of the push that told; a grammar for what follows takes over there.
+    """
+
+    def __init__(
+        self,
+        tool_format: ToolFormat | None,
+        tool_use: ToolUse | None,
+        *,
+        thinks: bool = False,
+        is_thinking: bool = False,
+    ) -> None:
+        self.phase = AnswerPhase.THINKING if is_thinking else AnswerPhase.START if thinks else AnswerPhase.TEXT
+        self.is_over = False
+        self.calls = 0
+        self.since_thoughts: str | None = None
+        self.since_mark: str | None = None
+        self._format = tool_format if tool_use is not None else None
+        self._names = frozenset(tool.name for tool in tool_use.callable_tools) if tool_use is not None else frozenset()
+        self._is_parallel = tool_use is not None and tool_use.is_parallel
+        self._held = ""  # not looked at yet, or not enough to tell
+        self._raw = ""  # what stands before it and is text again if no call follows
+        self._gap = ""  # white space between the text and a call's mark, for more text behind the call
+        self._reader = CallReader(self._names)
+        self._has_text = self._has_thoughts = self._is_in_list = False
+        self._text: list[str] = []
+        self._thoughts: list[str] = []
+        self._deltas: list[ToolCallDelta] = []
+
+    def push(self, text: str) -> AnswerPiece:
+        """What more of the output brings."""
+        self._held += text
+        steps = {
+            AnswerPhase.START: self._start,
+            AnswerPhase.THINKING: self._think,
+            AnswerPhase.REPLY: self._reply,
+            AnswerPhase.TEXT: self._write,
+            AnswerPhase.OPENED: self._open,
+            AnswerPhase.CALL: self._call,
+            AnswerPhase.LOOSE: self._loosen,
+            AnswerPhase.PYTHON: self._await_python,
+            AnswerPhase.CLOSING: self._close,
+        }
+        while not self.is_over and steps[self.phase]():
+            pass
+        return self._take()
+
+    def finish(self) -> AnswerPiece:
+        """What was held back, when no more comes."""
+        phase, held = self.phase, self._held
+        if self.is_over:
+            return AnswerPiece()
+        if phase is AnswerPhase.THINKING:
+            self._add_thoughts(held.rstrip())
+        elif phase is AnswerPhase.LOOSE:
+            self._add_arguments(held)
+        elif phase is AnswerPhase.PYTHON and (found := parse_python_call(held, self._names)) is not None:
+            self._add_call(*found)
+        elif phase in (AnswerPhase.START, AnswerPhase.TEXT, AnswerPhase.OPENED, AnswerPhase.PYTHON):
+            self._add_text(self._raw + held)
+        elif phase is AnswerPhase.CALL and not self._reader.is_begun:
+            self._add_text(self._raw + self._reader.raw + held)
+        elif phase is AnswerPhase.CLOSING and not (self._format and self._format.closing.startswith(held.strip())):
+            self._add_text(held)
+        self._held = self._raw = ""
+        return self._take()
+
+    def _take(self) -> AnswerPiece:
+        text, thoughts, deltas = "".join(self._text), "".join(self._thoughts), join_tool_calls(self._deltas)
+        self._text, self._thoughts, self._deltas = [], [], []
+        return AnswerPiece(text=text, reasoning=thoughts, calls=deltas)
+
+    # Each step looks at what is held, and returns whether it made something of it that the next one may go on with.
+
+    def _start(self) -> bool:
+        begun = self._held.lstrip()
+        if not begun.startswith(THINK_BEGIN):
+            self.phase = AnswerPhase.START if THINK_BEGIN.startswith(begun) else AnswerPhase.TEXT
+            return self.phase is AnswerPhase.TEXT
+        self._held, self.phase = begun[len(THINK_BEGIN) :], AnswerPhase.THINKING
+        return True
+
+    def _think(self) -> bool:
+        thoughts, end, rest = self._held.partition(THINK_END)
+        shown = thoughts if end else thoughts[: len(thoughts) - count_overlap(thoughts, THINK_END)]
+        shown = shown.rstrip()
+        self._add_thoughts(shown)
+        if not end:
+            self._held = thoughts[len(shown) :]
+            return False
+        self._held, self.phase = rest, AnswerPhase.REPLY
+        self.since_thoughts = rest
+        return True
+
+    def _reply(self) -> bool:
+        self._held = self._held.lstrip()
+        self.phase = AnswerPhase.TEXT if self._held else AnswerPhase.REPLY
+        return bool(self._held)
+
+    def _write(self) -> bool:
+        if self._format is None:
+            self._add_text(self._held)
+            self._held = ""
+            return False
+        if self._format.is_bare and not (self._has_text or self.calls):
+            begun = self._held.lstrip()
+            if not begun:
+                return False
+            if begun[0] == "{":
+                self._raw, self._held = self._held[: -len(begun)], begun
+                return self._begin_call()
+        before, mark, after = self._held.partition(self._format.opening)
+        shown = before if mark else before[: len(before) - count_overlap(before, self._format.opening)]
+        shown = shown.rstrip()
+        self._add_text(shown)
+        if not mark:
+            self._held = before[len(shown) :]
+            return False
+        self._gap = before[len(shown) :]
+        self._raw, self._held, self.phase = self._gap + mark, after, AnswerPhase.OPENED
+        if not self._format.is_bare:
+            self.since_mark = after
+        return True
+
+    def _open(self) -> bool:
+        begun = self._held.lstrip()
+        if not begun and len(self._held) < CALL_HELD_LIMIT_CHARS:
+            return False
+        assert self._format is not None
+        if begun.startswith("[") and self._format.is_list and not self._is_in_list:
+            self._is_in_list = True
+            self._raw += self._held[: len(self._held) - len(begun) + 1]
+            self._held = begun[1:]
+            return True
+        if begun.startswith("{") and self._is_in_list == self._format.is_list and self.calls < MAX_TOOLS:
+            self._raw, self._held = self._raw + self._held[: -len(begun)], begun
+            return self._begin_call()
+        if self._format.is_bare and begun[:1].isidentifier():
+            self.phase = AnswerPhase.PYTHON
+            return True
+        self._held = self._held if self._raw else begun
+        return self._give_up("")
+
+    def _begin_call(self) -> bool:
+        self._reader, self.phase = CallReader(self._names), AnswerPhase.CALL
+        return True
+
+    def _give_up(self, read: str) -> bool:
+        """It is no call: all of it becomes text, and what is held is looked at as such."""
+        self._add_text(self._raw + read)
+        self._raw, self._is_in_list, self.phase = "", False, AnswerPhase.TEXT
+        return bool(self._held)
+
+    def _call(self) -> bool:
+        reader, held = self._reader, self._held
+        for position, char in enumerate(held):
+            was_begun = reader.is_begun
+            arguments = reader.push(char)
+            self._held = held[position + (arguments is not None) :]
+            if reader.is_begun and not was_begun:
+                self._raw = ""
+                self._add_call(reader.name, arguments or "")
+                if self._format is not None and self._format.is_bare and self.calls == 1:
+                    self.since_mark = reader.raw + self._held
+            elif arguments:
+                self._add_arguments(arguments)
+            if reader.is_broken:
+                return self._give_up(reader.raw)
+            if reader.is_loose:
+                self.phase = AnswerPhase.LOOSE
+                return True
+            if reader.is_complete:
+                self.is_over, self.phase = not self._is_parallel, AnswerPhase.CLOSING
+                return True
+        self._held = ""
+        return False
+
+    def _loosen(self) -> bool:
+        assert self._format is not None
+        mark = self._format.closing
+        before, end, after = self._held.partition(mark) if mark else (self._held, "", "")
+        shown = before if end or not mark else before[: len(before) - count_overlap(before, mark)]
+        self._add_arguments(shown)
+        self._held = end + after if end else before[len(shown) :]
+        self.phase = AnswerPhase.CLOSING if end else AnswerPhase.LOOSE
+        self.is_over = bool(end) and not self._is_parallel
+        return bool(end)
+
+    def _await_python(self) -> bool:
+        return len(self._held) > PYTHON_CALL_LIMIT_CHARS and self._give_up("")
+
+    def _close(self) -> bool:
+        """After a call: its closing mark, the list's comma or end, or a semicolon; then a mark again, or text."""
+        self._held = begun = self._held.lstrip()
+        assert self._format is not None
+        closing, opening = self._format.closing, self._format.opening
+        if closing and begun.startswith(closing):
+            self._held = begun[len(closing) :]
+        elif not begun or closing.startswith(begun) or count_overlap(begun, opening) == len(begun):
+            return False
+        elif self._is_in_list and begun[0] in ",]":
+            self._is_in_list, self._held = begun[0] == ",", begun[1:]
+            self.phase = AnswerPhase.OPENED if self._is_in_list else AnswerPhase.CLOSING
+        elif self._format.is_bare and begun[0] == ";":
+            self._held = begun[1:]
+        elif self._format.is_bare and begun[0] == "{" and self.calls < MAX_TOOLS:
+            return self._begin_call()
+        else:
+            self._held = self._gap * self._has_text + begun
+            self.phase, self._is_in_list, self._gap = AnswerPhase.TEXT, False, ""
+        return True
+
+    def _add_text(self, text: str) -> None:
+        self._has_text = self._has_text or bool(text)
+        self._text.append(text)
+
+    def _add_thoughts(self, text: str) -> None:
+        text = text if self._has_thoughts else text.lstrip()
+        self._has_thoughts = self._has_thoughts or bool(text)
+        self._thoughts.append(text)
+
+    def _add_call(self, name: str, arguments: str) -> None:
+        self._deltas.append(ToolCallDelta(index=self.calls, name=name, arguments=arguments))
+        self.calls += 1
+
+    def _add_arguments(self, text: str) -> None:
+        self._deltas.append(ToolCallDelta(index=self.calls - 1, arguments=text))
+
+
+# Grammars
+
+
+def build_tool_grammar(tool_use: ToolUse, tool_format: ToolFormat, *, is_open: bool) -> str:
+    """A grammar of the calls that a model may make, in its format; `is_open`: the mark before the first one is there.
+
+    Schemas of functions that are not strict restrict as far as they can be expressed.
+    """
+    builder = GrammarBuilder()
+    calls = [_build_call_rule(builder, tool, tool_format) for tool in tool_use.callable_tools]
+    call = builder.add_rule(" | ".join(calls))
+    most = FORCED_CALLS_LIMIT - 1 if tool_use.is_parallel else 0
+    opening, closing = map(quote_grammar_text, (tool_format.opening, tool_format.closing))
+    if tool_format.is_list:
+        calls_text = f'ws "[" ws {call} ("," ws {call}){{0,{most}}} ws "]"'
+    elif tool_format.closing:
+        calls_text = f"ws {call} ws {closing} (ws {opening} ws {call} ws {closing}){{0,{most}}}"
+    else:
+        return builder.build(call)
+    return builder.build(calls_text if is_open else f"{opening} {calls_text}")
+
+
+def _build_call_rule(builder: GrammarBuilder, tool: Tool, tool_format: ToolFormat) -> str:
+    """The rule of one function's calls."""
+    arguments = builder.add_schema(tool.parameters) if tool.is_strict else builder.add_leniently(tool.parameters)
+    name, key = quote_grammar_text(json.dumps(tool.name)), quote_grammar_text(json.dumps(tool_format.arguments_key))
+    call_id = ' ("," ws "\\"id\\"" ":" ws "\\"" [a-zA-Z0-9]{9} "\\"")?' if tool_format.is_list else ""
+    return builder.add_rule(f'"{{" ws "\\"name\\"" ":" ws {name} "," ws {key} ":" ws {arguments}{call_id} ws "}}"')
+
+
+def start_grammar(grammar: str, written: str) -> tuple[str, str]:
+    """A grammar for a text that begins with `written` and only then, after white space, with what `grammar` says.
+
+    Returns it and the name of its root rule.
+    """
+    gap = r"[ \t\r\n]{0,8}"
+    return f"{grammar}\nbegun-answer ::= {quote_grammar_text(written)} {gap} root\n", "begun-answer"
 
 
 # ---- Signing --------------------------------------------------------------------------
@@ -9617,15 +10386,25 @@ class PrefillProgress:
 
 @record(frozen=True, kw_only=True, slots=True)
 class TextDelta:
-    """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs."""
+    """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs.
+
+    `reasoning` and `calls`: more of the model's thoughts, and of its calls of tools. `logprobs` are those of all tokens.
+    """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing."""
+        return not (self.text or self.logprobs or self.reasoning or self.calls)
 
 
 @record(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The end of a generation; `finish_reason` is stop or length."""
+    """The end of a generation; `finish_reason` is stop, length or tool_calls."""
 
     finish_reason: str
     usage: Usage
@@ -9892,6 +10671,11 @@ class TextAssembler:
             return self._release(cut, final=True)
         return self._release(len(self._held) - self._count_held_back())
 
+    @property
+    def held_back(self) -> bytes:
+        """The bytes that are not text yet."""
+        return self._decoder.getstate()[0] + self._held
+
     def finish(self) -> TextDelta:
         """The text that was held back, when no more bytes will come."""
         return self._release(0 if self.stopped else len(self._held), final=True)
@@ -9987,15 +10771,61 @@ def encode_generation_request(request: GenerationRequest) -> dict[str, Any]:
     """A generation as JSON; token ids of the bias become text keys."""
     sampling = {item.name: getattr(request.sampling, item.name) for item in dataclasses.fields(request.sampling)}
     return {
-        "messages": [[message.role, message.content] for message in request.messages],
+        "messages": [encode_message(message) for message in request.messages],
         "prompt": request.prompt,
         "max_tokens": request.max_tokens,
         "stop": request.stop,
         "sampling": sampling | {"logit_bias": list(request.sampling.logit_bias.items())},
         "top_logprobs": request.top_logprobs,
         "grammar": request.grammar,
+        "tool_use": encode_tool_use(request.tool_use),
+        "enable_thinking": request.enable_thinking,
         "tenant": request.tenant,
     }
+
+
+def encode_message(message: ChatMessage) -> list[Any]:
+    """A message as a JSON list, shorter than an object."""
+    calls = [[call.call_id, call.name, call.arguments] for call in message.tool_calls]
+    return [message.role, message.content, calls, message.tool_call_id, message.reasoning]
+
+
+def decode_message(value: Sequence[Any]) -> ChatMessage:
+    """The inverse of encode_message."""
+    role, content, calls, tool_call_id, reasoning = value
+    return ChatMessage(
+        role=role,
+        content=content,
+        tool_calls=tuple(
+            ToolCall(call_id=call_id, name=name, arguments=arguments) for call_id, name, arguments in calls
+        ),
+        tool_call_id=tool_call_id,
+        reasoning=reasoning,
+    )
+
+
+def encode_tool_use(tool_use: ToolUse | None) -> dict[str, Any] | None:
+    """What may be called, as JSON."""
+    if tool_use is None:
+        return None
+    tools = [[tool.name, tool.description, tool.parameters, tool.is_strict] for tool in tool_use.tools]
+    return {
+        "tools": tools,
+        "is_required": tool_use.is_required,
+        "only": tool_use.only,
+        "is_parallel": tool_use.is_parallel,
+    }
+
+
+def decode_tool_use(value: Mapping[str, Any] | None) -> ToolUse | None:
+    """The inverse of encode_tool_use."""
+    if value is None:
+        return None
+    tools = tuple(
+        Tool(name=name, description=description, parameters=parameters, is_strict=is_strict)
+        for name, description, parameters, is_strict in value["tools"]
+    )
+    return ToolUse(**dict(value) | {"tools": tools})
 
 
 def decode_token_ids(value: Any) -> Any:
@@ -10007,13 +10837,15 @@ def decode_generation_request(value: Mapping[str, Any]) -> GenerationRequest:
     """The inverse of encode_generation_request."""
     sampling = value["sampling"]
     return GenerationRequest(
-        messages=tuple(ChatMessage(role=role, content=content) for role, content in value["messages"]),
+        messages=tuple(map(decode_message, value["messages"])),
         prompt=decode_token_ids(value["prompt"]),
         max_tokens=value["max_tokens"],
         stop=tuple(value["stop"]),
         sampling=SamplingParams(**sampling | {"logit_bias": dict(sampling["logit_bias"])}),
         top_logprobs=value["top_logprobs"],
         grammar=value["grammar"],
+        tool_use=decode_tool_use(value["tool_use"]),
+        enable_thinking=value["enable_thinking"],
         tenant=value["tenant"],
     )
 
@@ -10108,7 +10940,9 @@ def decode_vectors(values: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def encode_engine_event(event: EngineEvent) -> dict[str, Any]:
     """An event as JSON, told apart by `kind`."""
     if isinstance(event, TextDelta):
-        return {"kind": "text", "text": event.text, "logprobs": [encode_logprob(entry) for entry in event.logprobs]}
+        value = {"kind": "text", "text": event.text, "logprobs": [encode_logprob(entry) for entry in event.logprobs]}
+        calls = [[call.index, call.name, call.arguments] for call in event.calls]
+        return value | ({"reasoning": event.reasoning, "calls": calls} if event.reasoning or calls else {})
     if isinstance(event, PrefillProgress):
         return {"kind": "prefill", "done": event.done, "total": event.total, "cached": event.cached}
     if isinstance(event, Finished):
@@ -10122,7 +10956,12 @@ def decode_engine_event(value: Mapping[str, Any]) -> EngineEvent:
     """The inverse of encode_engine_event; ValueError for an unknown kind."""
     kind = value["kind"]
     if kind == "text":
-        return TextDelta(text=value["text"], logprobs=tuple(map(decode_logprob, value["logprobs"])))
+        calls = tuple(
+            ToolCallDelta(index=index, name=name, arguments=arguments)
+            for index, name, arguments in value.get("calls", ())
+        )
+        logprobs = tuple(map(decode_logprob, value["logprobs"]))
+        return TextDelta(text=value["text"], logprobs=logprobs, reasoning=value.get("reasoning", ""), calls=calls)
     if kind == "prefill":
         return PrefillProgress(done=value["done"], total=value["total"], cached=value["cached"])
     if kind == "finished":
@@ -10173,8 +11012,12 @@ class JobInbox:
             return event
         if self._deltas:
             deltas, self._deltas = self._deltas, []
-            logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
-            return TextDelta(text="".join(delta.text for delta in deltas), logprobs=logprobs)
+            return TextDelta(
+                text="".join(delta.text for delta in deltas),
+                logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+                reasoning="".join(delta.reasoning for delta in deltas),
+                calls=join_tool_calls(call for delta in deltas for call in delta.calls),
+            )
         last, self._last = self._last, None
         assert last is not None
         return last
@@ -21559,9 +22402,11 @@ class AnswerForm(Protocol):
     """How one of the two generating routes words its answer."""
 
     @property
+    def head(self) -> AnswerHead: ...
+    @property
     def parsed(self) -> ChatRequest | CompletionRequest: ...
     def first(self, index: int) -> dict[str, Any] | None: ...
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]: ...
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]: ...
     def last(self, index: int, finish_reason: str) -> dict[str, Any]: ...
     def usage(self, usage: Usage) -> dict[str, Any]: ...
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]: ...
@@ -21577,14 +22422,24 @@ class ChatForm:
     def first(self, index: int) -> dict[str, Any] | None:
         return build_chat_chunk(self.head, index, CHAT_ROLE_DELTA, include_usage=self.parsed.include_usage)
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        return build_chat_chunk(
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]:
+        """Thoughts, text, the name of a call and its arguments each have a chunk; the last has the log probabilities."""
+        deltas: list[dict[str, Any]] = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
+        deltas += [{"content": delta.text}] if delta.text else []
+        for call in delta.calls:
+            parts = (replace(call, arguments=""), replace(call, name="")) if call.name and call.arguments else (call,)
+            deltas += [{"tool_calls": [build_tool_call_delta(self.head, index, part)]} for part in parts]
+        chunks = [
+            build_chat_chunk(self.head, index, each, include_usage=self.parsed.include_usage) for each in deltas[:-1]
+        ]
+        last = build_chat_chunk(
             self.head,
             index,
-            {"content": delta.text},
+            deltas[-1] if deltas else {"content": ""},
             logprobs=delta.logprobs or None,
             include_usage=self.parsed.include_usage,
         )
+        return [*chunks, last]
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         return build_chat_chunk(
@@ -21609,14 +22464,15 @@ class TextForm:
         prefix = self.parsed.build_prefix(index)
         return build_text_chunk(self.head, index, prefix, include_usage=self.parsed.include_usage) if prefix else None
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        return build_text_chunk(
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]:
+        chunk = build_text_chunk(
             self.head,
             index,
             delta.text,
             logprobs=delta.logprobs or None,
             include_usage=self.parsed.include_usage,
         )
+        return [chunk]
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         return build_text_chunk(
@@ -21641,28 +22497,37 @@ class AnswerCollector:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
-        self._texts: dict[int, list[str]] = defaultdict(list)
-        self._logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
+        self._deltas: dict[int, list[TextDelta]] = defaultdict(list)
         self._ends: list[Finished] = []
 
     def add(self, index: int, event: EngineEvent) -> None:
         if isinstance(event, TextDelta):
-            self._texts[index].append(event.text)
-            self._logprobs[index].extend(event.logprobs)
+            self._deltas[index].append(event)
         elif isinstance(event, Finished):
             self._ends.append(event)
 
     def build(self) -> dict[str, Any]:
-        parsed = self._form.parsed
-        choices = [
-            Choice(
-                text="".join(self._texts[index]),
-                finish_reason=end.finish_reason,
-                logprobs=None if parsed.generations[index].top_logprobs is None else tuple(self._logprobs[index]),
-            )
-            for index, end in enumerate(self._ends)
-        ]
-        return self._form.whole(choices, combine_usage([end.usage for end in self._ends], count_choices(parsed)))
+        choices = [self._build_choice(index, end.finish_reason) for index, end in enumerate(self._ends)]
+        usage = combine_usage([end.usage for end in self._ends], count_choices(self._form.parsed))
+        return self._form.whole(choices, usage)
+
+    def _build_choice(self, index: int, finish_reason: str) -> Choice:
+        deltas, has_logprobs = self._deltas[index], self._form.parsed.generations[index].top_logprobs is not None
+        calls = join_tool_calls(call for delta in deltas for call in delta.calls)
+        return Choice(
+            text="".join(delta.text for delta in deltas),
+            finish_reason=finish_reason,
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs) if has_logprobs else None,
+            reasoning="".join(delta.reasoning for delta in deltas),
+            tool_calls=tuple(
+                ToolCall(
+                    call_id=build_call_id(self._form.head, index, call.index),
+                    name=call.name,
+                    arguments=call.arguments,
+                )
+                for call in calls
+            ),
+        )
 
 
 class AnswerEncoder:
@@ -21679,8 +22544,8 @@ class AnswerEncoder:
         if isinstance(event, TextDelta | Finished) and index > self._begun:
             self._begun = index
             chunks.append(self._form.first(index))
-        if isinstance(event, TextDelta) and (event.text or event.logprobs):
-            chunks.append(self._form.delta(index, event))
+        if isinstance(event, TextDelta) and not event.is_empty:
+            chunks += self._form.deltas(index, event)
         if isinstance(event, Finished):
             self._ends.append(event)
             chunks.append(self._form.last(index, event.finish_reason))
