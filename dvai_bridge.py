@@ -11895,6 +11895,222 @@ ChatPart = tuple[str, bool]
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a template lays out. `enable_thinking`: for templates that ask."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    enable_thinking: bool = True
+
+    def map_texts(self, change: Callable[[str], str]) -> Conversation:
+        """The same with every text changed that somebody else wrote."""
+
+        def change_message(message: ChatMessage) -> ChatMessage:
+            calls = tuple(
+                replace(call, arguments=json.dumps(map_json_texts(parse_arguments(call), change), ensure_ascii=False))
+                for call in message.tool_calls
+            )
+            content, reasoning = change(message.content), change(message.reasoning)
+            return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
+
+        tools = tuple(
+            replace(
+                tool,
+                description=tool.description and change(tool.description),
+                parameters=map_json_texts(tool.parameters, change),
+            )
+            for tool in self.tools
+        )
+        return replace(self, messages=tuple(map(change_message, self.messages)), tools=tools)
+
+    def list_texts(self) -> list[str]:
+        """All of those texts."""
+        texts = list[str]()
+
+        def note(text: str) -> str:
+            texts.append(text)
+            return text
+
+        self.map_texts(note)
+        return texts
+
+
+def map_json_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed, also the names of members."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): map_json_texts(item, change) for name, item in value.items()}
+    return [map_json_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def parse_arguments(call: ToolCall) -> Any:
+    """The arguments of a call as templates want them: an object; as it is, if the model wrote none."""
+    try:
+        return parse_json(call.arguments.encode())
+    except ValueError:
+        return call.arguments
+
+
+def build_short_call_id(call_id: str) -> str:
+    """The nine letters and digits that Mistral's models know calls by, made from an id of another form."""
+    if re.fullmatch("[A-Za-z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ChatTurn:
+    """A message as a family lays it out; `role`: one of the family's `turns`."""
+
+    role: str
+    parts: tuple[ChatPart, ...]
+
+
+PlaceTools = Callable[[Conversation, Callable[[ChatMessage], ChatTurn]], list[ChatTurn]]
+
+_HERMES_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_HERMES_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+_LLAMA3_TOOLS = (
+    "Given the following functions, please respond with a JSON for a function call "
+    "with its proper arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    "Do not use variables.\n\n"
+)
+
+
+def place_hermes_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Qwen 2.5 has it: tools at the end of the system message, results within messages of the user's."""
+    messages, turns = conversation.messages, list[ChatTurn]()
+    if conversation.tools:
+        has_system = bool(messages) and messages[0].role == "system"
+        system = messages[0].content if has_system else ""
+        tools = [part for tool in conversation.tools for part in (("\n", True), (_encode_tool(tool), False))]
+        intro = ("\n\n" if system else "") + _HERMES_BEFORE
+        turns.append(ChatTurn(role="system", parts=((system, False), (intro, True), *tools, (_HERMES_AFTER, True))))
+        messages = messages[has_system:]
+    for is_result, group in itertools.groupby(messages, key=lambda message: message.role == "tool"):
+        if is_result:
+            texts = [
+                [("<tool_response>\n", True), (each.content, False), ("\n</tool_response>", True)] for each in group
+            ]
+            turns.append(ChatTurn(role="user", parts=_join_parts(texts, "\n")))
+        else:
+            turns += [_place_hermes_calls(each) if each.tool_calls else lay_out(each) for each in group]
+    return turns
+
+
+def _place_hermes_calls(message: ChatMessage) -> ChatTurn:
+    texts = [[(message.content, False)]] if message.content else []
+    for call in message.tool_calls:
+        arguments = _encode_template_json(parse_arguments(call))
+        before = f'<tool_call>\n{{"name": "{call.name}", "arguments": '
+        texts.append([(before, True), (arguments, False), ("}\n</tool_call>", True)])
+    return ChatTurn(role="assistant", parts=_join_parts(texts, "\n"))
+
+
+def place_llama3_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Llama 3.1 has it: tools before the user's first message, one call a message, results by `ipython`."""
+    turns = [_place_llama3_message(message, lay_out) for message in conversation.messages]
+    if conversation.tools:
+        first = next((index for index, turn in enumerate(turns) if turn.role != "system"), None)
+        if first is None or turns[first].role != "user":
+            raise InvalidRequestError("this model's chat template needs a user message for its tools", param="messages")
+        tools = [part for tool in conversation.tools for part in ((_encode_tool(tool, 4), False), ("\n\n", True))]
+        turns[first] = ChatTurn(role="user", parts=((_LLAMA3_TOOLS, True), *tools, *turns[first].parts))
+    return turns
+
+
+def _place_llama3_message(message: ChatMessage, lay_out: Callable[[ChatMessage], ChatTurn]) -> ChatTurn:
+    if message.role == "tool":
+        return ChatTurn(role="ipython", parts=((_encode_template_json(message.content), False),))
+    if not message.tool_calls:
+        return lay_out(message)
+    if len(message.tool_calls) > 1:
+        raise InvalidRequestError("this model's chat template takes one tool call a message", param="messages")
+    (call,) = message.tool_calls
+    arguments = _encode_template_json(parse_arguments(call))
+    parts = ((f'{{"name": "{call.name}", "parameters": ', True), (arguments, False), ("}", True))
+    return ChatTurn(role="assistant", parts=parts)
+
+
+def place_mistral_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Mistral Nemo has it: tools and the system message belong to the user's last message."""
+    messages, system = conversation.messages, ""
+    if messages and messages[0].role == "system":
+        system, messages = messages[0].content, messages[1:]
+    _verify_alternation([each for each in messages if each.role != "tool" and not each.tool_calls])
+    last_user = max((index for index, each in enumerate(messages) if each.role == "user"), default=None)
+    turns = []
+    for index, message in enumerate(messages):
+        if index == last_user and conversation.tools:
+            tools = _join_parts([[(_encode_mistral_tool(tool), False)] for tool in conversation.tools], ", ")
+            turns.append(ChatTurn(role="tools", parts=tools))
+        turn = _place_mistral_message(message, lay_out)
+        if message.role == "user" and index == len(messages) - 1 and conversation.messages is not messages:
+            turn = replace(turn, parts=((system, False), ("\n\n", True), *turn.parts))
+        turns.append(turn)
+    return turns
+
+
+def _place_mistral_message(message: ChatMessage, lay_out: Callable[[ChatMessage], ChatTurn]) -> ChatTurn:
+    if message.role == "tool":
+        call_id = build_short_call_id(message.tool_call_id)
+        parts = (('{"content": ', True), (message.content, False), (f', "call_id": "{call_id}"}}', True))
+        return ChatTurn(role="tool", parts=parts)
+    if not message.tool_calls:
+        return lay_out(message)
+    texts: list[list[ChatPart]] = []
+    for call in message.tool_calls:
+        function = _encode_template_json({"name": call.name, "arguments": parse_arguments(call)})
+        texts.append([(function[:-1], False), (f', "id": "{build_short_call_id(call.call_id)}"}}', True)])
+    return ChatTurn(role="assistant", parts=(("[TOOL_CALLS][", True), *_join_parts(texts, ", "), ("]", True)))
+
+
+def _encode_mistral_tool(tool: Tool) -> str:
+    """A tool as Mistral's template writes it: texts within it as they are, without escapes."""
+    members = [
+        f'"{name}": "{value}"' if isinstance(value, str) else f'"{name}": {_encode_template_json(value)}'
+        for name, value in tool.build_json()["function"].items()
+    ]
+    return '{"type": "function", "function": {' + ", ".join(members) + "}}"
+
+
+def _encode_tool(tool: Tool, indent: int | None = None) -> str:
+    return _encode_template_json(tool.build_json(), indent=indent)
+
+
+def _join_parts(texts: Sequence[Sequence[ChatPart]], separator: str) -> tuple[ChatPart, ...]:
+    separated = [[*text, (separator, True)] for text in texts[:-1]] + [list(text) for text in texts[-1:]]
+    return tuple(itertools.chain.from_iterable(separated))
+
+
+def _verify_alternation(turns: Sequence[ChatMessage]) -> None:
+    for turn, role in zip(turns, itertools.cycle(("user", "assistant")), strict=False):
+        if turn.role != role:
+            message = "this model's chat template takes user and assistant messages in turn, the user's first"
+            raise InvalidRequestError(message, param="messages")
+
+
+def _encode_template_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's `tojson` without its escapes for HTML, as model authors expect it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class ChatFamily:
     """How a family of models lays out a conversation.
 
@@ -11902,7 +12118,8 @@ class ChatFamily:
     `{eos}` and `{date}` stand for their texts. `prompt` makes the model answer. `trims`: contents lose white space at
     both ends. `folds_system`: how a first system message joins the first user message (`trims_after_folding`: trimmed
     as one text); None: it is a turn of its own. `default_system`: what stands in for an absent one. `date`: a fixed
-    one, or a strftime format. `stop`: texts that end an answer where no token does.
+    one, or a strftime format. `stop`: texts that end an answer where no token does. `place_tools` makes turns of
+    messages where there may be tools; `tool_format`: how such a model writes calls.
     """
 
     turns: Mapping[str, tuple[str, str]]
@@ -11916,19 +12133,45 @@ class ChatFamily:
     default_system: str | None = None
     date: str = ""
     stop: tuple[str, ...] = ()
+    place_tools: PlaceTools | None = None
+    tool_format: ToolFormat | None = None
+
+
+_LLAMA3 = ChatFamily(
+    start="{bos}",
+    turns={"*": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")},
+    prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    trims=True,
+)
+
+
+def build_dated_llama3(date: str) -> ChatFamily:
+    """Llama 3.1 and later always have a system turn, which begins with two dates, and tools. `date`: as ChatFamily's."""
+    before, after = _LLAMA3.turns["*"]
+    dates = "{environment}Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+    return replace(
+        _LLAMA3,
+        turns={
+            **_LLAMA3.turns,
+            "system": (before.replace("{role}", "system") + dates, after),
+            "ipython": (before.replace("{role}", "ipython"), after),
+        },
+        default_system="",
+        date=date,
+        place_tools=place_llama3_tools,
+        tool_format=TOOL_FORMATS["llama3"],
+    )
 
 
 CHAT_FAMILIES: Mapping[str, ChatFamily] = {
     "chatml": ChatFamily(
         turns={"*": ("<|im_start|>{role}\n", "<|im_end|>\n")},
         prompt="<|im_start|>assistant\n",
+        place_tools=place_hermes_tools,
+        tool_format=TOOL_FORMATS["hermes"],
     ),
-    "llama3": ChatFamily(
-        start="{bos}",
-        turns={"*": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")},
-        prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        trims=True,
-    ),
+    "llama3": _LLAMA3,
+    "llama3.1": build_dated_llama3("%d %b %Y"),
     "llama2": ChatFamily(
         turns={"user": ("{bos}[INST] ", " [/INST]"), "assistant": (" ", " {eos}")},
         prompt="",
@@ -11943,6 +12186,18 @@ CHAT_FAMILIES: Mapping[str, ChatFamily] = {
         prompt="",
         alternates=True,
         folds_system=("", "\n\n"),
+    ),
+    "mistralnemo": ChatFamily(
+        start="{bos}",
+        turns={
+            "user": ("[INST]", "[/INST]"),
+            "assistant": ("", "{eos}"),
+            "tools": ("[AVAILABLE_TOOLS][", "][/AVAILABLE_TOOLS]"),
+            "tool": ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        },
+        prompt="",
+        place_tools=place_mistral_tools,
+        tool_format=TOOL_FORMATS["mistral"],
     ),
     "zephyr": ChatFamily(
         turns={"*": ("<|{role}|>\n", "{eos}\n")},
@@ -11996,20 +12251,43 @@ def read_local_time() -> datetime.datetime:
 
 
 class ChatTemplate:
-    """Lays out conversations. `source`: "jinja2" or the family's name; `stop`: texts that end an answer."""
+    """Lays out conversations.
+
+    `source`: "jinja2" or the family's name; `stop`: texts that end an answer. `tool_format`: how the model writes
+    calls, None where there is no place for tools; `has_single_calls`: one a message. `thinks`: answers may begin with
+    thoughts, and `may_answer_at_once` if asked to.
+    """
 
     def __init__(
-        self, source: str, lay_out: Callable[[Sequence[ChatMessage]], list[ChatPart]], stop: tuple[str, ...] = ()
+        self,
+        source: str,
+        lay_out: Callable[[Conversation], list[ChatPart]],
+        stop: tuple[str, ...] = (),
+        *,
+        tool_format: ToolFormat | None = None,
+        text: str = "",
     ) -> None:
-        self.source, self.stop = source, stop
+        self.source, self.stop, self.tool_format = source, stop, tool_format
+        self.has_single_calls = tool_format is not None and tool_format.name == "llama3"
+        self.thinks = THINK_END in text
+        self.may_answer_at_once = self.thinks and "enable_thinking" in text
         self._lay_out = lay_out
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of the ENGINE_PARAMETERS that are the template's to have."""
+        thinking = THINKING_FEATURES if self.may_answer_at_once else frozenset()
+        return thinking if self.tool_format is None else thinking | TOOL_FEATURES
+
+    def render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, enable_thinking: bool = True
+    ) -> str:
         """The prompt as text, up to where the model's answer begins. InvalidRequestError when the template refuses."""
-        return "".join(text for text, _ in self._lay_out(messages))
+        conversation = Conversation(messages=tuple(messages), tools=tuple(tools), enable_thinking=enable_thinking)
+        return "".join(text for text, _ in self._lay_out(conversation))
 
     def render_parts(
-        self, messages: Sequence[ChatMessage], find_control_texts: Callable[[str], Sequence[str]]
+        self, conversation: Conversation, find_control_texts: Callable[[str], Sequence[str]]
     ) -> list[ChatPart]:
         """As `render`, in parts that tell markup from what the messages say.
 
@@ -12018,12 +12296,12 @@ class ChatTemplate:
         A template that looks for such a spelling in a message does not find it.
         """
         if self.source != "jinja2":
-            return self._lay_out(messages)
-        stand_ins = _StandIns(message.content for message in messages)
-        hidden = [
-            ChatMessage(role=message.role, content=stand_ins.hide(message.content, find_control_texts))
-            for message in messages
-        ]
+            return self._lay_out(conversation)
+        texts = conversation.list_texts()
+        if not any(map(find_control_texts, texts)):
+            return self._lay_out(conversation)
+        stand_ins = _StandIns(texts)
+        hidden = conversation.map_texts(lambda text: stand_ins.hide(text, find_control_texts))
         return [part for text, _ in self._lay_out(hidden) for part in stand_ins.restore(text)]
 
 
@@ -12051,12 +12329,12 @@ class _StandIns:
         return [(spellings.get(piece, piece), piece not in spellings) for piece in pieces if piece]
 
 
-def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, conversation: Conversation) -> list[int]:
     """The tokens of a conversation, up to where the answer begins; messages cannot spell control tokens.
 
     The beginning-of-sequence token comes first when the vocabulary wants it, once, whoever else wrote it.
     """
-    ids = tokenizer.encode_parts(template.render_parts(messages, tokenizer.find_control_texts), add_special=False)
+    ids = tokenizer.encode_parts(template.render_parts(conversation, tokenizer.find_control_texts), add_special=False)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
     return ids
@@ -12087,7 +12365,9 @@ def load_chat_template(
         name = _guess_family(metadata)
         return _build_family_template(name, CHAT_FAMILIES[name], tokens, now)
     if (sandbox := _import_jinja_sandbox()) is not None:
-        return ChatTemplate("jinja2", _JinjaLayout(sandbox, template, tokens, now))
+        with_tools = metadata.get("tokenizer.chat_template.tool_use") if override is None else None
+        lay_out = _JinjaLayout(sandbox, (template, with_tools or template), tokens, now)
+        return ChatTemplate("jinja2", lay_out, tool_format=recognize_tool_format(with_tools or template), text=template)
     if (recognized := recognize_chat_family(template)) is not None:
         return _build_family_template(*recognized, tokens, now)
     raise ModelFileError(
@@ -12130,6 +12410,7 @@ def recognize_chat_family(template: str) -> tuple[str, ChatFamily] | None:
         "gemma": "<start_of_turn>" in template,
         "llama2": "<<SYS>>" in template,
         "mistral": "'[INST] '" in template and "' [/INST]'" in template,
+        "mistralnemo": '"[INST]" + system_message' in template and '"[TOOL_RESULTS]{' in template.replace("'", '"'),
         "phi3": "<|user|>" in template and "<|end|>" in template,
         "zephyr": "<|user|>" in template and "eos_token" in template,
     }
@@ -12140,8 +12421,10 @@ def recognize_chat_family(template: str) -> tuple[str, ChatFamily] | None:
     if name == "chatml":
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>]+)<\|im_end\|>", template)
         variations["default_system"] = default[1].replace("\\n", "\n") if default else None
+        variations |= {} if _QWEN_TOOLS in template else _NO_TOOLS
     elif name == "llama3" and "Cutting Knowledge Date" in template:
-        variations |= _build_dated_llama3(template)
+        dated = build_dated_llama3("%d %b %Y" if "strftime_now" in template else "26 Jul 2024")
+        return name, replace(dated, **variations, **({} if recognize_tool_format(template) else _NO_TOOLS))
     elif "System role not supported" in template or (name == "mistral" and "system" not in template):
         variations["refuses_system"] = True
     if name == "phi3" and "add_generation_prompt" not in template:
@@ -12160,6 +12443,7 @@ _PROMPTING_PHI3: Mapping[str, Any] = {
     },
     "prompt": "",
 }
+_NO_TOOLS: Mapping[str, Any] = {"place_tools": None, "tool_format": None}
 _QWEN_TOOLS = "You may call one or more functions to assist with the user query."
 _USUAL_TEMPLATE_LIMIT_CHARS = 2000
 
@@ -12169,6 +12453,8 @@ def _is_usual_template(name: str, template: str) -> bool:
     family = CHAT_FAMILIES[name]
     if name == "llama3" and "Cutting Knowledge Date" in template:
         return '"Today Date: " + date_string' in template
+    if name == "mistralnemo":
+        return template.count("raise_exception(") == 4 and '"[INST]" + message["content"] + "[/INST]"' in template
     is_short = len(template) <= _USUAL_TEMPLATE_LIMIT_CHARS and "tools" not in template
     has_usual_length = is_short or (name == "chatml" and _QWEN_TOOLS in template)
     has_usual_contents = ("trim" in template or ".strip()" in template) == family.trims
@@ -12185,50 +12471,53 @@ def _has_usual_end(family: ChatFamily, template: str) -> bool:
     return [literal.replace("\\n", "\n").rstrip("\n") for literal in literals] == [family.prompt.rstrip("\n")]
 
 
-def _build_dated_llama3(template: str) -> dict[str, Any]:
-    """Llama 3.1 and later always have a system turn, which begins with two dates."""
-    turns = CHAT_FAMILIES["llama3"].turns
-    before, after = turns["*"]
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-    return {
-        "turns": {**turns, "system": (before.replace("{role}", "system") + dates, after)},
-        "default_system": "",
-        "date": "%d %b %Y" if "strftime_now" in template else "26 Jul 2024",
-    }
-
-
 def _build_family_template(
     name: str, family: ChatFamily, tokens: Mapping[str, str], now: Callable[[], datetime.datetime]
 ) -> ChatTemplate:
-    def lay_out(messages: Sequence[ChatMessage]) -> list[ChatPart]:
-        date = now().strftime(family.date) if family.date else ""
-        return [part for part in _lay_out_family(family, {**tokens, "date": date}, messages) if part[0]]
+    def lay_out(conversation: Conversation) -> list[ChatPart]:
+        texts = {
+            **tokens,
+            "date": now().strftime(family.date) if family.date else "",
+            "environment": "Environment: ipython\n" if conversation.tools else "",
+        }
+        return [part for part in _lay_out_family(family, texts, conversation) if part[0]]
 
-    return ChatTemplate(name, lay_out, family.stop)
+    return ChatTemplate(name, lay_out, family.stop, tool_format=family.tool_format)
 
 
-def _lay_out_family(
-    family: ChatFamily, texts: Mapping[str, str], messages: Sequence[ChatMessage]
-) -> Iterator[ChatPart]:
+def _lay_out_family(family: ChatFamily, texts: Mapping[str, str], conversation: Conversation) -> Iterator[ChatPart]:
     def fill(markup: str, role: str = "") -> ChatPart:
         for name, text in (*texts.items(), ("role", role)):
             markup = markup.replace("{" + name + "}", text)
         return markup, True
 
-    system, turns = _take_system(family, messages)
+    def lay_out(message: ChatMessage) -> ChatTurn:
+        return ChatTurn(role=message.role, parts=((_trim_content(family, message.content, False), False),))
+
+    system, messages = _take_system(family, conversation.messages)
     if family.alternates:
-        _verify_alternation(turns)
+        _verify_alternation(messages)
     yield fill(family.start)
+    if family.place_tools is not None:
+        turns = family.place_tools(replace(conversation, messages=tuple(messages)), lay_out)
+    else:
+        _verify_no_tools(messages)
+        turns = list(map(lay_out, messages))
+    if system is not None and turns:
+        opening, closing = family.folds_system or ("", "")
+        content = _trim_content(family, messages[0].content, True)
+        turns[0] = replace(turns[0], parts=((opening, True), (system, False), (closing, True), (content, False)))
     for index, turn in enumerate(turns):
         before, after = _choose_turn(family, turn.role, index)
         yield fill(before, turn.role)
-        is_folded = system is not None and index == 0
-        if system is not None and is_folded:
-            opening, closing = family.folds_system or ("", "")
-            yield from ((opening, True), (system, False), (closing, True))
-        yield _trim_content(family, turn.content, is_folded), False
+        yield from turn.parts
         yield fill(after, turn.role)
     yield fill(family.prompt)
+
+
+def _verify_no_tools(messages: Sequence[ChatMessage]) -> None:
+    if any(message.tool_calls for message in messages):
+        raise InvalidRequestError("this model's chat template has no place for tool calls", param="messages")
 
 
 def _trim_content(family: ChatFamily, content: str, is_folded: bool) -> str:
@@ -12250,16 +12539,9 @@ def _take_system(family: ChatFamily, messages: Sequence[ChatMessage]) -> tuple[s
     return None, turns
 
 
-def _verify_alternation(turns: Sequence[ChatMessage]) -> None:
-    for turn, role in zip(turns, itertools.cycle(("user", "assistant")), strict=False):
-        if turn.role != role:
-            message = "this model's chat template takes user and assistant messages in turn, the user's first"
-            raise InvalidRequestError(message, param="messages")
-
-
 def _choose_turn(family: ChatFamily, role: str, index: int) -> tuple[str, str]:
     """What comes before and after a turn; only the first system message is laid out as such where both differ."""
-    if role in ("system", "user", "assistant"):
+    if role in ("system", "user", "assistant") or role in family.turns:
         general = family.turns.get("*")
         found = general if general and role == "system" and index else family.turns.get(role, general)
         if found is not None:
@@ -12280,14 +12562,18 @@ def _import_jinja_sandbox() -> Any:
 
 
 class _JinjaLayout:
-    """A model's own template, run as Hugging Face's libraries run it, with bounds.
+    """A model's own template, run as Hugging Face's libraries run it, with bounds; `templates`: the one with tools last.
 
     Bounded: attributes (the sandbox), lines run, ranges, sums, products and powers, the length of the output. Not
     bounded: the memory that a single filter or method of a text takes; the worker's process bounds that.
     """
 
     def __init__(
-        self, sandbox: Any, template: str, tokens: Mapping[str, str], now: Callable[[], datetime.datetime]
+        self,
+        sandbox: Any,
+        templates: tuple[str, str],
+        tokens: Mapping[str, str],
+        now: Callable[[], datetime.datetime],
     ) -> None:
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
@@ -12301,21 +12587,23 @@ class _JinjaLayout:
         faults = (_TemplateRunawayError, sandbox.SecurityError, OverflowError, RecursionError, MemoryError)
         self._template_faults: tuple[type[Exception], ...] = faults
         self._template_error: type[Exception] = importlib.import_module("jinja2.exceptions").TemplateError
+        self._plain, self._with_tools = (self._compile(environment, template) for template in templates)
+
+    def _compile(self, environment: Any, template: str) -> Any:
         # Blocks that mark what an assistant wrote, for training: what they hold is laid out as it is.
         template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
         template = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
         try:
-            self._template = environment.from_string(template)
-        except (*faults, self._template_error, ValueError, SyntaxError) as exc:
+            return environment.from_string(template)
+        except (self._template_error, ValueError, SyntaxError, *self._template_faults) as exc:
             problem = f"the model's chat template is not sound: {_shorten_message(exc)}"
             raise ModelFileError(f"{problem}; {_FAMILIES_ADVICE}") from exc
 
-    def __call__(self, messages: Sequence[ChatMessage]) -> list[ChatPart]:
-        limit = TEMPLATE_VALUE_LIMIT + 2 * sum(len(message.content) for message in messages)
-        given = [{"role": message.role, "content": message.content} for message in messages]
+    def __call__(self, conversation: Conversation) -> list[ChatPart]:
+        limit = TEMPLATE_VALUE_LIMIT + 2 * sum(map(len, conversation.list_texts()))
         try:
             with _line_limit("<template>", TEMPLATE_LINES_LIMIT):
-                return [(self._run(given, limit), True)]
+                return [(self._run(conversation, limit), True)]
         except BridgeError:
             raise
         except self._template_faults as exc:
@@ -12325,16 +12613,42 @@ class _JinjaLayout:
             problem = f"the model's chat template cannot lay out these messages: {_shorten_message(exc)}"
             raise InvalidRequestError(problem, param="messages") from exc
 
-    def _run(self, messages: list[dict[str, str]], limit_chars: int) -> str:
+    def _run(self, conversation: Conversation, limit_chars: int) -> str:
         pieces: list[str] = []
         length = 0
-        options = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        for piece in self._template.generate(**options, **self._variables):
+        template = self._with_tools if conversation.tools else self._plain
+        options = {
+            "messages": list(map(_build_template_message, conversation.messages)),
+            "tools": [tool.build_json() for tool in conversation.tools] or None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "enable_thinking": conversation.enable_thinking,
+        }
+        for piece in template.generate(**options, **self._variables):
             pieces.append(piece)
             length += len(piece)
             if length > limit_chars:
                 raise _TemplateRunawayError(f"more than {limit_chars} characters")
         return "".join(pieces)
+
+
+def _build_template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates read it. Ids of calls are in Mistral's form: all others only compare them, if that."""
+    built: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        built["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        built["tool_calls"] = [
+            {
+                "id": build_short_call_id(call.call_id),
+                "type": "function",
+                "function": {"name": call.name, "arguments": parse_arguments(call)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        built["tool_call_id"] = build_short_call_id(message.tool_call_id)
+    return built
 
 
 @contextlib.contextmanager
@@ -12398,17 +12712,6 @@ _BOUNDED_OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _encode_template_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's `tojson` without its escapes for HTML, as model authors expect it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _refuse_messages(message: object) -> None:
     """What a template calls to refuse a conversation."""
     text = _shorten_message(message)
@@ -12444,8 +12747,14 @@ class PromptEncoder:
         """The tokens of a chat or prompt, fewer than the context holds; else an error."""
         if not request.messages:
             return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
-        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
-        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
+        conversation = Conversation(
+            messages=request.messages,
+            tools=() if request.tool_use is None else request.tool_use.tools,
+            enable_thinking=request.enable_thinking,
+        )
+        texts = [*conversation.list_texts(), *(json.dumps(tool.parameters) for tool in conversation.tools)]
+        self._verify_size("".join(texts), "messages", parse_special=False)
+        return self._verify_tokens(encode_chat(self.tokenizer, self.template, conversation), "messages")
 
     def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
         """The tokens of a text, or those given; fewer than the context holds, else an error."""
@@ -12539,8 +12848,35 @@ def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str, copi
 ComputeLogprobs = Callable[[int, int], tuple[float, list[tuple[int, float]]]]
 
 
+MARK_TOKENS_LIMIT = 64  # tokens that may have come since a grammar's place in an answer
+THINK_TAIL_TOKENS = 16  # at the end of a prompt, which may begin the answer's thoughts
+
+
+def build_answer_parser(
+    request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder
+) -> AnswerParser | None:
+    """What tells thoughts and calls from the answer's text; None where there can be neither."""
+    template, tool_use = encoder.template, request.tool_use
+    if not request.messages or (tool_use is None and not template.thinks):
+        return None
+    if tool_use is not None and template.has_single_calls:
+        tool_use = replace(tool_use, is_parallel=False)
+    pieces = [encoder.tokenizer.token_bytes(token, special=True) for token in prompt[-THINK_TAIL_TOKENS:]]
+    is_thinking = template.thinks and b"".join(pieces).rstrip().endswith(THINK_BEGIN.encode())
+    return AnswerParser(template.tool_format, tool_use, thinks=template.thinks, is_thinking=is_thinking)
+
+
+def find_mark_tokens(encoder: PromptEncoder) -> frozenset[int]:
+    """The tokens that spell the marks of thoughts and calls: control tokens in some vocabularies, which show nothing."""
+    tool_format = encoder.template.tool_format
+    marks = [THINK_BEGIN, THINK_END] if encoder.template.thinks else []
+    marks += [] if tool_format is None else [tool_format.opening, tool_format.closing]
+    found = (encoder.tokenizer.find_token(mark) for mark in marks)
+    return frozenset(token for token in found if token is not None)
+
+
 class AnswerWriter:
-    """What one generation writes: its text, the log probabilities of its tokens, its end and its counts."""
+    """What one generation writes: text, thoughts, calls, the log probabilities of its tokens, its end and its counts."""
 
     def __init__(
         self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
@@ -12552,6 +12888,8 @@ class AnswerWriter:
         self._encoder = encoder
         self._clock = clock
         self._assembler = TextAssembler((*request.stop, *encoder.template.stop) if request.messages else request.stop)
+        self._parser = build_answer_parser(request, prompt, encoder)
+        self.marks = find_mark_tokens(encoder) if self._parser is not None else frozenset()
         self._started_s = clock()
         self._prefilled_s: float | None = None
 
@@ -12561,14 +12899,42 @@ class AnswerWriter:
         self.completion_tokens += 1
         tokenizer = self._encoder.tokenizer
         if token in tokenizer.end_of_generation_ids:
-            return self._drop_empty(self._assembler.finish(), self.finish("stop"))
-        delta = self._assembler.push(tokenizer.token_bytes(token), self._describe(token, compute))
-        if self._assembler.stopped:
-            return self._drop_empty(delta, self.finish("stop"))
+            return self._end(self._assembler.finish(), "stop")
+        data = tokenizer.token_bytes(token, special=token in self.marks)
+        delta = self._read(self._assembler.push(data, self._describe(token, compute)))
+        if self._assembler.stopped or (self._parser is not None and self._parser.is_over):
+            return self._drop_empty(delta, *self._end(TextDelta(text=""), "stop"))
         is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
         if is_full or self.completion_tokens == self._request.max_tokens:
-            return self._drop_empty(delta, self._assembler.finish(), self.finish("length"))
+            return self._drop_empty(delta, *self._end(self._assembler.finish(), "length"))
         return self._drop_empty(delta)
+
+    def _end(self, last: TextDelta, reason: str) -> list[EngineEvent]:
+        """The last of the text, and the end; one with calls has a reason of its own."""
+        if self._parser is None:
+            return self._drop_empty(last, self.finish(reason))
+        last, held = self._read(last), self._parser.finish()
+        rest = TextDelta(text=held.text, reasoning=held.reasoning, calls=held.calls)
+        has_called = reason == "stop" and self._parser.calls > 0
+        return self._drop_empty(last, rest, self.finish("tool_calls" if has_called else reason))
+
+    def _read(self, delta: TextDelta) -> TextDelta:
+        if self._parser is None or not delta.text:
+            return delta
+        piece = self._parser.push(delta.text)
+        return replace(delta, text=piece.text, reasoning=piece.reasoning, calls=piece.calls)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model writes its thoughts."""
+        return self._parser is not None and self._parser.phase is AnswerPhase.THINKING
+
+    def read_since(self, *, is_call: bool) -> bytes | None:
+        """What was written since the mark of the first call, or else the end of the thoughts; None before it."""
+        if self._parser is None:
+            return None
+        text = self._parser.since_mark if is_call else self._parser.since_thoughts
+        return None if text is None else text.encode("utf-8", "surrogatepass") + self._assembler.held_back
 
     def finish(self, reason: str) -> Finished:
         now_s = self._clock()
@@ -12584,9 +12950,7 @@ class AnswerWriter:
 
     @staticmethod
     def _drop_empty(*events: EngineEvent) -> list[EngineEvent]:
-        return [
-            event for event in events if not (isinstance(event, TextDelta) and not event.text and not event.logprobs)
-        ]
+        return [event for event in events if not (isinstance(event, TextDelta) and event.is_empty)]
 
     def _describe(self, token: int, compute: ComputeLogprobs) -> TokenLogprob | None:
         if self._request.top_logprobs is None:
@@ -12598,6 +12962,47 @@ class AnswerWriter:
     def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
         data = self._encoder.tokenizer.token_bytes(token)
         return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
+
+
+class GrammarStart(enum.Enum):
+    """Where in an answer its grammar begins."""
+
+    AT_ONCE = "at once"
+    AFTER_THOUGHTS = "after the thoughts"
+    AT_CALL = "at the first call"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AnswerGrammar:
+    """A grammar, and where it begins. `is_vital`: without it the answer is not what was asked for."""
+
+    grammar: str
+    start: GrammarStart
+    is_vital: bool
+
+
+def choose_grammar(request: GenerationRequest, template: ChatTemplate, *, is_thinking: bool) -> AnswerGrammar | None:
+    """What limits an answer: the request's own grammar, or one for its calls. InvalidRequestError if there can be none.
+
+    Calls that the model is free to make are held to their functions' schemas once it has begun one.
+    """
+    start = GrammarStart.AFTER_THOUGHTS if is_thinking else GrammarStart.AT_ONCE
+    if request.grammar is not None:
+        return AnswerGrammar(grammar=request.grammar, start=start, is_vital=True)
+    tool_use, tool_format = request.tool_use, template.tool_format
+    if tool_use is None or tool_format is None:
+        return None
+    is_vital = tool_use.is_required or any(tool.is_strict for tool in tool_use.tools)
+    if template.has_single_calls:
+        tool_use = replace(tool_use, is_parallel=False)
+    start = start if tool_use.is_required else GrammarStart.AT_CALL
+    try:
+        grammar = build_tool_grammar(tool_use, tool_format, is_open=start is GrammarStart.AT_CALL)
+    except ValueError as exc:
+        if not is_vital:
+            return None
+        raise InvalidRequestError(f"the schemas in 'tools' cannot be followed: {exc}", param="tools") from exc
+    return AnswerGrammar(grammar=grammar, start=start, is_vital=is_vital)
 
 
 def normalize(vector: Sequence[float]) -> tuple[float, ...]:
@@ -14002,6 +14407,7 @@ def load_builtin_backend(
         size_bytes=summary.size_bytes,
         slots=load.slots,
         engine="builtin",
+        features=SAMPLING_FEATURES | template.features,
     )
     return BuiltinBackend(info, model)
 
@@ -14150,10 +14556,14 @@ class NativeLog:
 
 @record(frozen=True, kw_only=True, slots=True)
 class NativeSampler:
-    """What draws the tokens of one sequence: a chain of samplers, and a grammar that it has to keep to, or None."""
+    """What draws the tokens of one sequence: a chain of samplers, and a grammar that it has to keep to, or None.
+
+    `silent`: tokens that the grammar would take for a spelling that they do not show.
+    """
 
     chain: Any
     grammar: Any
+    silent: frozenset[int] = frozenset()
 
 
 class NativeContext:
@@ -14208,26 +14618,25 @@ class NativeContext:
             token: int = self._llama.llama_sampler_sample(sampler.chain, self._context, row)
         else:
             token = self._draw(sampler.chain, logits, None)
-            if token in self.silent_tokens or not self._is_allowed(
-                sampler.grammar, token
-            ):  # asking about all tokens takes a hundred times as long
-                token = self._draw(sampler.chain, logits, sampler.grammar)
+            # Asking about all tokens takes a hundred times as long.
+            if token in sampler.silent or not self._is_allowed(sampler.grammar, token):
+                token = self._draw(sampler.chain, logits, sampler)
             self._llama.llama_sampler_accept(sampler.chain, token)
             self._llama.llama_sampler_accept(sampler.grammar, token)
         if not math.isfinite(logits[token]):
             raise EngineError("the model's output is not a number")
         return token
 
-    def _draw(self, chain: Any, logits: Any, grammar: Any) -> int:
-        """Draw one of all tokens, or of those that the grammar allows."""
+    def _draw(self, chain: Any, logits: Any, limits: NativeSampler | None) -> int:
+        """Draw one of all tokens, or of those that a sampler's grammar allows."""
         llama, numpy = self._llama, self._numpy
         data = numpy.zeros(self.n_vocab, dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")])
         data["id"] = numpy.arange(self.n_vocab)
         data["logit"] = numpy.ctypeslib.as_array(logits, shape=(self.n_vocab,))
         array = llama.llama_token_data_array(data.ctypes.data_as(llama.llama_token_data_p), self.n_vocab, -1, False)
-        if grammar is not None:
-            data["logit"][list(self.silent_tokens)] = -math.inf
-            llama.llama_sampler_apply(grammar, array)
+        if limits is not None:
+            data["logit"][list(limits.silent)] = -math.inf
+            llama.llama_sampler_apply(limits.grammar, array)
             if not numpy.isfinite(data["logit"]).any():
                 raise EngineError("the grammar allows none of the model's tokens here")
         llama.llama_sampler_apply(chain, array)
@@ -14262,19 +14671,20 @@ class NativeContext:
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def build_sampler(
-        self, params: SamplingParams, seed: int, prompt: Sequence[int], grammar: str | None = None
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        grammar: str | None = None,
+        marks: frozenset[int] = frozenset(),
     ) -> NativeSampler:
         """What draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`.
 
-        InvalidRequestError for a grammar that llama.cpp does not understand.
+        `marks`: tokens whose spelling counts, though they show nothing. InvalidRequestError for a grammar that llama.cpp
+        does not understand.
         """
-        llama, allowed = self._llama, None
-        if grammar is not None:
-            text = grammar.encode("utf-8", "replace")
-            if b"\0" not in text:  # where C ends a text
-                allowed = llama.llama_sampler_init_grammar(self.vocabulary, text, b"root")
-            if not allowed:
-                raise InvalidRequestError("llama.cpp does not understand the grammar", param="grammar")
+        llama = self._llama
+        allowed = None if grammar is None else self._build_grammar(grammar)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         stages = []
         if params.logit_bias:
@@ -14297,7 +14707,34 @@ class NativeContext:
             llama.llama_sampler_chain_add(chain, stage)
         for token in prompt[-PENALTY_WINDOW_TOKENS:]:
             llama.llama_sampler_accept(chain, token)
-        return NativeSampler(chain=chain, grammar=allowed)
+        return NativeSampler(chain=chain, grammar=allowed, silent=self.silent_tokens - marks)
+
+    def _build_grammar(self, grammar: str, root: str = "root") -> Any:
+        text = grammar.encode("utf-8", "replace")
+        if b"\0" not in text:  # where C ends a text
+            sampler = self._llama.llama_sampler_init_grammar(self.vocabulary, text, root.encode())
+            if sampler:
+                return sampler
+        raise InvalidRequestError("llama.cpp does not understand the grammar", param="grammar")
+
+    def verify_grammar(self, grammar: str) -> None:
+        """InvalidRequestError for a grammar that llama.cpp does not understand."""
+        self._llama.llama_sampler_free(self._build_grammar(grammar))
+
+    def begin_grammar(
+        self, sampler: NativeSampler, grammar: str, before: str, tokens: Sequence[int]
+    ) -> NativeSampler | None:
+        """The sampler with a grammar that begins after `before`, with which the last `tokens` begin.
+
+        None if what follows it in them is not as the grammar wants it.
+        """
+        begun = self._build_grammar(*start_grammar(grammar, before))
+        for token in tokens:
+            if not self._is_allowed(begun, token):  # to accept it would end the process
+                self._llama.llama_sampler_free(begun)
+                return None
+            self._llama.llama_sampler_accept(begun, token)
+        return replace(sampler, grammar=begun)
 
     def free_sampler(self, sampler: NativeSampler) -> None:
         self._llama.llama_sampler_free(sampler.chain)
@@ -14493,9 +14930,15 @@ class LlamaGeneration:
     """One sequence: it waits for its slot, then its prompt is read slice by slice, then it writes a token a step."""
 
     def __init__(
-        self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: NativeSampler
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        writer: AnswerWriter,
+        sampler: NativeSampler,
+        awaited: AnswerGrammar | None = None,
     ) -> None:
         self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
+        self.awaited = awaited  # the grammar that is to begin later
         self.slot: Slot | None = None
         self.next: int | None = None  # drawn, not computed yet
 
@@ -14605,8 +15048,11 @@ class LlamaBackend:
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         seed = self._model.draw_seed() if sampling.seed is None else sampling.seed
         writer = AnswerWriter(request, prompt, self._model.encoder, self._model.clock)
-        sampler = self._context.build_sampler(sampling, seed, prompt, request.grammar)
-        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler)
+        limits = self._choose_grammar(request, writer)
+        begins_later = limits is not None and limits.start is not GrammarStart.AT_ONCE
+        grammar = None if limits is None or begins_later else limits.grammar
+        sampler = self._context.build_sampler(sampling, seed, prompt, grammar, writer.marks)
+        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler, limits if begins_later else None)
 
     def cancel(self, job_id: int) -> None:
         if job_id in self._embedding:
@@ -14622,6 +15068,18 @@ class LlamaBackend:
         for job_id in (*self._reading, *self._writing, *self._embedding):
             self.cancel(job_id)
         self._context.close()
+
+    def _choose_grammar(self, request: GenerationRequest, writer: AnswerWriter) -> AnswerGrammar | None:
+        limits = choose_grammar(request, self._model.encoder.template, is_thinking=writer.is_thinking)
+        if limits is None or limits.start is GrammarStart.AT_ONCE:
+            return limits
+        try:
+            self._context.verify_grammar(limits.grammar)
+        except InvalidRequestError:
+            if limits.is_vital:
+                raise
+            return None
+        return limits
 
     # Generations
 
@@ -14698,14 +15156,35 @@ class LlamaBackend:
             return [PrefillProgress(done=len(part.slot.tokens), total=total, cached=job.writer.cached_tokens)]
         try:
             job.next = self._context.sample(job.sampler, row)
+            events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
+            if job.awaited is not None:
+                self._begin_grammar(job, job.awaited)
         except EngineError as exc:
             return [event for _, event in self._fail(part, exc)]
-        events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
         if events and isinstance(events[-1], Finished):
             self._end_generation(part.job_id)
         elif part.job_id in self._reading:
             self._writing[part.job_id] = self._reading.pop(part.job_id)
         return events
+
+    def _begin_grammar(self, job: LlamaGeneration, limits: AnswerGrammar) -> None:
+        """Have a grammar take over where its place in the answer is reached, perhaps within the newest token."""
+        since = job.writer.read_since(is_call=limits.start is GrammarStart.AT_CALL)
+        if since is None or job.next is None:
+            return
+        job.awaited = None
+        tokens, written = list[int](), b""
+        for token in [job.next, *reversed(job.computed[-MARK_TOKENS_LIMIT:])]:
+            if len(written) >= len(since):
+                break
+            tokens.insert(0, token)
+            written = self._model.encoder.tokenizer.token_bytes(token, special=True) + written
+        before = written[: len(written) - len(since)].decode("utf-8", "replace")
+        sampler = self._context.begin_grammar(job.sampler, limits.grammar, before, tokens)
+        if sampler is not None:
+            job.sampler = sampler
+        elif limits.is_vital:
+            raise EngineError("the model's answer does not begin as it must: ask again, or another model")
 
     def _fail(self, part: BatchPart, error: EngineError) -> list[tuple[int, EngineEvent]]:
         part.slot.truncate(0)
@@ -14789,7 +15268,7 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
             size_bytes=context.size_bytes,
             slots=load.slots,
             engine="llama",
-            features=SAMPLING_FEATURES | GRAMMAR_FEATURES,
+            features=SAMPLING_FEATURES | GRAMMAR_FEATURES | template.features,
         )
         backend = LlamaBackend(info, model)
         warm_up(backend, model)

@@ -17,6 +17,7 @@ import dvai_bridge as d
 from dvai_bridge import (
     CHAT_FAMILIES,
     ChatMessage,
+    Conversation,
     InvalidRequestError,
     ModelFileError,
     TokenKind,
@@ -122,6 +123,7 @@ REAL_TEMPLATES = {
     "meta-llama-Llama-3.3-70B-Instruct": "llama3",
     "google-gemma-2-2b-it": "gemma",
     "microsoft-Phi-3.5-mini-instruct": "phi3",
+    "mistralai-Mistral-Nemo-Instruct-2407": "mistralnemo",
 }
 # Templates that show a family's marks and do more: without Jinja they are refused, not guessed.
 UNUSUAL_TEMPLATES = [
@@ -134,13 +136,16 @@ UNUSUAL_TEMPLATES = [
     "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
     "meetkai-functionary-medium-v3.1",
     "fireworks-ai-llama-3-firefunction-v2",
-    "mistralai-Mistral-Nemo-Instruct-2407",
 ]
 
 
 def chat(*turns: str) -> list[ChatMessage]:
     """Messages from "role: content" strings; the content is all that follows the colon and one space."""
     return [ChatMessage(role=role, content=content) for role, _, content in (turn.partition(": ") for turn in turns)]
+
+
+def talk(*turns: str) -> Conversation:
+    return Conversation(messages=tuple(chat(*turns)))
 
 
 CONVERSATIONS = [
@@ -256,6 +261,11 @@ EXPECTED = {
     "a<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
     "c<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST]",
+    "llama3.1": "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 04 Mar 2025\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "a<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "c<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistralnemo": "<s>[INST]a[/INST]b</s>[INST]S\n\nc[/INST]",
     "mistral": "<s>[INST] S\n\na [/INST]b</s>[INST] c [/INST]",
     "zephyr": "<|system|>\nS</s>\n<|user|>\na</s>\n<|assistant|>\nb</s>\n<|user|>\nc</s>\n<|assistant|>\n",
     "phi3": "<|system|>\nS<|end|>\n<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n",
@@ -269,7 +279,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", CHAT_FAMILIES)
 def test_a_family_can_be_named(name: str) -> None:
-    template = load_chat_template(metadata_with("{{ nonsense }"), name.upper().replace("LLAMA", "Llama-"))
+    template = load_chat_template(
+        metadata_with("{{ nonsense }"), name.upper().replace("LLAMA", "Llama-").replace("LNEMO", "l-nemo"), now=on_a_day
+    )
     assert template.source == name
     assert template.render(chat("system: S", "user: a", "assistant: b", "user: c")) == EXPECTED[name]
 
@@ -443,14 +455,14 @@ def test_messages_cannot_spell_control_tokens(attack: str, engine: str, monkeypa
     assert template.source == engine
 
     def control_tokens(*turns: str) -> list[str]:
-        ids = encode_chat(tokenizer, template, chat(*turns))
+        ids = encode_chat(tokenizer, template, talk(*turns))
         texts = [tokenizer.token_text(token_id) for token_id in ids]
         return [text for text in texts if tokenizer.find_control_texts(text) == [text]]
 
     sound = control_tokens("system: x", "user: y", "assistant: z", "user: y")
     assert sound == ["<|im_start|>", "<|im_end|>"] * 4 + ["<|im_start|>"]
     assert control_tokens(f"system: {attack}", f"user: {attack}", f"assistant: {attack}", f"user: {attack}") == sound
-    ids = encode_chat(tokenizer, template, chat(f"user: {attack}"))
+    ids = encode_chat(tokenizer, template, talk(f"user: {attack}"))
     text = b"".join(tokenizer.token_bytes(token_id, special=True) for token_id in ids).decode()
     assert text == f"<|im_start|>user\n{attack}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -458,7 +470,7 @@ def test_messages_cannot_spell_control_tokens(attack: str, engine: str, monkeypa
 def test_a_template_still_edits_messages_that_spell_control_tokens() -> None:
     template = jinja("{% for m in messages %}<|im_start|>{{ m.content | trim | upper }}<|im_end|>{% endfor %}")
     tokenizer = load(chat_tokenizer_metadata())
-    parts = template.render_parts(chat("user:  a<|im_end|>b "), tokenizer.find_control_texts)
+    parts = template.render_parts(talk("user:  a<|im_end|>b "), tokenizer.find_control_texts)
     assert parts == [("<|im_start|>A", True), ("<|im_end|>", False), ("B<|im_end|>", True)]
 
 
@@ -467,21 +479,22 @@ def test_the_first_token_comes_once(template: str) -> None:
     metadata = {**spm_metadata(), "tokenizer.chat_template": template + "{{ messages[0].content }}"}
     require("jinja2")
     tokenizer = load(spm_metadata())
-    ids = encode_chat(tokenizer, load_chat_template(metadata), chat("user: a"))
+    ids = encode_chat(tokenizer, load_chat_template(metadata), talk("user: a"))
     assert ids.count(1) == max(1, template.count("bos_token"))
     assert ids[0] == 1
     assert tokenizer.token_text(ids[-1]) == "▁a"
     plain = load(spm_metadata(add_bos_token=False))
-    assert encode_chat(plain, load_chat_template(metadata), chat("user: a")).count(1) == template.count("bos_token")
+    assert encode_chat(plain, load_chat_template(metadata), talk("user: a")).count(1) == template.count("bos_token")
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS[:8])
 def test_both_ways_give_the_same_tokens(messages: list[ChatMessage], monkeypatch: pytest.MonkeyPatch) -> None:
     require("jinja2")
+    conversation = Conversation(messages=tuple(messages))
     tokenizer = load(chat_tokenizer_metadata())
-    by_jinja = encode_chat(tokenizer, load_chat_template(metadata_with(TEMPLATES["chatml SmolLM2"])), messages)
+    by_jinja = encode_chat(tokenizer, load_chat_template(metadata_with(TEMPLATES["chatml SmolLM2"])), conversation)
     without_jinja(monkeypatch)
-    by_family = encode_chat(tokenizer, load_chat_template(metadata_with(TEMPLATES["chatml SmolLM2"])), messages)
+    by_family = encode_chat(tokenizer, load_chat_template(metadata_with(TEMPLATES["chatml SmolLM2"])), conversation)
     assert by_jinja == by_family
 
 
@@ -496,7 +509,7 @@ def test_messages_cannot_spell_the_control_tokens_of_real_vocabularies(vocabular
     specials = [text for text in tokenizer._matched if tokenizer.find_control_texts(text) == [text]]
 
     def control_tokens(content: str) -> list[str]:
-        ids = encode_chat(tokenizer, template, chat(f"user: {content}", f"assistant: {content}", "user: x"))
+        ids = encode_chat(tokenizer, template, talk(f"user: {content}", f"assistant: {content}", "user: x"))
         return [text for text in map(tokenizer.token_text, ids) if text in specials]
 
     assert len(specials) > 2
