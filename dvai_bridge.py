@@ -4627,7 +4627,8 @@ def parse_tool_name(fields: RequestFields) -> str:
 def parse_tool_calls(fields: RequestFields) -> tuple[ToolCall, ...]:
     """The calls that an assistant's message made."""
     calls = []
-    for index, item in enumerate(fields.array("tool_calls", MAX_TOOLS) if fields.values.get("tool_calls") else ()):
+    items = [] if fields.values.get("tool_calls", []) == [] else fields.array("tool_calls", MAX_TOOLS)
+    for index, item in enumerate(items):
         call = RequestFields(item, f"{fields.locate('tool_calls')}[{index}]")
         if call.text("type") not in (None, "function"):
             raise call.refusal("type", "must be function")
@@ -4772,7 +4773,7 @@ def parse_tool(value: Any, path: str, *, may_enforce: bool) -> Tool:
 def parse_tool_use(fields: RequestFields, *, may_enforce: bool) -> ToolUse | None:
     """`tools`, `tool_choice` and `parallel_tool_calls`; None when nothing is to be called."""
     choice = fields.values.get("tool_choice", "auto")
-    if not fields.values.get("tools"):
+    if fields.values.get("tools", []) == []:
         if choice not in ("none", "auto"):
             raise fields.refusal("tool_choice", "is only allowed with 'tools'")
         return None
@@ -4931,6 +4932,9 @@ def verify_completion_options(fields: RequestFields, n: int, prompts: Sequence[s
 def parse_completion_request(body: Any, *, features: frozenset[str], tenant: str = "") -> CompletionRequest:
     """The body of `POST /v1/completions`; `features` as in parse_chat_request."""
     fields = RequestFields(body)
+    for name in ("tools", "tool_choice", "chat_template_kwargs"):
+        if name in fields.values and fields.values[name] not in ENGINE_PARAMETERS[name]:
+            raise fields.refusal(name, "is for chat completions only")
     verify_features(fields, features)
     stream, include_usage = parse_stream(fields)
     n = fields.integer("n", 1, MAX_CHOICES, 1)
@@ -12363,7 +12367,7 @@ def load_chat_template(
         template = override
     if not template:
         name = _guess_family(metadata)
-        return _build_family_template(name, CHAT_FAMILIES[name], tokens, now)
+        return _build_family_template(name, replace(CHAT_FAMILIES[name], **_NO_TOOLS), tokens, now)
     if (sandbox := _import_jinja_sandbox()) is not None:
         with_tools = metadata.get("tokenizer.chat_template.tool_use") if override is None else None
         lay_out = _JinjaLayout(sandbox, (template, with_tools or template), tokens, now)
@@ -12593,9 +12597,10 @@ class _JinjaLayout:
         # Blocks that mark what an assistant wrote, for training: what they hold is laid out as it is.
         template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
         template = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
+        unsound: tuple[type[Exception], ...] = (self._template_error, ValueError, SyntaxError)
         try:
             return environment.from_string(template)
-        except (self._template_error, ValueError, SyntaxError, *self._template_faults) as exc:
+        except unsound + self._template_faults as exc:
             problem = f"the model's chat template is not sound: {_shorten_message(exc)}"
             raise ModelFileError(f"{problem}; {_FAMILIES_ADVICE}") from exc
 
