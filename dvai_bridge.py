@@ -4749,8 +4749,11 @@ def parse_response_format(fields: RequestFields) -> Any:
     return described.values["schema"]
 
 
-def parse_tool(value: Any, path: str, *, may_enforce: bool) -> Tool:
-    """One item of `tools`; `may_enforce`: the engine can hold arguments to a strict schema. `path` names it in errors."""
+def parse_tool(value: Any, path: str, verify_schema: Callable[[Any], object] | None) -> Tool:
+    """One item of `tools`. `path` names it in errors.
+
+    `verify_schema` raises ValueError for a strict schema that the engine cannot follow; None: it can follow none.
+    """
     fields = RequestFields(value, path)
     if fields.text("type") != "function":
         raise fields.refusal("type", "must be function")
@@ -4759,26 +4762,26 @@ def parse_tool(value: Any, path: str, *, may_enforce: bool) -> Tool:
     if not isinstance(parameters, dict):
         raise function.refusal("parameters", "must be a JSON schema")
     is_strict = function.flag("strict")
-    if is_strict and not may_enforce:
+    if is_strict and verify_schema is None:
         raise function.refusal("strict", f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
-    if is_strict:
+    if is_strict and verify_schema is not None:
         try:
-            build_json_grammar(parameters)
+            verify_schema(parameters)
         except ValueError as exc:
             raise function.refusal("parameters", f"has a schema that cannot be followed: {exc}") from exc
     name, description = parse_tool_name(function), function.text("description")
     return Tool(name=name, description=description, parameters=parameters, is_strict=is_strict)
 
 
-def parse_tool_use(fields: RequestFields, *, may_enforce: bool) -> ToolUse | None:
-    """`tools`, `tool_choice` and `parallel_tool_calls`; None when nothing is to be called."""
+def parse_tool_use(fields: RequestFields, verify_schema: Callable[[Any], object] | None) -> ToolUse | None:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; None when nothing is to be called. See parse_tool."""
     choice = fields.values.get("tool_choice", "auto")
     if fields.values.get("tools", []) == []:
         if choice not in ("none", "auto"):
             raise fields.refusal("tool_choice", "is only allowed with 'tools'")
         return None
     items = fields.array("tools", MAX_TOOLS)
-    tools = tuple(parse_tool(item, f"tools[{index}]", may_enforce=may_enforce) for index, item in enumerate(items))
+    tools = tuple(parse_tool(item, f"tools[{index}]", verify_schema) for index, item in enumerate(items))
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise fields.refusal("tools", "must have different names")
@@ -4837,7 +4840,8 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     fields = RequestFields(body)
     verify_features(fields, features)
     stream, include_usage = parse_stream(fields)
-    grammar, tool_use = parse_grammar(fields), parse_tool_use(fields, may_enforce="tool_choice" in features)
+    verify_schema = build_json_grammar if "tool_choice" in features else None
+    grammar, tool_use = parse_grammar(fields), parse_tool_use(fields, verify_schema)
     if grammar is not None and tool_use is not None:
         name = next(name for name in ("response_format", "json_schema", "grammar") if fields.values.get(name))
         raise fields.refusal(name, "cannot be combined with 'tools', unless 'tool_choice' is none")
@@ -5507,8 +5511,8 @@ class AnswerParser:
 
     `tool_format` None: it makes no calls. `thinks`: it may begin with its thoughts; `is_thinking`: its prompt already
     has begun them. `names`: what it may call. `is_over`: the one call that it may make is made.
-    `since_thoughts` and `since_mark`: all text since the thoughts ended, or since the mark of a call (the brace, where a
-    call needs none), as of the push that told; a grammar for what follows takes over there.
+    `since_thoughts` and `since_mark`: all text since the thoughts ended, or since the mark of a call (the brace, where
+    a call needs none), as of the push that told; a grammar for what follows takes over there.
     """
 
     def __init__(
@@ -5747,12 +5751,12 @@ def build_tool_grammar(tool_use: ToolUse, tool_format: ToolFormat, *, is_open: b
     builder = GrammarBuilder()
     calls = [_build_call_rule(builder, tool, tool_format) for tool in tool_use.callable_tools]
     call = builder.add_rule(" | ".join(calls))
-    most = FORCED_CALLS_LIMIT - 1 if tool_use.is_parallel else 0
+    more = f"{{0,{FORCED_CALLS_LIMIT - 1}}}" if tool_use.is_parallel else "{0}"
     opening, closing = map(quote_grammar_text, (tool_format.opening, tool_format.closing))
     if tool_format.is_list:
-        calls_text = f'ws "[" ws {call} ("," ws {call}){{0,{most}}} ws "]"'
+        calls_text = f'ws "[" ws {call} ("," ws {call}){more} ws "]"'
     elif tool_format.closing:
-        calls_text = f"ws {call} ws {closing} (ws {opening} ws {call} ws {closing}){{0,{most}}}"
+        calls_text = f"ws {call} ws {closing} (ws {opening} ws {call} ws {closing}){more}"
     else:
         return builder.build(call)
     return builder.build(calls_text if is_open else f"{opening} {calls_text}")
@@ -10392,7 +10396,7 @@ class PrefillProgress:
 class TextDelta:
     """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs.
 
-    `reasoning` and `calls`: more of the model's thoughts, and of its calls of tools. `logprobs` are those of all tokens.
+    `reasoning` and `calls`: more of the model's thoughts, and of its calls. `logprobs` are those of all tokens.
     """
 
     text: str
@@ -12150,7 +12154,7 @@ _LLAMA3 = ChatFamily(
 
 
 def build_dated_llama3(date: str) -> ChatFamily:
-    """Llama 3.1 and later always have a system turn, which begins with two dates, and tools. `date`: as ChatFamily's."""
+    """Llama 3.1 and later: a system turn always, which begins with two dates, and tools. `date`: as ChatFamily's."""
     before, after = _LLAMA3.turns["*"]
     dates = "{environment}Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
     return replace(
@@ -12566,7 +12570,7 @@ def _import_jinja_sandbox() -> Any:
 
 
 class _JinjaLayout:
-    """A model's own template, run as Hugging Face's libraries run it, with bounds; `templates`: the one with tools last.
+    """A model's own templates, without tools and with them, run as Hugging Face's libraries run them, with bounds.
 
     Bounded: attributes (the sandbox), lines run, ranges, sums, products and powers, the length of the output. Not
     bounded: the memory that a single filter or method of a text takes; the worker's process bounds that.
@@ -12872,7 +12876,7 @@ def build_answer_parser(
 
 
 def find_mark_tokens(encoder: PromptEncoder) -> frozenset[int]:
-    """The tokens that spell the marks of thoughts and calls: control tokens in some vocabularies, which show nothing."""
+    """The tokens that spell the marks of thoughts and calls; control tokens, which show nothing, are among them."""
     tool_format = encoder.template.tool_format
     marks = [THINK_BEGIN, THINK_END] if encoder.template.thinks else []
     marks += [] if tool_format is None else [tool_format.opening, tool_format.closing]
@@ -12881,7 +12885,7 @@ def find_mark_tokens(encoder: PromptEncoder) -> frozenset[int]:
 
 
 class AnswerWriter:
-    """What one generation writes: text, thoughts, calls, the log probabilities of its tokens, its end and its counts."""
+    """What one generation writes: text, thoughts, calls, its tokens' log probabilities, its end and its counts."""
 
     def __init__(
         self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
@@ -14685,8 +14689,8 @@ class NativeContext:
     ) -> NativeSampler:
         """What draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`.
 
-        `marks`: tokens whose spelling counts, though they show nothing. InvalidRequestError for a grammar that llama.cpp
-        does not understand.
+        `marks`: tokens whose spelling counts, though they show nothing. InvalidRequestError for a grammar that
+        llama.cpp does not understand.
         """
         llama = self._llama
         allowed = None if grammar is None else self._build_grammar(grammar)
@@ -21423,7 +21427,7 @@ def parse_upstream_answer(status: int, headers: Mapping[str, str], data: bytes) 
 
 _PEER_FEATURES = frozenset(
     {"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format"}
-    | {"logprobs", "logit_bias", "reasoning_effort"}
+    | {"logprobs", "logit_bias", "reasoning_effort", "chat_template_kwargs"}
 )
 _PEER_FIELDS = frozenset(
     {"model", "messages", "prompt", "input", "encoding_format", "dimensions", "stream", "stream_options", "n", "seed"}
@@ -21449,8 +21453,11 @@ def build_restricted_body(form: ForwardForm, body: Mapping[str, Any], tokens_lim
     parse_sampling(fields)
     fields.integer("n", 1, MAX_CHOICES, 1)
     if form is ForwardForm.CHAT:
+        parse_tool_use(fields, lambda schema: None)
+        parse_enable_thinking(fields)
         for index, message in enumerate(fields.array("messages", MAX_MESSAGES)):
             verify_content_is_data(message, f"messages[{index}]")
+            parse_tool_calls(RequestFields(message, f"messages[{index}]"))
     else:
         parse_inputs(fields, "prompt", MAX_CHOICES)
     wanted = parse_max_tokens(fields, low=0, default=None)
@@ -22907,7 +22914,7 @@ class ChatForm:
         return build_chat_chunk(self.head, index, CHAT_ROLE_DELTA, include_usage=self.parsed.include_usage)
 
     def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]:
-        """Thoughts, text, the name of a call and its arguments each have a chunk; the last has the log probabilities."""
+        """Thoughts, text, a call's name and its arguments each have a chunk; the last has the log probabilities."""
         deltas: list[dict[str, Any]] = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
         deltas += [{"content": delta.text}] if delta.text else []
         for call in delta.calls:
@@ -25024,13 +25031,16 @@ class Completion:
         async for piece in completion.token_stream: ...
         print(await completion.stats)
 
-    Both belong to one reading of one answer: `stats` reads what is left of the stream. Reading raises the BridgeError
-    that the request ends with. Who leaves before the end calls `aclose`.
+    So are `tool_calls`, which the model made of the `tools` that it was given, and `reasoning`, its thoughts. All
+    belong to one reading of one answer: they read what is left of the stream. Reading raises the BridgeError that the
+    request ends with. Who leaves before the end calls `aclose`.
     """
 
     def __init__(self, handle: Handler, body: Mapping[str, Any], *, stream: bool) -> None:
         self.token_stream: AsyncGenerator[str, None] = self._read(handle, body, stream)
         self._usage: Mapping[str, Any] = {}
+        self._calls: dict[int, ToolCall] = {}
+        self._reasoning: list[str] = []
         self._error: BridgeError | None = None
         self._headers: Headers = Headers(())
         self._began_s = 0.0
@@ -25042,16 +25052,37 @@ class Completion:
         """What it took, once the answer has been written."""
         return self._wait_stats()
 
+    @property
+    def tool_calls(self) -> Awaitable[tuple[ToolCall, ...]]:
+        """The calls that the answer makes, once it has been written."""
+        return self._wait_calls()
+
+    @property
+    def reasoning(self) -> Awaitable[str]:
+        """What the model thought, once the answer has been written."""
+        return self._wait_reasoning()
+
     async def aclose(self) -> None:
         """End the answer where it is."""
         await self.token_stream.aclose()
 
-    async def _wait_stats(self) -> CompletionStats:
+    async def _wait_end(self) -> float:
         async for _ in self.token_stream:
             pass
         if self._ended_s is None:
             raise EngineError("the answer was not read to its end")
-        return self._build_stats(self._ended_s)
+        return self._ended_s
+
+    async def _wait_stats(self) -> CompletionStats:
+        return self._build_stats(await self._wait_end())
+
+    async def _wait_calls(self) -> tuple[ToolCall, ...]:
+        await self._wait_end()
+        return tuple(call for _, call in sorted(self._calls.items()))
+
+    async def _wait_reasoning(self) -> str:
+        await self._wait_end()
+        return "".join(self._reasoning)
 
     def _build_stats(self, ended_s: float) -> CompletionStats:
         usage, first_s = self._usage.get("usage") or {}, self._first_s
@@ -25097,10 +25128,23 @@ class Completion:
             self._error = read_refusal(502, data.encode())
         if chunk.get("usage"):
             self._usage = chunk
-        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or ())
-        if text and self._first_s is None:
+        deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        reasoning = "".join(delta.get("reasoning_content") or "" for delta in deltas)
+        firsts = [choice for choice in chunk.get("choices") or () if choice.get("index") == 0]
+        calls = [call for choice in firsts for call in (choice.get("delta") or {}).get("tool_calls") or ()]
+        if (text or reasoning or calls) and self._first_s is None:
             self._first_s = time.monotonic()
+        self._reasoning.append(reasoning)
+        for call in calls:
+            self._take_call(call)
         return text
+
+    def _take_call(self, fragment: Mapping[str, Any]) -> None:
+        """More of a call, of which only the first fragment has its id and name."""
+        index, function = fragment["index"], fragment["function"]
+        call = self._calls.get(index) or ToolCall(call_id=fragment["id"], name=function["name"], arguments="")
+        self._calls[index] = replace(call, arguments=call.arguments + function["arguments"])
 
 
 def build_own_request(body: Mapping[str, Any]) -> HttpRequest:
@@ -25525,6 +25569,16 @@ class BlockingCompletion:
     def stats(self) -> CompletionStats:
         """What it took, once the answer has been written: waits for that."""
         return cast(CompletionStats, self._wait(self._completion._wait_stats()))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """See Completion.tool_calls: waits for the end."""
+        return cast("tuple[ToolCall, ...]", self._wait(self._completion._wait_calls()))
+
+    @property
+    def reasoning(self) -> str:
+        """See Completion.reasoning: waits for the end."""
+        return cast(str, self._wait(self._completion._wait_reasoning()))
 
     def close(self) -> None:
         """End the answer where it is."""

@@ -1,15 +1,12 @@
-"""Thoughts, text and calls told apart: whole, character by character and in random pieces; grammars that force calls."""
+"""Thoughts, text and calls told apart, however they are cut; grammars that force calls."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 
-import dvai_bridge as d
 from dvai_bridge import (
     CALL_HELD_LIMIT_CHARS,
     JSON_DEPTH_LIMIT,
@@ -22,7 +19,8 @@ from dvai_bridge import (
     ToolUse,
     build_tool_grammar,
     parse_python_call,
-    recognize_tool_format,
+    quote_grammar_text,
+    start_grammar,
 )
 
 NOTHING = {"type": "object", "properties": {}}
@@ -101,8 +99,8 @@ HERMES_CASES = {
         ("", "", [("f", '{"a": "</tool_call>{\\"}", "b": "<tool_call>"}')]),
     ),
     "every kind of value": (
-        '<tool_call>{"name": "f", "arguments": {"a": [-1.5e-3, true, null, "\\ud83d\\ude00 é"], "b": {"": 0}}}</tool_call>',
-        ("", "", [("f", '{"a": [-1.5e-3, true, null, "\\ud83d\\ude00 é"], "b": {"": 0}}')]),
+        '<tool_call>{"name": "f", "arguments": {"a": [-1.5e-3, true, null, "\\ud83d\\ude00 é"], "": {}}}</tool_call>',
+        ("", "", [("f", '{"a": [-1.5e-3, true, null, "\\ud83d\\ude00 é"], "": {}}')]),
     ),
     "a line break in a string": (
         '<tool_call>{"name": "f", "arguments": {"code": "a\n\tb"}}</tool_call>',
@@ -378,35 +376,66 @@ def test_json_is_taken(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "x,",
-        "}",
-        "{,",
-        "{1",
-        "[,",
-        "[1,]",
-        '{"a"}',
-        '{"a",',
-        '{"a" 1',
-        '{"a": }',
-        "[01]",
-        "[1.]",
-        "[+1]",
-        "[tru]",
-        "[NaN]",
-    ]
-    + [
-        "[-]",
-        '["\\x"]',
-        '["\\u00g0"]',
-        "[1}",
-        '{"a": 1]',
-        "[1 2]",
-        "[" + "1" * 65 + "]",
-        "[" * 65,
-        '{"a": 1,}',
-        "[.5]",
+        *("x,", "}", "{,", "{1", '{"a"}', '{"a",', '{"a" 1', '{"a": }', '{"a": 1]', '{"a": 1,}', "[1}", "[,", "[1,]"),
+        *("[1 2]", "[01]", "[1.]", "[.5]", "[+1]", "[-]", "[tru]", "[NaN]", '["\\x"]', '["\\u00g0"]'),
+        *("[" + "1" * 65 + "]", "[" * 65),
     ],
 )
 def test_what_is_no_json_is_refused_where_it_breaks(text):
     scanner = JsonScanner()
     assert not all(map(scanner.push, text))
+
+
+# Grammars
+
+
+def build_schema(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    ("tool_format", "root"),
+    [
+        (HERMES, '"<tool_call>" ws r11 ws "</tool_call>" (ws "<tool_call>" ws r11 ws "</tool_call>"){0,15}'),
+        (MISTRAL, '"[TOOL_CALLS]" ws "[" ws r11 ("," ws r11){0,15} ws "]"'),
+        (LLAMA, "r11"),
+    ],
+)
+def test_a_grammar_of_calls(tool_format, root, is_open):
+    schema = build_schema(a={"type": "null"})
+    tools = tuple(Tool(name=name, description=None, parameters=schema) for name in ("f", '"'))
+    grammar = build_tool_grammar(ToolUse(tools=tools), tool_format, is_open=is_open)
+    opening = quote_grammar_text(tool_format.opening) + " "
+    assert grammar.split("\n")[0] == "root ::= " + (root.removeprefix(opening) if is_open else root)
+    second = r'"\"\\\"\""'  # a name is a JSON text
+    assert r'"\"f\""' in grammar and second in grammar
+    use = ToolUse(tools=tools, only="f", is_parallel=False)
+    single = build_tool_grammar(use, tool_format, is_open=is_open)
+    assert second not in single and "{0,15}" not in single
+
+
+def test_schemas_are_followed_strictly_or_as_far_as_they_can_be():
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x*"}}, "required": ["a"]}
+    impossible = {"type": "object", "properties": {}, "required": ["a"], "additionalProperties": False}
+    for schema, rule in ((odd, r'"\"a\"" ":" ws string'), (impossible, '":" ws object ws')):
+        lenient = ToolUse(tools=(Tool(name="f", description=None, parameters=schema),))
+        assert rule in build_tool_grammar(lenient, HERMES, is_open=False)
+        strict = ToolUse(tools=(Tool(name="f", description=None, parameters=schema, is_strict=True),))
+        with pytest.raises(ValueError, match=r"is not supported|not described"):
+            build_tool_grammar(strict, HERMES, is_open=False)
+
+
+def test_each_schema_has_definitions_of_its_own():
+    tools = tuple(
+        Tool(name=name, description=None, parameters={"$ref": "#/$defs/x", "$defs": {"x": build_schema(**{name: {}})}})
+        for name in ("f", "g")
+    )
+    grammar = build_tool_grammar(ToolUse(tools=tools), HERMES, is_open=True)
+    assert r'"\"f\"" ":" ws value' in grammar and r'"\"g\"" ":" ws value' in grammar
+
+
+def test_a_grammar_begins_where_the_answer_is():
+    grammar, root = start_grammar('root ::= "a"', 'x"\n')
+    assert root == "begun-answer"
+    assert grammar == 'root ::= "a"\nbegun-answer ::= "x\\"\\n" [ \\t\\r\\n]{0,8} root\n'

@@ -103,11 +103,15 @@ COMMON = {
     "hello without tools": Transcript([SYSTEM, ask("Hello")], HELLO, tools=[]),
 }
 BOTH = Transcript([SYSTEM, ask("Weather in Paris and Rome?")], "Let me look.", [PARIS, ROME])
+BROKEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": Paris}}\n</tool_call>'
+UNKNOWN = '<tool_call>\n{"name": "call_bob", "arguments": {}}\n</tool_call>'
 THOUGHT = "Who divides it? Nobody."
 TRANSCRIPTS: Mapping[str, Mapping[str, Transcript]] = {
     "hermes": {
         **COMMON,
         "both": BOTH,
+        "broken": Transcript([SYSTEM, ask("Break it")], calls=[PARIS], raw=BROKEN),
+        "unknown": Transcript([SYSTEM, ask("Call Bob")], UNKNOWN, raw=UNKNOWN),
         "prime": Transcript([THINKER, ask("Is 7 prime?")], "Yes, it is.", tools=[], reasoning=THOUGHT),
         "thoughtful": Transcript([THINKER, ask("Weather in Rome?")], calls=[ROME], reasoning="I have to ask."),
     },

@@ -1,6 +1,6 @@
 """Teach the tests' tool model its conversations by heart, and write `tool_model.gguf`.
 
-    python tests/train_tool_model.py [--steps 900] [--output tests/tool_model.gguf]
+    python tests/train_tool_model.py [--steps 600] [--output tests/tool_model.gguf]
 
 Needs numpy. The result is a plain GGUF of architecture `llama`, Q8_0, that answers the questions of
 `tool_transcripts.py` as Hermes, Llama 3 and Mistral do, each when asked in that family's form. Whole pieces of text
@@ -43,7 +43,7 @@ CONTROL_TOKENS = (
 MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>")
 WORDS = re.compile(r" ?[A-Za-z_]{2,}| ?[^\sA-Za-z0-9_]+|\s{2,}")
 Example = tuple[list[int], int]  # tokens, and how many of them are the prompt
-Array_ = Any  # numpy's arrays
+Matrix = Any  # numpy's arrays, of any number of dimensions
 
 
 # ---- Vocabulary
@@ -57,7 +57,7 @@ def build_vocabulary() -> tuple[list[str], list[int]]:
     for text in renderings:
         for piece in boilerplate:
             text = text.replace(piece, "\0")
-        for piece in (*CONTROL_TOKENS, *MARKS):
+        for piece in (*CONTROL_TOKENS, *MARKS, "<s>", "</s>"):
             text = text.replace(piece, "\0")
         words |= {word for word in WORDS.findall(text) if "\0" not in word}
     pieces = [*MARKS, *boilerplate, *sorted(words)]
@@ -130,7 +130,7 @@ def encode_examples(tokenizer: d.Tokenizer, rng: random.Random) -> list[Example]
     return examples
 
 
-def build_batch(examples: list[Example]) -> tuple[Array_, Array_, Array_]:
+def build_batch(examples: list[Example]) -> tuple[Matrix, Matrix, Matrix]:
     """(tokens, targets, weights), each of shape (examples, longest - 1); only answers count."""
     length = max(len(tokens) for tokens, _ in examples) - 1
     tokens = np.zeros((len(examples), length), np.int64)
@@ -145,19 +145,19 @@ def build_batch(examples: list[Example]) -> tuple[Array_, Array_, Array_]:
 # ---- Network
 
 
-def normalize(x: Array_, gain: Array_) -> tuple[Array_, Any]:
+def normalize(x: Matrix, gain: Matrix) -> tuple[Matrix, Any]:
     scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON)
     return x * scale * gain, (x, scale, gain)
 
 
-def normalize_back(dy: Array_, kept: Any) -> tuple[Array_, Array_]:
+def normalize_back(dy: Matrix, kept: Any) -> tuple[Matrix, Matrix]:
     x, scale, gain = kept
     dx = dy * gain
     d_gain = (dy * x * scale).reshape(-1, x.shape[-1]).sum(0)
     return scale * (dx - x * scale**2 * (dx * x).mean(-1, keepdims=True)), d_gain
 
 
-def rotate(x: Array_, angles: tuple[Array_, Array_], sign: int) -> Array_:
+def rotate(x: Matrix, angles: tuple[Matrix, Matrix], sign: int) -> Matrix:
     """RoPE on neighbouring pairs of the last axis; x has the shape (batch, heads, time, HEAD)."""
     cos, sin = angles[0], sign * angles[1]
     out = np.empty_like(x)
@@ -166,19 +166,19 @@ def rotate(x: Array_, angles: tuple[Array_, Array_], sign: int) -> Array_:
     return out
 
 
-def project(x: Array_, weight: Array_) -> Array_:
+def project(x: Matrix, weight: Matrix) -> Matrix:
     return x @ weight.T
 
 
-def project_back(dy: Array_, x: Array_, weight: Array_) -> tuple[Array_, Array_]:
+def project_back(dy: Matrix, x: Matrix, weight: Matrix) -> tuple[Matrix, Matrix]:
     return dy @ weight, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
-def split_heads(x: Array_) -> Array_:
+def split_heads(x: Matrix) -> Matrix:
     return x.reshape(*x.shape[:2], N_HEAD, HEAD).transpose(0, 2, 1, 3)
 
 
-def join_heads(x: Array_) -> Array_:
+def join_heads(x: Matrix) -> Matrix:
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], N_EMBD)
 
 
@@ -186,11 +186,11 @@ def join_heads(x: Array_) -> Array_:
 class Layer:
     """Attention and feed-forward; `weights` and `grads` by GGUF's short names, matrices as (out, in)."""
 
-    weights: dict[str, Array_]
-    grads: dict[str, Array_]
+    weights: dict[str, Matrix]
+    grads: dict[str, Matrix]
     kept: dict[str, Any]
 
-    def forward(self, x: Array_, angles: tuple[Array_, Array_], mask: Array_) -> Array_:
+    def forward(self, x: Matrix, angles: tuple[Matrix, Matrix], mask: Matrix) -> Matrix:
         w, k = self.weights, self.kept
         k["h"], k["norm"] = normalize(x, w["attn_norm"])
         k["q"], k["k"] = (rotate(split_heads(project(k["h"], w[name])), angles, 1) for name in ("attn_q", "attn_k"))
@@ -206,7 +206,7 @@ class Layer:
         k["f"] = k["gate"] * k["sigmoid"] * k["up"]
         return x + project(k["f"], w["ffn_down"])
 
-    def backward(self, dx: Array_, angles: tuple[Array_, Array_]) -> Array_:
+    def backward(self, dx: Matrix, angles: tuple[Matrix, Matrix]) -> Matrix:
         w, g, k = self.weights, self.grads, self.kept
         df, g["ffn_down"] = project_back(dx, k["f"], w["ffn_down"])
         silu = k["gate"] * k["sigmoid"]
@@ -236,7 +236,7 @@ class Network:
     """The whole transformer, with untied embeddings."""
 
     def __init__(self, n_vocab: int, rng: np.random.Generator) -> None:
-        def matrix(n_out: int, n_in: int, gain: float = 1.0) -> Array_:
+        def matrix(n_out: int, n_in: int, gain: float = 1.0) -> Matrix:
             return (rng.standard_normal((n_out, n_in)) * gain / math.sqrt(n_in)).astype(np.float32)
 
         branch = 1 / math.sqrt(2 * N_LAYER)
@@ -268,7 +268,7 @@ class Network:
             named |= {f"blk.{number}.{name}": (layer, name) for name in layer.weights}
         return named
 
-    def compute(self, tokens: Array_, targets: Array_, weights: Array_) -> tuple[float, float]:
+    def compute(self, tokens: Matrix, targets: Matrix, weights: Matrix) -> tuple[float, float]:
         """Mean loss of what counts, and the least lead of a right token; gradients are left in the layers."""
         length, ends = tokens.shape[1], self.ends.weights
         exponents = np.arange(0, HEAD, 2) / HEAD
@@ -327,7 +327,7 @@ class Adam:
 # ---- GGUF
 
 
-def pack_q8_0(matrix: Array_) -> bytes:
+def pack_q8_0(matrix: Matrix) -> bytes:
     blocks = matrix.astype(np.float32).reshape(-1, 32)
     scale = (np.abs(blocks).max(1) / 127).astype(np.float16)
     codes = np.rint(blocks / np.maximum(scale.astype(np.float32), 1e-12)[:, None]).clip(-127, 127).astype(np.int8)
@@ -365,12 +365,13 @@ def train(steps: int, output: Path) -> None:
             print(f"step {step}: loss {loss:.4f}, least lead {lead:.2f}", flush=True)
     write_gguf(output, network, metadata)
     fresh = encode_examples(tokenizer, random.Random(99))
-    print("unseen dates and ids: loss %.5f, least lead %.2f" % network.compute(*build_batch(fresh)))
+    loss, lead = network.compute(*build_batch(fresh))
+    print(f"unseen dates and ids: loss {loss:.5f}, least lead {lead:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     train(options.steps, options.output)
