@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from dvai_bridge import (
     TextDelta,
     load_builtin_backend,
 )
-from tests.support import CLEAN_ENVIRON, RunningBridge, require, start_bridge
+from tests.support import CLEAN_ENVIRON, RunningBridge, require, start_bridge, wait_for
 from tests.test_chat_template import real_template
+from tests.test_upstream_engine import find_free_port, start_llama_server
 from tests.tool_transcripts import (
     BOTH,
     COMMON,
@@ -50,6 +52,8 @@ REAL_TEMPLATES = {
     "mistral": "mistralai-Mistral-Nemo-Instruct-2407",
     "qwen3": "Qwen-Qwen3-0.6B",
 }
+PRIME = TRANSCRIPTS["hermes"]["prime"]
+THOUGHTFUL = TRANSCRIPTS["hermes"]["thoughtful"]
 # As DeepSeek-R1's: the prompt begins the thoughts that </think> ends.
 OPENED_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -292,6 +296,55 @@ def test_the_builtin_engine_cannot_force_a_call(hermes):
         assert caught.value.param == "tool_choice"
 
 
+# Beside llama-server
+
+
+def read_answer(url: str, transcript: Transcript, **options: Any) -> tuple[Any, ...]:
+    """What a server makes of what the model writes: thoughts, text, calls, the reason for the end."""
+    choice = ask_server(url, build_body(transcript, **options))["choices"][0]
+    message = choice["message"]
+    calls = [
+        (call["function"]["name"], json.loads(call["function"]["arguments"]))
+        for call in message.get("tool_calls") or ()
+    ]
+    content = (message["content"] or "").rstrip()  # it keeps the line break before a call
+    return message.get("reasoning_content") or "", content, calls, choice["finish_reason"]
+
+
+def ask_server(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama3", "mistral", "qwen3"])
+def test_llama_server_reads_the_same(style, tmp_path):
+    """The same weights under the same template: its parser and ours agree."""
+    port = find_free_port()
+    with serve(tmp_path / "home", style, "llama") as ours:
+        template = tmp_path / "home" / "template.jinja"
+        options = ("--jinja", "--chat-template-file", template)
+        with start_llama_server(MODEL, port, *options):
+            url = f"http://127.0.0.1:{port}/v1"
+            wait_for(lambda: is_healthy(port), 60, "llama-server has loaded the model")
+            transcripts = dict(list_known("hermes" if style == "qwen3" else style))
+            transcripts |= {"prime": PRIME, "thoughtful": THOUGHTFUL} if style == "qwen3" else {}
+            for name in ("python", "JSON"):  # forms that it does not read, or takes for calls
+                transcripts.pop(name, None)
+            for name, transcript in transcripts.items():
+                theirs = read_answer(url, transcript, parallel_tool_calls=True)
+                assert read_answer(ours.bridge.base_url, transcript) == theirs, name
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 # What a grammar forces
 
 
@@ -360,9 +413,6 @@ def test_a_strict_schema_that_cannot_be_followed_is_refused(llama):
 
 
 # Thoughts
-
-PRIME = TRANSCRIPTS["hermes"]["prime"]
-THOUGHTFUL = TRANSCRIPTS["hermes"]["thoughtful"]
 
 
 @pytest.fixture(scope="module", params=["builtin", "llama"])

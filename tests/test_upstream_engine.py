@@ -1061,11 +1061,11 @@ def run_engine(command, port, timeout_s=120):
             process.wait()
 
 
-def start_llama_server(model, port):
+def start_llama_server(model, port, *options):
     if not LLAMA_SERVER:
         pytest.skip("needs llama-server (DVAI_LLAMA_SERVER)")
     command = [LLAMA_SERVER, "-m", model, "--port", port, "-c", "2048", "-np", "2", "-t", "1"]
-    return run_engine([*command, "--embeddings", "--pooling", "mean"], port)
+    return run_engine([*command, *(options or ("--embeddings", "--pooling", "mean"))], port)
 
 
 def start_llama_cpp_server(model, port):
