@@ -14620,6 +14620,19 @@ class NativeContext:
         finally:
             llama.llama_set_embeddings(self._context, False)
 
+    def encode(self, tokens: Sequence[int]) -> tuple[float, ...]:
+        """The vector of a whole text, pooled as the model was trained, at length 1: of models that only encode."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = token, index
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, True
+        code = self._llama.llama_encode(self._context, batch)
+        pooled = None if code else self._llama.llama_get_embeddings_seq(self._context, 0)
+        if not pooled:
+            raise EngineError(f"llama.cpp could not encode a text of {len(tokens)} tokens (code {code})")
+        return normalize(pooled[: self.n_embd])
+
     def sample(self, sampler: NativeSampler, row: int) -> int:
         """Draw a token after a row, which the sampler takes note of. EngineError when there is none to draw."""
         logits = self._llama.llama_get_logits_ith(self._context, row)
@@ -14996,7 +15009,7 @@ class LlamaEmbedding:
         return Embedded(vectors=tuple(self._vectors), prompt_tokens=sum(map(len, self._inputs)))
 
 
-POOLING_FIRST, POOLING_LAST = 2, 3  # `<architecture>.pooling_type`; all others are the mean
+POOLING_MEAN, POOLING_FIRST, POOLING_LAST, POOLING_RANK = 1, 2, 3, 4  # `<architecture>.pooling_type`; none: the mean
 
 
 def advance_slot(slot: Slot, tokens: Sequence[int]) -> None:
@@ -15232,10 +15245,51 @@ class LlamaBackend:
         slot.busy = False
 
 
+class LlamaEncoder:
+    """A model that only encodes (BERT and its kin), as a Backend: a text a step."""
+
+    def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
+        self.info = info
+        self._model = model
+        self._jobs: dict[int, tuple[list[list[int]], list[tuple[float, ...]]]] = {}  # texts, vectors; the first is next
+
+    def submit(self, job_id: int, request: EngineJob) -> None:
+        if not isinstance(request, EmbeddingRequest):
+            raise InvalidRequestError("this model makes embeddings and does not write: ask another", param="model")
+        encode = functools.partial(self._model.encoder.encode_text, param="input", parse_special=False)
+        self._jobs[job_id] = [encode(item) for item in request.inputs], []
+
+    def cancel(self, job_id: int) -> None:
+        self._jobs.pop(job_id, None)
+
+    def step(self) -> list[tuple[int, EngineEvent]]:
+        job_id, (inputs, vectors) = next(iter(self._jobs.items()))
+        del self._jobs[job_id]
+        try:
+            vectors.append(self._model.context.encode(inputs[len(vectors)]))
+        except EngineError as exc:
+            return [(job_id, Failed(error=exc))]
+        if len(vectors) == len(inputs):
+            return [(job_id, Embedded(vectors=tuple(vectors), prompt_tokens=sum(map(len, inputs))))]
+        self._jobs[job_id] = inputs, vectors
+        return []
+
+    def close(self) -> None:
+        self._jobs.clear()
+        self._model.context.close()
+
+
 # Loading
 
 
-def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[float], None]) -> LlamaBackend:
+def is_encoder_only(metadata: Mapping[str, Any]) -> bool:
+    """Whether a model reads whole texts and writes nothing, by its header."""
+    return metadata.get(f"{metadata.get('general.architecture')}.attention.causal") is False
+
+
+def load_llama_backend(
+    load: LoadRequest, source: str, on_progress: Callable[[float], None]
+) -> LlamaBackend | LlamaEncoder:
     """The model of a GGUF file, ready to run in llama.cpp. Raises ModelFileError, or UsageError without the package."""
     weights_bytes = measure_model_files(source)
     with open_gguf(source) as gguf:
@@ -15249,7 +15303,11 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
     llama = import_llama()
     if not (load.rpc or llama.llama_supports_gpu_offload()):
         verify_fits(needed_bytes, probe_free_memory())
-    context = open_native_context(llama, source, load, n_ctx, on_progress)
+    pooling = get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0)
+    encodes = is_encoder_only(metadata)
+    if encodes and pooling == POOLING_RANK:
+        raise ModelFileError("it is a model that ranks texts, which this engine does not serve")
+    context = open_native_context(llama, source, load, n_ctx, on_progress, encodes=encodes)
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         tokenizer = NativeTokenizer(llama, context.vocabulary, tokens)
@@ -15262,7 +15320,7 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
                 n_ctx=n_ctx,
                 token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
             ),
-            pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
+            pooling=pooling,
             batch_size=choose_batch_size(load),
             clock=time.perf_counter,
             draw_seed=lambda: random.SystemRandom().getrandbits(32),
@@ -15279,6 +15337,9 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
             engine="llama",
             features=SAMPLING_FEATURES | GRAMMAR_FEATURES | template.features,
         )
+        if encodes:
+            context.encode([tokenizer.bos_id or 0])  # reads all weights once
+            return LlamaEncoder(info, model)
         backend = LlamaBackend(info, model)
         warm_up(backend, model)
     except BaseException:
@@ -15313,9 +15374,15 @@ def choose_gpu_layers(load: LoadRequest, llama: Any) -> int:
 
 
 def open_native_context(
-    llama: Any, source: str, load: LoadRequest, n_ctx: int, on_progress: Callable[[float], None]
+    llama: Any,
+    source: str,
+    load: LoadRequest,
+    n_ctx: int,
+    on_progress: Callable[[float], None],
+    *,
+    encodes: bool = False,
 ) -> NativeContext:
-    """Load a model and open a context with one sequence for each slot."""
+    """Load a model and open a context with one sequence for each slot; `encodes`: is_encoder_only."""
     with contextlib.ExitStack() as undo:
         log = NativeLog(llama, is_verbose=load.verbose)
         undo.callback(log.close)
@@ -15324,15 +15391,29 @@ def open_native_context(
             add_rpc_servers(llama, load.rpc)
         model = load_native_model(llama, source, load, log, on_progress)
         undo.callback(llama.llama_model_free, model)
-        params = build_context_params(llama, load, n_ctx)
+        params = build_encoder_params(llama, load, n_ctx) if encodes else build_context_params(llama, load, n_ctx)
         context = llama.llama_init_from_model(model, params)
         if not context:
             raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
         undo.callback(llama.llama_free, context)
-        if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
+        if bool(llama.llama_get_memory(context)) == encodes or llama.llama_model_has_encoder(model):
             raise ModelFileError("it is a model that does not write, which this engine does not serve")
+        pooling = llama.llama_pooling_type(context)
+        if encodes and pooling not in (POOLING_MEAN, POOLING_FIRST, POOLING_LAST):
+            raise ModelFileError("its header does not say how it makes one vector of a text")
         undo.pop_all()
         return NativeContext(llama, model, context, params.n_batch, log)
+
+
+def build_encoder_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
+    """llama.cpp's settings for a model that reads a whole text of up to `n_ctx` tokens at once."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+    params.n_threads = params.n_threads_batch = load.threads
+    params.flash_attn_type = _FLASH_ATTENTION[load.flash_attn]
+    params.embeddings = True
+    params.no_perf = True
+    return params
 
 
 def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:

@@ -307,13 +307,13 @@ def read_answer(url: str, transcript: Transcript, **options: Any) -> tuple[Any, 
         (call["function"]["name"], json.loads(call["function"]["arguments"]))
         for call in message.get("tool_calls") or ()
     ]
-    content = (message["content"] or "").rstrip()  # it keeps the line break before a call
-    return message.get("reasoning_content") or "", content, calls, choice["finish_reason"]
+    content = (message["content"] or "").rstrip()  # it keeps line breaks before marks
+    return (message.get("reasoning_content") or "").rstrip(), content, calls, choice["finish_reason"]
 
 
-def ask_server(url: str, body: dict[str, Any]) -> dict[str, Any]:
+def ask_server(url: str, body: dict[str, Any], route: str = "/chat/completions") -> Any:
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{url}{route}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())
 
