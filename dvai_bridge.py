@@ -5371,11 +5371,12 @@ class CallReader:
     """One call's object, character by character: its name, then its arguments as they come. Pure.
 
     Arguments come only after the name, whatever their order in the object; until then `raw` is all that was read. A
-    call whose name is none of `names`, or whose object breaks before its arguments begin, is none (`is_broken`).
-    Arguments that break once a part of them is out stay as the model wrote them (`is_loose`).
+    call whose name is none of `names`, or whose object breaks before its arguments begin, is none (`is_broken`); nor is
+    one without arguments if it `needs_arguments`. Arguments that break once a part of them is out stay as the model
+    wrote them (`is_loose`).
     """
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], *, needs_arguments: bool = False) -> None:
         self.raw = ""
         self.name = ""
         self.is_begun = False  # name and arguments are on their way out
@@ -5383,6 +5384,7 @@ class CallReader:
         self.is_broken = False
         self.is_loose = False
         self._names = names
+        self._needs_arguments = needs_arguments
         self._scanner = JsonScanner()
         self._start = 0  # in `raw`, of the member's name or value at hand
         self._member = ""
@@ -5403,8 +5405,8 @@ class CallReader:
             return json.dumps(char)[1:-1] if state == "string" and char < " " else char
         self.raw += char
         text = self._follow(char, state, depth)
-        if scanner.is_complete and not self.is_begun and self.name:
-            text = self._begin("{}" if self._arguments is None else self._arguments)
+        if scanner.is_complete and not self.is_begun and self.name and not self._needs_arguments:
+            text = self._begin("{}")
         self.is_complete = scanner.is_complete and self.is_begun
         self.is_broken |= (scanner.is_complete or len(self.raw) > CALL_HELD_LIMIT_CHARS) and not self.is_begun
         return text
@@ -5530,6 +5532,9 @@ class AnswerParser:
         self.since_mark: str | None = None
         self._format = tool_format if tool_use is not None else None
         self._names = frozenset(tool.name for tool in tool_use.callable_tools) if tool_use is not None else frozenset()
+        self._python_names = frozenset(
+            tool.name for tool in (tool_use.callable_tools if tool_use is not None else ()) if not tool.is_strict
+        )
         self._is_parallel = tool_use is not None and tool_use.is_parallel
         self._held = ""  # not looked at yet, or not enough to tell
         self._raw = ""  # what stands before it and is text again if no call follows
@@ -5567,7 +5572,7 @@ class AnswerParser:
             self._add_thoughts(held.rstrip())
         elif phase is AnswerPhase.LOOSE:
             self._add_arguments(held)
-        elif phase is AnswerPhase.PYTHON and (found := parse_python_call(held, self._names)) is not None:
+        elif phase is AnswerPhase.PYTHON and (found := parse_python_call(held, self._python_names)) is not None:
             self._add_call(*found)
         elif phase in (AnswerPhase.START, AnswerPhase.TEXT, AnswerPhase.OPENED, AnswerPhase.PYTHON):
             self._add_text(self._raw + held)
@@ -5655,7 +5660,9 @@ class AnswerParser:
         return self._give_up("")
 
     def _begin_call(self) -> bool:
-        self._reader, self.phase = CallReader(self._names), AnswerPhase.CALL
+        needs_arguments = self._format is not None and self._format.is_bare  # else any object with a name is a call
+        self._reader = CallReader(self._names, needs_arguments=needs_arguments)
+        self.phase = AnswerPhase.CALL
         return True
 
     def _give_up(self, read: str) -> bool:

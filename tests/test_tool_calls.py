@@ -158,6 +158,7 @@ LLAMA_CASES = {
     "code": ("<|python_tag|>print(1)", ("<|python_tag|>print(1)", "", [])),
     "JSON that is no call": ('{"answer": 42}', ('{"answer": 42}', "", [])),
     "an unknown function": ('{"name": "g", "parameters": {}}', ('{"name": "g", "parameters": {}}', "", [])),
+    "no arguments": ('{"name": "f", "gp": {}}', ('{"name": "f", "gp": {}}', "", [])),
     "an object within text": ('See {"name": "f", "parameters": {}}', ('See {"name": "f", "parameters": {}}', "", [])),
     "text after": ('{"name": "f", "parameters": {"a": 1}} ok', ("ok", "", [("f", '{"a": 1}')])),
     "broken in its arguments": ('{"name": "f", "parameters": {a: 1}}', ("", "", [("f", "{a: 1}}")])),
@@ -246,6 +247,11 @@ def test_an_answer_is_over_after_the_only_call_that_it_may_make(tool_format, tex
     assert parser.is_over
 
 
+def test_what_no_grammar_holds_is_no_call_of_a_strict_function():
+    strict = ToolUse(tools=(Tool(name="f", description=None, parameters=NOTHING, is_strict=True),))
+    check("<|python_tag|>f.call()", ("<|python_tag|>f.call()", "", []), lambda: AnswerParser(LLAMA, strict))
+
+
 def test_arguments_come_while_they_are_written():
     parser = AnswerParser(HERMES, USE)
     assert parser.push('Look:\n<tool_call>\n{"name": "f", "argu').text == "Look:"
@@ -299,9 +305,10 @@ def test_calls_are_bounded():
     text, _, calls = read(AnswerParser(HERMES, USE), [F * (MAX_TOOLS + 2)])
     assert len(calls) == MAX_TOOLS
     assert text == F * 2
-    text, _, calls = read(AnswerParser(LLAMA, USE), ['{"name": "f"}' * (MAX_TOOLS + 2)])
+    bare = '{"name": "f", "parameters": {}}'
+    text, _, calls = read(AnswerParser(LLAMA, USE), [bare * (MAX_TOOLS + 2)])
     assert len(calls) == MAX_TOOLS
-    assert text == '{"name": "f"}' * 2
+    assert text == bare * 2
 
 
 @pytest.mark.parametrize(
