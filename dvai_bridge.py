@@ -10,7 +10,7 @@ Three commands to begin with:
 
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
-    ground        constants, records, errors, optional packages, config, encodings, storage
+    ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
     trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
     decisions     models, memory, capability, audit, metrics, routing
@@ -35,6 +35,81 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one sentence, instead of an erro
         sys.exit(_SENTENCE)
     raise ImportError(_SENTENCE)
 
+import contextlib
+import importlib.util
+import os
+from types import FrameType
+
+# ---- Compiled form --------------------------------------------------------------------
+# A script that runs for long goes on from its bytecode: before everything else, since it begins anew.
+
+
+def find_compiled(source: str) -> str | None:
+    """The bytecode that an import of this file would use, None if there is none that is valid (PEP 552)."""
+    try:
+        status, path = os.stat(source), importlib.util.cache_from_source(source)
+        with open(path, "rb") as file:
+            magic, flags, mtime, size = (file.read(4) for _ in range(4))
+    except (OSError, NotImplementedError):
+        return None
+    expected = (importlib.util.MAGIC_NUMBER, 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)
+    found = (magic, *(int.from_bytes(each, "little") for each in (flags, mtime, size)))
+    return path if found == expected else None
+
+
+def save_compiled(source: str) -> None:
+    """Writes the bytecode of this file where an import would, unless the user or the disk does not want that."""
+    import py_compile
+
+    if not sys.dont_write_bytecode:
+        with contextlib.suppress(OSError, NotImplementedError):
+            mode = py_compile.PycInvalidationMode.TIMESTAMP
+            py_compile.compile(os.path.abspath(source), quiet=2, invalidation_mode=mode)
+
+
+def build_own_program() -> tuple[str, str]:
+    """The command that runs this module again, of the bytecode where there is some: that starts in half the time."""
+    source = os.path.abspath(__file__)
+    return sys.executable, find_compiled(source) or source
+
+
+def names_serve(words: list[str]) -> bool:
+    """Whether a command line starts the bridge: `serve` is what an option at the beginning belongs to."""
+    return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
+
+
+def is_outermost(frame: FrameType) -> bool:
+    """Whether the interpreter itself runs this frame's module as a script: no debugger, no profiler, no `-m`."""
+    return frame.f_back is None and frame.f_globals.get("__spec__") is None and not sys.flags.inspect
+
+
+def go_on_compiled() -> None:
+    """Replaces this process, which runs a script, by one that runs its bytecode: same pid, same interpreter options.
+
+    The interpreter keeps a script's syntax tree until the script ends: of this one 55 MB. That is saved for the price
+    of starting twice, about 20 ms. Returns where there is no such replacing (Windows), or no bytecode can be kept.
+    """
+    source, script_at = sys.argv[0], len(sys.orig_argv) - len(sys.argv)
+    if os.name != "posix" or not sys.executable or not source.endswith(".py") or script_at < 1:
+        return
+    if find_compiled(source) is None:
+        save_compiled(source)
+    compiled = find_compiled(source)
+    if compiled is not None:
+        words = [sys.executable, *sys.orig_argv[1:script_at], compiled, *sys.argv[1:]]
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, words)
+
+
+if __name__ == "__main__" and is_outermost(sys._getframe()):
+    if __file__.endswith(".pyc"):  # named and found as the script that it was compiled from
+        sys.argv[0] = importlib.util.source_from_cache(sys.argv[0])
+        __file__ = os.path.abspath(sys.argv[0])
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(__file__)
+    elif names_serve(sys.argv[1:]):
+        go_on_compiled()
+
 import argparse
 import array
 import asyncio
@@ -43,7 +118,6 @@ import binascii
 import bisect
 import codecs
 import concurrent.futures
-import contextlib
 import dataclasses
 import enum
 import errno
@@ -52,14 +126,12 @@ import gc
 import hashlib
 import heapq
 import hmac
-import importlib
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import operator
-import os
 import queue
 import random
 import re
@@ -69,7 +141,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -133,6 +204,7 @@ WRITE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers not yet taken by a slow reader: w
 SOCKET_BUFFER_BYTES = 256 * KIB  # kernel memory of clients that stop reading or are not read, each direction
 STOP_GRACE_S = 10.0  # a stop waits this long for answers that are being written
 CONNECT_DEADLINE_S = 3.0  # servers we ask that do not take a connection
+URLS_LIMIT = 64  # memory taken by URLs that were parsed, and may be asked again
 HAPPY_EYEBALLS_DELAY_S = 0.25  # one address of a name that does not answer, before the next is tried (RFC 8305)
 POOL_IDLE_S = 30.0  # connections to servers kept for nothing; shorter than servers wait, so that few are stale
 POOL_LIMIT = 32  # descriptors of connections kept for the next request
@@ -163,6 +235,26 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as record
 else:
 
+    def build_quick_init(cls: type) -> Callable[..., None]:
+        """The `__init__` of a frozen dataclass in half the time: it fills the instance's dictionary.
+
+        The one that `dataclasses` writes calls `object.__setattr__` for every field. No `__post_init__` is called.
+        """
+        parameters, names, defaults = [], [], {}
+        for each in sorted(dataclasses.fields(cls), key=lambda each: each.kw_only):
+            if each.kw_only and "*" not in parameters:
+                parameters.append("*")
+            has_factory = each.default_factory is not dataclasses.MISSING
+            has_default = has_factory or each.default is not dataclasses.MISSING
+            defaults[f"_{each.name}"] = each.default_factory if has_factory else each.default
+            parameters.append(f"{each.name}=_{each.name}" if has_default else each.name)
+            value = f"_{each.name}() if {each.name} is _{each.name} else {each.name}" if has_factory else each.name
+            names.append(f"{each.name}={value}")
+        namespace: dict[str, Any] = {}
+        text = f"def __init__(self, {', '.join(parameters)}): self.__dict__.update({', '.join(names)})"
+        exec(text, defaults, namespace)
+        return namespace["__init__"]
+
     def record(**options: Any) -> Callable[[type], type]:
         """`dataclasses.dataclass(**options)`, put off until the class is called, and without slots.
 
@@ -177,7 +269,9 @@ else:
                 with lock:
                     if cls.__dict__["__init__"] is generate:
                         del cls.__init__
-                        dataclasses.dataclass(**options)(cls)
+                        dataclasses.dataclass(**options, init=not options.get("frozen"))(cls)
+                        if options.get("frozen"):
+                            cls.__init__ = build_quick_init(cls)
                 self.__init__(*args, **values)
 
             cls.__init__ = generate
@@ -585,8 +679,6 @@ OPTIONAL_PACKAGES = (
 
 def is_package_installed(module: str) -> bool:
     """Whether a module can be imported, as far as can be told without importing it."""
-    import importlib.util
-
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # a module put into sys.modules by hand, without a spec
@@ -1455,12 +1547,24 @@ _JSON_DECODER = json.JSONDecoder(
     parse_constant=_parse_json_constant,
     object_pairs_hook=_build_json_object,
 )
-_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _build_json_encoder() -> Any:
+    """What `_JSON_ENCODER.iterencode` makes anew for every value: half of the time that a small one takes."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # another interpreter than CPython
+        return lambda value, level: _JSON_ENCODER.iterencode(value)
+    encode_string = json.encoder.encode_basestring
+    return make(None, _JSON_ENCODER.default, encode_string, None, ":", ",", False, False, False)
+
+
+_encode_json_pieces = _build_json_encoder()
 
 
 def encode_json(value: Any) -> bytes:
     """Compact JSON in raw UTF-8, keys in their order. ValueError for NaN, infinities and lone surrogates."""
-    return _JSON_ENCODER.encode(value).encode()
+    return "".join(_encode_json_pieces(value, 0)).encode()
 
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
@@ -5803,6 +5907,7 @@ PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
 TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
 TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
 UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
+NONCE_BINDINGS_LIMIT = 64  # kept, of pairs of devices that ask each other again and again
 NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
 
 SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
@@ -5860,6 +5965,7 @@ def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes 
     return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
 
 
+@functools.lru_cache(maxsize=NONCE_BINDINGS_LIMIT)
 def build_nonce_binding(sender: str, receiver: str) -> str:
     """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
     return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
@@ -8468,7 +8574,12 @@ class AuditEntry:
 
 def format_utc(time_ms: int) -> str:
     """Unix milliseconds as `2026-11-21T12:20:01.123Z` (RFC 3339)."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms // 1000)) + f".{time_ms % 1000:03d}Z"
+    return f"{_format_utc_second(time_ms // 1000)}.{time_ms % 1000:03d}Z"
+
+
+@functools.lru_cache(maxsize=2)  # of the same second there are many lines, if time matters
+def _format_utc_second(time_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_s))
 
 
 def build_audit_json(entry: AuditEntry) -> dict[str, Any]:
@@ -8935,6 +9046,7 @@ COOL_DOWN_S = 5.0  # a peer that fails each request given to it
 COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
 CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
 NO_DEVICE_RETRY_AFTER_S = 30
+DECISIONS_LIMIT = 64  # remembered at a time: clients may name a new model in every request
 
 
 class PeerVia(enum.Enum):
@@ -9083,10 +9195,12 @@ class OffloadPreference(enum.Enum):
     REQUIRE = "require"
 
 
+_PREFERENCES = {each.value: each for each in OffloadPreference}
+
+
 def parse_preference(value: str | None) -> OffloadPreference:
     """What the field `X-DVAI-Offload` asks for, in any case; absent or unknown means prefer."""
-    word = (value or "").strip().lower()
-    return next((each for each in OffloadPreference if each.value == word), OffloadPreference.PREFER)
+    return _PREFERENCES.get((value or "").strip().lower(), OffloadPreference.PREFER)
 
 
 def parse_forwarded(value: str | None) -> bool:
@@ -9385,6 +9499,30 @@ def choose_route(
     return _decide_peers(decision, terms, offers)
 
 
+class RouteChooser:
+    """`choose_route` under one policy, which looks again only when the devices are not as they were. Pure."""
+
+    def __init__(self, policy: OffloadPolicy) -> None:
+        self._policy = policy
+        self._devices: tuple[Sequence[LocalModel], Sequence[Candidate]] = (), ()
+        self._decisions: dict[RouteRequest, RouteDecision] = {}
+
+    def choose(
+        self, request: RouteRequest, local: Sequence[LocalModel], candidates: Sequence[Candidate], now_s: float
+    ) -> RouteDecision:
+        """As `choose_route`. What cools down changes with the time, and is not remembered."""
+        devices = local, candidates
+        if devices != self._devices or len(self._decisions) >= DECISIONS_LIMIT:
+            self._devices = devices
+            self._decisions.clear()
+        decision = self._decisions.get(request)
+        if decision is None:
+            decision = choose_route(self._policy, request, local, candidates, now_s)
+            if all(each.cool_down.until_s <= now_s for each in candidates):
+                self._decisions[request] = decision
+        return decision
+
+
 def _decide_peers(decision: RouteDecision, terms: _Terms, offers: Sequence[_Offer]) -> RouteDecision:
     """Those of the offers that meet the terms go before this device; `offers`: the best first."""
     wanted = [each for each in offers if each.score >= terms.floor and (not each.obstacle or each.is_unpaired)]
@@ -9678,16 +9816,27 @@ class TransportWriter:
     def flush(self) -> None:
         """Hands everything queued to the transport now."""
         self._flush_is_due = False
-        if not self._pending or self.is_lost:
+        if self._pending:
+            self.send(b"")
+
+    def send(self, data: bytes) -> None:
+        """Hands everything queued, and these bytes behind it, to the transport now."""
+        if self.is_lost:
             return
-        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-        self._pending.clear()
-        self._pending_bytes = 0
+        if self._pending:
+            data = b"".join((*self._pending, data))
+            self._pending.clear()
+            self._pending_bytes = 0
         self._written_bytes += len(data)
         self._transport.write(data)
         if self._watch is None and self._transport.get_write_buffer_size():
             self._note_progress()
             self._watch_later()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the other side takes less than is written."""
+        return self._can_write is not None or self._pending_bytes >= WRITE_BUFFER_LIMIT_BYTES or self.is_lost
 
     async def drain(self) -> None:
         """Returns when more may be written: at once while little is queued. ConnectionResetError once it is lost."""
@@ -9741,6 +9890,48 @@ class TransportWriter:
             self._transport.abort()
             return
         self._watch_later()
+
+
+class ByteSink(Protocol):
+    """What a body is poured into: a TransportWriter, or what frames its bytes on their way to one."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to `drain` before more is written."""
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes."""
+
+    def flush(self) -> None:
+        """Sends what is queued."""
+
+    def send(self, data: bytes) -> None:
+        """Sends what is queued, and these bytes behind it."""
+
+    async def drain(self) -> None:
+        """Returns when more may be written; ConnectionResetError once nobody is there to read it."""
+
+
+async def pour(body: AsyncIterator[bytes], sink: ByteSink) -> None:
+    """Everything that a body gives, into a sink.
+
+    A body may know a way that is shorter than a step of the task for each piece: its own `pour_into(sink)`.
+    """
+    pour_into = getattr(body, "pour_into", None)
+    if pour_into is not None:
+        await pour_into(sink)
+        return
+    async for data in body:
+        if data:
+            sink.write(data)
+            await sink.drain()
+
+
+async def close_body(body: bytes | AsyncIterator[bytes]) -> None:
+    """Closes a body that streams, finished or not; one that never started, too."""
+    close = getattr(body, "aclose", None)
+    if close is not None:
+        await close()
 
 
 def is_loopback_address(address: str) -> bool:
@@ -9923,6 +10114,7 @@ class HttpUrl:
     target: str
 
 
+@functools.lru_cache(maxsize=URLS_LIMIT)
 def parse_http_url(url: str) -> HttpUrl:
     """`http(s)://host[:port][/path][?query]`, ValueError for any other URL.
 
@@ -9973,12 +10165,13 @@ class ClientConnection(asyncio.Protocol):
         self._held_bytes = 0
         self._is_reading = True
         self._waiter: asyncio.Future[None] | None = None
-        self._waited_s = 0.0
+        self._limit_s = self._waited_s = 0.0  # as asked for; as the total leaves it
         self._ends_at: float | None = None  # in loop time
         self._error: UpstreamError | None = None
         self.phase = ClientPhase.IDLE
         self.is_reused = False
         self.has_received = False
+        self._receive: Callable[[bytes], bool] | None = None  # of the relay that runs
 
     # -- what asyncio calls --
 
@@ -9992,15 +10185,14 @@ class ClientConnection(asyncio.Protocol):
         if self.phase is ClientPhase.ACTIVE:
             self.has_received = True
             piece = self._parser.receive(data)
-            if piece:
-                self._pieces.append(piece)
-                self._held_bytes += len(piece)
-                if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
-                    self._is_reading = False
-                    self._transport.pause_reading()
+            if self._receive is not None and self._waiter is not None and not self._waiter.done():
+                self._hand_on(piece)
+            elif piece:
+                self._hold(piece)
             if self._parser.error is not None:
                 self._transport.abort()
-            self._wake()
+            if self._receive is None or self._parser.is_complete:
+                self._wake()
         elif self.phase is ClientPhase.LINGERING:
             self._held_bytes += len(data)
             self._parser.receive(data)
@@ -10049,13 +10241,26 @@ class ClientConnection(asyncio.Protocol):
             if self._parser.is_complete:
                 return b""
             await self._wait(limit_s)
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        self._held_bytes = 0
-        if not self._is_reading:
-            self._is_reading = True
-            self._transport.resume_reading()
-        return data
+        return self._take_held()
+
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece of the body in the very moment it comes, until it returns False.
+
+        False: the body has ended. Raises what reading does, and what `receive` does.
+        """
+        self._receive = receive
+        try:
+            while self._receive is not None:
+                if self._pieces:  # they came when nobody was waiting
+                    if not receive(self._take_held()):
+                        break
+                elif self._parser.is_complete:
+                    return False
+                else:
+                    await self._wait(limit_s)
+        finally:
+            self._receive = None
+        return True
 
     def release(self, *, may_linger: bool) -> None:
         """The exchange is over: the connection goes to the pool, or is closed if its answer was not read whole.
@@ -10083,16 +10288,47 @@ class ClientConnection(asyncio.Protocol):
 
     # -- inside --
 
+    def _hold(self, piece: bytes) -> None:
+        """Until somebody takes it."""
+        self._pieces.append(piece)
+        self._held_bytes += len(piece)
+        if self._held_bytes > RESPONSE_BUFFER_LIMIT_BYTES and self._is_reading:
+            self._is_reading = False
+            self._transport.pause_reading()
+
+    def _take_held(self) -> bytes:
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._held_bytes = 0
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        return data
+
+    def _hand_on(self, piece: bytes) -> None:
+        """To the relay, which goes on waiting if it wants more."""
+        assert self._receive is not None and self._waiter is not None  # a relay is waiting
+        self._set_deadline(self._limit_s)
+        try:
+            wants_more = not piece or self._receive(piece)
+        except Exception as exc:
+            self._waiter.set_exception(exc)
+        else:
+            self._receive = self._receive if wants_more else None
+
+    def _set_deadline(self, limit_s: float) -> None:
+        self._limit_s = self._waited_s = limit_s
+        if self._ends_at is not None:
+            self._waited_s = min(limit_s, self._ends_at - self._loop.time())
+        self._deadline.set_after(self._waited_s)
+
     async def _wait(self, limit_s: float) -> None:
         """Until something has come, at most `limit_s`; raises what has gone wrong with the connection."""
         error = self._error or self._parser.error
         if error is not None:
             raise error
-        if self._ends_at is not None:
-            limit_s = min(limit_s, self._ends_at - self._loop.time())
-        self._waited_s = limit_s
         self._waiter = self._loop.create_future()
-        self._deadline.set_after(limit_s)
+        self._set_deadline(limit_s)
         try:
             await self._waiter
         finally:
@@ -10145,6 +10381,10 @@ class ClientResponse:
     async def read_piece(self) -> bytes:
         """The next piece; an empty one at the end of the body."""
         return await self._connection.read_piece(self.idle_s)
+
+    async def relay(self, receive: Callable[[bytes], bool]) -> bool:
+        """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
+        return await self._connection.relay(receive, self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -11082,7 +11322,7 @@ class EngineProcess:
     ) -> None:
         self.load = load
         self.stderr_lines: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
-        self._command = list(command or (sys.executable, os.path.abspath(__file__), "worker"))
+        self._command = list(command or (*build_own_program(), "worker"))
         self._on_progress = on_progress
         self._policy = RestartPolicy(restart_delay_s)
         self._state = EngineState.STOPPED
@@ -13748,7 +13988,7 @@ class RowHelper:
 
 def start_row_helpers(path: str, count: int, *, command: Sequence[str] | None = None) -> list[RowHelper]:
     """`count` processes beside this one, each with its share of the model at `path`."""
-    command = command or (sys.executable, os.path.abspath(__file__), "row-helper")
+    command = command or (*build_own_program(), "row-helper")
     return [RowHelper(command, path, (index, count + 1)) for index in range(1, count + 1)]
 
 
@@ -14437,11 +14677,11 @@ RPC_CONNECT_TIMEOUT_S = 5.0
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
-STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
-STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
-BURST_RATIO = 6.0  # likewise, of prompts that end within that step
-FIRST_SLICE_TOKENS = 32  # before any speed is known
-SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
+STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
+STEADY_RATIO = 3.4  # how long a token of those that write may take, by its usual time, while a long prompt is read
+BURST_RATIO = 9.0  # likewise, while short prompts are read whole
+LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machine is: fewer take hardly less time
+SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
@@ -14892,19 +15132,60 @@ class NativeTokenizer(Tokenizer):
 
 
 class StepPace:
-    """How many prompt tokens may share a step with those that write, learnt from the steps before. Times in seconds."""
+    """How long steps take, learnt from the steps before. Times in seconds.
+
+    A slice of n prompt tokens takes about fixed_s + n · token_s. Attention makes a token the dearer the more tokens
+    come before it, and so token_s is kept by the number of bits of that depth; apart for slices beside those who
+    write, which are short, because a token of a long one takes as little as half the time.
+    """
 
     def __init__(self) -> None:
-        self._plain_s: dict[int, float] = {}  # of a step without prompt tokens, by how many write
-        self._token_s: float | None = None  # that one more prompt token adds
+        self._writing_s: dict[int, float] = {}  # by how many write
+        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
-    def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
-        """What a step took."""
-        if prompt_tokens:
-            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
-            self._token_s = self._average(self._token_s, added_s)
-        else:
-            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+    def learn_writing(self, writers: int, elapsed_s: float) -> None:
+        """What one token of each of `writers` took."""
+        self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
+
+    def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
+        """What a slice took; `depth`: the mean position of its tokens."""
+        bits, by_depth = self._count_bits(depth), self._token_s[writers > 0]
+        token_s = max(elapsed_s - self.fixed_s, elapsed_s / 10) / tokens
+        by_depth[bits] = self._average(by_depth.get(bits), token_s)
+
+    @property
+    def fixed_s(self) -> float:
+        """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
+        return self._estimate_writing(1) / 2
+
+    def estimate_token(self, writers: int, depth: float) -> float:
+        """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
+
+        Deeper ones cost more, and at twice the depth no more than twice as much.
+        """
+        bits = self._count_bits(depth)
+        by_depth = self._token_s[writers > 0] or self._token_s[not writers]
+        if not by_depth:
+            return self.fixed_s
+        deeper = [known for known in by_depth if known >= bits]
+        nearest = min(deeper) if deeper else max(by_depth)
+        return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
+
+    def choose_budget(self, writers: int) -> SliceBudget:
+        """How long the next slice may take beside `writers`."""
+        if not writers:
+            return SliceBudget(
+                fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
+            )
+        usual_s = self._estimate_writing(writers)
+        steady_s, burst_s = (min(STEP_LIMIT_S, (ratio - 1) * usual_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
+
+    def _estimate_writing(self, writers: int) -> float:
+        """By the nearest number of writers that was measured."""
+        if not self._writing_s:
+            return 0.0
+        return self._writing_s[min(self._writing_s, key=lambda known: abs(known - writers))]
 
     @staticmethod
     def _average(known_s: float | None, measured_s: float) -> float:
@@ -14913,40 +15194,71 @@ class StepPace:
             return measured_s
         return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
 
-    def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
-        """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
-        if self._token_s is None:
-            return min(FIRST_SLICE_TOKENS, limit), min(FIRST_SLICE_TOKENS, limit)
-        if not writers:
-            room = max(SLICE_FLOOR_LLAMA_TOKENS, min(limit, int(STEP_LIMIT_S / self._token_s)))
-            return room, room
-        step_s = min(self._estimate_plain(writers), STEP_LIMIT_S / BURST_RATIO)
-        steady, burst = (int((ratio - 1) * step_s / self._token_s) for ratio in (STEADY_RATIO, BURST_RATIO))
-        return min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, steady)), min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, burst))
-
-    def _estimate_plain(self, writers: int) -> float:
-        """By the nearest number of writers that was measured."""
-        if not writers or not self._plain_s:
-            return 0.0
-        return self._plain_s[min(self._plain_s, key=lambda known: abs(known - writers))]
+    @staticmethod
+    def _count_bits(depth: float) -> int:
+        return max(SHALLOW_BITS, int(depth).bit_length())
 
 
-def choose_slices(missing: Sequence[int], room: int, burst: int) -> list[int]:
-    """How many tokens of each prompt, the oldest first, a step computes; `missing`: how many each still needs.
+@record(frozen=True, kw_only=True, slots=True)
+class SliceBudget:
+    """Seconds that a slice may take: one of a long prompt, and one of short prompts that it ends.
 
-    Prompts that `burst` tokens bring to their end go first, the shortest before the others. What is left of `room`
-    is for the oldest of the others, which always gets a little, so that none starves.
+    `fixed_s` goes whatever its length. `floor`: tokens that the oldest prompt always gets.
     """
-    slices, used = [0] * len(missing), 0
-    for index in sorted(range(len(missing)), key=missing.__getitem__):
-        if used + missing[index] <= burst:
-            slices[index] = missing[index]
-            used += missing[index]
-    for index, count in enumerate(missing):
+
+    fixed_s: float
+    steady_s: float
+    burst_s: float
+    floor: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UnreadPrompt:
+    """What is still to be read of a prompt: `missing` tokens of `token_s` each. `is_begun`: a slice was read."""
+
+    missing: int
+    token_s: float
+    is_begun: bool = False
+
+
+def choose_slices(prompts: Sequence[UnreadPrompt], budget: SliceBudget, limit: int) -> list[int]:
+    """How many tokens of each prompt, the oldest first, the next slice has; at most `limit` together.
+
+    Short prompts go first, the shortest before the others, as many as can be read whole in time. What is left of the
+    time is for the oldest of the others, which always gets a little, so that none starves.
+    """
+    slices, left, used_s = [0] * len(prompts), limit, budget.fixed_s
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].missing * prompts[index].token_s):
+        prompt = prompts[index]
+        whole_s = prompt.missing * prompt.token_s
+        if not prompt.is_begun and prompt.missing < left and used_s + whole_s <= budget.burst_s:
+            slices[index] = prompt.missing
+            left -= prompt.missing
+            used_s += whole_s
+    for index, prompt in enumerate(prompts):
         if not slices[index]:
-            slices[index] = min(count, max(room - used, SLICE_FLOOR_LLAMA_TOKENS))
+            fitting = int((budget.steady_s - used_s) / prompt.token_s) if prompt.token_s else left
+            slices[index] = min(prompt.missing, left, max(fitting, budget.floor))
             break
     return slices
+
+
+class StepKind(enum.Enum):
+    """What one step computes: never two of them, so that what is written is sent before the next slice is read."""
+
+    WRITE = "one token of each generation that writes"
+    READ = "slices of prompts"
+    EMBED = "a slice of a text to embed"
+
+
+def choose_step(recent: Sequence[StepKind], waiting: Collection[StepKind]) -> StepKind:
+    """What the next step computes of what is waiting; `recent`: all kinds, that of the last step at the end.
+
+    Who writes waits for one other step at most; the others take turns.
+    """
+    if StepKind.WRITE in waiting and recent[-1] is not StepKind.WRITE:
+        return StepKind.WRITE
+    return next(kind for kind in recent if kind in waiting)
 
 
 def count_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -15051,7 +15363,7 @@ class BatchPart:
 class LlamaBackend:
     """Runs up to `info.slots` jobs in one batch a step; see Backend.
 
-    A step computes one token of everyone who writes, and slices of the prompts of those who do not yet.
+    A step computes one token of everyone who writes, or slices of the prompts of those who do not yet.
     """
 
     def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
@@ -15063,6 +15375,7 @@ class LlamaBackend:
         self._writing: dict[int, LlamaGeneration] = {}
         self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
         self._generations = 0
+        self._recent = [StepKind.WRITE, StepKind.READ, StepKind.EMBED]  # the kind of the last step at the end
 
     def submit(self, job_id: int, request: EngineJob) -> None:
         if isinstance(request, EmbeddingRequest):
@@ -15090,8 +15403,15 @@ class LlamaBackend:
             self._end_generation(job_id)
 
     def step(self) -> list[tuple[int, EngineEvent]]:
-        events = self._step_generations() if self._reading or self._writing else []
-        return events + (self._step_embeddings() if self._embedding else [])
+        jobs = {StepKind.WRITE: self._writing, StepKind.READ: self._reading, StepKind.EMBED: self._embedding}
+        waiting = [kind for kind, of_kind in jobs.items() if of_kind]
+        if not waiting:
+            return []
+        kind = choose_step(self._recent, waiting)
+        self._recent.remove(kind)
+        self._recent.append(kind)
+        steps = {StepKind.WRITE: self._write, StepKind.READ: self._read, StepKind.EMBED: self._embed}
+        return steps[kind]()
 
     def close(self) -> None:
         for job_id in (*self._reading, *self._writing, *self._embedding):
@@ -15112,9 +15432,51 @@ class LlamaBackend:
 
     # Generations
 
-    def _step_generations(self) -> list[tuple[int, EngineEvent]]:
+    def _write(self) -> list[tuple[int, EngineEvent]]:
+        """One token of each generation that writes."""
         started_s, writers = self._model.clock(), len(self._writing)
-        parts = self._choose_parts()
+        parts = []
+        for job_id, job in self._writing.items():
+            assert job.slot is not None and job.next is not None
+            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+        events = self._compute(parts)
+        self.pace.learn_writing(writers, self._model.clock() - started_s)
+        return events
+
+    def _read(self) -> list[tuple[int, EngineEvent]]:
+        """Slices of the prompts of those who do not write yet."""
+        started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
+        tokens = sum(len(part.tokens) for part in parts)
+        depth = sum(len(part.tokens) * (len(part.slot.tokens) + len(part.tokens) / 2) for part in parts) / tokens
+        events = self._compute(parts)
+        self.pace.learn_reading(writers, tokens, depth, self._model.clock() - started_s)
+        return events
+
+    def _choose_slices(self) -> list[BatchPart]:
+        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        prompts = [
+            UnreadPrompt(
+                missing=len(job.prompt) - len(job.computed),
+                token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
+                is_begun=len(job.computed) > job.writer.cached_tokens,
+            )
+            for _, job in readers
+        ]
+        slices = choose_slices(prompts, self.pace.choose_budget(len(self._writing)), self._model.batch_size)
+        parts = []
+        for (job_id, job), count in zip(readers, slices, strict=True):
+            if count:
+                assert job.slot is not None
+                done = len(job.computed)
+                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
+                tokens = job.prompt[done : done + count]
+                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+        return parts
+
+    def _compute(self, parts: Sequence[BatchPart]) -> list[tuple[int, EngineEvent]]:
+        """What one batch of all parts brings."""
+        # In the order of the sequences, because llama.cpp computes neighbouring ones together.
+        parts = sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
         rows = [
             (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
             for part in parts
@@ -15127,31 +15489,11 @@ class LlamaBackend:
             self._context.compute(rows)
         except EngineError as exc:
             return [event for part in parts for event in self._fail(part, exc)]
-        events = [
+        return [
             (part.job_id, event)
             for part, end in zip(parts, ends, strict=True)
             for event in self._continue(part, end - 1)
         ]
-        self.pace.learn(writers, len(rows) - writers, self._model.clock() - started_s)
-        return events
-
-    def _choose_parts(self) -> list[BatchPart]:
-        """In the order of the sequences, because llama.cpp computes neighbouring ones together."""
-        parts = []
-        for job_id, job in self._writing.items():
-            assert job.slot is not None and job.next is not None
-            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
-        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
-        missing = [len(job.prompt) - len(job.computed) for _, job in readers]
-        room, burst = self.pace.choose_room(len(parts), self._model.batch_size - len(parts))
-        for (job_id, job), count in zip(readers, choose_slices(missing, room, burst), strict=True):
-            if count:
-                assert job.slot is not None
-                done = len(job.computed)
-                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
-                tokens = job.prompt[done : done + count]
-                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
-        return sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
 
     def _has_slot(self, job: LlamaGeneration) -> bool:
         """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
@@ -15228,13 +15570,13 @@ class LlamaBackend:
 
     # Embeddings
 
-    def _step_embeddings(self) -> list[tuple[int, EngineEvent]]:
+    def _embed(self) -> list[tuple[int, EngineEvent]]:
         """Slices of the job whose turn it is, until the step is long enough."""
         job_id, job = next(iter(self._embedding.items()))
         deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
-        room, _ = self.pace.choose_room(len(self._writing), EMBEDDING_SLICE_TOKENS)
+        budget = self.pace.choose_budget(len(self._writing))
         try:
-            while tokens := job.take_slice(room):
+            while tokens := job.take_slice(self._count_fitting(job, budget)):
                 number = cast(NativeSequence, job.slot.cache).number
                 job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
                 if self._model.clock() >= deadline_s and job.take_slice(1):
@@ -15245,6 +15587,12 @@ class LlamaBackend:
             event = Failed(error=exc)
         self._end_embedding(job_id)
         return [(job_id, event)]
+
+    def _count_fitting(self, job: LlamaEmbedding, budget: SliceBudget) -> int:
+        """Tokens of the next slice of a text to embed."""
+        token_s = self.pace.estimate_token(len(self._writing), len(job.slot.tokens))
+        text = UnreadPrompt(missing=EMBEDDING_SLICE_TOKENS, token_s=token_s, is_begun=True)
+        return choose_slices([text], budget, EMBEDDING_SLICE_TOKENS)[0]
 
     def _end_embedding(self, job_id: int) -> None:
         slot = self._embedding.pop(job_id).slot
@@ -15356,14 +15704,18 @@ def load_llama_backend(
 
 
 def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
-    """Read all weights once, so that the first request does not wait for the disk, and learn how long a token takes."""
+    """Read all weights once, so that the first request does not wait for the disk, and learn how long tokens take."""
     token = model.encoder.tokenizer.bos_id or 0
-    for _ in range(2):
+
+    def measure(count: int) -> float:
         started_s = model.clock()
-        model.context.compute([(token, 0, 0, True)])
-        elapsed_s = model.clock() - started_s
+        model.context.compute([(token, index, 0, index + 1 == count) for index in range(count)])
         model.context.remove(0, 0)
-    backend.pace.learn(1, 0, elapsed_s)
+        return model.clock() - started_s
+
+    measure(1)
+    backend.pace.learn_writing(1, measure(1))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
 
 
 def choose_batch_size(load: LoadRequest) -> int:
@@ -19569,6 +19921,14 @@ def average_measurement(known: float | None, measured: float) -> float:
     return measured if known is None else known + MEASUREMENT_WEIGHT * (measured - known)
 
 
+def add_measurement(averages: Mapping[str, float], model_id: str, measured: float) -> dict[str, float]:
+    """The running averages by model id after one more measurement; as they were for one that is absurd or too many."""
+    has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
+    if not is_score(measured) or not has_room:
+        return dict(averages)
+    return {**averages, model_id: average_measurement(averages.get(model_id), measured)}
+
+
 @record(frozen=True, kw_only=True, slots=True)
 class PeerWay:
     """One way to a peer. `is_lasting`: the user or a pairing named it, so that it is tried forever."""
@@ -19583,6 +19943,8 @@ class KnownPeer:
 
     `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
     """
+
+    _candidate: Candidate | None
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
@@ -19604,6 +19966,11 @@ class KnownPeer:
         self.failures = 0
         self.error = ""
         self.learned_at_s = -math.inf
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever changes: the candidate is to be built anew."""
+        self.__dict__[name] = value
+        self.__dict__["_candidate"] = None
 
     @property
     def is_lasting(self) -> bool:
@@ -19672,7 +20039,8 @@ class KnownPeer:
 
     def note_success(self) -> None:
         """It served a request."""
-        self.cool_down, self.has_failed_requests = CoolDown(), False
+        if self.cool_down.failures or self.has_failed_requests:
+            self.cool_down, self.has_failed_requests = CoolDown(), False
 
     def note_failure(self, reason: str, now_s: float, *, has_answered: bool, retry_after_s: float) -> None:
         """It failed a request; one that could not even be reached is lost until it answers again."""
@@ -19685,16 +20053,17 @@ class KnownPeer:
         """What it advertises by its capability route, instead of what it did before."""
         sound = [each for each in scores if is_model_id(each.model_id) and is_score(each.tok_per_s)][:PEER_MODELS_LIMIT]
         self.scores = {each.model_id: each.tok_per_s for each in sound}
-        self.prefill.update({each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s})
+        self.prefill = self.prefill | {
+            each.model_id: each.prefill_tok_per_s for each in sound if each.prefill_tok_per_s
+        }
 
     def record_measurement(self, model_id: str, tok_per_s: float, prefill_tok_per_s: float | None) -> None:
         """What a request saw of its speed; bounded like what it advertises."""
-        for averages, measured in ((self.measured, tok_per_s), (self.prefill, prefill_tok_per_s)):
-            has_room = model_id in averages or len(averages) < PEER_MODELS_LIMIT
-            if measured is not None and is_score(measured) and has_room:
-                averages[model_id] = average_measurement(averages.get(model_id), measured)
+        self.measured = add_measurement(self.measured, model_id, tok_per_s)
+        if prefill_tok_per_s is not None:
+            self.prefill = add_measurement(self.prefill, model_id, prefill_tok_per_s)
 
-    def build_peer(self) -> Peer:
+    def _build_peer(self) -> Peer:
         """The record of this peer as it is now. What it advertises itself goes before what was measured."""
         loaded = (self.current_model_id, *self.peer.loaded_models)
         return replace(
@@ -19704,11 +20073,18 @@ class KnownPeer:
             capability={**self.measured, **self.peer.capability, **self.scores},
         )
 
-    def build_candidate(self) -> Candidate:
-        """What the decision looks at."""
+    @property
+    def candidate(self) -> Candidate:
+        """What the decision looks at; the same object while nothing has changed."""
+        candidate = self._candidate
+        if candidate is None:
+            candidate = self.__dict__["_candidate"] = self._build_candidate()
+        return candidate
+
+    def _build_candidate(self) -> Candidate:
         running, waiting, slots = self.queue
         return Candidate(
-            peer=self.build_peer(),
+            peer=self._build_peer(),
             state=self.state,
             has_pairing=self.has_pairing,
             handshake=self.handshake,
@@ -19950,11 +20326,11 @@ class PeerMonitor:
 
     def candidates(self) -> list[Candidate]:
         """Every peer, as the decision looks at it."""
-        return [known.build_candidate() for known in self.table]
+        return [known.candidate for known in self.table]
 
     def peers(self) -> list[Peer]:
         """Every peer, reachable or not."""
-        return [known.build_peer() for known in self.table]
+        return [known.candidate.peer for known in self.table]
 
     def list_models(self) -> list[tuple[str, Peer]]:
         """The models that paired peers have, each with its peer; without their demonstration models."""
@@ -20011,13 +20387,10 @@ class PeerMonitor:
     # What requests teach
 
     def note_success(self, device_id: str) -> None:
-        """A request was served by this peer: the pairing is in use, and any cool-down is over."""
+        """A request was served by this peer: any cool-down is over."""
         known = self.table.find(device_id)
         if known is not None:
             known.note_success()
-            pairing = self._find_pairing(known)
-            if pairing is not None and self._store is not None:
-                self._store.note_use(pairing, self._clock_ms())
 
     def note_failure(self, device_id: str, reason: str, *, has_answered: bool, retry_after_s: float = 0.0) -> None:
         """A request failed before its first content.
@@ -20320,7 +20693,6 @@ PREFILL_ASSUMED_TOK_PER_S = 25.0  # of a peer whose speed is not known: a slow o
 PROMPT_BYTES_PER_TOKEN = 3  # of a request's body, rather too few: the estimate only stretches a budget
 FORWARD_ANSWER_LIMIT_BYTES = 32 * MIB  # a peer that never stops talking to a client that did not stream
 LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
-PEER_URLS_LIMIT = 64  # memory taken by addresses that change
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
@@ -20881,7 +21253,7 @@ def learn_template(
     where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
     peers = value.get("choices")
-    if not isinstance(peers, list) or len(peers) != 1:
+    if not isinstance(peers, list) or len(peers) != 1 or (choices and choices[-1]["finish_reason"]):
         return None
     delta = peers[0].get("delta")
     if not choices:
@@ -20895,7 +21267,7 @@ def learn_template(
         container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
         name = texts[0] if len(texts) == 1 else ""
         found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["logprobs"]:
             return None
         if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
             return None
@@ -21096,6 +21468,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._content_pieces = 0  # that have come
         self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
         self._on_end = on_end
@@ -21140,19 +21513,44 @@ class PeerExchange:
             data = await self._response.read_piece()
             if not data:
                 return self._read_end()
-            piece = self.stream.feed(data)
-            if self.stream.has_content:
-                if self._content_at is None:
-                    self._note_content()
-                if self.stream.is_done:
-                    self._response.leave_rest()
-                    self.end(ForwardOutcome.COMPLETED)
-                if piece or self.assembler is not None:
-                    self._written_at = self._loop.time()
-                    return piece
-            if self.assembler is None and self._loop.time() - self._written_at >= PING_INTERVAL_S:
-                self._written_at = self._loop.time()
-                return PING
+            piece = self._take_in(data)
+            if self.stream.is_done:
+                self._complete()
+            if piece or (self.assembler is not None and self.stream.has_content):
+                return piece
+
+    async def relay(self, sink: ByteSink) -> None:
+        """Writes what the client gets into a sink, each piece when it comes, until the end or until that is full."""
+
+        def receive(data: bytes) -> bool:
+            piece = self._take_in(data)
+            if piece:
+                sink.send(piece)
+            return not (self.stream.is_done or sink.is_full)
+
+        if not self.stream.has_content:  # its deadline is another
+            sink.write(await self.read())
+        elif not await self._response.relay(receive):
+            sink.write(self._read_end())
+        elif self.stream.is_done:
+            self._complete()
+
+    def _take_in(self, data: bytes) -> bytes:
+        """What the client gets for a piece of the answer; a sign of life where it got nothing for long."""
+        piece, now = self.stream.feed(data), self._loop.time()
+        if self.stream.has_content:
+            self._content_pieces += 1
+            if self._content_at is None:
+                self._note_content()
+        if not piece and self.assembler is None and now - self._written_at >= PING_INTERVAL_S:
+            piece = PING
+        if piece:
+            self._written_at = now
+        return piece
+
+    def _complete(self) -> None:
+        self._response.leave_rest()
+        self.end(ForwardOutcome.COMPLETED)
 
     def _read_end(self) -> bytes:
         """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
@@ -21201,8 +21599,9 @@ class PeerExchange:
         rates = [read_rate(self.normalizer.timings, name) for name in ("prompt_per_second", "predicted_per_second")]
         if rates[0] is None and prompt and first_content_s:
             rates[0] = prompt / first_content_s
-        if rates[1] is None and completion and content_at is not None and completion > 1 and now > content_at:
-            rates[1] = (completion - 1) / (now - content_at)
+        has_flowed = self._content_pieces > 1  # what came all at once was written before, nobody knows how fast
+        if rates[1] is None and completion and content_at is not None and completion > 1 and has_flowed:
+            rates[1] = (completion - 1) / max(now - content_at, 1e-6)
         return ForwardReport(
             target=self.target,
             outcome=outcome,
@@ -21250,6 +21649,21 @@ class ForwardedStream:
             self._error = build_peer_failure(self._exchange.target, exc)
             return encode_json_event(build_error_body(self._error))
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        """The same as iterating, without a step of the task for each piece."""
+        first, self._first = self._first, b""
+        sink.write(first)
+        try:
+            while not self._exchange.stream.is_done:
+                sink.flush()
+                await sink.drain()
+                await self._exchange.relay(sink)
+        except UpstreamError as exc:
+            self._exchange.end(ForwardOutcome.PEER_FAILED)
+            error = build_peer_failure(self._exchange.target, exc)
+            sink.write(encode_json_event(build_error_body(error)))
+            raise error from exc
+
     async def aclose(self) -> None:
         self._exchange.end(ForwardOutcome.CLIENT_LEFT)
 
@@ -21277,7 +21691,6 @@ class Forwarder:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
-        self._urls: dict[str, HttpUrl] = {}  # those parsed lately
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -21314,7 +21727,7 @@ class Forwarder:
         is_own = target.is_own_engine
         encode = encode_json if is_own else encode_canonical_json  # which rounds numbers as a signature needs it
         body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
-        url = self._parse_url(target.base_url + request.form.value)
+        url = parse_http_url(target.base_url + request.form.value)
         headers = build_forward_headers(request, is_own_engine=is_own)
         if target.sign is not None:
             headers += target.sign("POST", url.target, body)
@@ -21331,14 +21744,6 @@ class Forwarder:
             silence_s=budgets.silence_s,
             on_end=self._on_end,
         )
-
-    def _parse_url(self, url: str) -> HttpUrl:
-        parsed = self._urls.get(url)
-        if parsed is None:
-            if len(self._urls) >= PEER_URLS_LIMIT:
-                self._urls.clear()
-            parsed = self._urls[url] = parse_http_url(url)
-        return parsed
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
         attempts.append(attempt)
@@ -22338,7 +22743,7 @@ class HttpExchange:
         try:
             await self._send(response)
         finally:
-            await close_response_body(response)
+            await close_body(response.body)
         if _http_logger.isEnabledFor(logging.INFO):
             self._log(response.status, self._loop.time() - started_at)
 
@@ -22349,7 +22754,7 @@ class HttpExchange:
             try:
                 self._prepare(response)
             except Exception:
-                await close_response_body(response)
+                await close_body(response.body)
                 raise
             return response
         except BridgeError as error:
@@ -22403,10 +22808,7 @@ class HttpExchange:
     async def _send_stream(self, body: AsyncIterator[bytes], framing: BodyFraming) -> None:
         is_chunked = framing is BodyFraming.CHUNKED
         try:
-            async for data in body:
-                if data:
-                    self._writer.write(encode_chunk(data) if is_chunked else data)
-                    await self._writer.drain()
+            await pour(body, ChunkSink(self._writer) if is_chunked else self._writer)
         except BridgeError as error:
             _http_logger.info("answer of request %s torn off: %s", self.request.request_id, error.code or error.type)
             self.keep_alive = False
@@ -22433,11 +22835,24 @@ class HttpExchange:
         )
 
 
-async def close_response_body(response: HttpResponse) -> None:
-    """Closes a streamed body, finished or not; one that never started, too."""
-    close = getattr(response.body, "aclose", None)
-    if close is not None:
-        await close()
+class ChunkSink:
+    """What a chunked answer is poured into."""
+
+    def __init__(self, writer: TransportWriter) -> None:
+        self._writer = writer
+        self.flush = writer.flush
+        self.drain = writer.drain
+
+    @property
+    def is_full(self) -> bool:
+        return self._writer.is_full
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._writer.write(encode_chunk(data))
+
+    def send(self, data: bytes) -> None:
+        self._writer.send(encode_chunk(data) if data else b"")
 
 
 class HttpConnection(asyncio.Protocol):
@@ -23397,12 +23812,20 @@ class AccountedBody:
             self._account.close(self._status, name_outcome(exc))
             raise
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        try:
+            await pour(self._body, sink)
+        except Exception as exc:
+            self._account.close(self._status, name_outcome(exc))
+            raise
+        self._account.close(self._status, "ok")
+
     async def aclose(self) -> None:
         self._account.close(self._status, "cancelled")
-        async with self._place:
-            close = getattr(self._body, "aclose", None)
-            if close is not None:
-                await close()
+        try:
+            await close_body(self._body)
+        finally:
+            await self._place.aclose()
 
 
 def name_outcome(exc: BaseException) -> str:
@@ -23598,11 +24021,15 @@ class HeldBody:
             await self._held.aclose()
             raise
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        try:
+            await pour(self._body, sink)
+        finally:
+            await self._held.aclose()
+
     async def aclose(self) -> None:
         try:
-            close = getattr(self._body, "aclose", None)
-            if close is not None:
-                await close()
+            await close_body(self._body)
         finally:
             await self._held.aclose()
 
@@ -23779,25 +24206,28 @@ class Service:
 
     async def _infer(self, form: ForwardForm, request: HttpRequest) -> HttpResponse:
         """One inference request, from its body to its entry in the audit."""
-        account = InferenceAccount(request, self._record, self._observe)
+        account, place = InferenceAccount(request, self._record, self._observe), contextlib.AsyncExitStack()
         try:
-            async with contextlib.AsyncExitStack() as place:
-                await self._enter(place, request)
-                response = await self._answer(form, request, account)
-                if not isinstance(response.body, bytes):
-                    body = AccountedBody(response.body, account, response.status, place.pop_all())
-                    return replace(response, body=body)
+            guest = name_guest(request)
+            if guest is not None:
+                await self._enter(place, guest)
+            response = await self._answer(form, request, account)
         except BaseException as exc:
             account.close(exc.status if isinstance(exc, BridgeError) else 500, name_outcome(exc))
+            await place.aclose()
             raise
+        if not isinstance(response.body, bytes):
+            body = AccountedBody(response.body, account, response.status, place)
+            return HttpResponse(status=response.status, headers=response.headers, body=body)
         account.close(response.status, "ok" if response.status < 400 else "refused")
+        await place.aclose()
         return response
 
-    async def _enter(self, place: contextlib.AsyncExitStack, request: HttpRequest) -> None:
-        """Wait for one of the guest's places, to be held until its answer has ended."""
+    async def _enter(self, place: contextlib.AsyncExitStack, guest: str) -> None:
+        """Wait for one of the guest's places, to be held until its answer has ended. The owner needs none."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await place.enter_async_context(self._quotas.place(name_guest(request)))
+                await place.enter_async_context(self._quotas.place(guest))
         except TimeoutError as exc:
             raise self._build_timeout() from exc
 
@@ -24003,10 +24433,10 @@ class Offloading:
         client: HttpClient,
         list_local: Callable[[], Sequence[LocalModel]],
         sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
-        on_offload: Callable[[Peer], None] = lambda peer: None,
+        on_offload: Callable[[Peer], None] | None = None,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
-        self._policy = policy
+        self._chooser = RouteChooser(policy)
         self._monitor = monitor
         self._list_local = list_local
         self._sign = sign
@@ -24058,7 +24488,7 @@ class Offloading:
 
     def _decide(self, asked: RouteRequest) -> RouteDecision:
         monitor = self._monitor
-        return choose_route(self._policy, asked, self._list_local(), monitor.candidates(), monitor.now_s())
+        return self._chooser.choose(asked, self._list_local(), monitor.candidates(), monitor.now_s())
 
     def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
         peer, route = target.peer, target.route
@@ -24080,9 +24510,9 @@ class Offloading:
         monitor, device_id, outcome = self._monitor, attempt.target.device_id, attempt.outcome
         self._count_attempt(attempt.target.route, outcome.name.lower())
         if outcome is AttemptOutcome.COMMITTED:
-            for peer in monitor.peers():
-                if peer.device_id == device_id:
-                    self._on_offload(peer)
+            known = monitor.table.find(device_id)
+            if known is not None and self._on_offload is not None:
+                self._on_offload(known.candidate.peer)
         elif outcome in (AttemptOutcome.REFUSED, AttemptOutcome.NO_MODEL):
             monitor.note_success(device_id)
         elif outcome is AttemptOutcome.UNAUTHORIZED:
@@ -25994,7 +26424,7 @@ def add_audit_options(command: argparse.ArgumentParser) -> None:
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. A command line that begins with an option is one of `serve`."""
     words = list(argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+    if names_serve(words) and words[:1] != ["serve"]:
         words.insert(0, "serve")
     for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
         if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):

@@ -298,14 +298,14 @@ def test_health_proves_nothing_for_a_peer_that_answers_with_errors():
 
 def test_scores_are_learned_where_none_are_advertised():
     known = make_known()
-    assert known.build_peer().capability == {}
+    assert known.candidate.peer.capability == {}
     known.record_measurement(M, 20.0, 300.0)
     known.record_measurement(M, 30.0, None)
-    assert known.build_peer().capability == {M: 23.0} and known.build_candidate().prefill == {M: 300.0}
+    assert known.candidate.peer.capability == {M: 23.0} and known.candidate.prefill == {M: 300.0}
     known.peer = replace(known.peer, capability={M: 50.0})
-    assert known.build_peer().capability == {M: 50.0}
+    assert known.candidate.peer.capability == {M: 50.0}
     known.note_scores(parse_scores_json({"scores": [SCORE]}))
-    assert known.build_peer().capability == {M: 60.0}
+    assert known.candidate.peer.capability == {M: 60.0}
     for number in range(1000):
         known.record_measurement(f"m{number}", 1.0, 1.0)
     assert len(known.measured) == PEER_MODELS_LIMIT
@@ -321,7 +321,7 @@ def test_averages_move_slowly():
 
 def test_a_candidate_has_all_that_the_decision_wants():
     known = make_known()
-    candidate = known.build_candidate()
+    candidate = known.candidate
     assert (candidate.running, candidate.waiting, candidate.slots) == (1, 3, 2)
     assert candidate.peer.loaded_models == (M,) and candidate.route is PeerRoute.LAN
     assert candidate.state is PeerState.REACHABLE and candidate.models is None
