@@ -14997,7 +14997,10 @@ class NativeContext:
 
         None if what follows it in them is not as the grammar wants it.
         """
-        begun = self._build_grammar(*start_grammar(grammar, before))
+        try:
+            begun = self._build_grammar(*start_grammar(grammar, before))
+        except InvalidRequestError:  # alone, the grammar was sound
+            return None
         for token in tokens:
             if not self._is_allowed(begun, token):  # to accept it would end the process
                 self._llama.llama_sampler_free(begun)
@@ -15528,11 +15531,12 @@ class LlamaBackend:
         try:
             job.next = self._context.sample(job.sampler, row)
             events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
-            if job.awaited is not None:
+            is_over = bool(events) and isinstance(events[-1], Finished)
+            if job.awaited is not None and not is_over:
                 self._begin_grammar(job, job.awaited)
         except EngineError as exc:
             return [event for _, event in self._fail(part, exc)]
-        if events and isinstance(events[-1], Finished):
+        if is_over:
             self._end_generation(part.job_id)
         elif part.job_id in self._reading:
             self._writing[part.job_id] = self._reading.pop(part.job_id)

@@ -30,6 +30,7 @@ from dvai_bridge import (
 )
 from tests.support import CLEAN_ENVIRON, RunningBridge, require, start_bridge, wait_for
 from tests.test_chat_template import real_template
+from tests.test_clients import run_node
 from tests.test_upstream_engine import find_free_port, start_llama_server
 from tests.tool_transcripts import (
     BOTH,
@@ -295,6 +296,52 @@ def test_the_builtin_engine_cannot_force_a_call(hermes):
         with pytest.raises(hermes.openai.BadRequestError, match="needs the llama engine") as caught:
             hermes.create(COMMON["hello"], **options)
         assert caught.value.param == "tool_choice"
+
+
+# Other clients
+
+
+def test_langchain_binds_tools(hermes):
+    langchain = require("langchain_openai")
+    options = {"base_url": hermes.bridge.base_url, "api_key": "x", "temperature": 0, "max_retries": 0}
+    model = langchain.ChatOpenAI(model="tool_model", **options).bind_tools(TOOLS)
+    messages = [("system", SYSTEM["content"]), ("user", "Weather in Paris?")]
+    whole = model.invoke(messages)
+    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [PARIS] and not whole.invalid_tool_calls
+    first, *others = model.stream(messages)
+    for chunk in others:
+        first += chunk
+    assert [(call["name"], call["args"]) for call in first.tool_calls] == [PARIS]
+    result = {"role": "tool", "tool_call_id": whole.tool_calls[0]["id"], "content": "21 C"}
+    assert model.invoke([*messages, whole, result]).text == "It is 21 C in Paris."
+
+
+NODE_PROGRAM = """
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "ignored", maxRetries: 0 });
+const { messages, tools } = JSON.parse(process.env.ASKED);
+const seen = [];
+const answers = { get_weather: ({ city }) => { seen.push(city); return "21 C"; }, get_time: () => "noon" };
+const runnable = tools.map((tool) => ({
+  type: "function",
+  function: { ...tool.function, parse: JSON.parse, function: answers[tool.function.name] },
+}));
+const body = { model: "tool_model", messages, temperature: 0, max_tokens: 150 };
+const whole = await client.chat.completions.runTools({ ...body, tools: runnable }).finalContent();
+const streamed = await client.chat.completions.runTools({ ...body, tools: runnable, stream: true }).finalContent();
+const helper = client.chat.completions.stream({ ...body, tools });
+const { message } = (await helper.finalChatCompletion()).choices[0];
+console.log(JSON.stringify({ whole, streamed, seen, calls: message.tool_calls }));
+"""
+
+
+def test_npm_runs_tools(hermes, tmp_path):
+    """The client's own loop: it calls the function, sends what came of it, and gets the answer."""
+    asked = json.dumps({"messages": COMMON["paris"].messages, "tools": TOOLS})
+    out = run_node(NODE_PROGRAM, tmp_path, BASE_URL=hermes.bridge.base_url, ASKED=asked)
+    assert out["whole"] == out["streamed"] == "It is 21 C in Paris." and out["seen"] == ["Paris", "Paris"]
+    (call,) = out["calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == PARIS
 
 
 # Beside llama-server
