@@ -5615,8 +5615,8 @@ def count_overlap(text: str, mark: str) -> int:
 class AnswerParser:
     """Tells thoughts, text and calls apart, however the output is cut into pieces. Pure.
 
-    `tool_format` None: it makes no calls. `thinks`: it may begin with its thoughts; `is_thinking`: its prompt already
-    has begun them. `names`: what it may call. `is_over`: the one call that it may make is made.
+    `tool_format` or `tool_use` None: it makes no calls. `thinks`: it may begin with its thoughts; `is_thinking`: its
+    prompt already has begun them. `is_over`: the one call that it may make is made. `calls`: how many it has made.
     `since_thoughts` and `since_mark`: all text since the thoughts ended, or since the mark of a call (the brace, where
     a call needs none), as of the push that told; a grammar for what follows takes over there.
     """
@@ -5634,11 +5634,10 @@ class AnswerParser:
         self.calls = 0
         self.since_thoughts: str | None = None
         self.since_mark: str | None = None
-        self._format = tool_format if tool_use is not None else None
-        self._names = frozenset(tool.name for tool in tool_use.callable_tools) if tool_use is not None else frozenset()
-        self._python_names = frozenset(
-            tool.name for tool in (tool_use.callable_tools if tool_use is not None else ()) if not tool.is_strict
-        )
+        tools = tool_use.callable_tools if tool_use is not None else ()
+        self._format = tool_format if tools else None
+        self._names = frozenset(tool.name for tool in tools)
+        self._python_names = frozenset(tool.name for tool in tools if not tool.is_strict)  # no grammar holds those
         self._is_parallel = tool_use is not None and tool_use.is_parallel
         self._held = ""  # not looked at yet, or not enough to tell
         self._raw = ""  # what stands before it and is text again if no call follows
@@ -5780,24 +5779,28 @@ class AnswerParser:
         for position, char in enumerate(held):
             was_begun = reader.is_begun
             arguments = reader.push(char)
-            self._held = held[position + (arguments is not None) :]
             if reader.is_begun and not was_begun:
-                self._raw = ""
-                self._add_call(reader.name, arguments or "")
-                if self._format is not None and self._format.is_bare and self.calls == 1:
-                    self.since_mark = reader.raw + self._held
+                self._begin_arguments(arguments or "", held[position + 1 :])
             elif arguments:
                 self._add_arguments(arguments)
-            if reader.is_broken:
-                return self._give_up(reader.raw)
-            if reader.is_loose:
-                self.phase = AnswerPhase.LOOSE
-                return True
-            if reader.is_complete:
-                self.is_over, self.phase = not self._is_parallel, AnswerPhase.CLOSING
-                return True
+            if reader.is_broken or reader.is_loose or reader.is_complete:
+                self._held = held[position + (arguments is not None) :]
+                return self._end_call()
         self._held = ""
         return False
+
+    def _begin_arguments(self, arguments: str, rest: str) -> None:
+        self._raw = ""
+        self._add_call(self._reader.name, arguments)
+        if self._format is not None and self._format.is_bare and self.calls == 1:
+            self.since_mark = self._reader.raw + rest
+
+    def _end_call(self) -> bool:
+        if self._reader.is_broken:
+            return self._give_up(self._reader.raw)
+        self.phase = AnswerPhase.LOOSE if self._reader.is_loose else AnswerPhase.CLOSING
+        self.is_over = self._reader.is_complete and not self._is_parallel
+        return True
 
     def _loosen(self) -> bool:
         assert self._format is not None
