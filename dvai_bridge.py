@@ -5345,6 +5345,7 @@ def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 CALL_HELD_LIMIT_CHARS = 64 * KIB  # of what may yet turn out to be no call
 PYTHON_CALL_LIMIT_CHARS = 8 * KIB
+CALL_HEAD_LIMIT_CHARS = 512  # of a name and an id before the arguments
 FORCED_CALLS_LIMIT = 16  # that a grammar allows one after the other
 
 
@@ -5356,9 +5357,11 @@ class ToolFormat:
         llama3    {"name": "f", "parameters": {…}} as the whole answer, or behind <|python_tag|>, or
                   <|python_tag|>f.call(name="value")
         mistral   [TOOL_CALLS][{"name": "f", "arguments": {…}, "id": "…"}, …]
+        devstral  [TOOL_CALLS]f[ARGS]{…}, again for each call; also [TOOL_CALLS]f[CALL_ID]…[ARGS]{…}
 
     `opening` and `closing`: the marks around a call, or around a list of them (`is_list`). `is_bare`: an answer may
-    begin with a call without its mark.
+    begin with a call without its mark. `arguments_mark`: what stands between the name and the arguments, where these
+    are the only JSON; `id_mark`: what stands before an id there.
     """
 
     name: str
@@ -5367,24 +5370,32 @@ class ToolFormat:
     arguments_key: str = "arguments"
     is_list: bool = False
     is_bare: bool = False
+    arguments_mark: str = ""
+    id_mark: str = ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All marks that it has."""
+        return tuple(filter(None, (self.opening, self.closing, self.arguments_mark, self.id_mark)))
 
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat(name="hermes", opening="<tool_call>", closing="</tool_call>"),
     "llama3": ToolFormat(name="llama3", opening="<|python_tag|>", arguments_key="parameters", is_bare=True),
     "mistral": ToolFormat(name="mistral", opening="[TOOL_CALLS]", is_list=True),
+    "devstral": ToolFormat(name="devstral", opening="[TOOL_CALLS]", arguments_mark="[ARGS]", id_mark="[CALL_ID]"),
 }
 
 
 def recognize_tool_format(template: str) -> ToolFormat | None:
     """How a model with this chat template writes calls; None if its template has no tools, or in a form not known."""
-    others = ("<function=", "<arg_key>", "functools[", ">>>", "[ARGS]", "<｜tool▁", "<|tool_call_begin|>")
+    others = ("<function=", "<arg_key>", "functools[", ">>>", "<｜tool▁", "<|tool_call_begin|>")
     if "tools" not in template or any(mark in template for mark in others):
         return None
     if "<tool_call>" in template and "arguments" in template:
         return TOOL_FORMATS["hermes"]
     if "[TOOL_CALLS]" in template:
-        return TOOL_FORMATS["mistral"]
+        return TOOL_FORMATS["devstral" if "[ARGS]" in template else "mistral"]
     if "<|start_header_id|>" in template and '"parameters": ' in template:
         return TOOL_FORMATS["llama3"]
     return None
@@ -5477,10 +5488,10 @@ class CallReader:
     Arguments come only after the name, whatever their order in the object; until then `raw` is all that was read. A
     call whose name is none of `names`, or whose object breaks before its arguments begin, is none (`is_broken`); nor is
     one without arguments if it `needs_arguments`. Arguments that break once a part of them is out stay as the model
-    wrote them (`is_loose`).
+    wrote them (`is_loose`). Where the `name` is known from elsewhere, the arguments are all that is read.
     """
 
-    def __init__(self, names: frozenset[str], *, needs_arguments: bool = False) -> None:
+    def __init__(self, names: frozenset[str], *, needs_arguments: bool = False, name: str = "") -> None:
         self.raw = ""
         self.name = ""
         self.is_begun = False  # name and arguments are on their way out
@@ -5494,6 +5505,9 @@ class CallReader:
         self._member = ""
         self._arguments: str | None = None  # whole, waiting for the name
         self._is_streaming = False
+        self._is_headless = bool(name)
+        for char in f'{{"name":{json.dumps(name)},"arguments":' if name else "":
+            self.push(char)
 
     def push(self, char: str) -> str | None:
         """The arguments' text that a character brings; None, and it is not taken, when it is no part of the call."""
@@ -5506,6 +5520,7 @@ class CallReader:
             return None
         if self._is_streaming:
             self._is_streaming = scanner.depth > 1
+            self.is_complete = self._is_headless and not self._is_streaming
             return json.dumps(char)[1:-1] if state == "string" and char < " " else char
         self.raw += char
         text = self._follow(char, state, depth)
@@ -5753,14 +5768,31 @@ class AnswerParser:
             self._raw += self._held[: len(self._held) - len(begun) + 1]
             self._held = begun[1:]
             return True
-        if begun.startswith("{") and self._is_in_list == self._format.is_list and self.calls < MAX_TOOLS:
+        is_object = begun.startswith("{") and not self._format.arguments_mark
+        if is_object and self._is_in_list == self._format.is_list and self.calls < MAX_TOOLS:
             self._raw, self._held = self._raw + self._held[: -len(begun)], begun
             return self._begin_call()
+        if self._format.arguments_mark:
+            return self._open_by_name(begun)
         if self._format.is_bare and begun[:1].isidentifier():
             self.phase = AnswerPhase.PYTHON
             return True
         self._held = self._held if self._raw else begun
         return self._give_up("")
+
+    def _open_by_name(self, begun: str) -> bool:
+        """A name, perhaps an id, the mark of the arguments, and their brace."""
+        assert self._format is not None
+        head, _, rest = begun.partition(self._format.arguments_mark)
+        name = head.partition(self._format.id_mark)[0].strip()
+        rest = rest.lstrip()
+        if not rest and len(head) < CALL_HEAD_LIMIT_CHARS:
+            return False
+        if name not in self._names or not rest.startswith("{") or self.calls >= MAX_TOOLS:
+            return self._give_up("")
+        self._held, self.phase = rest, AnswerPhase.CALL
+        self._reader = CallReader(self._names, name=name)
+        return True
 
     def _begin_call(self) -> bool:
         needs_arguments = self._format is not None and self._format.is_bare  # else any object with a name is a call
@@ -5869,6 +5901,8 @@ def build_tool_grammar(tool_use: ToolUse, tool_format: ToolFormat, *, is_open: b
     opening, closing = map(quote_grammar_text, (tool_format.opening, tool_format.closing))
     if tool_format.is_list:
         calls_text = f'ws "[" ws {call} ("," ws {call}){more} ws "]"'
+    elif tool_format.arguments_mark:
+        calls_text = f"{call} (ws {opening} {call}){more}"
     elif tool_format.closing:
         calls_text = f"ws {call} ws {closing} (ws {opening} ws {call} ws {closing}){more}"
     else:
@@ -5879,6 +5913,10 @@ def build_tool_grammar(tool_use: ToolUse, tool_format: ToolFormat, *, is_open: b
 def _build_call_rule(builder: GrammarBuilder, tool: Tool, tool_format: ToolFormat) -> str:
     """The rule of one function's calls."""
     arguments = builder.add_schema(tool.parameters) if tool.is_strict else builder.add_leniently(tool.parameters)
+    if tool_format.arguments_mark:
+        id_mark, mark = map(quote_grammar_text, (tool_format.id_mark, tool_format.arguments_mark))
+        name = quote_grammar_text(tool.name)
+        return builder.add_rule(f"{name} ({id_mark} [a-zA-Z0-9]{{9}})? {mark} {arguments}")
     name, key = quote_grammar_text(json.dumps(tool.name)), quote_grammar_text(json.dumps(tool_format.arguments_key))
     call_id = ' ("," ws "\\"id\\"" ":" ws "\\"" [a-zA-Z0-9]{9} "\\"")?' if tool_format.is_list else ""
     return builder.add_rule(f'"{{" ws "\\"name\\"" ":" ws {name} "," ws {key} ":" ws {arguments}{call_id} ws "}}"')
@@ -13129,7 +13167,7 @@ def find_mark_tokens(encoder: PromptEncoder) -> frozenset[int]:
     """The tokens that spell the marks of thoughts and calls; control tokens, which show nothing, are among them."""
     tool_format = encoder.template.tool_format
     marks = [THINK_BEGIN, THINK_END] if encoder.template.thinks else []
-    marks += [] if tool_format is None else [tool_format.opening, tool_format.closing]
+    marks += [] if tool_format is None else tool_format.marks
     found = (encoder.tokenizer.find_token(mark) for mark in marks)
     return frozenset(token for token in found if token is not None)
 

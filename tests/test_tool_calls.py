@@ -27,7 +27,7 @@ NOTHING = {"type": "object", "properties": {}}
 TOOLS = tuple(Tool(name=name, description=None, parameters=NOTHING) for name in ("get_weather", "f"))
 USE = ToolUse(tools=TOOLS)
 ONE = ToolUse(tools=TOOLS, is_parallel=False)
-HERMES, LLAMA, MISTRAL = (TOOL_FORMATS[name] for name in ("hermes", "llama3", "mistral"))
+HERMES, LLAMA, MISTRAL, DEVSTRAL = (TOOL_FORMATS[name] for name in ("hermes", "llama3", "mistral", "devstral"))
 F = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 ANSWER_F = ("", "", [("f", '{"a": 1}')])
 
@@ -185,9 +185,32 @@ MISTRAL_CASES = {
         ("and", "", [("f", '{"a": 1}')]),
     ),
 }
+DEVSTRAL_CASES = {
+    "text": ("[ARGS]{}", ("[ARGS]{}", "", [])),
+    "one": ('[TOOL_CALLS]f[ARGS]{"a": 1}', ANSWER_F),
+    "one with an id": ('[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": 1}', ANSWER_F),
+    "one, spread out": (' [TOOL_CALLS] f [ARGS] {"a": 1} ', ANSWER_F),
+    "two": (
+        '[TOOL_CALLS]f[ARGS]{"a": "}["}[TOOL_CALLS]get_weather[ARGS]{}',
+        ("", "", [("f", '{"a": "}["}'), ("get_weather", "{}")]),
+    ),
+    "text around": ('a [TOOL_CALLS]f[ARGS]{"a": 1} b', ("a b", "", [("f", '{"a": 1}')])),
+    "an unknown function": ("[TOOL_CALLS]g[ARGS]{}", ("[TOOL_CALLS]g[ARGS]{}", "", [])),
+    "no arguments": ("[TOOL_CALLS]f[ARGS][1]", ("[TOOL_CALLS]f[ARGS][1]", "", [])),
+    "no mark": ("[TOOL_CALLS]" + "x" * 600, ("[TOOL_CALLS]" + "x" * 600, "", [])),
+    "a list": ('[TOOL_CALLS][{"name": "f"}]', ('[TOOL_CALLS][{"name": "f"}]', "", [])),
+    "cut off": ("[TOOL_CALLS]f[AR", ("[TOOL_CALLS]f[AR", "", [])),
+    "cut off in its arguments": ('[TOOL_CALLS]f[ARGS]{"a', ("", "", [("f", '{"a')])),
+    "broken in its arguments": ("[TOOL_CALLS]f[ARGS]{a: 1}", ("", "", [("f", "{a: 1}")])),
+}
 CASES = [
     pytest.param(tool_format, *case, id=f"{tool_format.name}: {name}")
-    for tool_format, cases in ((HERMES, HERMES_CASES), (LLAMA, LLAMA_CASES), (MISTRAL, MISTRAL_CASES))
+    for tool_format, cases in (
+        (HERMES, HERMES_CASES),
+        (LLAMA, LLAMA_CASES),
+        (MISTRAL, MISTRAL_CASES),
+        (DEVSTRAL, DEVSTRAL_CASES),
+    )
     for name, case in cases.items()
 ]
 
@@ -356,11 +379,23 @@ def test_random_output_is_never_lost():
         "x",
         "1,",
     ]
-    parts += ["[TOOL_CALLS]", "<|python_tag|>", '"parameters"', "\n", "é", "<think>", "</think>", ";"]
+    parts += [
+        "[ARGS]",
+        "f",
+        "[CALL_ID]",
+        "[TOOL_CALLS]",
+        "<|python_tag|>",
+        '"parameters"',
+        "\n",
+        "é",
+        "<think>",
+        "</think>",
+        ";",
+    ]
     for seed in range(3000):
         rng = random.Random(seed)
         text = "".join(rng.choices(parts, k=rng.randrange(30)))
-        tool_format = rng.choice((HERMES, LLAMA, MISTRAL))
+        tool_format = rng.choice((HERMES, LLAMA, MISTRAL, DEVSTRAL))
         found = read(AnswerParser(tool_format, USE), [text])
         assert found == read(AnswerParser(tool_format, USE), list(text)), text
         assert found[2] or found[0] == text
@@ -406,6 +441,7 @@ def build_schema(**properties):
     [
         (HERMES, '"<tool_call>" ws r11 ws "</tool_call>" (ws "<tool_call>" ws r11 ws "</tool_call>"){0,15}'),
         (MISTRAL, '"[TOOL_CALLS]" ws "[" ws r11 ("," ws r11){0,15} ws "]"'),
+        (DEVSTRAL, '"[TOOL_CALLS]" r11 (ws "[TOOL_CALLS]" r11){0,15}'),
         (LLAMA, "r11"),
     ],
 )
@@ -415,11 +451,13 @@ def test_a_grammar_of_calls(tool_format, root, is_open):
     grammar = build_tool_grammar(ToolUse(tools=tools), tool_format, is_open=is_open)
     opening = quote_grammar_text(tool_format.opening) + " "
     assert grammar.split("\n")[0] == "root ::= " + (root.removeprefix(opening) if is_open else root)
-    second = r'"\"\\\"\""'  # a name is a JSON text
-    assert r'"\"f\""' in grammar and second in grammar
+    second = (
+        r'"\"\\\"\""' if tool_format is not DEVSTRAL else r'"\""'
+    )  # a name is a JSON text, but where it stands alone
+    assert (r'"\"f\""' if tool_format is not DEVSTRAL else '::= "f" (') in grammar and second in grammar
     use = ToolUse(tools=tools, only="f", is_parallel=False)
     single = build_tool_grammar(use, tool_format, is_open=is_open)
-    assert second not in single and "{0,15}" not in single
+    assert f" {second} " not in single and "{0,15}" not in single
 
 
 def test_schemas_are_followed_strictly_or_as_far_as_they_can_be():

@@ -55,6 +55,7 @@ REAL_TEMPLATES = {
     "llama3": "meta-llama-Llama-3.1-8B-Instruct",
     "mistral": "mistralai-Mistral-Nemo-Instruct-2407",
     "qwen3": "Qwen-Qwen3-0.6B",
+    "devstral": "unsloth-mistral-Devstral-Small-2507",
 }
 PRIME = TRANSCRIPTS["hermes"]["prime"]
 THOUGHTFUL = TRANSCRIPTS["hermes"]["thoughtful"]
@@ -410,6 +411,18 @@ ONE = {"type": "function", "function": {"name": "get_time"}}
 @FORCED
 @pytest.mark.parametrize("choice", ["required", ONE], ids=["required", "named"])
 def test_calls_are_forced(served, choice):
+    verify_forced(served, choice)
+
+
+def test_calls_are_forced_in_a_form_that_the_model_never_learnt(tmp_path):
+    with serve(tmp_path / "home", "devstral", "llama") as served:
+        verify_forced(served, "required")
+        verify_forced(served, ONE)
+        history = [SYSTEM, *build_history("Weather in Paris?", PARIS, "call_1", "21 C")]
+        assert served.create(Transcript(history), max_tokens=5).usage.prompt_tokens > 100
+
+
+def verify_forced(served, choice):
     tools = [build_enum_tool(), build_enum_tool("get_time")]
     for seed in range(6):
         transcript = Transcript(COMMON["hello"].messages, tools=tools)
