@@ -1,7 +1,7 @@
 # make test       tests that need Python and pip, nothing else (its own environment in .venv-test)
 # make test-all   all tests: builds llama-cpp-python once, installs npm and LangChain clients, tries every Python found
 # make lint       ruff and mypy --strict
-# make bench      speed of the built-in engine, of starting up and of forwarding
+# make bench      speed of the built-in engine, of starting up, of forwarding and of the encryption
 # make model      trains the built-in model anew and writes it into dvai_bridge.py (needs PyTorch)
 
 PYTHON ?= python3
@@ -37,6 +37,8 @@ bench:
 	$(PYTHON) tests/bench/bench_health.py
 	$(PYTHON) tests/bench/bench_engine.py
 	$(PYTHON) tests/bench/bench_forward.py
+	$(PYTHON) tests/bench/bench_crypto.py
+	$(PYTHON) tests/bench/bench_channel.py
 
 model:
 	$(PYTHON) tests/train_builtin_model.py

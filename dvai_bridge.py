@@ -11,13 +11,13 @@ Three commands to begin with:
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
-    formats       HTTP/1.1, server-sent events, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, identity, pairing, handshake: who may use this device, and whom it may use
+    formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
+    trust         signing, primitives, Noise, channel, identity, pairing, LAN pairing, handshake: who may use whom
     decisions     models, memory, capability, audit, metrics, routing
-    transport     streams, HTTP client: asyncio begins here
+    transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, peers, offload, upstream engine: who is there, and who answers
-    program       HTTP server, routes, bridge, command line, and the built-in model's data
+    peers         discovery, tunnel, peers, offload, upstream engine: who is there, and who answers
+    program       HTTP server, tunnel server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
 page or network it comes from; a model file, its template included; the engine's process, which may crash or lie about
@@ -38,7 +38,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one sentence, instead of an erro
 import contextlib
 import importlib.util
 import os
-from types import FrameType
+from types import FrameType as StackFrame
 
 # ---- Compiled form --------------------------------------------------------------------
 # A script that runs for long goes on from its bytecode: before everything else, since it begins anew.
@@ -78,7 +78,7 @@ def names_serve(words: list[str]) -> bool:
     return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
 
 
-def is_outermost(frame: FrameType) -> bool:
+def is_outermost(frame: StackFrame) -> bool:
     """Whether the interpreter itself runs this frame's module as a script: no debugger, no profiler, no `-m`."""
     return frame.f_back is None and frame.f_globals.get("__spec__") is None and not sys.flags.inspect
 
@@ -212,6 +212,14 @@ CLIENT_CONNECTIONS_LIMIT = 256  # descriptors of connections to servers, all tog
 RESPONSE_BUFFER_LIMIT_BYTES = 64 * KIB  # answers that come faster than they are taken: reading pauses there
 CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
 CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
+TUNNEL_MESSAGE_LIMIT_BYTES = 17 * KIB  # WebSocket messages that never end: tunnel
+RELAY_MESSAGE_LIMIT_BYTES = 96 * KIB  # likewise: relay
+WEBSOCKET_QUEUE_LIMIT = 256  # messages that come faster than they are received: reading pauses there
+WEBSOCKET_QUEUE_LIMIT_BYTES = 256 * KIB  # likewise
+WEBSOCKET_OPEN_S = 10.0  # servers that take a connection and never open the WebSocket
+WEBSOCKET_CLOSE_S = 5.0  # an other side that does not answer our close frame, or does not go after it
+WEBSOCKET_PING_S = 30.0  # silence after which the other side is asked for a sign of life
+WEBSOCKET_PINGS_MISSED_LIMIT = 2  # connections whose other side vanished without a word
 ACCEPT_PAUSE_S = 1.0  # a full table of descriptors, tried again and again
 LISTEN_BACKLOG = 256  # connects that the kernel may hold between two passes of the loop
 
@@ -498,6 +506,39 @@ class PairingFailedError(BridgeError):
     status, type, code = 502, "pairing_failed", "pairing_failed"
 
 
+class CryptoError(BridgeError):
+    """The other side of a secure channel failed to prove itself or broke the protocol; it is not told how."""
+
+    status, type, code = 502, "server_error", "secure_channel_failed"
+
+
+class KeyRefusedError(CryptoError):
+    """A public key by which no secret can be shared: non-canonical, or of low order."""
+
+
+class DecryptionError(CryptoError):
+    """What was received is not what the holder of the key sent. Nothing else is known about it."""
+
+    def __init__(self, message: str = "a message of the secure channel was changed or forged", **details: Any) -> None:
+        super().__init__(message, **details)
+
+
+class NoiseError(CryptoError):
+    """A message out of turn, of an impossible length, or after the end of its handshake or cipher."""
+
+
+class PairingExchangeError(BridgeError):
+    """One side of a pairing broke its rules, or somebody between the two did. Neither keeps anything."""
+
+    status, type, code = 502, "pairing_failed", "pairing_failed"
+
+
+class CodeRequiredError(InvalidRequestError):
+    """A pairing cannot be approved without the code that both devices show."""
+
+    code = "code_required"
+
+
 class RouteNotFoundError(BridgeError):
     """There is no such route."""
 
@@ -545,6 +586,13 @@ class ExpectationFailedError(ProtocolError):
     """An `Expect` other than 100-continue."""
 
     status, code = 417, "expectation_failed"
+
+
+class UpgradeRequiredError(BridgeError):
+    """The route is a WebSocket, and the request asks for none, or for another version than 13."""
+
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+    should_retry = False
 
 
 class HeadersTooLargeError(ProtocolError):
@@ -643,6 +691,7 @@ OPTIONAL_PACKAGES = (
         extra="crypto",
         gives="constant-time X25519 and ChaCha20-Poly1305",
         without="our own code for both, which is not constant-time",
+        is_used=True,
     ),
     OptionalPackage(
         module="zeroconf",
@@ -832,6 +881,16 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def parse_seed(text: str) -> str:
+    """A seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        return base64.urlsafe_b64encode(bytes.fromhex(text)).decode().rstrip("=")
+    is_seed = re.fullmatch(r"[A-Za-z0-9_-]{43}", text)
+    if not is_seed or base64.urlsafe_b64encode(base64.urlsafe_b64decode(text + "=")).decode() != text + "=":
+        raise ValueError("it must be 32 bytes, as 64 hex digits or 43 digits of base64url")
+    return text
+
+
 def parse_models(text: str) -> str | tuple[str, ...]:
     """One model, or several, one a line: paths may have commas in them."""
     lines = tuple(line for line in text.split("\n") if line)
@@ -869,7 +928,8 @@ class OffloadConfig:
 
     `known_peers`: base URLs or `Peer`s. The callbacks may be coroutine functions; they run on the bridge's loop and
     their errors never break a request. `on_pairing_request(request) -> bool` is asked whether a device may pair and be
-    served here; without it and without an answer in time the answer is no. `on_offload(peer)` is told of each request
+    served here, or (`request.is_outgoing`) serve this one: yes only if it shows the same `request.code`. Without it and
+    without an answer in time the answer is no. `on_offload(peer)` is told of each request
     that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then; they may
     also be in their JSON form. `rendezvous_url` is refused: the internet path is not in this version.
     """
@@ -950,16 +1010,16 @@ class OffloadConfig:
     pairing: str = option(
         "--pairing",
         "ask",
-        "what a device that wants to use this one is told: `ask` asks on the terminal, and refuses where nobody can "
-        "be asked",
+        "who compares the code when devices pair: `ask` asks on the terminal, and refuses where nobody can be asked; "
+        "`allow` pairs without comparing; `deny` lets nobody use this device",
         "pairing",
         parse=parse_choice("ask", "allow", "deny"),
         metavar="ask|allow|deny",
     )
     legacy_pairing: str = option(
         "--legacy-pairing",
-        "allow",
-        "whether to pair by exchanging a key that the network could read, the only way that this version has",
+        "ask",
+        "whether to pair with software that knows no secure channel, by a key that the network could read",
         "pairing",
         parse=parse_choice("ask", "allow", "deny"),
         metavar="ask|allow|deny",
@@ -993,6 +1053,23 @@ class OffloadConfig:
         "application that pairs; each one of a device is approved by itself. Default: the device's own id",
         "pairing",
         metavar="ID",
+    )
+    seed: str | None = option(
+        "--seed",
+        None,
+        "32 bytes (64 hex digits, or 43 of base64url) from which the key of this installation comes, instead of the "
+        "stored ones; environment only",
+        "pairing",
+        parse=parse_seed,
+        metavar="SEED",
+        secret=True,
+    )
+    seed_file: str | None = option(
+        "--seed-file",
+        None,
+        "file with such a seed",
+        "pairing",
+        metavar="FILE",
     )
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
@@ -2349,6 +2426,13 @@ class LineReader:
         """Received and not consumed."""
         return len(self._buffer) - self._line_start
 
+    def take_rest(self) -> bytes:
+        """What was received and not consumed: it belongs to the protocol that comes after this one."""
+        rest = bytes(memoryview(self._buffer)[self._line_start :])
+        self._buffer.clear()
+        self._line_start = self._searched = 0
+        return rest
+
     def _read_fields(self, block_limit_bytes: int) -> bool:
         """Reads field lines up to the empty one; False until that has arrived."""
         start = self._line_start
@@ -2579,14 +2663,16 @@ class ResponseParser(LineReader):
 
     `head` is there once the header block is; `error` once the bytes have proved a fault, after which nothing more is
     given. What comes out depends on the bytes only, never on how they were cut into segments. Stricter than RFC 9112
-    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree.
+    section 6.3 asks: two lengths, or a length beside chunks, are a fault even when they agree. With `may_upgrade` a 101
+    is an answer without a body, and what follows is for `take_rest`.
 
     Invariants: those of LineReader; `_remaining` bytes of the body (FIXED_BODY) or chunk (CHUNK_DATA) are to come.
     """
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, *, may_upgrade: bool = False) -> None:
         super().__init__()
         self._method = method
+        self._may_upgrade = may_upgrade
         self._minor = self._status = 0
         self._interim_count = 0
         self._remaining = 0
@@ -2662,7 +2748,7 @@ class ResponseParser(LineReader):
         if match is None:
             raise ProtocolError("malformed status line")
         self._minor, self._status = int(match[1]), int(match[2])
-        if self._status == 101:
+        if self._status == 101 and not self._may_upgrade:
             raise ProtocolError("a change of protocol that nobody asked for")
         self._block_start = self._line_start
         self._fields = []
@@ -2672,7 +2758,7 @@ class ResponseParser(LineReader):
     def _read_headers(self) -> bool:
         if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES):
             return False
-        if self._status < 200:
+        if self._status < 200 and self._status != 101:
             self._interim_count += 1
             if self._interim_count > INTERIM_RESPONSES_LIMIT:
                 raise ProtocolError("too many interim answers")
@@ -2690,7 +2776,7 @@ class ResponseParser(LineReader):
     def _choose_body(self, headers: Headers) -> ResponseState:
         """How the body's end will be found (RFC 9112 section 6.3)."""
         length = _parse_body_length(headers, self._minor)  # two lengths come as `5, 5`, which is none
-        if self._method == "HEAD" or self._status in (204, 304):
+        if self._method == "HEAD" or self._status in (101, 204, 304):
             return ResponseState.COMPLETE
         if "transfer-encoding" not in headers and "content-length" not in headers:
             return ResponseState.CLOSE_BODY
@@ -2751,12 +2837,13 @@ class ResponseParser(LineReader):
 
 
 _REASONS = {
-    100: "Continue", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified", 400: "Bad Request",
-    401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    417: "Expectation Failed", 422: "Unprocessable Content", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+    100: "Continue", 101: "Switching Protocols", 200: "OK", 202: "Accepted", 204: "No Content", 304: "Not Modified",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 422: "Unprocessable Content", 426: "Upgrade Required",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
 }  # fmt: skip
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -2940,6 +3027,335 @@ class SseParser:
         if not data:
             return None
         return SseEvent("\n".join(data), event or "message", self._last_event_id)
+
+
+# ---- WebSocket ------------------------------------------------------------------------
+# Frames, messages and the opening handshake of both sides (RFC 6455), without extensions. Pure.
+
+# -- begin: shared with rendezvous_server.py: WebSocket --
+WEBSOCKET_FRAGMENTS_LIMIT = 64  # messages in ever more pieces
+WEBSOCKET_VERSION = "13"
+
+OPCODE_CONTINUATION, OPCODE_TEXT, OPCODE_BINARY, OPCODE_CLOSE, OPCODE_PING, OPCODE_PONG = 0, 1, 2, 8, 9, 10
+
+CLOSE_NORMAL = 1000
+CLOSE_GOING_AWAY = 1001
+CLOSE_PROTOCOL_ERROR = 1002
+CLOSE_WITHOUT_CODE = 1005  # never sent: the frame had no code
+CLOSE_ABNORMAL = 1006  # never sent: the connection ended without a close frame
+CLOSE_INVALID_DATA = 1007
+CLOSE_POLICY_VIOLATION = 1008
+CLOSE_TOO_BIG = 1009
+CLOSE_INTERNAL_ERROR = 1011
+
+_CONTROL_LIMIT_BYTES = 125  # RFC 6455 section 5.5
+_WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{21}[AQgw]==")  # exactly 16 bytes in base64
+_WEBSOCKET_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+
+
+class WebSocketError(Exception):
+    """The other side broke RFC 6455 or a bound: `code` and `reason` are what the close frame tells it."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+        self.code = code
+        self.reason = reason
+
+
+class UpgradeError(Exception):
+    """No WebSocket comes of this handshake. `status`: what a server answers (400, 426), or what one answered."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def apply_mask(data: bytes, mask: bytes) -> bytes:
+    """`data` XOR the repeated 4 bytes of `mask`: masks and unmasks (RFC 6455 section 5.3)."""
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+def encode_websocket_frame(opcode: int, payload: bytes, *, mask: bytes | None = None, is_final: bool = True) -> bytes:
+    """One frame. `mask`: 4 unpredictable bytes, which a client must give and a server must not."""
+    size = len(payload)
+    first = opcode | 0x80 if is_final else opcode
+    masked = 0 if mask is None else 0x80
+    if size < 126:
+        head = bytes((first, masked | size))
+    elif size < 0x10000:
+        head = struct.pack("!BBH", first, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, masked | 127, size)
+    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+
+
+def is_close_code(code: int) -> bool:
+    """Whether a close frame may carry this code (RFC 6455 section 7.4 and IANA's registry)."""
+    if code in (1004, CLOSE_WITHOUT_CODE, CLOSE_ABNORMAL):
+        return False
+    return 1000 <= code < 1015 or 3000 <= code < 5000
+
+
+def encode_websocket_close(code: int, reason: str = "", *, mask: bytes | None = None) -> bytes:
+    """A close frame; a reason that is too long is cut. CLOSE_WITHOUT_CODE: an empty one; ValueError for no code."""
+    if code == CLOSE_WITHOUT_CODE:
+        return encode_websocket_frame(OPCODE_CLOSE, b"", mask=mask)
+    if not is_close_code(code):
+        raise ValueError(f"{code} must not be sent in a close frame")
+    text = reason.encode()[: _CONTROL_LIMIT_BYTES - 2].decode(errors="ignore").encode()
+    return encode_websocket_frame(OPCODE_CLOSE, struct.pack("!H", code) + text, mask=mask)
+
+
+class WebSocketParser:
+    """Reads the frames of one connection in segments of any size and gives whole messages and control frames.
+
+    `feed` returns events `(opcode, data)`: OPCODE_TEXT with str; OPCODE_BINARY, OPCODE_PING and OPCODE_PONG with
+    bytes; OPCODE_CLOSE with the reason, `close_code` then saying the rest (CLOSE_WITHOUT_CODE if there was none).
+    `error` is set once the bytes have proved a fault. The outcome depends on the bytes only, never on how they
+    were cut. Nothing is read any more after a close frame or an error:
+
+        OPEN (both None) → CLOSED (`close_code`)        OPEN → FAILED (`error`)
+
+    Invariants: `_held` is the start of one frame, shorter than `_needed_bytes` and than the limits allow;
+    `_fragments` belong to one message whose opcode is `_opcode` (0: none has begun), `_size_bytes` of payload
+    in all, `_count` of them.
+    """
+
+    def __init__(
+        self, *, expects_mask: bool, limit_bytes: int, limit_fragments: int = WEBSOCKET_FRAGMENTS_LIMIT
+    ) -> None:
+        """`expects_mask`: whether the other side is the client. `limit_bytes`: of a message's payload."""
+        self._mask_bit = 0x80 if expects_mask else 0
+        self._limit_bytes = limit_bytes
+        self._limit_fragments = limit_fragments
+        self._held = bytearray()
+        self._needed_bytes = 2
+        self._opcode = 0
+        self._fragments: list[Any] = []  # bytes of a binary message, str of a text
+        self._decode_text = codecs.getincrementaldecoder("utf-8")().decode
+        self._count = 0
+        self._size_bytes = 0
+        self.close_code: int | None = None
+        self.error: WebSocketError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a close frame or an error has come: bytes that follow mean nothing."""
+        return self.close_code is not None or self.error is not None
+
+    @property
+    def is_inside_message(self) -> bool:
+        """Whether what was fed ended within a frame or a message."""
+        return bool(self._held or self._opcode)
+
+    def feed(self, data: bytes) -> list[tuple[int, Any]]:
+        """The events that end within `data`, those before a fault included; look at `error` then."""
+        if self._held:
+            self._held += data
+            if len(self._held) < self._needed_bytes:
+                return []
+            data = bytes(self._held)
+            self._held.clear()
+        events: list[tuple[int, Any]] = []
+        position, end = 0, len(data)
+        try:
+            while position < end and self.close_code is None and self.error is None:
+                next_position = self._read_frame(data, position, end, events)
+                if not next_position:
+                    self._held += data[position:] if position else data
+                    break
+                position = next_position
+        except WebSocketError as error:
+            self.error = error
+        except UnicodeDecodeError:
+            self.error = WebSocketError(CLOSE_INVALID_DATA, "text that is not UTF-8")
+        return events
+
+    def _read_frame(self, data: bytes, position: int, end: int, events: list[tuple[int, Any]]) -> int:
+        """Reads the frame at `position`; where the next begins, or 0: the frame needs `_needed_bytes`."""
+        available = end - position
+        if available < 2:
+            self._needed_bytes = 2
+            return 0
+        first, size = data[position], data[position + 1] ^ self._mask_bit
+        if self._opcode or first not in (0x81, 0x82) or size > 127:
+            self._verify_head(first, size)
+        start = position + 2
+        if size > 125:
+            start += 2 if size == 126 else 8
+            if start > end:
+                self._needed_bytes = start - position
+                return 0
+            size = self._parse_long_size(data[position + 2 : start])
+        if size + self._size_bytes > self._limit_bytes and not first & 8:
+            raise WebSocketError(CLOSE_TOO_BIG, f"a message of more than {self._limit_bytes} bytes")
+        mask_start = start
+        if self._mask_bit:
+            start += 4
+        stop = start + size
+        if stop > end:
+            self._needed_bytes = stop - position
+            return 0
+        payload = data[start:stop]
+        if self._mask_bit:
+            payload = apply_mask(payload, data[mask_start:start])
+        if first == 0x82 and not self._opcode:
+            events.append((OPCODE_BINARY, payload))
+        elif first == 0x81 and not self._opcode:
+            events.append((OPCODE_TEXT, payload.decode()))
+        elif first & 8:
+            events.append((first & 15, self._take_close(payload) if first & 15 == OPCODE_CLOSE else payload))
+        else:
+            self._take_fragment(first, payload, events)
+        return stop
+
+    def _verify_head(self, first: int, size: int) -> None:
+        """What the first two bytes of a frame may be here (RFC 6455 sections 5.2, 5.4 and 5.5)."""
+        opcode = first & 15
+        if first & 0x70:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved bit without an extension")
+        if size > 127:
+            wanted = "an unmasked frame from a client" if self._mask_bit else "a masked frame from a server"
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, wanted)
+        if opcode & 8:
+            if opcode > OPCODE_PONG:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+            if not first & 0x80 or size > _CONTROL_LIMIT_BYTES:
+                raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a control frame that is fragmented or too long")
+            return
+        if opcode > OPCODE_BINARY:
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a reserved opcode")
+        if (opcode == OPCODE_CONTINUATION) != bool(self._opcode):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a fragment out of turn")
+        if self._count >= self._limit_fragments:
+            raise WebSocketError(CLOSE_POLICY_VIOLATION, f"a message of more than {self._limit_fragments} fragments")
+
+    def _parse_long_size(self, data: bytes) -> int:
+        size = int.from_bytes(data, "big")
+        if size >> 63 or size < (126 if len(data) == 2 else 0x10000):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a length that is not written in the shortest way")
+        return size
+
+    def _take_close(self, payload: bytes) -> str:
+        if not payload:
+            self.close_code = CLOSE_WITHOUT_CODE
+            return ""
+        code = int.from_bytes(payload[:2], "big")
+        if len(payload) == 1 or not is_close_code(code):
+            raise WebSocketError(CLOSE_PROTOCOL_ERROR, "a close frame without a valid code")
+        reason = payload[2:].decode()
+        self.close_code = code
+        return reason
+
+    def _take_fragment(self, first: int, payload: bytes, events: list[tuple[int, Any]]) -> None:
+        """One piece of a message that comes in several, text checked as far as it has come."""
+        is_final = first & 0x80
+        opcode = self._opcode = self._opcode or first
+        self._count += 1
+        self._size_bytes += len(payload)
+        is_text = opcode == OPCODE_TEXT
+        self._fragments.append(self._decode_text(payload, bool(is_final)) if is_text else payload)
+        if is_final:
+            events.append((opcode, ("" if is_text else b"").join(self._fragments)))
+            self._opcode = self._count = self._size_bytes = 0
+            self._fragments.clear()
+
+
+def compute_accept(key: str) -> str:
+    """Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()).decode()
+
+
+def _has_token(value: str, token: str) -> bool:
+    return token in [member.strip(" \t").lower() for member in value.split(",")]
+
+
+def parse_subprotocols(value: str) -> list[str]:
+    """The members of a Sec-WebSocket-Protocol field, none for an empty one; UpgradeError (400) if malformed."""
+    members = [member.strip(" \t") for member in value.split(",")] if value else []
+    if not all(map(_WEBSOCKET_TOKEN.fullmatch, members)) or len(set(members)) < len(members):
+        raise UpgradeError(400, "malformed Sec-WebSocket-Protocol")
+    return members
+
+
+def is_upgrade_request(get_field: Callable[[str, str], str]) -> bool:
+    """Whether a request asks for a WebSocket. `get_field(name, default)`: a header field by its lower-case name."""
+    return _has_token(get_field("upgrade", ""), "websocket")
+
+
+def parse_upgrade_request(method: str, http_minor: int, get_field: Callable[[str, str], str]) -> tuple[str, list[str]]:
+    """Key and offered subprotocols of a client's opening handshake; UpgradeError says with which status it fails.
+
+    `get_field(name, default)`: a header field by its lower-case name, duplicates joined by commas. The answer to
+    426 carries `Upgrade: websocket` and `Sec-WebSocket-Version: 13`.
+    """
+    if not is_upgrade_request(get_field):
+        raise UpgradeError(426, "only WebSocket is spoken here")
+    if method != "GET" or http_minor < 1 or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(400, "a WebSocket begins with GET, HTTP/1.1 and Connection: Upgrade")
+    if get_field("sec-websocket-version", "") != WEBSOCKET_VERSION:
+        raise UpgradeError(426, "the only WebSocket version spoken here is 13")
+    key = get_field("sec-websocket-key", "")
+    if not _WEBSOCKET_KEY.fullmatch(key):
+        raise UpgradeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    return key, parse_subprotocols(get_field("sec-websocket-protocol", ""))
+
+
+def build_upgrade_response_fields(key: str, subprotocol: str = "") -> list[tuple[str, str]]:
+    """The header fields of the 101 that answers a client's key; `subprotocol`: one that it offered, or none."""
+    fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", compute_accept(key))]
+    return [*fields, ("Sec-WebSocket-Protocol", subprotocol)] if subprotocol else fields
+
+
+def build_upgrade_request_fields(nonce: bytes, subprotocols: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The header fields, Host apart, of a client's opening handshake. `nonce`: 16 random bytes."""
+    fields = [
+        ("Upgrade", "websocket"),
+        ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Key", base64.b64encode(nonce).decode()),
+        ("Sec-WebSocket-Version", WEBSOCKET_VERSION),
+    ]
+    return [*fields, ("Sec-WebSocket-Protocol", ", ".join(subprotocols))] if subprotocols else fields
+
+
+def verify_upgrade_response(
+    status: int, get_field: Callable[[str, str], str], nonce: bytes, subprotocols: Sequence[str] = ()
+) -> str:
+    """The subprotocol that the server chose ("" if none); UpgradeError says what is wrong with its answer.
+
+    Whoever answers 200, a redirect or 407 is named as what usually stands in the way: a captive portal or a proxy.
+    """
+    if status != 101:
+        raise UpgradeError(status, explain_upgrade_refusal(status))
+    accept = compute_accept(base64.b64encode(nonce).decode())
+    if not _has_token(get_field("upgrade", ""), "websocket") or not _has_token(get_field("connection", ""), "upgrade"):
+        raise UpgradeError(status, "the answer changes to something else than WebSocket")
+    if get_field("sec-websocket-accept", "") != accept:
+        raise UpgradeError(status, "the answer is not one to this request (Sec-WebSocket-Accept)")
+    if get_field("sec-websocket-extensions", ""):
+        raise UpgradeError(status, "the server chose an extension that was not offered")
+    chosen = get_field("sec-websocket-protocol", "")
+    if chosen and chosen not in subprotocols:
+        raise UpgradeError(status, "the server chose a subprotocol that was not offered")
+    return chosen
+
+
+def explain_upgrade_refusal(status: int) -> str:
+    """Who probably answered with this status where a 101 was expected."""
+    if status == 407:
+        return "a proxy in between wants a login (407)"
+    if status == 511 or 200 <= status < 400:
+        return f"a web page came instead of a WebSocket ({status}): a captive portal or a proxy is in between"
+    if status == 426:
+        return "the server speaks another version of WebSocket, or another protocol (426)"
+    return f"the server refused the WebSocket ({status})"
+
+
+# -- end: shared with rendezvous_server.py: WebSocket --
 
 
 # ---- DNS ------------------------------------------------------------------------------
@@ -6232,6 +6648,2341 @@ def _hash_nonce(nonce: str) -> bytes:
     return hashlib.sha256(nonce.encode()).digest()[:9]
 
 
+# ---- Primitives -----------------------------------------------------------------------
+# The secure channel's arithmetic: X25519, HKDF and ChaCha20-Poly1305, by `cryptography` or by ourselves. Pure.
+#
+# Both backends accept and refuse the same; HMAC and HKDF are the standard library's in both. Ours takes about 1 ms for
+# a key agreement, 0.04 ms for a short frame and 0.8 ms for one of 16 KiB, so the event loop never waits long for it. It
+# is not constant-time: how long it takes depends on the keys, as with everything that Python's integers compute.
+
+KEY_BYTES = 32  # private and public keys, shared secrets, AEAD keys, pre-shared keys, seeds
+AEAD_NONCE_BYTES = 12
+AEAD_TAG_BYTES = 16
+
+crypto_log = logging.getLogger("dvai_bridge.crypto")
+
+
+# -- begin: shared with rendezvous_server.py: X25519 and HKDF --
+_PRIME_25519 = 2**255 - 19
+_LOW_ORDER_25519 = frozenset(  # u of the points whose order divides 8, on the curve and on its twist
+    (
+        0,
+        1,
+        0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
+        0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
+        _PRIME_25519 - 1,
+    )
+)
+
+
+def compute_x25519(private: bytes, public: bytes) -> bytes:
+    """The shared secret of a private and a public key, 32 bytes each (RFC 7748 sections 5 and 6.1).
+
+    As the RFC asks, other spellings of a public key (u at or above the prime, top bit set) are taken for what they
+    mean; whoever minds uses `find_x25519_fault`. ValueError for a wrong length, or a secret that is all zeros.
+    """
+    if len(private) != 32 or len(public) != 32:
+        raise ValueError("an X25519 key has 32 bytes")
+    u = int.from_bytes(public, "little") % 2**255
+    secret = _multiply_25519(private, u).to_bytes(32, "little")
+    if not any(secret):
+        raise ValueError("an X25519 key of low order")
+    return secret
+
+
+def compute_x25519_public(private: bytes) -> bytes:
+    """The public key that belongs to 32 private bytes."""
+    if len(private) != 32:
+        raise ValueError("an X25519 key has 32 bytes")
+    return _multiply_25519(private, 9).to_bytes(32, "little")
+
+
+def find_x25519_fault(public: bytes) -> str | None:
+    """What is wrong with a public key: its length, its spelling, or a low order; None if nothing is."""
+    if len(public) != 32:
+        return "not 32 bytes"
+    u = int.from_bytes(public, "little")
+    if u >= _PRIME_25519:
+        return "not in canonical form"
+    return "of low order" if u in _LOW_ORDER_25519 else None
+
+
+def _multiply_25519(private: bytes, u: int) -> int:
+    """The Montgomery ladder of RFC 7748 section 5: the u of (clamped private · point).
+
+    Invariant: x2/z2 and x3/z3 are the u of k·P and (k + 1)·P, k the bits done so far. Sums stay unreduced, since a
+    product is reduced at once.
+    """
+    p = _PRIME_25519
+    scalar = int.from_bytes(private, "little") & (2**254 - 8) | 2**254
+    x2, z2, x3, z3 = 1, 0, u, 1
+    for bit in f"{scalar:b}":
+        if bit == "1":
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        a, b = x2 + z2, x2 - z2
+        da, cb = (x3 - z3) * a, (x3 + z3) * b
+        aa, bb = a * a % p, b * b % p
+        total, difference = (da + cb) % p, (da - cb) % p
+        e = aa - bb
+        x3, z3 = total * total % p, difference * difference % p * u % p
+        x2, z2 = aa * bb % p, e * (aa + 121665 * e) % p
+        if bit == "1":
+            x2, z2, x3, z3 = x3, z3, x2, z2
+    return x2 * pow(z2, p - 2, p) % p
+
+
+def compute_hkdf(salt: bytes, key_material: bytes, info: bytes, length: int) -> bytes:
+    """`length` bytes of HKDF-SHA256: extract, then expand (RFC 5869 section 2)."""
+    return compute_hkdf_expand(hmac.digest(salt, key_material, "sha256"), info, length)
+
+
+def compute_hkdf_expand(key: bytes, info: bytes, length: int) -> bytes:
+    """The second half of HKDF-SHA256, for a `key` that is uniformly random already (RFC 5869 section 2.3)."""
+    if not 0 <= length <= 255 * 32:
+        raise ValueError("HKDF-SHA256 gives at most 8160 bytes")
+    output, block = b"", b""
+    for counter in range(1, -(-length // 32) + 1):
+        block = hmac.digest(key, block + info + bytes([counter]), "sha256")
+        output += block
+    return output[:length]
+
+
+# -- end: shared with rendezvous_server.py: X25519 and HKDF --
+
+
+def verify_public_key(public: bytes) -> None:
+    """Raises KeyRefusedError unless `public` is a canonical X25519 key that is not of low order."""
+    fault = find_x25519_fault(public)
+    if fault is not None:
+        raise KeyRefusedError(f"the other side's public key is {fault}")
+
+
+def derive_x25519_private(seed: bytes) -> bytes:
+    """The private key of an identity that is kept as a seed of 32 bytes."""
+    _verify_length("a seed", seed, KEY_BYTES)
+    return compute_hkdf(b"dvai-seed/1", seed, b"x25519", KEY_BYTES)
+
+
+def build_provider_address(public_key: bytes) -> bytes:
+    """The 16 bytes by which a relay knows the provider with this public key."""
+    return hashlib.sha256(b"dvai-provider-addr/1" + public_key).digest()[:16]
+
+
+def derive_relay_proof_key(shared: bytes, ephemeral_public: bytes, public_key: bytes, host_port: str) -> bytes:
+    """The key by which a provider proves to a relay that `public_key` is its own.
+
+    `shared`: X25519 of the relay's ephemeral key and `public_key`; `host_port`: the relay's public name, lower case, as
+    `relay.example.org:443`, so that one relay cannot pass its challenge on from another.
+    """
+    info = ephemeral_public + public_key + host_port.encode()
+    return compute_hkdf(b"dvai-relay-proof/1", shared, info, KEY_BYTES)
+
+
+def compute_relay_proof(key: bytes, nonce: bytes, address: bytes) -> bytes:
+    """The 32 bytes that answer a relay's challenge. `key`: of derive_relay_proof_key; `address`: the provider's."""
+    return hmac.digest(key, nonce + address, "sha256")
+
+
+class Aead(Protocol):
+    """ChaCha20-Poly1305 (RFC 8439 section 2.8) under one key. A nonce must never be used twice for encryption."""
+
+    def encrypt(self, nonce: bytes, plaintext: bytes, associated_data: bytes) -> bytes:
+        """The ciphertext with its tag of 16 bytes. `nonce`: 12 bytes."""
+
+    def decrypt(self, nonce: bytes, ciphertext: bytes, associated_data: bytes) -> bytes:
+        """The plaintext; DecryptionError if anything was changed. `ciphertext`: with its tag."""
+
+
+class CryptoBackend(Protocol):
+    """Who computes. Wrong lengths are ValueError, since they are mistakes of the caller."""
+
+    name: ClassVar[str]
+
+    def x25519(self, private: bytes, public: bytes) -> bytes:
+        """The shared secret, 32 bytes. KeyRefusedError if it is all zeros. See `verify_public_key` for more."""
+
+    def x25519_public(self, private: bytes) -> bytes:
+        """The public key of a private one."""
+
+    def aead(self, key: bytes) -> Aead:
+        """The cipher under a key of 32 bytes."""
+
+
+def _verify_length(what: str, value: bytes, length: int) -> None:
+    if len(value) != length:
+        raise ValueError(f"{what} has {length} bytes, not {len(value)}")
+
+
+_CHACHA20_CONSTANTS = struct.unpack("<4L", b"expand 32-byte k")
+_LANE_BYTES = 5  # 32 bits of a word, and 8 for the carries of the 42 numbers that are summed before a word is cut
+
+
+def _generate_chacha20(key: bytes, counter: int, nonce: bytes, n: int) -> bytearray:
+    """The `n` blocks of key stream from block `counter` on (RFC 8439 sections 2.3 and 2.4), all computed at once.
+
+    Each of the four rows of the state is one integer. A column is a quarter of it, with a lane for every block:
+
+        row b   | word 7: … block 1, block 0 | word 6: … | word 5: … | word 4: … block 1, block 0 |
+
+    So one addition serves four words of every block. Rotating takes two shifts, and masks that cut off what comes
+    from the neighbouring lane or from carries: a and c gather carries in the spare bits of their lanes, b and d have
+    none after each rotation. A diagonal round is a column round between turns of the rows by whole columns.
+    """
+    lanes = int.from_bytes(b"\x01\x00\x00\x00\x00" * (4 * n), "little")
+    high16, low16, high12, low12 = lanes * 0xFFFF0000, lanes * 0xFFFF, lanes * 0xFFFFF000, lanes * 0xFFF
+    high8, low8, high7, low7 = lanes * 0xFFFFFF00, lanes * 0xFF, lanes * 0xFFFFFF80, lanes * 0x7F
+    right, half, left = (8 * _LANE_BYTES * n * columns for columns in (1, 2, 3))
+    right_mask, half_mask, left_mask = (1 << right) - 1, (1 << half) - 1, (1 << left) - 1
+    a, b, c, d = rows = _build_chacha20_rows(key, counter, nonce, n)
+    for _ in range(20):
+        a += b
+        d ^= a
+        d = d << 16 & high16 | d >> 16 & low16
+        c += d
+        b ^= c
+        b = b << 12 & high12 | b >> 20 & low12
+        a += b
+        d ^= a
+        d = d << 8 & high8 | d >> 24 & low8
+        c += d
+        b ^= c
+        b = b << 7 & high7 | b >> 25 & low7
+        b = b >> right | (b & right_mask) << left
+        c = c >> half | (c & half_mask) << half
+        d = d >> left | (d & left_mask) << right
+        right, left, right_mask, left_mask = left, right, left_mask, right_mask  # to the diagonals, and back
+    return _join_chacha20_rows([row + start for row, start in zip((a, b, c, d), rows, strict=True)], n)
+
+
+def _build_chacha20_rows(key: bytes, counter: int, nonce: bytes, n: int) -> list[int]:
+    """The state before the first round: constants, key, key, counter and nonce, the same in each block's lanes."""
+    words = _CHACHA20_CONSTANTS + struct.unpack("<8L", key) + (0,) + struct.unpack("<3L", nonce)
+    blocks = int.from_bytes(b"\x01\x00\x00\x00\x00" * n, "little")
+    column = 8 * _LANE_BYTES * n
+    rows = [sum(word * blocks << column * k for k, word in enumerate(words[i : i + 4])) for i in range(0, 16, 4)]
+    counters = b"".join([number.to_bytes(_LANE_BYTES, "little") for number in range(counter, counter + n)])
+    rows[3] += int.from_bytes(counters, "little")
+    return rows
+
+
+def _join_chacha20_rows(rows: Sequence[int], n: int) -> bytearray:
+    """The key stream: of each lane the lower four bytes, block by block."""
+    lanes = b"".join([row.to_bytes(4 * n * _LANE_BYTES, "little") for row in rows])
+    stream = bytearray(64 * n)
+    for byte in range(4):
+        plane = lanes[byte::_LANE_BYTES]  # this byte of word 0 in every block, then of word 1, …
+        if n < 16:
+            for block in range(n):
+                stream[64 * block + byte : 64 * block + 64 : 4] = plane[block::n]
+        else:
+            for word in range(16):
+                stream[4 * word + byte :: 64] = plane[n * word : n * word + n]
+    return stream
+
+
+_PRIME_POLY1305 = 2**130 - 5
+_POLY1305_GROUP_BLOCKS = 32
+
+
+def _compute_poly1305(key: bytes, message: bytes) -> bytes:
+    """The tag of a message under a key that is used once (RFC 8439 section 2.5).
+
+    The polynomial in r is summed by groups of up to 32 blocks, each block times its own power of r: one reduction a
+    group. A block is taken as two halves and the bit above them.
+    """
+    p = _PRIME_POLY1305
+    r = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    count = len(message) // 16
+    halves = struct.unpack_from(f"<{2 * count}Q", message)
+    powers = [r]
+    while len(powers) < min(count, _POLY1305_GROUP_BLOCKS):
+        powers.append(powers[-1] * r % p)
+    powers.reverse()
+    total, start = 0, 0
+    while start < count:
+        group = powers[-(count - start) :]
+        end = start + len(group)
+        lower = sum(map(operator.mul, halves[2 * start : 2 * end : 2], group))
+        upper = sum(map(operator.mul, halves[2 * start + 1 : 2 * end : 2], group))
+        total = (total * group[0] + lower + (upper << 64) + (sum(group) << 128)) % p
+        start = end
+    rest = message[16 * count :]
+    if rest:
+        total = (total + int.from_bytes(rest + b"\x01", "little")) * r % p
+    return ((total + int.from_bytes(key[16:], "little")) % 2**128).to_bytes(16, "little")
+
+
+class _OwnAead:
+    """ChaCha20-Poly1305 in Python (RFC 8439 section 2.8)."""
+
+    def __init__(self, key: bytes) -> None:
+        _verify_length("a key", key, KEY_BYTES)
+        self._key = key
+
+    def encrypt(self, nonce: bytes, plaintext: bytes, associated_data: bytes) -> bytes:
+        """See Aead."""
+        tag_key, stream = self._generate(nonce, len(plaintext))
+        ciphertext = _xor(plaintext, stream)
+        return ciphertext + _compute_aead_tag(tag_key, ciphertext, associated_data)
+
+    def decrypt(self, nonce: bytes, ciphertext: bytes, associated_data: bytes) -> bytes:
+        """See Aead."""
+        body, tag = ciphertext[:-AEAD_TAG_BYTES], ciphertext[-AEAD_TAG_BYTES:]
+        tag_key, stream = self._generate(nonce, len(body))
+        if not hmac.compare_digest(tag, _compute_aead_tag(tag_key, body, associated_data)):
+            raise DecryptionError
+        return _xor(body, stream)
+
+    def _generate(self, nonce: bytes, length: int) -> tuple[bytes, bytearray]:
+        """The one-time key of the tag, and `length` bytes of key stream: block 0, and those from 1 on."""
+        _verify_length("a nonce", nonce, AEAD_NONCE_BYTES)
+        stream = _generate_chacha20(self._key, 0, nonce, 1 + -(-length // 64))
+        return bytes(stream[:32]), stream[64 : 64 + length]
+
+
+def _xor(data: bytes, stream: bytearray) -> bytes:
+    mixed = int.from_bytes(data, "little") ^ int.from_bytes(stream, "little")
+    return mixed.to_bytes(len(data), "little")
+
+
+def _compute_aead_tag(tag_key: bytes, ciphertext: bytes, associated_data: bytes) -> bytes:
+    parts = (associated_data, bytes(-len(associated_data) % 16), ciphertext, bytes(-len(ciphertext) % 16))
+    lengths = struct.pack("<2Q", len(associated_data), len(ciphertext))
+    return _compute_poly1305(tag_key, b"".join((*parts, lengths)))
+
+
+class OwnBackend:
+    """All in Python, from this section."""
+
+    name: ClassVar[str] = "own"
+
+    def x25519(self, private: bytes, public: bytes) -> bytes:
+        """See CryptoBackend."""
+        _verify_length("a private key", private, KEY_BYTES)
+        _verify_length("a public key", public, KEY_BYTES)
+        try:
+            return compute_x25519(private, public)
+        except ValueError:
+            raise KeyRefusedError("the other side's public key is of low order") from None
+
+    def x25519_public(self, private: bytes) -> bytes:
+        """See CryptoBackend."""
+        _verify_length("a private key", private, KEY_BYTES)
+        return compute_x25519_public(private)
+
+    def aead(self, key: bytes) -> Aead:
+        """See CryptoBackend."""
+        return _OwnAead(key)
+
+
+class CryptographyBackend:
+    """The package `cryptography`, that is OpenSSL. ImportError, or what else it raises, if it does not work here."""
+
+    name: ClassVar[str] = "cryptography"
+
+    def __init__(self) -> None:
+        names = ("exceptions", "hazmat.primitives.asymmetric.x25519", "hazmat.primitives.ciphers.aead")
+        exceptions, x25519, aead = (importlib.import_module(f"cryptography.{name}") for name in names)
+        self._private_key: Any = x25519.X25519PrivateKey.from_private_bytes
+        self._public_key: Any = x25519.X25519PublicKey.from_public_bytes
+        self._cipher: Any = aead.ChaCha20Poly1305
+        self._invalid_tag: type[Exception] = exceptions.InvalidTag
+        self.aead(bytes(KEY_BYTES)).encrypt(bytes(AEAD_NONCE_BYTES), b"", b"")  # an OpenSSL may be built without it
+        self.x25519_public(bytes(KEY_BYTES))
+
+    def x25519(self, private: bytes, public: bytes) -> bytes:
+        """See CryptoBackend."""
+        _verify_length("a private key", private, KEY_BYTES)
+        _verify_length("a public key", public, KEY_BYTES)
+        try:
+            return cast(bytes, self._private_key(private).exchange(self._public_key(public)))
+        except ValueError:
+            raise KeyRefusedError("the other side's public key is of low order") from None
+
+    def x25519_public(self, private: bytes) -> bytes:
+        """See CryptoBackend."""
+        _verify_length("a private key", private, KEY_BYTES)
+        return cast(bytes, self._private_key(private).public_key().public_bytes_raw())
+
+    def aead(self, key: bytes) -> Aead:
+        """See CryptoBackend."""
+        _verify_length("a key", key, KEY_BYTES)
+        return _CryptographyAead(self._cipher(key), self._invalid_tag)
+
+
+class _CryptographyAead:
+    """ChaCha20-Poly1305 of OpenSSL."""
+
+    def __init__(self, cipher: Any, invalid_tag: type[Exception]) -> None:
+        self._cipher = cipher
+        self._invalid_tag = invalid_tag
+
+    def encrypt(self, nonce: bytes, plaintext: bytes, associated_data: bytes) -> bytes:
+        """See Aead."""
+        _verify_length("a nonce", nonce, AEAD_NONCE_BYTES)
+        return cast(bytes, self._cipher.encrypt(nonce, plaintext, associated_data))
+
+    def decrypt(self, nonce: bytes, ciphertext: bytes, associated_data: bytes) -> bytes:
+        """See Aead."""
+        _verify_length("a nonce", nonce, AEAD_NONCE_BYTES)
+        try:
+            return cast(bytes, self._cipher.decrypt(nonce, ciphertext, associated_data))
+        except self._invalid_tag:
+            raise DecryptionError from None
+
+
+def probe_crypto_backend() -> tuple[CryptoBackend, str | None]:
+    """The backend that works here, and why it is not `cryptography` if it is ours."""
+    try:
+        return CryptographyBackend(), None
+    except ImportError as exc:
+        is_missing = not is_package_installed("cryptography")
+        return OwnBackend(), "is not installed" if is_missing else f"cannot be imported: {exc}"
+    except Exception as exc:  # whatever an OpenSSL that lacks these algorithms makes of it
+        return OwnBackend(), f"does not work: {type(exc).__name__}: {exc}"
+
+
+@functools.cache
+def choose_crypto_backend() -> CryptoBackend:
+    """The process's backend: `cryptography` where it works, else ours, which a line in the log says once."""
+    backend, obstacle = probe_crypto_backend()
+    if obstacle is not None:
+        crypto_log.warning(
+            "the package cryptography %s: our own X25519 and ChaCha20-Poly1305 are used, which are not constant-time; "
+            "mend it with: pip install cryptography",
+            obstacle,
+        )
+    return backend
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class KeyPair:
+    """An X25519 key pair, 32 bytes each."""
+
+    private: bytes = field(repr=False)
+    public: bytes
+
+
+def build_key_pair(private: bytes, backend: CryptoBackend) -> KeyPair:
+    """The pair of a private key: 32 random bytes, or of derive_x25519_private."""
+    return KeyPair(private=private, public=backend.x25519_public(private))
+
+
+# ---- Noise ----------------------------------------------------------------------------
+# The Noise protocol framework, revision 34, for 25519, ChaChaPoly and SHA256, and the keys derived from it. Pure.
+#
+# One engine runs any pattern of the table below. A handshake, seen from the initiator (the responder begins at READ):
+#
+#     WRITE ⇄ READ → COMPLETE → SPLIT        write_message, read_message, in turn; then split, once
+#       any of them → FAILED                 whatever went wrong: nothing more is possible, the keys are forgotten
+#
+# Used by this program, initiator → responder:
+#
+#     IKpsk1  pairing by QR code       the device that scans → the one that shows its key and the psk
+#     KKpsk0  between paired devices   consumer → provider, psk from the pairing
+#     IK      delegation by key        consumer → provider
+#     XX      pairing on the LAN       consumer → provider, proven by the code that both users compare
+
+NOISE_MESSAGE_LIMIT_BYTES = 65_535  # memory and time that one message takes (section 3)
+NOISE_NONCE_LIMIT = 2**64 - 1  # the nonce that only a rekey may use (section 5.1)
+NOISE_REKEY_INTERVAL_FRAMES = 16_384  # what one stolen key can read, either way of it
+NOISE_FRAMES_LIMIT = 2**32  # connections that never shake hands again
+
+
+class NoisePattern(enum.Enum):
+    """The handshake patterns this engine is tested with, by their names (sections 7 and 9)."""
+
+    NK = "NK"
+    KK = "KK"
+    IK = "IK"
+    XX = "XX"
+    NNPSK0 = "NNpsk0"
+    KKPSK0 = "KKpsk0"
+    IKPSK1 = "IKpsk1"
+
+
+_NOISE_PATTERNS = {  # what each side knows of the other before (initiator's, responder's), then the messages in turn
+    "NN": ("", "", ("e", "e ee")),
+    "NK": ("", "s", ("e es", "e ee")),
+    "KK": ("s", "s", ("e es ss", "e ee se")),
+    "IK": ("", "s", ("e es s ss", "e ee se")),
+    "XX": ("", "", ("e", "e ee s es", "s se")),
+}
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class _NoiseTokens:
+    """A pattern with its modifiers applied. Index 0: the initiator's pre-message, message 0; index 1: the other's."""
+
+    pre_messages: tuple[tuple[str, ...], ...]
+    messages: tuple[tuple[str, ...], ...]
+
+    @property
+    def has_psk(self) -> bool:
+        return any("psk" in tokens for tokens in self.messages)
+
+    def sends_static(self, role: int) -> bool:
+        """Whether a role uses a static key that it tells: before, or in one of its messages."""
+        return any("s" in tokens for tokens in (self.pre_messages[role], *self.messages[role::2]))
+
+
+def _build_noise_tokens(pattern: NoisePattern) -> _NoiseTokens:
+    """psk0 goes before the first message's tokens, pskN after those of message N (section 9.4)."""
+    base, *places = pattern.value.split("psk")
+    initiator, responder, texts = _NOISE_PATTERNS[base]
+    messages = [text.split() for text in texts]
+    for place in map(int, places):
+        if place == 0:
+            messages[0].insert(0, "psk")
+        else:
+            messages[place - 1].append("psk")
+    return _NoiseTokens(
+        pre_messages=(tuple(initiator.split()), tuple(responder.split())), messages=tuple(map(tuple, messages))
+    )
+
+
+class CipherState:
+    """One direction of a connection: a key and the number `n` of the next message (section 5.1).
+
+    Both sides must see every message once and in order. After a failure to decrypt the state is dead, and so must be
+    its connection. With `rekey_interval` it rekeys by itself after each message whose n + 1 is a multiple; n runs on.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        backend: CryptoBackend,
+        *,
+        rekey_interval: int | None = None,
+        messages_limit: int = NOISE_NONCE_LIMIT,
+    ) -> None:
+        self.n = 0
+        self._backend = backend
+        self._aead: Aead | None = backend.aead(key)
+        self._rekey_interval = rekey_interval
+        self._messages_limit = messages_limit
+
+    def encrypt(self, plaintext: bytes, associated_data: bytes = b"") -> bytes:
+        """The next message: 16 bytes longer than `plaintext`. NoiseError if the state is dead or spent."""
+        aead = self._require()
+        if len(plaintext) > NOISE_MESSAGE_LIMIT_BYTES - AEAD_TAG_BYTES:
+            raise ValueError(f"a Noise message has at most {NOISE_MESSAGE_LIMIT_BYTES} bytes")
+        ciphertext = aead.encrypt(_encode_noise_nonce(self.n), plaintext, associated_data)
+        self._advance()
+        return ciphertext
+
+    def decrypt(self, ciphertext: bytes, associated_data: bytes = b"") -> bytes:
+        """What the next message says. DecryptionError, the first time, or NoiseError: the connection must end."""
+        aead = self._require()
+        try:
+            if len(ciphertext) > NOISE_MESSAGE_LIMIT_BYTES:
+                raise DecryptionError
+            plaintext = aead.decrypt(_encode_noise_nonce(self.n), ciphertext, associated_data)
+        except DecryptionError:
+            self._aead = None
+            raise
+        self._advance()
+        return plaintext
+
+    def rekey(self) -> None:
+        """A new key, from which the old one cannot be computed (sections 4.2 and 11.3)."""
+        sealed = self._require(is_rekey=True).encrypt(_encode_noise_nonce(NOISE_NONCE_LIMIT), bytes(KEY_BYTES), b"")
+        self._aead = self._backend.aead(sealed[:KEY_BYTES])
+
+    def _require(self, *, is_rekey: bool = False) -> Aead:
+        if self._aead is None:
+            raise NoiseError("this connection's cipher has failed; connect anew")
+        if self.n >= self._messages_limit and not is_rekey:
+            raise NoiseError("this connection's key has served for as many messages as it may; connect anew")
+        return self._aead
+
+    def _advance(self) -> None:
+        self.n += 1
+        if self._rekey_interval is not None and self.n % self._rekey_interval == 0:
+            self.rekey()
+
+
+def _encode_noise_nonce(n: int) -> bytes:
+    """Section 12.3: four zero bytes, then n in little-endian order."""
+    return struct.pack("<4xQ", n)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class NoiseTransport:
+    """The two directions of a connection whose handshake is complete."""
+
+    send: CipherState
+    receive: CipherState
+
+
+class _SymmetricState:
+    """Section 5.2: the chaining key, the hash of all that was said, and the cipher once there is a key."""
+
+    def __init__(self, protocol_name: str, backend: CryptoBackend) -> None:
+        name = protocol_name.encode()
+        self.hash = name.ljust(32, b"\0") if len(name) <= 32 else hashlib.sha256(name).digest()
+        self.cipher: CipherState | None = None
+        self._chaining_key = self.hash
+        self._backend = backend
+
+    def mix_hash(self, data: bytes) -> None:
+        self.hash = hashlib.sha256(self.hash + data).digest()
+
+    def mix_key(self, key_material: bytes) -> None:
+        self._chaining_key, key = self._derive(key_material, 2)
+        self.cipher = CipherState(key, self._backend)
+
+    def mix_key_and_hash(self, key_material: bytes) -> None:
+        self._chaining_key, data, key = self._derive(key_material, 3)
+        self.mix_hash(data)
+        self.cipher = CipherState(key, self._backend)
+
+    def encrypt_and_hash(self, plaintext: bytes) -> bytes:
+        ciphertext = plaintext if self.cipher is None else self.cipher.encrypt(plaintext, self.hash)
+        self.mix_hash(ciphertext)
+        return ciphertext
+
+    def decrypt_and_hash(self, ciphertext: bytes) -> bytes:
+        plaintext = ciphertext if self.cipher is None else self.cipher.decrypt(ciphertext, self.hash)
+        self.mix_hash(ciphertext)
+        return plaintext
+
+    def split(self) -> tuple[CipherState, CipherState]:
+        """The ciphers of the initiator's and of the responder's messages."""
+        bounds = {"rekey_interval": NOISE_REKEY_INTERVAL_FRAMES, "messages_limit": NOISE_FRAMES_LIMIT}
+        first, second = (CipherState(key, self._backend, **bounds) for key in self._derive(b"", 2))
+        return first, second
+
+    def _derive(self, key_material: bytes, count: int) -> list[bytes]:
+        """HKDF of section 4.3: RFC 5869 with the chaining key as salt and no info."""
+        output = compute_hkdf(self._chaining_key, key_material, b"", 32 * count)
+        return [output[start : start + 32] for start in range(0, len(output), 32)]
+
+
+class NoiseStep(enum.Enum):
+    """What a handshake waits for."""
+
+    WRITE = "write"
+    READ = "read"
+    COMPLETE = "complete"
+    SPLIT = "split"
+    FAILED = "failed"
+
+
+class NoiseHandshake:
+    """One side of one handshake (sections 5.3 and 7).
+
+    `ephemeral` must be made of fresh random bytes for this handshake alone. `static`, `remote_static` and `psk` are
+    given exactly if the pattern has them beforehand (ValueError). `prologue`: of encode_prologue, equal on both sides.
+    Every error of a method is final; of those that the other side can cause, each is a CryptoError.
+    """
+
+    def __init__(
+        self,
+        pattern: NoisePattern,
+        *,
+        initiator: bool,
+        ephemeral: KeyPair,
+        prologue: bytes,
+        backend: CryptoBackend,
+        static: KeyPair | None = None,
+        remote_static: bytes | None = None,
+        psk: bytes | None = None,
+    ) -> None:
+        tokens = _build_noise_tokens(pattern)
+        role = 0 if initiator else 1
+        _verify_given("a static key", static, tokens.sends_static(role))
+        _verify_given("the other side's static key", remote_static, "s" in tokens.pre_messages[1 - role])
+        _verify_given("a psk", psk, tokens.has_psk)
+        if psk is not None:
+            _verify_length("a psk", psk, KEY_BYTES)
+        self.state = NoiseStep.WRITE if initiator else NoiseStep.READ
+        self._initiator = initiator
+        self._tokens = tokens
+        self._backend = backend
+        self._psk = psk
+        self._local = {"e": ephemeral} if static is None else {"e": ephemeral, "s": static}
+        self._remote: dict[str, bytes] = {}
+        self._messages_done = 0
+        self._symmetric = _SymmetricState(f"Noise_{pattern.value}_25519_ChaChaPoly_SHA256", backend)
+        self._symmetric.mix_hash(prologue)
+        if remote_static is not None:
+            self._note_remote_key("s", remote_static)
+        for side, keys in enumerate(tokens.pre_messages):
+            for key in keys:
+                self._symmetric.mix_hash(self._local[key].public if side == role else self._remote[key])
+
+    @property
+    def is_my_turn(self) -> bool:
+        """Whether `write_message` is next."""
+        return self.state is NoiseStep.WRITE
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether both sides have proved all that the pattern asks for."""
+        return self.state in (NoiseStep.COMPLETE, NoiseStep.SPLIT)
+
+    @property
+    def handshake_hash(self) -> bytes:
+        """32 bytes that are the same for both sides and for no other handshake (section 11.2). NoiseError before."""
+        if not self.is_complete:
+            raise NoiseError("the handshake is not complete")
+        return self._symmetric.hash
+
+    @property
+    def remote_static(self) -> bytes | None:
+        """The other side's static key, as soon as it is known; what it may do with it is proven at the end."""
+        return self._remote.get("s")
+
+    def write_message(self, payload: bytes = b"") -> bytes:
+        """The next message of this side."""
+        with self._take_turn(NoiseStep.WRITE):
+            parts = [self._write_token(token) for token in self._tokens.messages[self._messages_done]]
+            message = b"".join((*parts, self._symmetric.encrypt_and_hash(payload)))
+            if len(message) > NOISE_MESSAGE_LIMIT_BYTES:
+                raise ValueError(f"a Noise message has at most {NOISE_MESSAGE_LIMIT_BYTES} bytes")
+        return message
+
+    def read_message(self, message: bytes) -> bytes:
+        """The payload of the other side's next message. How far to believe it says section 7.7."""
+        with self._take_turn(NoiseStep.READ):
+            if len(message) > NOISE_MESSAGE_LIMIT_BYTES:
+                raise NoiseError("a handshake message that is too long")
+            for token in self._tokens.messages[self._messages_done]:
+                message = self._read_token(token, message)
+            return self._symmetric.decrypt_and_hash(message)
+
+    def split(self) -> NoiseTransport:
+        """The ciphers of the connection, once. They rekey by themselves."""
+        if self.state is not NoiseStep.COMPLETE:
+            raise NoiseError("there is no complete handshake to make ciphers of")
+        self.state = NoiseStep.SPLIT
+        first, second = self._symmetric.split()
+        if self._initiator:
+            return NoiseTransport(send=first, receive=second)
+        return NoiseTransport(send=second, receive=first)
+
+    @contextlib.contextmanager
+    def _take_turn(self, step: NoiseStep) -> Iterator[None]:
+        """One message, all or nothing: the state moves on, or to FAILED."""
+        try:
+            if self.state is not step:
+                raise NoiseError(f"a handshake message to {step.value} when the next step is: {self.state.value}")
+            yield
+        except BaseException:
+            self.state = NoiseStep.FAILED
+            self._forget()
+            raise
+        self._messages_done += 1
+        if self._messages_done == len(self._tokens.messages):
+            self.state = NoiseStep.COMPLETE
+            self._forget()
+        else:
+            self.state = NoiseStep.READ if step is NoiseStep.WRITE else NoiseStep.WRITE
+
+    def _forget(self) -> None:
+        self._local.clear()
+        self._psk = None
+
+    def _write_token(self, token: str) -> bytes:
+        if token == "e":
+            self._mix_ephemeral(self._local["e"].public)
+            return self._local["e"].public
+        if token == "s":
+            return self._symmetric.encrypt_and_hash(self._local["s"].public)
+        self._mix_secret(token)
+        return b""
+
+    def _read_token(self, token: str, message: bytes) -> bytes:
+        """What is left of the message behind the token."""
+        if token == "e":
+            self._note_remote_key("e", message[:KEY_BYTES])
+            self._mix_ephemeral(self._remote["e"])
+            return message[KEY_BYTES:]
+        if token == "s":
+            size = KEY_BYTES if self._symmetric.cipher is None else KEY_BYTES + AEAD_TAG_BYTES
+            self._note_remote_key("s", self._symmetric.decrypt_and_hash(message[:size]))
+            return message[size:]
+        self._mix_secret(token)
+        return message
+
+    def _mix_ephemeral(self, public: bytes) -> None:
+        """With a psk the ephemeral key makes the first key different each time (section 9.2)."""
+        self._symmetric.mix_hash(public)
+        if self._tokens.has_psk:
+            self._symmetric.mix_key(public)
+
+    def _mix_secret(self, token: str) -> None:
+        """psk, or a key agreement whose letters are the initiator's key and the responder's."""
+        if token == "psk":
+            assert self._psk is not None
+            self._symmetric.mix_key_and_hash(self._psk)
+            return
+        mine, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
+        self._symmetric.mix_key(self._backend.x25519(self._local[mine].private, self._remote[theirs]))
+
+    def _note_remote_key(self, kind: str, public: bytes) -> None:
+        verify_public_key(public)
+        self._remote[kind] = public
+
+
+def _verify_given(what: str, value: Any, is_needed: bool) -> None:
+    if (value is not None) != is_needed:
+        raise ValueError(f"this pattern works {'with' if is_needed else 'without'} {what}")
+
+
+def encode_prologue(mode: str, *fields: bytes) -> bytes:
+    """What both sides must agree on before a handshake: the protocol, the use of it, and that use's fields.
+
+    `mode`: qr-pair, resume, delegate or lan-pair. Each part stands behind its length, two bytes big-endian.
+    """
+    parts = (b"dvai-noise/1", mode.encode(), *fields)
+    return b"".join(struct.pack(">H", len(part)) + part for part in parts)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairKeys:
+    """What two paired devices share, all derived from `pair_secret` (32 bytes).
+
+    `pairing_key`: signs HTTP requests, 43 digits of base64url; `resume_psk`: 32 bytes, of KKpsk0; `pair_id`: 16
+    bytes, which name the pairing before anything is encrypted.
+    """
+
+    pair_secret: bytes = field(repr=False)
+    pairing_key: str = field(repr=False)
+    resume_psk: bytes = field(repr=False)
+    pair_id: bytes
+
+    def build_room(self, provider_device_id: str) -> bytes:
+        """The 16 bytes by which a relay brings the two together, in the direction of this provider."""
+        return compute_hkdf_expand(self.pair_secret, b"dvai room v1 " + provider_device_id.encode(), 16)
+
+
+def derive_pair_keys(handshake_hash: bytes, consumer_random: bytes, provider_random: bytes) -> PairKeys:
+    """The keys of a new pairing, from its handshake and 32 random bytes of either side."""
+    for each in (consumer_random, provider_random):
+        _verify_length("a side's random part", each, 32)
+    key_material = consumer_random + provider_random
+    return expand_pair_secret(compute_hkdf(handshake_hash, key_material, b"dvai pair-secret v1", KEY_BYTES))
+
+
+def expand_pair_secret(pair_secret: bytes) -> PairKeys:
+    """The keys of a pairing whose secret was kept."""
+    _verify_length("a pair secret", pair_secret, KEY_BYTES)
+    return PairKeys(
+        pair_secret=pair_secret,
+        pairing_key=encode_base64url(compute_hkdf_expand(pair_secret, b"dvai hmac v1", 32)),
+        resume_psk=compute_hkdf_expand(pair_secret, b"dvai resume-psk v1", KEY_BYTES),
+        pair_id=compute_hkdf_expand(pair_secret, b"dvai pair-id v1", 16),
+    )
+
+
+def derive_confirmation_code(handshake_hash: bytes, random_a: bytes = b"", random_b: bytes = b"") -> str:
+    """The six digits that both users compare. By QR code there are no random bytes; on the LAN each side committed
+    to 32 of its own, so that neither can choose the code.
+    """
+    for each in (random_a, random_b):
+        _verify_length("a side's random part", each, 32 if random_a else 0)
+    number = compute_hkdf(b"dvai-sas/1", random_a + random_b, handshake_hash, 8)
+    return f"{int.from_bytes(number, 'big') % 10**6:06d}"
+
+
+# ---- Channel --------------------------------------------------------------------------
+# The secure channel between two bridges: handshake, frames, streams with credit, keep-alive. Pure machines.
+#
+#     edge ──receive_frame──→ Channel ──inner frames──→ StreamMultiplexer ──→ ChannelStream, one each
+#          ←──data_to_send─── Noise, life and end ←──── credit, order, rates
+#
+# `Channel` never raises for what a peer does: it ends, and says why. All that happens comes out as events, in order.
+# Outer frame, one message of the transport: a type, then a handshake message or the ciphertext of one inner frame.
+#
+#     01 01 02 <16: pairId> <48: message>          first message, version 1, mode resume
+#     02 <48: message>                             second message
+#     10 <inner frame, encrypted, with its tag>    transport; the plaintext of "hi", the last data of stream 1:
+#        03 01 00000001 6869                       type DATA, flag FIN, stream, body
+
+CHANNEL_VERSION = 1
+CHANNEL_FRAME_LIMIT_BYTES = 16 * KIB  # memory and time of one frame: of an inner one, its header included
+CHANNEL_HEAD_LIMIT_BYTES = 8 * KIB  # JSON of one OPEN or HEAD
+CHANNEL_STREAMS_LIMIT = 32  # streams that one side has opened and not ended
+CHANNEL_SEND_QUEUE_LIMIT_BYTES = 256 * KIB  # data for a stream whose reader stopped
+CHANNEL_CONTROL_QUEUE_LIMIT = 256  # answers to a flood of PINGs that are never read
+CHANNEL_HANDSHAKE_DEADLINE_S = 10.0  # connections that prove nothing
+CHANNEL_PING_INTERVAL_S = 15.0  # silence of the peer after which it is asked for a sign of life
+CHANNEL_DEAD_AFTER_S = 45.0  # silence after which it is gone
+CHANNEL_FRAMES_LIMIT = NOISE_FRAMES_LIMIT - 2**20  # frames of one direction under one handshake, and some to end with
+CHANNEL_LIFETIME_S = 86_400.0  # time under one handshake
+CHANNEL_REKEY_GRACE_S = 900.0  # streams that go on under an old handshake
+CHANNEL_RATE_PERIOD_S = 10.0  # streams opened and dropped at once, over and over: in this time,
+CHANNEL_OPENS_LIMIT = 200  # that many OPENs
+CHANNEL_RESETS_LIMIT = 100  # and that many RESETs. We stop at half: frames that were held up arrive in a bunch
+CHANNEL_RESET_MEMORY = 256  # streams that we have reset, of which frames may still be under way
+CHANNEL_PAD_BYTES = 64  # where lengths are hidden, frames are multiples of this
+
+FIN = 1  # the only flag: the last frame of this direction of the stream
+
+_INNER_HEADER = struct.Struct(">BBI")
+_BE_U16 = struct.Struct(">H")
+_BE_U32 = struct.Struct(">I")
+_GOAWAY_BODY = struct.Struct(">IH")
+_DATA_LIMIT_BYTES = CHANNEL_FRAME_LIMIT_BYTES - _INNER_HEADER.size
+_TRANSPORT_LIMIT_BYTES = 1 + CHANNEL_FRAME_LIMIT_BYTES + AEAD_TAG_BYTES
+_TRANSPORT_PREFIX = b"\x10"
+
+ChannelHeaders = tuple[tuple[str, str], ...]  # names in lower case
+
+
+class OuterFrameType(enum.IntEnum):
+    """The first byte of a message of the transport."""
+
+    FIRST_MESSAGE = 1
+    SECOND_MESSAGE = 2
+    THIRD_MESSAGE = 3  # of patterns that no mode uses
+    TRANSPORT = 16
+
+
+class FrameType(enum.IntEnum):
+    """The first byte of an inner frame."""
+
+    PAD = 0
+    OPEN = 1
+    HEAD = 2
+    DATA = 3
+    RESET = 4
+    WINDOW = 5
+    PING = 6
+    PONG = 7
+    GOAWAY = 8
+    PAIR = 9
+    DATA_PADDED = 10
+
+
+class ErrorCode(enum.IntEnum):
+    """Why a stream (RESET) or the channel (GOAWAY) ends."""
+
+    NO_ERROR = 0
+    PROTOCOL = 1
+    FLOW = 2
+    CANCEL = 3
+    REFUSED = 4  # nothing was done: the request may be repeated elsewhere
+    LIMIT = 5
+    CALM = 6
+    REKEY = 7
+    SHUTDOWN = 8
+    REVOKED = 9
+    INTERNAL = 10
+
+
+class ChannelPath(enum.Enum):
+    """What carries the channel. `window_bytes`: credit of the connection; a stream has a quarter of it.
+
+    A quarter, so that streams whose reader stops, up to three, leave credit to the others. What goes through a relay
+    is padded, since the relay sees lengths, and its credit fits what a relay buffers for one session.
+    """
+
+    DIRECT = (1 * MIB, False)
+    RELAY = (128 * KIB, True)
+
+    def __init__(self, window_bytes: int, is_padded: bool) -> None:
+        self.window_bytes = window_bytes
+        self.stream_window_bytes = window_bytes // 4
+        self.return_bytes = self.stream_window_bytes // 2  # consumed before it is given back: half of a stream's
+        self.is_padded = is_padded
+
+
+class _ChannelViolation(Exception):
+    """The peer broke the protocol: `code` is what it is told."""
+
+    def __init__(self, code: ErrorCode, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class StreamGoneError(BridgeError):
+    """The stream ended under its user: the peer reset it, or the channel is closed. An event has said why."""
+
+    status, type, code = 502, "server_error", "stream_lost"
+
+
+class ChannelBusyError(BridgeError):
+    """No stream can be opened now; `StreamMultiplexer.open_delay_s` says when."""
+
+    status, type, code = 503, "unavailable_error", "channel_busy"
+
+
+# Events, in the order in which things happened. Exactly one StreamEnded or StreamReset for every stream that was
+# opened, unless the application itself reset it; after ChannelClosed nothing.
+
+
+@record(frozen=True, slots=True)
+class ChannelEstablished:
+    """Both sides have proved who they are. `pair_id`: empty unless resumed; `remote_static`: the peer's key."""
+
+    mode: HandshakeMode
+    pair_id: bytes
+    remote_static: bytes
+    handshake_hash: bytes = field(repr=False)
+
+
+@record(frozen=True, slots=True)
+class StreamOpened:
+    """The peer asks something. `is_last`: without a body."""
+
+    stream_id: int
+    method: str
+    path: str
+    headers: ChannelHeaders
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamHead:
+    """The peer begins to answer. `is_last`: without a body."""
+
+    stream_id: int
+    status: int
+    headers: ChannelHeaders
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamData:
+    """A part of a body, never empty unless `is_last`. Its bytes are taken from the peer's credit until consumed.
+
+    Who keeps them joins them: a peer may send byte by byte, and credit counts bytes, not objects.
+    """
+
+    stream_id: int
+    data: bytes = field(repr=False)
+    is_last: bool
+
+
+@record(frozen=True, slots=True)
+class StreamWritable:
+    """The stream's queue had been half full or more, and now is less."""
+
+    stream_id: int
+
+
+@record(frozen=True, slots=True)
+class StreamEnded:
+    """Both directions of the stream are complete."""
+
+    stream_id: int
+
+
+@record(frozen=True, slots=True)
+class StreamReset:
+    """The stream ended before it was complete: by the peer, or (`code` None) with the channel."""
+
+    stream_id: int
+    code: ErrorCode | None
+
+
+@record(frozen=True, slots=True)
+class PairReceived:
+    """What the peer says of itself, on a channel made for pairing."""
+
+    message: PairMessage
+
+
+@record(frozen=True, slots=True)
+class GoAwayReceived:
+    """The peer opens and takes no further streams; ours above `last_stream_id` were not begun."""
+
+    last_stream_id: int
+    code: ErrorCode
+
+
+class CloseReason(enum.Enum):
+    """Why a channel is closed, for the log and for what to do next; the peer learns less."""
+
+    FINISHED = "every stream had ended after a GOAWAY"
+    LOST = "the transport ended"
+    TIMED_OUT = "the peer was silent too long"
+    UNPROVEN = "the handshake failed"
+    DENIED = "this public key is not admitted"
+    FORGED = "a frame was changed, lost, repeated or not from the peer"
+    VIOLATION = "the peer broke the protocol"
+    CLOSED_BY_PEER = "the peer ended it"
+    CLOSED_HERE = "ended here"
+
+
+@record(frozen=True, slots=True)
+class ChannelClosed:
+    """The last event. What `data_to_send` still gives goes out, then the transport is closed."""
+
+    reason: CloseReason
+    code: ErrorCode
+    detail: str
+
+
+ChannelEvent = (
+    ChannelEstablished
+    | StreamOpened
+    | StreamHead
+    | StreamData
+    | StreamWritable
+    | StreamEnded
+    | StreamReset
+    | PairReceived
+    | GoAwayReceived
+    | ChannelClosed
+)
+
+
+_FRAME_RULES: Mapping[int, tuple[int, bool | None, int, int]] = {
+    # type: (flags allowed, belongs to a stream (None: either), bytes of the body, at least and at most)
+    FrameType.PAD: (0, False, 0, _DATA_LIMIT_BYTES),
+    FrameType.OPEN: (FIN, True, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.HEAD: (FIN, True, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.DATA: (FIN, True, 0, _DATA_LIMIT_BYTES),
+    FrameType.RESET: (0, True, 2, 2),
+    FrameType.WINDOW: (0, None, 4, 4),
+    FrameType.PING: (0, False, 8, 8),
+    FrameType.PONG: (0, False, 8, 8),
+    FrameType.GOAWAY: (0, False, 6, 6),
+    FrameType.PAIR: (0, False, 2, CHANNEL_HEAD_LIMIT_BYTES),
+    FrameType.DATA_PADDED: (FIN, True, 2, _DATA_LIMIT_BYTES),
+}
+
+
+def encode_inner_frame(frame_type: FrameType, body: bytes = b"", *, stream_id: int = 0, is_last: bool = False) -> bytes:
+    """One inner frame: `type(1) flags(1) stream(4) body`."""
+    return _INNER_HEADER.pack(frame_type, is_last, stream_id) + body
+
+
+def _parse_inner_frame(frame: bytes) -> tuple[int, bool, int, bytes]:
+    """Type, whether FIN is set, stream id and body of a frame that its own bytes do not forbid."""
+    if len(frame) < _INNER_HEADER.size:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "a frame without its header")
+    frame_type, flags, stream_id = _INNER_HEADER.unpack_from(frame)
+    rule = _FRAME_RULES.get(frame_type)
+    if rule is None:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"a frame of the unknown type {frame_type}")
+    allowed_flags, on_stream, minimum, maximum = rule
+    if flags & ~allowed_flags:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"flags {flags:#04x} on {FrameType(frame_type).name}")
+    if on_stream is not None and on_stream is not (stream_id != 0):
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} on stream {stream_id}")
+    size = len(frame) - _INNER_HEADER.size
+    if not minimum <= size <= maximum:
+        code = ErrorCode.LIMIT if size > maximum and minimum != maximum else ErrorCode.PROTOCOL
+        raise _ChannelViolation(code, f"{FrameType(frame_type).name} with a body of {size} bytes")
+    return frame_type, flags == FIN, stream_id, frame[_INNER_HEADER.size :]
+
+
+def _parse_padded_data(body: bytes) -> bytes:
+    """The bytes inside the body of DATA_PADDED: `length(2) bytes zeros`."""
+    (size,) = _BE_U16.unpack_from(body)
+    end = _BE_U16.size + size
+    if body.count(0, end) != len(body) - end:  # also where `end` lies behind it
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA_PADDED with a wrong length or padding")
+    return body[_BE_U16.size : end]
+
+
+def _plan_padded_data(size: int, credit: int) -> tuple[int, int]:
+    """For `size` bytes to send: how many of them go into one DATA_PADDED, and the size of its whole body.
+
+    (0, 0) if the credit is too small for any. 2 bytes: 6 + 2 + 2 + 54 zeros = a frame of 64.
+    """
+    header = _INNER_HEADER.size
+    largest = (min(credit, _DATA_LIMIT_BYTES) + header) // CHANNEL_PAD_BYTES * CHANNEL_PAD_BYTES - header
+    if largest <= 0:
+        return 0, 0
+    wanted = -(-(header + _BE_U16.size + size) // CHANNEL_PAD_BYTES) * CHANNEL_PAD_BYTES - header
+    whole = min(wanted, largest)
+    return min(size, whole - _BE_U16.size), whole
+
+
+# What may travel: a short list of routes, and of fields. A request is rebuilt from it, never copied.
+
+_CHANNEL_ROUTES = frozenset(
+    {
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/dvai/health"),
+        ("GET", "/v1/dvai/capability"),
+    }
+)
+_CHANNEL_MODEL_PREFIX = "/v1/models/"
+_REQUEST_FIELDS = frozenset({"content-type", "accept", "x-request-id", "x-dvai-offload"})
+_RESPONSE_FIELDS = frozenset({"content-type", "retry-after", "x-should-retry", "x-request-id"})
+_RESPONSE_FIELD_PREFIX = "x-dvai-"
+_FINAL_STATUSES = range(200, 600)
+
+
+def is_channel_route(method: str, path: str) -> bool:
+    """Whether a request may travel in a channel: inference, models, health and capability, without a query."""
+    if (method, path) in _CHANNEL_ROUTES:
+        return True
+    if method != "GET" or not path.startswith(_CHANNEL_MODEL_PREFIX) or not _ORIGIN_FORM.fullmatch(path):
+        return False
+    try:
+        return "?" not in path and parse_path(path) != _CHANNEL_MODEL_PREFIX
+    except ProtocolError:
+        return False
+
+
+def _is_request_field(name: str) -> bool:
+    return name in _REQUEST_FIELDS
+
+
+def _is_response_field(name: str) -> bool:
+    return name in _RESPONSE_FIELDS or name.startswith(_RESPONSE_FIELD_PREFIX)
+
+
+def _is_field(name: str, value: str) -> bool:
+    """Whether HTTP can carry the field (Latin-1, no control characters)."""
+    is_latin = value.isascii() or max(value) <= "\xff"
+    return is_latin and _FIELD_NAME.fullmatch(name) is not None and _FIELD_VALUE.fullmatch(value) is not None
+
+
+def _build_fields(headers: Iterable[tuple[str, str]], may_travel: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """The fields that travel, as OPEN and HEAD have them. ValueError for what the peer would not take."""
+    fields = [(name.lower(), value) for name, value in headers if may_travel(name.lower())]
+    if len(dict(fields)) != len(fields) or not all(_is_field(*each) for each in fields):
+        raise ValueError("a field that occurs twice, or that HTTP cannot carry")
+    return fields
+
+
+def _parse_fields(value: Any, may_travel: Callable[[str], bool]) -> ChannelHeaders:
+    """The fields of OPEN or HEAD, those that do not travel left out."""
+    if type(value) is not list or len(value) > HEADER_COUNT_LIMIT:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "fields that are no list, or too many")
+    fields: dict[str, str] = {}
+    for each in value:
+        if type(each) is not list or len(each) != 2 or type(each[0]) is not str or type(each[1]) is not str:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that is no pair of texts")
+        name, text = each[0].lower(), each[1]
+        if name in fields or not _is_field(name, text):
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a field that occurs twice, or that HTTP cannot carry")
+        fields[name] = text
+    return tuple((name, text) for name, text in fields.items() if may_travel(name))
+
+
+def _parse_head_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(body)
+    except JsonError as exc:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, f"a head that is not JSON: {exc}") from None
+    if type(value) is not dict:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "a head that is no JSON object")
+    return value
+
+
+def _encode_head_object(value: Mapping[str, Any]) -> bytes:
+    body = encode_json(value)
+    if len(body) > CHANNEL_HEAD_LIMIT_BYTES:
+        raise ValueError(f"a head of more than {CHANNEL_HEAD_LIMIT_BYTES} bytes")
+    return body
+
+
+def encode_open(method: str, path: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The body of OPEN. Fields that do not travel are left out; ValueError for another route."""
+    if not is_channel_route(method, path):
+        raise ValueError("this request does not travel in a channel")
+    return _encode_head_object({"m": method, "p": path, "h": _build_fields(headers, _is_request_field)})
+
+
+def _parse_open(body: bytes) -> tuple[str, str, ChannelHeaders]:
+    """Method, path (neither known to be allowed) and the fields that travel."""
+    value = _parse_head_object(body)
+    method, path = value.get("m"), value.get("p")
+    if type(method) is not str or type(path) is not str:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "OPEN without method or path")
+    return method, path, _parse_fields(value.get("h", []), _is_request_field)
+
+
+def encode_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The body of HEAD. Fields that do not travel are left out; ValueError for an interim status."""
+    if status not in _FINAL_STATUSES:
+        raise ValueError(f"{status} is no final status")
+    return _encode_head_object({"s": status, "h": _build_fields(headers, _is_response_field)})
+
+
+def _parse_head(body: bytes) -> tuple[int, ChannelHeaders]:
+    value = _parse_head_object(body)
+    status = value.get("s")
+    if type(status) is not int or status not in _FINAL_STATUSES:
+        raise _ChannelViolation(ErrorCode.PROTOCOL, "HEAD without a status")
+    return status, _parse_fields(value.get("h", []), _is_response_field)
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairMessage:
+    """What a device says of itself once a channel for pairing stands.
+
+    `random`: its half of the pair's secret; `identity_public`: its X25519 key for channels to come; `may_serve`,
+    `may_use`: whether the receiver's requests are served here, and whether this device uses the receiver.
+    """
+
+    device_id: str
+    name: str
+    platform: str
+    random: bytes = field(repr=False)
+    identity_public: bytes
+    may_serve: bool
+    may_use: bool
+
+
+def encode_pair_message(message: PairMessage) -> bytes:
+    """The body of PAIR; ValueError for what `parse_pair_message` would not take."""
+    body = _encode_head_object(
+        {
+            "v": 1,
+            "deviceId": message.device_id,
+            "name": message.name,
+            "platform": message.platform,
+            "r": encode_base64url(message.random),
+            "identityPub": encode_base64url(message.identity_public),
+            "rights": {"serve": message.may_serve, "use": message.may_use},
+        }
+    )
+    parse_pair_message(body)
+    return body
+
+
+def parse_pair_message(body: bytes) -> PairMessage:
+    """What a PAIR says; ValueError if that is malformed. The key is not yet known to be a sound one."""
+    value = parse_json(body)
+    if type(value) is not dict or value.get("v") != 1 or type(value["v"]) is not int:
+        raise ValueError("another version of PAIR")
+    rights = value.get("rights")
+    if type(rights) is not dict or type(rights.get("serve")) is not bool or type(rights.get("use")) is not bool:
+        raise ValueError("PAIR without rights")
+    device_id = _parse_pair_text(value, "deviceId")
+    if not device_id:
+        raise ValueError("PAIR without a deviceId")
+    return PairMessage(
+        device_id=device_id,
+        name=_parse_pair_text(value, "name"),
+        platform=_parse_pair_text(value, "platform"),
+        random=_parse_pair_key(value, "r"),
+        identity_public=_parse_pair_key(value, "identityPub"),
+        may_serve=rights["serve"],
+        may_use=rights["use"],
+    )
+
+
+def _parse_pair_text(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name)
+    if type(text) is not str or len(text) > PEER_ID_LIMIT_CHARS or not text.isprintable():
+        raise ValueError(f"PAIR with a wrong {name}")
+    return text
+
+
+def _parse_pair_key(value: Mapping[str, Any], name: str) -> bytes:
+    text = value.get(name)
+    if type(text) is not str or len(key := parse_base64url(text)) != KEY_BYTES:
+        raise ValueError(f"PAIR with a wrong {name}")
+    return key
+
+
+# The handshake: both sides need one message of the other, so each of them reads exactly one.
+
+
+class HandshakeMode(enum.IntEnum):
+    """What a channel is for; the third byte of the first message."""
+
+    QR = 1
+    RESUME = 2
+    DELEGATE = 3
+
+    @property
+    def pattern(self) -> NoisePattern:
+        """The Noise pattern of this mode."""
+        return _MODE_PATTERNS[self]
+
+
+_MODE_PATTERNS = {
+    HandshakeMode.QR: NoisePattern.IKPSK1,
+    HandshakeMode.RESUME: NoisePattern.KKPSK0,
+    HandshakeMode.DELEGATE: NoisePattern.IK,
+}
+_PAIR_ID_BYTES = 16
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeTerms:
+    """What one side knows before a handshake. `static`: ours; `remote_static`: None where the peer's is learnt.
+
+    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: asked about the key that was
+    learnt, once it is proved.
+    """
+
+    mode: HandshakeMode
+    prologue: bytes
+    static: KeyPair = field(repr=False)
+    remote_static: bytes | None = None
+    psk: bytes | None = field(default=None, repr=False)
+    pair_id: bytes = b""
+    relayed_key: bytes | None = None
+    admits: Callable[[bytes], bool] | None = None
+
+    def begin(self, *, is_initiator: bool, ephemeral: KeyPair, backend: CryptoBackend) -> NoiseHandshake:
+        """The Noise handshake on these terms. CryptoError for keys of the peer that are unsound."""
+        return NoiseHandshake(
+            self.mode.pattern,
+            initiator=is_initiator,
+            ephemeral=ephemeral,
+            static=self.static,
+            remote_static=self.remote_static,
+            psk=self.psk,
+            prologue=self.prologue,
+            backend=backend,
+        )
+
+
+FindTerms = Callable[[HandshakeMode, bytes], "HandshakeTerms | None"]  # (mode, pairId); None: not here, or not any more
+
+
+def build_resume_terms(
+    *,
+    pair_id: bytes,
+    initiator_device_id: str,
+    responder_device_id: str,
+    static: KeyPair,
+    remote_static: bytes,
+    psk: bytes,
+) -> HandshakeTerms:
+    """Between paired devices. The initiator is the consumer, the responder the provider."""
+    names = initiator_device_id.encode(), responder_device_id.encode()
+    return HandshakeTerms(
+        mode=HandshakeMode.RESUME,
+        prologue=encode_prologue("resume", pair_id, *names),
+        static=static,
+        remote_static=remote_static,
+        psk=psk,
+        pair_id=pair_id,
+    )
+
+
+def build_qr_terms(
+    *,
+    qr_payload: str,
+    static: KeyPair,
+    psk: bytes,
+    remote_static: bytes | None = None,
+    relayed_key: bytes | None = None,
+) -> HandshakeTerms:
+    """Pairing by QR. Its scanner initiates and gives `remote_static`; who shows it gives `relayed_key`."""
+    return HandshakeTerms(
+        mode=HandshakeMode.QR,
+        prologue=encode_prologue("qr-pair", hashlib.sha256(qr_payload.encode("ascii")).digest()),
+        static=static,
+        remote_static=remote_static,
+        psk=psk,
+        relayed_key=relayed_key,
+    )
+
+
+def build_delegate_terms(
+    *,
+    address: bytes,
+    static: KeyPair,
+    remote_static: bytes | None = None,
+    admits: Callable[[bytes], bool] | None = None,
+) -> HandshakeTerms:
+    """To a provider known by its public key. `admits`: the provider's firewall, given the consumer's key."""
+    prologue = encode_prologue("delegate", address)
+    return HandshakeTerms(
+        mode=HandshakeMode.DELEGATE, prologue=prologue, static=static, remote_static=remote_static, admits=admits
+    )
+
+
+class _HandshakeRefusal(Exception):
+    """The handshake goes no further; the peer is told nothing."""
+
+    def __init__(self, reason: CloseReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def encode_first_message(mode: HandshakeMode, pair_id: bytes, message: bytes) -> bytes:
+    """The outer frame of the first handshake message: `01 version mode [pairId] message`."""
+    return bytes((OuterFrameType.FIRST_MESSAGE, CHANNEL_VERSION, mode)) + pair_id + message
+
+
+def parse_first_message(frame: bytes) -> tuple[HandshakeMode, bytes, bytes]:
+    """Mode, pairId (empty unless resumed) and handshake message of a first outer frame; ValueError if it is none."""
+    if frame[:2] != bytes((OuterFrameType.FIRST_MESSAGE, CHANNEL_VERSION)) or len(frame) < 3:
+        raise ValueError("not a first message of this version")
+    mode = HandshakeMode(frame[2])
+    start = 3 + (_PAIR_ID_BYTES if mode is HandshakeMode.RESUME else 0)
+    return mode, frame[3:start], frame[start:]
+
+
+class InitiatorHandshake:
+    """The side that speaks first: `first_frame` goes out, then `read` takes the answer."""
+
+    def __init__(self, terms: HandshakeTerms, *, ephemeral: KeyPair, backend: CryptoBackend) -> None:
+        self.terms = terms
+        self.noise = terms.begin(is_initiator=True, ephemeral=ephemeral, backend=backend)
+        self.first_frame = encode_first_message(terms.mode, terms.pair_id, self.noise.write_message())
+
+    def read(self, frame: bytes) -> bytes:
+        """Takes the second message; nothing is to be answered. Raises _HandshakeRefusal."""
+        if frame[:1] != bytes((OuterFrameType.SECOND_MESSAGE,)):
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "not a second message")
+        _read_empty(self.noise, frame[1:])
+        return b""
+
+
+class ResponderHandshake:
+    """The side that is spoken to: `read` takes the first message and gives the answer.
+
+    Unknown, revoked, expired and wrong are alike to the peer, in time too: what is not known is read with `decoy`,
+    a key pair of ours, and refused whatever comes of it.
+    """
+
+    first_frame = b""
+
+    def __init__(self, find_terms: FindTerms, *, decoy: KeyPair, ephemeral: KeyPair, backend: CryptoBackend) -> None:
+        self._find_terms = find_terms
+        self._decoy = decoy
+        self._ephemeral = ephemeral
+        self._backend = backend
+        self.terms: HandshakeTerms
+        self.noise: NoiseHandshake
+
+    def read(self, frame: bytes) -> bytes:
+        """Takes the first message and returns the second. Raises _HandshakeRefusal."""
+        try:
+            mode, pair_id, message = parse_first_message(frame)
+        except ValueError as exc:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, str(exc)) from None
+        terms = self._find_terms(mode, pair_id)
+        self.terms = terms or self._build_decoy_terms(mode, pair_id)
+        try:
+            self.noise = self.terms.begin(is_initiator=False, ephemeral=self._ephemeral, backend=self._backend)
+        except CryptoError as exc:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "a stored key that is unsound") from exc
+        _read_empty(self.noise, message)
+        if terms is None:
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "unknown here")
+        self._verify_peer(terms, message)
+        return bytes((OuterFrameType.SECOND_MESSAGE,)) + self.noise.write_message()
+
+    def _verify_peer(self, terms: HandshakeTerms, message: bytes) -> None:
+        if terms.relayed_key is not None and not hmac.compare_digest(message[:KEY_BYTES], terms.relayed_key):
+            raise _HandshakeRefusal(CloseReason.UNPROVEN, "the relay gave another key than the one used")
+        if terms.admits is not None and not terms.admits(self.noise.remote_static or b""):
+            raise _HandshakeRefusal(CloseReason.DENIED, "this public key is not admitted")
+
+    def _build_decoy_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms:
+        static, psk = self._decoy, bytes(KEY_BYTES)
+        if mode is HandshakeMode.RESUME:
+            return build_resume_terms(
+                pair_id=pair_id,
+                initiator_device_id="",
+                responder_device_id="",
+                static=static,
+                remote_static=static.public,
+                psk=psk,
+            )
+        if mode is HandshakeMode.QR:
+            return build_qr_terms(qr_payload="", static=static, psk=psk)
+        return build_delegate_terms(address=b"", static=static)
+
+
+def _read_empty(noise: NoiseHandshake, message: bytes) -> None:
+    """Reads a handshake message, whose payload has to be empty."""
+    try:
+        payload = noise.read_message(message)
+    except CryptoError as exc:
+        raise _HandshakeRefusal(CloseReason.UNPROVEN, "the peer's message does not fit the keys known here") from exc
+    if payload:
+        raise _HandshakeRefusal(CloseReason.UNPROVEN, "a handshake message with a payload")
+
+
+# Streams: one request and its answer each. A direction that has ended says nothing more; the other may go on.
+
+
+class StreamHalf(enum.IntEnum):
+    """One direction of a stream.
+
+    HEAD ──OPEN or HEAD──→ BODY ⟲ DATA, DATA_PADDED        FIN on any of these frames → ENDED
+
+    A request begins in BODY, since its OPEN made the stream; an answer begins in HEAD. Half-closed is a stream with
+    one half ENDED; with both it has ended, and is forgotten. RESET from either side ends both halves at once.
+    """
+
+    HEAD = 0
+    BODY = 1
+    ENDED = 2
+
+
+_HALF_AFTER: Mapping[tuple[int, int], StreamHalf] = {
+    (StreamHalf.HEAD, FrameType.HEAD): StreamHalf.BODY,
+    (StreamHalf.BODY, FrameType.DATA): StreamHalf.BODY,
+    (StreamHalf.BODY, FrameType.DATA_PADDED): StreamHalf.BODY,
+}
+
+
+class ReceiveWindow:
+    """Credit that the peer has, and what it is owed.
+
+    Invariants: `left` >= 0; `left` + bytes that the application holds + bytes owed = the window.
+    """
+
+    __slots__ = ("_return_bytes", "left", "owed")
+
+    def __init__(self, window_bytes: int, return_bytes: int) -> None:
+        self.left = window_bytes
+        self.owed = 0
+        self._return_bytes = return_bytes
+
+    def take(self, count: int) -> None:
+        """The peer has used credit. Raises _ChannelViolation if it had less."""
+        self.left -= count
+        if self.left < 0:
+            raise _ChannelViolation(ErrorCode.FLOW, "more data than credit")
+
+    def give_back(self, count: int) -> int:
+        """The application has consumed `count`: the credit to announce now, 0 until it is worth a frame."""
+        self.owed += count
+        if self.owed < self._return_bytes:
+            return 0
+        credit, self.owed = self.owed, 0
+        self.left += credit
+        return credit
+
+
+class SlidingRate:
+    """At most `limit` events within any CHANNEL_RATE_PERIOD_S."""
+
+    __slots__ = ("_times",)
+
+    def __init__(self, limit: int) -> None:
+        self._times: deque[float] = deque(maxlen=limit)
+
+    @property
+    def next_at(self) -> float:
+        """From when on another event keeps to the rate."""
+        return self._times[0] + CHANNEL_RATE_PERIOD_S if len(self._times) == self._times.maxlen else -math.inf
+
+    def note(self, now: float) -> None:
+        """An event happened."""
+        self._times.append(now)
+
+
+class ChannelStream:
+    """The state of one stream; `StreamMultiplexer` performs every move.
+
+    Invariants: 0 <= `send_credit` <= the window; `queue` is empty once `sending` is ENDED; `is_ready` says whether
+    the stream stands in the order of those that have something to send and credit for it.
+    """
+
+    __slots__ = (
+        "end_is_queued",
+        "is_half_full",
+        "is_ready",
+        "queue",
+        "receive_window",
+        "receiving",
+        "send_credit",
+        "sending",
+        "stream_id",
+    )
+
+    def __init__(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf, path: ChannelPath) -> None:
+        self.stream_id = stream_id
+        self.sending = sending
+        self.receiving = receiving
+        self.send_credit = path.stream_window_bytes
+        self.receive_window = ReceiveWindow(path.stream_window_bytes, path.return_bytes)
+        self.queue = bytearray()
+        self.end_is_queued = False
+        self.is_half_full = False
+        self.is_ready = False
+
+    def note_received(self, frame_type: int, is_last: bool) -> None:
+        """The peer sent a frame that belongs into its direction. Raises _ChannelViolation where it does not."""
+        after = _HALF_AFTER.get((self.receiving, frame_type))
+        if after is None:
+            where = {StreamHalf.HEAD: "before HEAD", StreamHalf.BODY: "in a body", StreamHalf.ENDED: "after FIN"}
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} {where[self.receiving]}")
+        self.receiving = StreamHalf.ENDED if is_last else after
+
+    @property
+    def has_something_to_send(self) -> bool:
+        """Whether a frame could go out, as far as this stream's own credit goes."""
+        return self.send_credit > 0 if self.queue else self.end_is_queued
+
+    @property
+    def is_over(self) -> bool:
+        """Whether both directions are complete."""
+        return self.sending is StreamHalf.ENDED and self.receiving is StreamHalf.ENDED
+
+
+class StreamMultiplexer:
+    """The streams of a channel: who may send how much, in which order. Knows nothing of time but `now`, nor of keys.
+
+    Belongs to a `Channel`, into whose `events` and `control` it writes. Streams of the initiator have odd ids, those
+    of the responder even ones, increasing. Data goes out one frame for each stream in turn; `control` (everything
+    but data) before it.
+
+    Invariants: credit is never negative, on either side; `_held` are the bytes that the application was given and
+    has not consumed; a stream is in `_streams` until it has ended or was reset.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_initiator: bool,
+        path: ChannelPath,
+        serves: bool,
+        events: deque[ChannelEvent],
+        control: deque[bytes],
+    ) -> None:
+        self.serves = serves
+        self.is_open = False  # before the handshake is done, and after a GOAWAY, there are no new streams
+        self.last_peer_id = 0
+        self._next_id = 1 if is_initiator else 2
+        self._path = path
+        self._events = events
+        self._control = control
+        self._streams: dict[int, ChannelStream] = {}
+        self._ready: deque[ChannelStream] = deque()
+        self._send_credit = path.window_bytes
+        self._receive_window = ReceiveWindow(path.window_bytes, path.return_bytes)
+        self._held: dict[int, int] = {}
+        self._reset_ids: dict[int, None] = {}  # the oldest first
+        self._late_resets: deque[tuple[int, ErrorCode]] = deque()  # those that would be more than the peer tolerates
+        self._own_opens = SlidingRate(CHANNEL_OPENS_LIMIT // 2)
+        self._own_resets = SlidingRate(CHANNEL_RESETS_LIMIT // 2)
+        self._peer_opens = SlidingRate(CHANNEL_OPENS_LIMIT)
+        self._peer_resets = SlidingRate(CHANNEL_RESETS_LIMIT)
+
+    def __len__(self) -> int:
+        return len(self._streams) + len(self._late_resets)
+
+    # What the application does.
+
+    def open_delay_s(self, now: float) -> float:
+        """Seconds until `open` is possible: 0.0 now, infinite if only the end of a stream or a new channel helps."""
+        opened_here = sum(not self._is_peers(stream_id) for stream_id in self._streams) + len(self._late_resets)
+        if not self.is_open or opened_here >= CHANNEL_STREAMS_LIMIT:
+            return math.inf
+        return max(0.0, self._own_opens.next_at - now)
+
+    def open(
+        self, method: str, path: str, headers: Iterable[tuple[str, str]], now: float, *, is_last: bool = False
+    ) -> int:
+        """Begins a request and returns the stream's id. ChannelBusyError unless `open_delay_s` is 0.0."""
+        if self.open_delay_s(now) > 0.0:
+            raise ChannelBusyError("the channel takes no further request now; send it another way or try again")
+        body = encode_open(method, path, headers)
+        stream_id, self._next_id = self._next_id, self._next_id + 2
+        self._own_opens.note(now)
+        sending = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._add(stream_id, sending=sending, receiving=StreamHalf.HEAD)
+        self._control.append(encode_inner_frame(FrameType.OPEN, body, stream_id=stream_id, is_last=is_last))
+        return stream_id
+
+    def send_head(
+        self, stream_id: int, status: int, headers: Iterable[tuple[str, str]], *, is_last: bool = False
+    ) -> None:
+        """Begins the answer. StreamGoneError if the stream has ended under us; ValueError if it was begun before."""
+        stream = self._find(stream_id)
+        if stream.sending is not StreamHalf.HEAD:
+            raise ValueError("the head was sent before")
+        body = encode_head(status, headers)
+        self._control.append(encode_inner_frame(FrameType.HEAD, body, stream_id=stream_id, is_last=is_last))
+        stream.sending = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._forget_if_over(stream)
+
+    def compute_send_room(self, stream_id: int) -> int:
+        """Bytes that `send_data` takes now. StreamGoneError as there.
+
+        A queue that got half full or more announces by StreamWritable that it is less again.
+        """
+        return CHANNEL_SEND_QUEUE_LIMIT_BYTES - len(self._find(stream_id).queue)
+
+    def send_data(self, stream_id: int, data: bytes, *, is_last: bool = False) -> None:
+        """Queues a part of the body. StreamGoneError if the stream has ended under us.
+
+        ValueError before the head, after the last part, or for more than `compute_send_room`.
+        """
+        stream = self._find(stream_id)
+        if stream.sending is not StreamHalf.BODY or stream.end_is_queued:
+            raise ValueError("data before the head or after the end")
+        size = len(stream.queue) + len(data)
+        if size > CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            raise ValueError("more data than there is room for")
+        if 2 * size >= CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            stream.is_half_full = True
+        stream.queue += data
+        stream.end_is_queued = is_last
+        self._make_ready(stream)
+
+    def consume(self, stream_id: int, count: int) -> None:
+        """The application needs `count` bytes of the stream's StreamData no more: the peer may send as many.
+
+        Of streams that are gone, and more than was given, nothing is left to count.
+        """
+        held = self._held.get(stream_id, 0)
+        count = min(count, held)
+        if count == held:
+            self._held.pop(stream_id, None)
+        else:
+            self._held[stream_id] = held - count
+        self._give_back(self._streams.get(stream_id), count)
+
+    def reset(self, stream_id: int, now: float, code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """Ends a stream in both directions, without an event; nothing for one that has ended."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._drop(stream)
+            self._send_reset(stream_id, code, now)
+
+    # What the peer does.
+
+    def receive(self, frame_type: int, is_last: bool, stream_id: int, body: bytes, now: float) -> None:
+        """Takes a frame of a stream, or WINDOW. Raises _ChannelViolation."""
+        self._RECEIVERS[frame_type](self, stream_id, is_last, body, now)
+
+    def _receive_open(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if not self._is_peers(stream_id) or stream_id <= self.last_peer_id:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"OPEN with the id {stream_id}")
+        if now < self._peer_opens.next_at:
+            raise _ChannelViolation(ErrorCode.CALM, "too many OPENs")
+        if len(self._late_resets) >= CHANNEL_RESETS_LIMIT:
+            raise _ChannelViolation(ErrorCode.CALM, "more streams to refuse than RESETs are allowed")
+        self._peer_opens.note(now)
+        self.last_peer_id = stream_id
+        method, path, headers = _parse_open(body)
+        opened_there = sum(map(self._is_peers, self._streams))
+        is_welcome = self.is_open and self.serves and opened_there < CHANNEL_STREAMS_LIMIT
+        if not is_welcome or not is_channel_route(method, path):
+            self._send_reset(stream_id, ErrorCode.REFUSED, now)
+            return
+        receiving = StreamHalf.ENDED if is_last else StreamHalf.BODY
+        self._add(stream_id, sending=StreamHalf.HEAD, receiving=receiving)
+        self._events.append(StreamOpened(stream_id, method, path, headers, is_last))
+
+    def _receive_head(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_reset(stream_id)
+            return
+        status, headers = _parse_head(body)
+        stream.note_received(FrameType.HEAD, is_last)
+        self._events.append(StreamHead(stream_id, status, headers, is_last))
+        self._forget_if_over(stream)
+
+    def _receive_data(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if not body and not is_last:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "DATA with nothing in it")
+        self._take_data(FrameType.DATA, stream_id, is_last, body, len(body))
+
+    def _receive_padded_data(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        self._take_data(FrameType.DATA_PADDED, stream_id, is_last, _parse_padded_data(body), len(body))
+
+    def _take_data(self, frame_type: FrameType, stream_id: int, is_last: bool, data: bytes, whole: int) -> None:
+        """`whole`: the bytes that count, padding included."""
+        self._receive_window.take(whole)
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_reset(stream_id)
+            self._give_back(None, whole)
+            return
+        stream.note_received(frame_type, is_last)
+        stream.receive_window.take(whole)
+        if data:
+            self._held[stream_id] = self._held.get(stream_id, 0) + len(data)
+        if whole != len(data):
+            self._give_back(stream, whole - len(data))
+        if data or is_last:
+            self._events.append(StreamData(stream_id, data, is_last))
+        if is_last:
+            self._forget_if_over(stream)
+
+    def _receive_reset(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        if now < self._peer_resets.next_at:
+            raise _ChannelViolation(ErrorCode.CALM, "too many RESETs")
+        self._peer_resets.note(now)
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            self._verify_was_known(stream_id)
+            return
+        self._drop(stream)
+        self._events.append(StreamReset(stream_id, parse_error_code(_BE_U16.unpack(body)[0])))
+
+    def _receive_window_credit(self, stream_id: int, is_last: bool, body: bytes, now: float) -> None:
+        (credit,) = _BE_U32.unpack(body)
+        if credit == 0:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "WINDOW of nothing")
+        if stream_id == 0:
+            self._send_credit += credit
+            is_too_much = self._send_credit > self._path.window_bytes
+        else:
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                self._verify_was_known(stream_id)
+                return
+            stream.send_credit += credit
+            is_too_much = stream.send_credit > self._path.stream_window_bytes
+            self._make_ready(stream)
+        if is_too_much:
+            raise _ChannelViolation(ErrorCode.FLOW, "more credit than was used")
+
+    _RECEIVERS: ClassVar[Mapping[int, Callable[[StreamMultiplexer, int, bool, bytes, float], None]]] = {
+        FrameType.OPEN: _receive_open,
+        FrameType.HEAD: _receive_head,
+        FrameType.DATA: _receive_data,
+        FrameType.DATA_PADDED: _receive_padded_data,
+        FrameType.RESET: _receive_reset,
+        FrameType.WINDOW: _receive_window_credit,
+    }
+
+    # What goes out.
+
+    def next_frame(self, now: float) -> bytes | None:
+        """The next inner frame to send, or None."""
+        if self._late_resets and now >= self._own_resets.next_at:
+            self._send_reset(*self._late_resets.popleft(), now)
+        if self._control:
+            return self._control.popleft()
+        for _ in range(len(self._ready)):
+            stream = self._ready.popleft()
+            frame = self._build_data(stream)
+            stream.is_ready = stream.has_something_to_send
+            if stream.is_ready:
+                self._ready.append(stream)
+            if frame is not None:
+                return frame
+        return None
+
+    @property
+    def next_reset_at(self) -> float:
+        """When a RESET that had to wait may go out; infinite if there is none."""
+        return self._own_resets.next_at if self._late_resets else math.inf
+
+    def _build_data(self, stream: ChannelStream) -> bytes | None:
+        """The stream's next frame, None if the connection has no credit for it."""
+        queue = stream.queue
+        credit = min(stream.send_credit, self._send_credit)
+        frame_type, size, whole = FrameType.DATA, 0, 0
+        if self._path.is_padded:
+            size, whole = _plan_padded_data(len(queue), credit)
+        if whole:
+            frame_type = FrameType.DATA_PADDED
+        elif queue and not self._path.is_padded:
+            size = whole = min(len(queue), credit, _DATA_LIMIT_BYTES)
+        if queue and not size:
+            return None
+        is_last = stream.end_is_queued and size == len(queue)
+        frame = _INNER_HEADER.pack(frame_type, is_last, stream.stream_id)
+        if frame_type is FrameType.DATA_PADDED:
+            frame += _BE_U16.pack(size) + queue[:size] + bytes(whole - _BE_U16.size - size)
+        else:
+            frame += queue[:size]
+        del queue[:size]
+        stream.send_credit -= whole
+        self._send_credit -= whole
+        self._note_sent(stream, is_last)
+        return frame
+
+    def _note_sent(self, stream: ChannelStream, is_last: bool) -> None:
+        if is_last:
+            stream.end_is_queued = False
+            stream.sending = StreamHalf.ENDED
+            self._forget_if_over(stream)
+        elif stream.is_half_full and 2 * len(stream.queue) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+            stream.is_half_full = False
+            self._events.append(StreamWritable(stream.stream_id))
+
+    # Ends.
+
+    def refuse_above(self, last_stream_id: int) -> None:
+        """The peer takes no more: streams of ours above that id were not begun."""
+        if last_stream_id >= self._next_id:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "GOAWAY names a stream that was not opened")
+        for stream in list(self._streams.values()):
+            if not self._is_peers(stream.stream_id) and stream.stream_id > last_stream_id:
+                self._drop(stream)
+                self._events.append(StreamReset(stream.stream_id, ErrorCode.REFUSED))
+
+    def end_all(self) -> None:
+        """The channel is over: so is every stream that had not ended."""
+        self.is_open = False
+        self._events.extend(StreamReset(stream_id, None) for stream_id in self._streams)
+        for each in (self._streams, self._ready, self._held, self._reset_ids, self._late_resets):
+            each.clear()
+
+    def _is_peers(self, stream_id: int) -> bool:
+        return (stream_id ^ self._next_id) & 1 == 1
+
+    def _add(self, stream_id: int, *, sending: StreamHalf, receiving: StreamHalf) -> None:
+        self._streams[stream_id] = ChannelStream(stream_id, sending=sending, receiving=receiving, path=self._path)
+
+    def _find(self, stream_id: int) -> ChannelStream:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            raise StreamGoneError("the other device ended the request, or the connection to it is lost")
+        return stream
+
+    def _make_ready(self, stream: ChannelStream) -> None:
+        if not stream.is_ready and stream.has_something_to_send:
+            stream.is_ready = True
+            self._ready.append(stream)
+
+    def _give_back(self, stream: ChannelStream | None, count: int) -> None:
+        """Credit for consumed bytes, to the connection and to a stream whose body goes on."""
+        credit = self._receive_window.give_back(count)
+        if credit:
+            self._control.append(encode_inner_frame(FrameType.WINDOW, _BE_U32.pack(credit)))
+        if stream is not None and stream.receiving is not StreamHalf.ENDED:
+            credit = stream.receive_window.give_back(count)
+            if credit:
+                self._control.append(
+                    encode_inner_frame(FrameType.WINDOW, _BE_U32.pack(credit), stream_id=stream.stream_id)
+                )
+
+    def _forget_if_over(self, stream: ChannelStream) -> None:
+        """A complete stream is no more; what the application still holds of it stays the peer's credit."""
+        if stream.is_over:
+            del self._streams[stream.stream_id]
+            self._events.append(StreamEnded(stream.stream_id))
+
+    def _drop(self, stream: ChannelStream) -> None:
+        """A stream that ends early: nothing of it is sent, and nothing that it brought is held."""
+        del self._streams[stream.stream_id]
+        stream.queue.clear()
+        stream.end_is_queued = False
+        if stream.is_ready:
+            stream.is_ready = False
+            self._ready.remove(stream)
+        self._give_back(None, self._held.pop(stream.stream_id, 0))
+
+    def _send_reset(self, stream_id: int, code: ErrorCode, now: float) -> None:
+        self._reset_ids[stream_id] = None
+        if len(self._reset_ids) > CHANNEL_RESET_MEMORY:
+            del self._reset_ids[next(iter(self._reset_ids))]
+        if now < self._own_resets.next_at:
+            self._late_resets.append((stream_id, code))
+            return
+        self._own_resets.note(now)
+        self._control.append(encode_inner_frame(FrameType.RESET, _BE_U16.pack(code), stream_id=stream_id))
+
+    def _verify_was_known(self, stream_id: int) -> None:
+        """Raises _ChannelViolation for a stream that never was."""
+        is_known = stream_id <= self.last_peer_id if self._is_peers(stream_id) else stream_id < self._next_id
+        if not is_known:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"a frame of stream {stream_id}, which was never opened")
+
+    def _verify_was_reset(self, stream_id: int) -> None:
+        """Raises _ChannelViolation unless we ended the stream, so that the peer cannot have known."""
+        if stream_id not in self._reset_ids:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"data of stream {stream_id}, which has ended")
+
+
+# The channel: who it is with, how long it lives, and how it ends.
+
+
+class ChannelState(enum.Enum):
+    """Where a channel stands.
+
+    HANDSHAKE ──second message (initiator)──→ OPEN ──GOAWAY, sent or received──→ DRAINING
+        └──first message──→ CONFIRMING ──PING──↑
+    Any of them → CLOSED: by a failure, the end of the transport, a deadline, or (DRAINING) the end of the last stream.
+    A responder is CONFIRMING until the initiator has shown, by its first frame, that its message was not a replay.
+    """
+
+    HANDSHAKE = enum.auto()
+    CONFIRMING = enum.auto()
+    OPEN = enum.auto()
+    DRAINING = enum.auto()
+    CLOSED = enum.auto()
+
+
+_CHANNEL_MOVES = {
+    ChannelState.HANDSHAKE: {ChannelState.CONFIRMING, ChannelState.OPEN, ChannelState.CLOSED},
+    ChannelState.CONFIRMING: {ChannelState.OPEN, ChannelState.CLOSED},
+    ChannelState.OPEN: {ChannelState.DRAINING, ChannelState.CLOSED},
+    ChannelState.DRAINING: {ChannelState.CLOSED},
+    ChannelState.CLOSED: set[ChannelState](),
+}
+_DRAINING_CODES = frozenset({ErrorCode.NO_ERROR, ErrorCode.REKEY, ErrorCode.SHUTDOWN})  # of GOAWAY; others end at once
+
+
+def parse_error_code(code: int) -> ErrorCode:
+    """The error code of a RESET or GOAWAY; one that a later version may have is INTERNAL."""
+    return ErrorCode(code) if code <= ErrorCode.INTERNAL else ErrorCode.INTERNAL
+
+
+class Channel:
+    """One end of a secure channel over a transport that carries whole messages in order (a WebSocket, a relay).
+
+    The edge gives every message to `receive_frame`, writes what `data_to_send` returns, acts on `take_events` after
+    every call, and calls `on_timeout` at `next_deadline` (earlier does no harm, so a timer need not be moved for
+    every frame). `now`: seconds of a monotonic clock that never goes back. `streams` has the requests.
+
+    Not the channel's: how tokens are gathered before they are sent, so that a relay does not see each of them; how
+    long a body or an answer may take; which pairing may ask what.
+
+    Invariants: nothing is sent or believed under a cipher state that has failed; `streams.is_open` only while OPEN.
+    """
+
+    def __init__(
+        self,
+        handshake: InitiatorHandshake | ResponderHandshake,
+        *,
+        now: float,
+        path: ChannelPath = ChannelPath.DIRECT,
+        serves: bool = True,
+    ) -> None:
+        self.state = ChannelState.HANDSHAKE
+        self._handshake = handshake
+        self._is_initiator = isinstance(handshake, InitiatorHandshake)
+        self._events: deque[ChannelEvent] = deque()
+        self._control: deque[bytes] = deque()  # inner frames that go before data
+        self._outgoing = [handshake.first_frame] if handshake.first_frame else []  # outer frames, ready to go
+        self._ciphers: NoiseTransport | None = None
+        self._began_at = now
+        self._heard_at = now
+        self._pinged_at = now
+        self._drained_by = math.inf
+        self._ping_count = 0
+        self._has_sent_pair = False
+        self._has_received_pair = False
+        self.streams = StreamMultiplexer(
+            is_initiator=self._is_initiator, path=path, serves=serves, events=self._events, control=self._control
+        )
+
+    def receive_frame(self, frame: bytes, now: float) -> None:
+        """Takes one whole message of the transport. Never raises: whatever is wrong with it closes the channel."""
+        if self.state is ChannelState.CLOSED:
+            return
+        try:
+            if self._ciphers is None:
+                self._receive_handshake(frame, now)
+            else:
+                self._receive_transport(self._ciphers.receive, frame, now)
+        except _HandshakeRefusal as exc:
+            self._close(exc.reason, str(exc))
+        except _ChannelViolation as exc:
+            self._send_goaway(exc.code)
+            self._close(CloseReason.VIOLATION, str(exc), exc.code)
+        except CryptoError:
+            reason = CloseReason.UNPROVEN if self._ciphers is None else CloseReason.FORGED
+            self._close(reason, reason.value)
+        else:
+            self._finish_if_drained()
+
+    def connection_lost(self) -> None:
+        """The transport has ended, whatever the reason."""
+        if self.state is ChannelState.DRAINING and not len(self.streams):
+            self._close(CloseReason.FINISHED, CloseReason.FINISHED.value)
+        self._close(CloseReason.LOST, CloseReason.LOST.value)
+
+    def data_to_send(self, now: float, limit_bytes: int = 64 * KIB) -> list[bytes]:
+        """Whole messages for the transport, in order: about `limit_bytes`, none when there is nothing to send.
+
+        Frames are made here and not before, so that little waits in the transport and what is urgent goes first.
+        """
+        frames, self._outgoing = self._outgoing, []
+        if self._ciphers is None or self.state in (ChannelState.CONFIRMING, ChannelState.CLOSED):
+            return frames
+        cipher, size = self._ciphers.send, 0
+        try:
+            while size < limit_bytes and (inner := self.streams.next_frame(now)) is not None:
+                frames.append(_TRANSPORT_PREFIX + cipher.encrypt(inner))
+                size += len(inner)
+        except NoiseError:  # what ran on under the old handshake has used up its frames
+            self._close(CloseReason.CLOSED_HERE, "no frame is left under this handshake", ErrorCode.REKEY)
+        if cipher.n >= CHANNEL_FRAMES_LIMIT:  # of this direction; for the other one the peer sees to it
+            self._renew(now)
+        self._finish_if_drained()
+        return frames
+
+    def take_events(self) -> list[ChannelEvent]:
+        """What has happened since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def next_deadline(self) -> float | None:
+        """When `on_timeout` has something to do; None once closed."""
+        if self.state is ChannelState.CLOSED:
+            return None
+        if self.state in (ChannelState.HANDSHAKE, ChannelState.CONFIRMING):
+            return self._began_at + CHANNEL_HANDSHAKE_DEADLINE_S
+        renew_at = self._began_at + CHANNEL_LIFETIME_S if self.state is ChannelState.OPEN else math.inf
+        ping_at = max(self._heard_at, self._pinged_at) + CHANNEL_PING_INTERVAL_S
+        dead_at = self._heard_at + CHANNEL_DEAD_AFTER_S
+        return min(ping_at, dead_at, renew_at, self._drained_by, self.streams.next_reset_at)
+
+    def on_timeout(self, now: float) -> None:
+        """Does what is due; `data_to_send` may have something afterwards."""
+        if self.state is ChannelState.CLOSED:
+            return
+        if self.state in (ChannelState.HANDSHAKE, ChannelState.CONFIRMING):
+            if now >= self._began_at + CHANNEL_HANDSHAKE_DEADLINE_S:
+                self._close(CloseReason.TIMED_OUT, "no handshake in time")
+        elif now >= self._heard_at + CHANNEL_DEAD_AFTER_S:
+            self._close(CloseReason.TIMED_OUT, CloseReason.TIMED_OUT.value)
+        elif now >= self._drained_by:
+            self.close(ErrorCode.SHUTDOWN)
+        else:
+            if now >= self._began_at + CHANNEL_LIFETIME_S:
+                self._renew(now)
+            if now >= max(self._heard_at, self._pinged_at) + CHANNEL_PING_INTERVAL_S:
+                self._send_ping(now)
+
+    def shut_down(self, now: float, grace_s: float = STOP_GRACE_S) -> None:
+        """Takes and opens no further streams; those that run may go on for `grace_s`."""
+        if self.state in (ChannelState.OPEN, ChannelState.DRAINING):
+            self._drain(ErrorCode.SHUTDOWN, now + grace_s)
+        else:
+            self.close()
+
+    def close(self, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        """Ends the channel at once, with REVOKED where the pairing is no more; the peer is told by a GOAWAY."""
+        if self.state is not ChannelState.CLOSED:
+            self._send_goaway(code)
+            self._close(CloseReason.CLOSED_HERE, CloseReason.CLOSED_HERE.value, code)
+
+    def send_pair(self, message: PairMessage) -> None:
+        """Says who we are, once, on a channel made for pairing."""
+        if not self._is_for_pairing or self._has_sent_pair or self.state is not ChannelState.OPEN:
+            raise ValueError("PAIR is sent once, on an open channel for pairing")
+        self._control.append(encode_inner_frame(FrameType.PAIR, encode_pair_message(message)))
+        self._has_sent_pair = True
+
+    @property
+    def _is_for_pairing(self) -> bool:
+        return self._handshake.terms.mode is HandshakeMode.QR
+
+    # Receiving.
+
+    def _receive_handshake(self, frame: bytes, now: float) -> None:
+        answer = self._handshake.read(frame)
+        self._ciphers = self._handshake.noise.split()
+        if self._is_initiator:
+            self._establish()
+            self._send_ping(now)
+        else:
+            self._outgoing.append(answer)
+            self._move(ChannelState.CONFIRMING)
+        self._heard_at = now
+
+    def _receive_transport(self, cipher: CipherState, frame: bytes, now: float) -> None:
+        if frame[:1] != _TRANSPORT_PREFIX or len(frame) > _TRANSPORT_LIMIT_BYTES:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "a message that is no transport frame")
+        frame_type, is_last, stream_id, body = _parse_inner_frame(cipher.decrypt(frame[1:]))
+        self._heard_at = now
+        if self.state is ChannelState.CONFIRMING:
+            if frame_type != FrameType.PING:
+                raise _ChannelViolation(ErrorCode.PROTOCOL, "the first frame is not PING")
+            self._establish()
+        receive = self._RECEIVERS.get(frame_type)
+        if receive is not None:
+            receive(self, body, now)
+        elif self._is_for_pairing:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, f"{FrameType(frame_type).name} on a channel for pairing")
+        else:
+            self.streams.receive(frame_type, is_last, stream_id, body, now)
+
+    def _receive_nothing(self, body: bytes, now: float) -> None:
+        """PAD, and PONG, whose only meaning is that the peer lives."""
+
+    def _receive_ping(self, body: bytes, now: float) -> None:
+        if len(self._control) >= CHANNEL_CONTROL_QUEUE_LIMIT:
+            raise _ChannelViolation(ErrorCode.CALM, "PINGs whose answers are not read")
+        self._control.append(encode_inner_frame(FrameType.PONG, body))
+
+    def _receive_goaway(self, body: bytes, now: float) -> None:
+        last_stream_id, number = _GOAWAY_BODY.unpack(body)
+        code = parse_error_code(number)
+        self._events.append(GoAwayReceived(last_stream_id, code))
+        if code not in _DRAINING_CODES:
+            self._close(CloseReason.CLOSED_BY_PEER, f"the peer ended it: {code.name}", code)
+            return
+        self.streams.refuse_above(last_stream_id)
+        self.streams.is_open = False
+        if self.state is ChannelState.OPEN:
+            self._move(ChannelState.DRAINING)
+
+    def _receive_pair(self, body: bytes, now: float) -> None:
+        if not self._is_for_pairing or self._has_received_pair:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR where none belongs")
+        self._has_received_pair = True
+        try:
+            message = parse_pair_message(body)
+        except ValueError as exc:
+            raise _ChannelViolation(ErrorCode.PROTOCOL, str(exc)) from None
+        is_proved = message.identity_public == self._handshake.noise.remote_static
+        if not (is_proved or self._is_initiator):  # the initiator proved the key it keeps; the responder's was the QR's
+            raise _ChannelViolation(ErrorCode.PROTOCOL, "PAIR with another key than the handshake's")
+        self._events.append(PairReceived(message))
+
+    _RECEIVERS: ClassVar[Mapping[int, Callable[[Channel, bytes, float], None]]] = {
+        FrameType.PAD: _receive_nothing,
+        FrameType.PING: _receive_ping,
+        FrameType.PONG: _receive_nothing,
+        FrameType.GOAWAY: _receive_goaway,
+        FrameType.PAIR: _receive_pair,
+    }
+
+    # Life and end.
+
+    def _establish(self) -> None:
+        self._move(ChannelState.OPEN)
+        self.streams.is_open = not self._is_for_pairing
+        terms, noise = self._handshake.terms, self._handshake.noise
+        remote_static = noise.remote_static or b""
+        self._events.append(ChannelEstablished(terms.mode, terms.pair_id, remote_static, noise.handshake_hash))
+
+    def _send_ping(self, now: float) -> None:
+        self._ping_count += 1
+        self._pinged_at = now
+        self._control.append(encode_inner_frame(FrameType.PING, self._ping_count.to_bytes(8, "big")))
+
+    def _renew(self, now: float) -> None:
+        """This handshake has served its time: the edge makes a new channel, what runs here goes on for a while."""
+        if self.state is ChannelState.OPEN:
+            self._drain(ErrorCode.REKEY, now + CHANNEL_REKEY_GRACE_S)
+
+    def _drain(self, code: ErrorCode, drained_by: float) -> None:
+        if self.state is ChannelState.OPEN:
+            self._move(ChannelState.DRAINING)
+        self.streams.is_open = False
+        self._drained_by = min(drained_by, self._drained_by)
+        self._control.append(self._build_goaway(code))
+
+    def _build_goaway(self, code: ErrorCode) -> bytes:
+        return encode_inner_frame(FrameType.GOAWAY, _GOAWAY_BODY.pack(self.streams.last_peer_id, code))
+
+    def _send_goaway(self, code: ErrorCode) -> None:
+        """The last frame: what else waits is dropped. Before the peer is known there is nobody to tell."""
+        if self._ciphers is None or self.state is ChannelState.CONFIRMING:
+            return
+        with contextlib.suppress(NoiseError):  # no frame left, not even for this
+            self._outgoing.append(_TRANSPORT_PREFIX + self._ciphers.send.encrypt(self._build_goaway(code)))
+
+    def _finish_if_drained(self) -> None:
+        if self.state is ChannelState.DRAINING and not self._control and not len(self.streams):
+            self._close(CloseReason.FINISHED, CloseReason.FINISHED.value)
+
+    def _close(self, reason: CloseReason, detail: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        if self.state is ChannelState.CLOSED:
+            return
+        self._move(ChannelState.CLOSED)
+        self.streams.end_all()
+        self._control.clear()
+        self._ciphers = None
+        self._events.append(ChannelClosed(reason, code, detail))
+
+    def _move(self, state: ChannelState) -> None:
+        assert state in _CHANNEL_MOVES[self.state], (self.state, state)
+        self.state = state
+
+
 # ---- Identity -------------------------------------------------------------------------
 # Who this installation is towards others, and on which machine it became so.
 
@@ -6244,8 +8995,8 @@ identity_log = logging.getLogger("dvai_bridge.identity")
 class Identity:
     """`device_id`: 22 characters, base64url of 16 random bytes, once per installation.
 
-    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: reserved for
-    the key of the secure channel, base64url of 32 bytes.
+    `machine`: a keyed hash of what tells this machine from others, None if nothing does. `seed`: base64url of the 32
+    bytes that the key of the secure channel comes from.
     """
 
     device_id: str
@@ -6290,12 +9041,22 @@ def encode_identity(identity: Identity) -> bytes:
 
 
 def choose_identity(known: Identity | None, *, machine: str | None, device_name: str, random: RandomBytes) -> Identity:
-    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one."""
-    if known is not None and (machine is None or known.machine == machine):
-        return known
-    if known is not None and known.machine is None:
-        return replace(known, machine=machine)
-    return Identity(device_id=encode_base64url(random(16)), device_name=device_name, machine=machine)
+    """The identity to have on `machine`: the known one where it is at home or that cannot be told, else a new one.
+
+    One without a seed, of an earlier version, gets one.
+    """
+    if known is not None and None not in (machine, known.machine) and known.machine != machine:
+        known = None
+    if known is None:
+        known = Identity(device_id=encode_base64url(random(16)), device_name=device_name)
+    return replace(known, machine=machine or known.machine, seed=known.seed or encode_base64url(random(32)))
+
+
+def build_static_key(identity: Identity, backend: CryptoBackend) -> KeyPair:
+    """The key by which the secure channel knows this installation. ValueError for an identity without a seed."""
+    if identity.seed is None:
+        raise ValueError("an identity without a seed has no key")
+    return build_key_pair(derive_x25519_private(parse_base64url(identity.seed)), backend)
 
 
 def build_machine_hash(machine_id: str) -> str:
@@ -6387,14 +9148,20 @@ def _read_registry_machine_id() -> str | None:
 # Who is paired with this device: the records, their file, and the check of a signed request against them.
 #
 # A record belongs to (appId, deviceId). It has a key for each direction that is allowed: what the peer signs with
-# when it uses us (inbound), what we sign with when we use the peer (outbound). Expiry is computed, never written: a
-# clock that is wrong for a while changes nothing for good.
+# when it uses us (inbound), what we sign with when we use the peer (outbound); and, where the devices paired by the
+# secure channel, a link for that direction, by which its tunnel is known. What time does is computed, never written:
+# a clock that is wrong for a while changes nothing for good.
+#
+#     approved ─ PENDING ─ first use ─ ACTIVE ─ days without use ─ EXPIRED ─ approved anew ─ …
+#                   └─ ten minutes ─ EXPIRED      legacy pairings, which have no link, begin as ACTIVE
 
 PAIRINGS_LIMIT = 256  # records that a hostile network could make grow without end
 PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
 PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
 PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+PENDING_LIFETIME_MS = 600_000  # a pairing of which the other side may not know
+NOISE_PEERS_LIMIT = 256  # memory taken by addresses where the secure channel was met
 DAY_MS = 86_400_000
 
 pairing_log = logging.getLogger("dvai_bridge.pairing")
@@ -6408,8 +9175,30 @@ def read_clock_ms() -> int:
 class PairingState(enum.Enum):
     """Whether a pairing may be used. Expired ones are kept: using the peer again needs its user's approval."""
 
+    PENDING = "pending"  # may be used; whether the other side has it too is not known yet
     ACTIVE = "active"
     EXPIRED = "expired"
+
+
+class PairingDirection(enum.Enum):
+    """Who uses whom."""
+
+    INBOUND = "inbound"  # the peer uses us
+    OUTBOUND = "outbound"  # we use the peer
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class PairingLink:
+    """What the secure channel of one direction begins with.
+
+    `pair_id`: 16 bytes that name it to the provider; `resume_psk`: 32 bytes that both sides have; `room`: 16 bytes,
+    where the provider listens at a relay. `pending_until_ms`: None once it was used; before, it ends at this time.
+    """
+
+    pair_id: bytes
+    resume_psk: bytes = field(repr=False)
+    room: bytes = field(repr=False)
+    pending_until_ms: int | None = None
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -6420,7 +9209,9 @@ class Pairing:
     outbound peer that does not tell its id. `inbound_key`, `outbound_key`: as in the head of this section, None where
     that direction is not allowed. `base_url` ends in /v1, where the peer was last reached. Times are unix ms.
     `uses_t1`: it has sent a nonce with a time, so others are refused from then on. `is_marked_unauthorized`: it
-    answered 401 to a request of ours. `speaks_noise`, `identity_key`: of the secure channel.
+    answered 401 to a request of ours. `speaks_noise`: it is never again paired with in the legacy way.
+    `identity_key`: its static key in the secure channel, base64url of 32 bytes. `inbound_link`, `outbound_link`: of
+    the two directions, None where there is none or it was approved in the legacy way.
     """
 
     device_id: str
@@ -6436,11 +9227,26 @@ class Pairing:
     is_marked_unauthorized: bool = False
     speaks_noise: bool = False
     identity_key: str | None = field(default=None, repr=False)
+    inbound_link: PairingLink | None = None
+    outbound_link: PairingLink | None = None
+
+    def get_key(self, direction: PairingDirection) -> str | None:
+        """The key of a direction."""
+        return self.inbound_key if direction is PairingDirection.INBOUND else self.outbound_key
+
+    def get_link(self, direction: PairingDirection) -> PairingLink | None:
+        """The link of a direction."""
+        return self.inbound_link if direction is PairingDirection.INBOUND else self.outbound_link
 
     @property
     def key(self) -> PairingKey:
         """What tells this record from the others: (app_id, device_id)."""
         return self.app_id, self.device_id
+
+    @property
+    def transport(self) -> str:
+        """What our requests to this peer travel in, as people are told."""
+        return "tunnel" if self.outbound_link is not None else "signed-http"
 
     @property
     def pairing_id(self) -> str:
@@ -6469,6 +9275,7 @@ _PAIRING_MEMBERS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "speaksNoise": ("speaks_noise", (bool,)),
     "identityKey": ("identity_key", _OPTIONAL_TEXT),
 }
+_LINK_MEMBERS = {"inboundLink": PairingDirection.INBOUND, "outboundLink": PairingDirection.OUTBOUND}
 
 
 def is_pairing_key(value: Any) -> TypeGuard[str]:
@@ -6481,10 +9288,14 @@ def is_pairing_key(value: Any) -> TypeGuard[str]:
 
 @record(frozen=True, kw_only=True, slots=True)
 class PairingFile:
-    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software."""
+    """`pairings.json`. `device_id`: whose pairings they are; None in a file of other software.
+
+    `noise_peers`: base URL (or the id itself) → the id of a device that spoke the secure channel, newest last.
+    """
 
     device_id: str | None
     records: PairingRecords = field(repr=False)
+    noise_peers: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_pairings(data: bytes) -> PairingFile:
@@ -6495,27 +9306,66 @@ def parse_pairings(data: bytes) -> PairingFile:
     if document["version"] != 1 or not is_peer_id(document["deviceId"]):
         raise ValueError("another version")
     records = [_parse_pairing(each) for each in document["pairings"]]
-    return PairingFile(device_id=document["deviceId"], records={each.key: each for each in records})
+    noise_peers = document.get("noisePeers", {})
+    if not all(isinstance(device_id, str) for device_id in noise_peers.values()):
+        raise TypeError("noisePeers has the wrong type")
+    return PairingFile(
+        device_id=document["deviceId"], records={each.key: each for each in records}, noise_peers=noise_peers
+    )
 
 
 def _parse_pairing(members: Mapping[str, Any]) -> Pairing:
     for name, (_, types) in _PAIRING_MEMBERS.items():
         if type(members[name]) not in types:
             raise TypeError(f"{name} has the wrong type")
-    pairing = Pairing(**{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()})
-    keys = [key for key in (pairing.inbound_key, pairing.outbound_key) if key is not None]
+    pairing = Pairing(
+        **{attribute: members[name] for name, (attribute, _) in _PAIRING_MEMBERS.items()},
+        inbound_link=_parse_link(members.get("inboundLink")),
+        outbound_link=_parse_link(members.get("outboundLink")),
+    )
+    keys = [key for key in (pairing.inbound_key, pairing.outbound_key, pairing.identity_key) if key is not None]
     if not all(map(is_pairing_key, keys)) or not pairing.device_id or not pairing.app_id:
         raise ValueError("no key, or no id")
     return pairing
+
+
+def _parse_link(members: Mapping[str, Any] | None) -> PairingLink | None:
+    """None for records of an earlier version, too."""
+    if members is None:
+        return None
+    link = PairingLink(
+        pair_id=parse_base64url(members["pairId"]),
+        resume_psk=parse_base64url(members["resumePsk"]),
+        room=parse_base64url(members["room"]),
+        pending_until_ms=members["pendingUntil"],
+    )
+    if (len(link.pair_id), len(link.resume_psk), len(link.room)) != (16, 32, 16):
+        raise ValueError("a link of other lengths")
+    if type(link.pending_until_ms) not in (int, type(None)):
+        raise TypeError("pendingUntil has the wrong type")
+    return link
+
+
+def _build_link_members(link: PairingLink | None) -> dict[str, Any] | None:
+    if link is None:
+        return None
+    return {
+        "pairId": encode_base64url(link.pair_id),
+        "resumePsk": encode_base64url(link.resume_psk),
+        "room": encode_base64url(link.room),
+        "pendingUntil": link.pending_until_ms,
+    }
 
 
 def encode_pairings(file: PairingFile) -> bytes:
     """The bytes of `pairings.json`, ordered, so that the same pairings are the same bytes."""
     rows = [
         {name: getattr(pairing, attribute) for name, (attribute, _) in _PAIRING_MEMBERS.items()}
+        | {name: _build_link_members(pairing.get_link(direction)) for name, direction in _LINK_MEMBERS.items()}
         for _, pairing in sorted(file.records.items())
     ]
-    return encode_json({"version": 1, "deviceId": file.device_id, "pairings": rows})
+    document = {"version": 1, "deviceId": file.device_id, "pairings": rows, "noisePeers": dict(file.noise_peers)}
+    return encode_json(document)
 
 
 def parse_foreign_pairings(data: bytes) -> PairingRecords:
@@ -6567,13 +9417,18 @@ def choose_foreign_pairings_path(environ: Mapping[str, str]) -> Path | None:
 
 
 def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
-    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of."""
-    if known is None:
+    """What is kept when a peer is paired again: the new record, and the direction that it says nothing of.
+
+    Nothing, of a record with another identity key: that is another device under the same id.
+    """
+    if known is None or has_other_identity(known, new.identity_key):
         return new
     return replace(
         new,
         inbound_key=new.inbound_key or known.inbound_key,
         outbound_key=new.outbound_key or known.outbound_key,
+        inbound_link=new.inbound_link if new.inbound_key else known.inbound_link,
+        outbound_link=new.outbound_link if new.outbound_key else known.outbound_link,
         base_url=new.base_url or known.base_url,
         uses_t1=known.uses_t1 and new.inbound_key is None,
         speaks_noise=known.speaks_noise or new.speaks_noise,
@@ -6581,11 +9436,18 @@ def merge_pairing(known: Pairing | None, new: Pairing) -> Pairing:
     )
 
 
-def has_lost_access(before: Pairing | None, after: Pairing | None) -> bool:
-    """Whether a change of a pairing must end what the peer is doing here."""
-    if before is None or before.inbound_key is None:
+def has_other_identity(known: Pairing, identity_key: str | None) -> bool:
+    """Whether a device that shows this key in the secure channel is another one than was paired under its id."""
+    return None not in (known.identity_key, identity_key) and known.identity_key != identity_key
+
+
+def has_lost_access(
+    before: Pairing | None, after: Pairing | None, direction: PairingDirection = PairingDirection.INBOUND
+) -> bool:
+    """Whether a change of a pairing must end what runs by it: what the peer does here, or we do there."""
+    if before is None or before.get_key(direction) is None:
         return False
-    return after is None or after.inbound_key != before.inbound_key
+    return after is None or after.get_key(direction) != before.get_key(direction)
 
 
 def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
@@ -6598,6 +9460,7 @@ def build_pairing_json(pairing: Pairing, state: PairingState) -> dict[str, Any]:
         "state": state.value,
         "mayUseUs": pairing.inbound_key is not None,
         "mayBeUsed": pairing.outbound_key is not None,
+        "isSecure": pairing.identity_key is not None,
         "isMarkedUnauthorized": pairing.is_marked_unauthorized,
         "baseUrl": pairing.base_url,
         "via": pairing.via,
@@ -6632,6 +9495,8 @@ class PairingStore:
         self._outbound: dict[str, PairingKey] = {}  # by device id and by base URL
         self._notes: dict[PairingKey, tuple[int, dict[str, Any]]] = {}  # (paired_at_ms, fields), not yet in the file
         self._removals: set[PairingKey] = set()  # not yet in the file
+        self._noise_peers: dict[str, str] = {}
+        self._is_flush_due = False
         self._stamp: tuple[int, ...] | None = None
         self._listeners: list[PairingListener] = []
         self._saving = asyncio.Lock()
@@ -6648,6 +9513,7 @@ class PairingStore:
         elif file is not None and file.device_id not in (None, self.device_id):
             file = self._put_aside(file)
         self._adopt({} if file is None else file.records)
+        self._noise_peers = {} if file is None else dict(file.noise_peers)
         try:
             self.replay = load_file(self._nonces_path, parse_replay_memory) or ReplayMemory()
         except StorageError as exc:
@@ -6668,27 +9534,72 @@ class PairingStore:
         return self._records.get((app_id, device_id))
 
     def get_state(self, pairing: Pairing, now_ms: int) -> PairingState:
-        """Whether `pairing` was used recently enough. A last use in the future was a wrong clock's."""
+        """How far the pairing is good: as the better of its directions."""
+        states = {self._get_direction_state(pairing, direction, now_ms) for direction in PairingDirection}
+        best_first = (PairingState.ACTIVE, PairingState.PENDING, PairingState.EXPIRED)
+        return min(states, key=best_first.index)
+
+    def _get_direction_state(self, pairing: Pairing, direction: PairingDirection, now_ms: int) -> PairingState:
+        """Whether it was used recently enough. A last use in the future was a wrong clock's."""
+        link = pairing.get_link(direction)
         is_old = now_ms - pairing.last_used_at_ms > self._expires_after_ms
-        return PairingState.EXPIRED if is_old else PairingState.ACTIVE
+        if pairing.get_key(direction) is None or is_old:
+            return PairingState.EXPIRED
+        if link is None or link.pending_until_ms is None:
+            return PairingState.ACTIVE
+        return PairingState.PENDING if now_ms <= link.pending_until_ms else PairingState.EXPIRED
+
+    def _is_usable(self, pairing: Pairing | None, direction: PairingDirection, now_ms: int) -> TypeGuard[Pairing]:
+        return pairing is not None and (
+            self._get_direction_state(pairing, direction, now_ms) is not PairingState.EXPIRED
+        )
 
     def find_inbound(self, app_id: str, device_id: str, now_ms: int) -> Pairing | None:
-        """The active pairing by which this caller may use us."""
+        """The pairing by which this caller may use us."""
         pairing = self._records.get((app_id, device_id))
-        if pairing is None or pairing.inbound_key is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+
+    def find_link(self, pair_id: bytes, now_ms: int) -> Pairing | None:
+        """The pairing by which the caller of the secure channel that names this pairId may use us."""
+        for pairing in self.pairings:
+            link = pairing.inbound_link
+            if link is not None and hmac.compare_digest(link.pair_id, pair_id):
+                return pairing if self._is_usable(pairing, PairingDirection.INBOUND, now_ms) else None
+        return None
 
     def find_outbound(self, device_id: str | None, base_url: str | None, now_ms: int) -> Pairing | None:
-        """The active pairing by which we may use this peer: by its id, else by where it is.
+        """The pairing by which we may use this peer: by its id, else by where it is.
 
         It may be marked unauthorized: then the peer no longer accepts it.
         """
         key = self._outbound.get(device_id or "") or self._outbound.get(base_url or "")
         pairing = self._records[key] if key else None
-        if pairing is None or self.get_state(pairing, now_ms) is PairingState.EXPIRED:
-            return None
-        return pairing
+        return pairing if self._is_usable(pairing, PairingDirection.OUTBOUND, now_ms) else None
+
+    def has_spoken_noise(self, device_id: str | None, base_url: str | None = None) -> bool:
+        """Whether the secure channel was ever met at this device, or at this address if no id is known for it."""
+        if any(each.speaks_noise for each in self.pairings if each.device_id == device_id):
+            return True
+        if device_id is not None and device_id in self._noise_peers.values():
+            return True
+        return base_url in self._noise_peers and device_id in (None, self._noise_peers[base_url])
+
+    async def note_noise_peer(self, base_url: str, device_id: str) -> None:
+        """Remember, through restarts too, that this device spoke the secure channel at this address."""
+        if self._noise_peers.get(base_url) != device_id:
+            self._noise_peers[base_url] = device_id
+            if len(self._noise_peers) > NOISE_PEERS_LIMIT:
+                del self._noise_peers[next(iter(self._noise_peers))]
+            await self._save()
+
+    def activate(self, pairing: Pairing, direction: PairingDirection) -> None:
+        """A pending pairing was used in this direction by both sides: it lives on. Written within seconds."""
+        known = self._records.get(pairing.key)
+        link = known.get_link(direction) if known is not None else None
+        if known is None or link is None or link.pending_until_ms is None or link != pairing.get_link(direction):
+            return
+        self.note(known, **{f"{direction.value}_link": replace(link, pending_until_ms=None)})
+        self._is_flush_due = True
 
     def note_use(self, pairing: Pairing, now_ms: int) -> None:
         """Keep the pairing from expiring. Cheap: at most one note an hour."""
@@ -6721,12 +9632,15 @@ class PairingStore:
         if pairing is None:
             return None
         self._removals.add(pairing.key)
+        if pairing.speaks_noise:
+            self._noise_peers[pairing.device_id] = pairing.device_id
         self._adopt(self._records)
         await self._save()
         return pairing
 
     async def flush(self) -> None:
         """Write what is only in memory yet. StorageError; what was not written is tried again next time."""
+        self._is_flush_due = False
         if self._notes or self._removals:
             await self._save()
         if self.replay.has_new_untimed:
@@ -6744,6 +9658,7 @@ class PairingStore:
                 pairing_log.warning("the pairings in memory stay in use: %s", exc)
             else:
                 self._adopt(file.records if file else {})
+                self._noise_peers = {**(file.noise_peers if file else {}), **self._noise_peers}
             self._stamp = stamp
 
     async def maintain(self) -> NoReturn:
@@ -6752,7 +9667,7 @@ class PairingStore:
         for number in itertools.count(1):
             await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
             await self.refresh()
-            if number % rounds == 0:
+            if number % rounds == 0 or self._is_flush_due:
                 try:
                     await self.flush()
                 except StorageError as exc:
@@ -6794,7 +9709,8 @@ class PairingStore:
     async def _save(self, new: Pairing | None = None) -> None:
         async with self._saving:
             notes, removals = dict(self._notes), set(self._removals)
-            records = await asyncio.to_thread(self._save_changes, new, notes, removals)
+            noise_peers = dict(self._noise_peers)
+            records = await asyncio.to_thread(self._save_changes, new, notes, removals, noise_peers)
             self._notes = {key: note for key, note in self._notes.items() if notes.get(key) is not note}
             self._removals -= removals
             self._adopt(records)
@@ -6805,6 +9721,7 @@ class PairingStore:
         new: Pairing | None,
         notes: Mapping[PairingKey, tuple[int, dict[str, Any]]],
         removals: Collection[PairingKey],
+        noise_peers: Mapping[str, str],
     ) -> PairingRecords:
         """In a thread: put the changes upon what the file holds. Returns what it holds then."""
         records: PairingRecords = {}
@@ -6815,7 +9732,9 @@ class PairingStore:
             records.update(_apply_changes(saved.records if saved else {}, notes, removals))
             if new is not None:
                 records[new.key] = merge_pairing(records.get(new.key), new)
-            return encode_pairings(PairingFile(device_id=self.device_id, records=records))
+            met = {**(saved.noise_peers if saved else {}), **noise_peers}
+            newest = dict(list(met.items())[-NOISE_PEERS_LIMIT:])
+            return encode_pairings(PairingFile(device_id=self.device_id, records=records, noise_peers=newest))
 
         update_file(self._path, parse_pairings, change)
         return records
@@ -6910,6 +9829,7 @@ class SignatureVerifier:
             raise SignatureError
         self._verify_freshness(pairing, signature.nonce, now_ms)
         self._store.note_use(pairing, now_ms)
+        self._store.activate(pairing, PairingDirection.INBOUND)
         return pairing
 
     def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
@@ -6957,6 +9877,311 @@ def sign_request(
     )
 
 
+# ---- LAN pairing ----------------------------------------------------------------------
+# How two devices that share no secret pair so that nobody between them can take part unseen: Noise XX. Pure.
+#
+#     consumer                                                               provider
+#        │ m1   commitment = HMAC(rA, "dvai-lan-commit/1", key A, info A)  ───→ │
+#        │ ←───────────────────────────────────────────────  rB, info B    m2   │
+#        │ m3   rA, info A: the provider computes the commitment again  ──────→ │
+#        │         both show code(handshake hash, rA, rB); both users compare   │
+#        │ ←─────────────────────────────────────  {"ok":true}, encrypted  m4   │
+#        │ m5   {"ok":true}, encrypted  ──────────────────────────────────────→ │
+#
+# Invariants: whoever relays with keys of their own takes part in two handshakes with two hashes. The consumer is bound
+# to rA before it sees rB, and the provider to rB before it sees rA, so nobody can search for two hashes with one code:
+# each attempt shows equal codes once in a million, and each is on somebody's screen. Keys exist only after both users
+# confirmed. What is out of turn, late or wrong in any way ends an exchange for good.
+#
+#     consumer  NEW ─ begin ─ COMMITTED ─ reveal ─ REVEALED ────────────── confirm ─ COMPLETE
+#     provider  NEW ─ answer ─ COMMITTED ─ read_reveal ─ REVEALED ─ confirm ─ CONFIRMED ─ complete ─ COMPLETE
+
+EXCHANGE_LIFETIME_MS = 300_000  # codes that are compared another day
+EXCHANGE_REVEAL_MS = 30_000  # exchanges begun and left alone, until the provider has a code to show
+EXCHANGE_MESSAGE_LIMIT_BYTES = 4 * KIB  # memory taken by a message
+EXCHANGE_RANDOM_BYTES = 32
+PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+
+_COMMITMENT_LABEL = b"dvai-lan-commit/1"
+_CONFIRMED = b'{"ok":true}'
+
+
+class ExchangeStep(enum.Enum):
+    """How far an exchange has come; see the head of this section."""
+
+    NEW = enum.auto()
+    COMMITTED = enum.auto()
+    REVEALED = enum.auto()  # there is a code to compare
+    CONFIRMED = enum.auto()
+    COMPLETE = enum.auto()
+    FAILED = enum.auto()
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DeviceInfo:
+    """What a device says of itself inside the exchange."""
+
+    device_id: str
+    name: str
+
+
+def encode_device_info(info: DeviceInfo) -> bytes:
+    """Canonical JSON `{"deviceId","name"}`."""
+    return encode_canonical_json({"deviceId": info.device_id, "name": info.name})
+
+
+def parse_device_info(data: bytes) -> DeviceInfo:
+    """The info in a message; ValueError for any other spelling than `encode_device_info`'s."""
+    document = parse_json(data)
+    if not isinstance(document, dict) or list(document) != ["deviceId", "name"]:
+        raise ValueError("no info of a device")
+    info = DeviceInfo(device_id=document["deviceId"], name=document["name"])
+    if not is_peer_id(info.device_id) or not is_peer_name(info.name) or encode_device_info(info) != data:
+        raise ValueError("no info of a device")
+    return info
+
+
+def is_peer_name(value: Any) -> TypeGuard[str]:
+    """Whether a value from outside may be a device's name; it is shown by `display_name` only."""
+    return isinstance(value, str) and 1 <= len(value) <= PEER_NAME_LIMIT_CHARS
+
+
+def compute_lan_commitment(random: bytes, static_key: bytes, info: bytes) -> bytes:
+    """What the consumer binds itself to in m1. `random`: rA; `static_key`: its public key."""
+    label = struct.pack(">H", len(_COMMITMENT_LABEL)) + _COMMITMENT_LABEL
+    return hmac.digest(random, label + static_key + info, "sha256")
+
+
+class PairingExchange:
+    """What the two sides have in common. `code`: six digits once REVEALED; `peer`, `peer_key`: of the other side.
+
+    `random` gives 32 bytes for the ephemeral key, then 32 for rA or rB. Each step raises PairingExchangeError.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_consumer: bool,
+        identity: Identity,
+        static: KeyPair,
+        prologue: bytes,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        self.step = ExchangeStep.NEW
+        self.code = ""
+        self.peer = DeviceInfo(device_id="", name="")
+        self.peer_key = b""
+        self._is_consumer = is_consumer
+        self._own_id = identity.device_id
+        self._static = static
+        self._info = encode_device_info(DeviceInfo(device_id=identity.device_id, name=identity.device_name))
+        self._begun_at_ms = now_ms
+        ephemeral = build_key_pair(random(KEY_BYTES), backend)
+        self._random = random(EXCHANGE_RANDOM_BYTES)
+        self._peer_random = b""
+        self._noise = NoiseHandshake(
+            NoisePattern.XX,
+            initiator=is_consumer,
+            ephemeral=ephemeral,
+            static=static,
+            prologue=prologue,
+            backend=backend,
+        )
+        self._transport: NoiseTransport | None = None
+
+    def is_late(self, now_ms: int) -> bool:
+        """Whether it has taken too long: nobody compares this code any more."""
+        is_awaited = self.step in (ExchangeStep.NEW, ExchangeStep.COMMITTED)
+        return abs(now_ms - self._begun_at_ms) > (EXCHANGE_REVEAL_MS if is_awaited else EXCHANGE_LIFETIME_MS)
+
+    def build_keys(self) -> PairKeys:
+        """What both sides derive. ValueError before the exchange is COMPLETE."""
+        if self.step is not ExchangeStep.COMPLETE:
+            raise ValueError("the exchange is not complete")
+        consumer, provider = self._order_randoms()
+        return derive_pair_keys(self._noise.handshake_hash, consumer, provider)
+
+    @contextlib.contextmanager
+    def _advance(self, expected: ExchangeStep, following: ExchangeStep, now_ms: int) -> Iterator[None]:
+        """One step; whatever goes wrong in it ends the exchange."""
+        is_late = self.is_late(now_ms)
+        step, self.step = self.step, ExchangeStep.FAILED
+        if step is not expected:
+            raise PairingExchangeError("a message of a pairing came out of turn")
+        if is_late:
+            raise PairingExchangeError("the pairing took too long")
+        try:
+            yield
+        except CryptoError as exc:
+            raise PairingExchangeError("a message of a pairing cannot be read, or was changed on its way") from exc
+        self.step = following
+
+    def _read(self, message: bytes) -> bytes:
+        if len(message) > EXCHANGE_MESSAGE_LIMIT_BYTES:
+            raise PairingExchangeError("a message of a pairing is too long")
+        return self._noise.read_message(message)
+
+    def _meet(self, payload: bytes) -> None:
+        """Take in the other side's random bytes and info, and its key."""
+        self._peer_random, info = payload[:EXCHANGE_RANDOM_BYTES], payload[EXCHANGE_RANDOM_BYTES:]
+        try:
+            self.peer = parse_device_info(info)
+        except ValueError as exc:
+            raise PairingExchangeError("the other device says nothing usable of itself") from exc
+        self.peer_key = self._noise.remote_static or b""
+        if self.peer.device_id == self._own_id or self.peer_key == self._static.public:
+            raise PairingExchangeError("that is this bridge itself")
+
+    def _show(self) -> None:
+        """The handshake is complete: from now on there is a code, and keys for what the users decide."""
+        self.code = derive_confirmation_code(self._noise.handshake_hash, *self._order_randoms())
+        self._transport = self._noise.split()
+
+    def _order_randoms(self) -> tuple[bytes, bytes]:
+        """(rA, rB)."""
+        return (self._random, self._peer_random) if self._is_consumer else (self._peer_random, self._random)
+
+    def _write_confirmation(self) -> bytes:
+        assert self._transport is not None
+        return self._transport.send.encrypt(_CONFIRMED)
+
+    def _verify_confirmation(self, message: bytes) -> None:
+        assert self._transport is not None
+        if len(message) > EXCHANGE_MESSAGE_LIMIT_BYTES or self._transport.receive.decrypt(message) != _CONFIRMED:
+            raise PairingExchangeError("the other device did not confirm the pairing")
+
+
+def encode_lan_prologue(consumer_id: str, app_id: str | None) -> bytes:
+    """What both sides must agree on beforehand: who asks, and for which application."""
+    return encode_prologue("lan-pair", consumer_id.encode(), (app_id or "").encode())
+
+
+class ConsumerExchange(PairingExchange):
+    """The side that wants to use the other."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        app_id: str | None,
+        static: KeyPair,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        super().__init__(
+            is_consumer=True,
+            identity=identity,
+            static=static,
+            prologue=encode_lan_prologue(identity.device_id, app_id),
+            backend=backend,
+            random=random,
+            now_ms=now_ms,
+        )
+
+    def begin(self, now_ms: int) -> bytes:
+        """m1."""
+        with self._advance(ExchangeStep.NEW, ExchangeStep.COMMITTED, now_ms):
+            return self._noise.write_message(compute_lan_commitment(self._random, self._static.public, self._info))
+
+    def reveal(self, message: bytes, now_ms: int) -> bytes:
+        """m2 → m3; then there are `code` and `peer`."""
+        with self._advance(ExchangeStep.COMMITTED, ExchangeStep.REVEALED, now_ms):
+            self._meet(self._read(message))
+            reveal = self._noise.write_message(self._random + self._info)
+            self._show()
+            return reveal
+
+    def confirm(self, message: bytes, now_ms: int) -> bytes:
+        """m4 → m5, when the user here has confirmed the code, too."""
+        with self._advance(ExchangeStep.REVEALED, ExchangeStep.COMPLETE, now_ms):
+            self._verify_confirmation(message)
+            return self._write_confirmation()
+
+
+class ProviderExchange(PairingExchange):
+    """The side that is to be used. `consumer_id`, `app_id`: as the request to pair named them."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        consumer_id: str,
+        app_id: str | None,
+        static: KeyPair,
+        backend: CryptoBackend,
+        random: RandomBytes,
+        now_ms: int,
+    ) -> None:
+        super().__init__(
+            is_consumer=False,
+            identity=identity,
+            static=static,
+            prologue=encode_lan_prologue(consumer_id, app_id),
+            backend=backend,
+            random=random,
+            now_ms=now_ms,
+        )
+        self._consumer_id = consumer_id
+        self._commitment = b""
+
+    def answer(self, message: bytes, now_ms: int) -> bytes:
+        """m1 → m2."""
+        with self._advance(ExchangeStep.NEW, ExchangeStep.COMMITTED, now_ms):
+            self._commitment = self._read(message)
+            return self._noise.write_message(self._random + self._info)
+
+    def read_reveal(self, message: bytes, now_ms: int) -> None:
+        """m3; then there are `code` and `peer`."""
+        with self._advance(ExchangeStep.COMMITTED, ExchangeStep.REVEALED, now_ms):
+            payload = self._read(message)
+            self._meet(payload)
+            computed = compute_lan_commitment(self._peer_random, self.peer_key, payload[EXCHANGE_RANDOM_BYTES:])
+            if not hmac.compare_digest(computed, self._commitment):
+                raise PairingExchangeError("the other device changed its mind after it had committed itself")
+            if self.peer.device_id != self._consumer_id:
+                raise PairingExchangeError("the other device has two names")
+            self._show()
+
+    def confirm(self, now_ms: int) -> bytes:
+        """m4, when the user here has confirmed the code."""
+        with self._advance(ExchangeStep.REVEALED, ExchangeStep.CONFIRMED, now_ms):
+            return self._write_confirmation()
+
+    def complete(self, message: bytes, now_ms: int) -> None:
+        """m5."""
+        with self._advance(ExchangeStep.CONFIRMED, ExchangeStep.COMPLETE, now_ms):
+            self._verify_confirmation(message)
+
+
+def build_secure_pairing(
+    exchange: PairingExchange, *, direction: PairingDirection, app_id: str, provider_id: str, now_ms: int
+) -> Pairing:
+    """What a side keeps of a complete exchange: `direction` as it looks from there. PENDING until it is used."""
+    keys, is_inbound = exchange.build_keys(), direction is PairingDirection.INBOUND
+    link = PairingLink(
+        pair_id=keys.pair_id,
+        resume_psk=keys.resume_psk,
+        room=keys.build_room(provider_id),
+        pending_until_ms=now_ms + PENDING_LIFETIME_MS,
+    )
+    return Pairing(
+        device_id=exchange.peer.device_id,
+        app_id=app_id,
+        device_name=exchange.peer.name,
+        inbound_key=keys.pairing_key if is_inbound else None,
+        inbound_link=link if is_inbound else None,
+        outbound_key=None if is_inbound else keys.pairing_key,
+        outbound_link=None if is_inbound else link,
+        speaks_noise=True,
+        identity_key=encode_base64url(exchange.peer_key),
+        paired_at_ms=now_ms,
+        last_used_at_ms=now_ms,
+    )
+
+
 # ---- Handshake ------------------------------------------------------------------------
 # How two devices become paired on the LAN: the question to the user here, the request to the one there. No sockets.
 
@@ -6969,10 +10194,15 @@ HANDSHAKE_ADDRESSES_LIMIT = 256  # memory taken by addresses that asked
 HANDSHAKE_REQUEST_DEADLINE_S = 300.0  # as the one who asks
 HANDSHAKE_PAUSE_MS = 600_000  # asking by itself again and again, after a refusal
 HANDSHAKE_TARGETS_LIMIT = 256  # memory taken by peers that refused
-PEER_NAME_LIMIT_CHARS = 512  # memory taken by a name
+HANDSHAKE_CONFIRM_DEADLINE_S = 30.0  # an answer that needs nobody's approval
+EXCHANGES_LIMIT = 16  # memory taken by exchanges that strangers begin
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
 HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
+
+NOISE_PART_VERSION = 1
+LEGACY_INCOMING = "The key will cross the network readably."
+LEGACY_OUTGOING = "It has no secure channel: its key has crossed the network readably, and so will prompts and answers."
 
 _SHARED_DEVICE_ID = re.compile(r"hub-[0-9]{1,5}")  # of every existing hub that listens on this port
 
@@ -6988,12 +10218,49 @@ class PairingPolicy(enum.Enum):
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class NoisePart:
+    """What a message of the handshake carries for the secure channel. `session_id`: the target's, None in the first."""
+
+    message: bytes = field(repr=False)
+    session_id: str | None = None
+
+
+def parse_noise_part(value: Any) -> NoisePart:
+    """The `noise` member of a message; ValueError if it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("noise must be an object")
+    version, message, session_id = value.get("v", NOISE_PART_VERSION), value.get("m"), value.get("sid")
+    if type(version) is not int or version != NOISE_PART_VERSION:
+        raise ValueError("noise must be of version 1")
+    if not isinstance(message, str) or len(message) > 2 * EXCHANGE_MESSAGE_LIMIT_BYTES:
+        raise ValueError("noise.m must be a short text in base64url")
+    if session_id is not None and not is_peer_id(session_id):
+        raise ValueError("noise.sid must be a short text")
+    return NoisePart(message=parse_base64url(message), session_id=session_id)
+
+
+def build_noise_part(message: bytes, session_id: str | None = None) -> dict[str, Any]:
+    """The `noise` member of a message."""
+    named = {} if session_id is None else {"sid": session_id}
+    return {"v": NOISE_PART_VERSION, **named, "m": encode_base64url(message)}
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class HandshakeRequest:
-    """The body of a request to pair; `app_id` is the device's id where it names no application."""
+    """The body of a request to pair. `named_app_id`: the application, where the device names one.
+
+    `noise`: where it can pair by the secure channel.
+    """
 
     device_id: str
     device_name: str
-    app_id: str
+    named_app_id: str | None = None
+    noise: NoisePart | None = None
+
+    @property
+    def app_id(self) -> str:
+        """The application; the device's id stands in for one that is not named."""
+        return self.named_app_id or self.device_id
 
 
 def parse_handshake_request(body: bytes) -> HandshakeRequest:
@@ -7008,7 +10275,7 @@ def parse_handshake_request(body: bytes) -> HandshakeRequest:
     app_id, nonce = document.get("appId"), document.get("nonce")
     if not is_peer_id(device_id):
         raise MalformedHandshakeError("peerDeviceId must be 1 to 128 printable characters", param="peerDeviceId")
-    if not (isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS):
+    if not is_peer_name(name):
         raise MalformedHandshakeError("peerDeviceName must be a text that is not empty", param="peerDeviceName")
     if app_id is not None and not is_peer_id(app_id):
         raise MalformedHandshakeError("appId must be 1 to 128 printable characters", param="appId")
@@ -7016,24 +10283,59 @@ def parse_handshake_request(body: bytes) -> HandshakeRequest:
         raise MalformedHandshakeError("via must be `lan-handshake` on this route", param="via")
     if nonce is not None and not (isinstance(nonce, str) and len(nonce) <= NONCE_LIMIT_CHARS):
         raise MalformedHandshakeError("nonce must be a short text", param="nonce")
-    return HandshakeRequest(device_id=device_id, device_name=name, app_id=app_id or device_id)
+    return HandshakeRequest(
+        device_id=device_id, device_name=name, named_app_id=app_id, noise=_parse_request_noise(document)
+    )
 
 
-def build_handshake_request(identity: Identity, app_id: str | None, nonce: str) -> dict[str, Any]:
+def _parse_request_noise(document: Mapping[str, Any]) -> NoisePart | None:
+    if "noise" not in document:
+        return None
+    try:
+        return parse_noise_part(document["noise"])
+    except ValueError as exc:
+        raise MalformedHandshakeError(str(exc), param="noise") from exc
+
+
+def build_handshake_request(
+    identity: Identity, app_id: str | None, nonce: str, noise: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The body of our request to pair."""
-    members = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
+    members: dict[str, Any] = {"peerDeviceId": identity.device_id, "peerDeviceName": identity.device_name}
     if app_id:
         members["appId"] = app_id
-    return {**members, "via": "lan-handshake", "nonce": nonce}
+    members |= {"via": "lan-handshake", "nonce": nonce}
+    return members if noise is None else {**members, "noise": noise}
 
 
-def build_handshake_answer(identity: Identity, pairing: Pairing, pairing_key: str | None) -> dict[str, Any]:
-    """The body of a 200. `pairing_key` None: the caller has it already. `peerDeviceId` is the caller's own."""
-    answer: dict[str, Any] = {"paired": True, "pairedAt": pairing.paired_at_ms, "via": "lan-handshake"}
-    if pairing_key is not None:
-        answer["pairingKey"] = pairing_key
+@record(frozen=True, kw_only=True, slots=True)
+class HandshakeReply:
+    """Status and body that answer a request to pair."""
+
+    status: int
+    document: Mapping[str, Any] = field(repr=False)
+
+
+def build_handshake_reply(
+    identity: Identity,
+    request: HandshakeRequest,
+    *,
+    paired_at_ms: int | None,
+    pairing_key: str | None = None,
+    noise: dict[str, Any] | None = None,
+) -> HandshakeReply:
+    """What a request is answered. `paired_at_ms` None: the exchange goes on. `peerDeviceId` is the caller's own.
+
+    `pairing_key` None: the caller has it already, or derives it.
+    """
+    is_paired = paired_at_ms is not None
+    members: dict[str, Any] = {"paired": is_paired, "via": "lan-handshake"}
+    members |= {"pairedAt": paired_at_ms} if is_paired else {}
+    members |= {} if pairing_key is None else {"pairingKey": pairing_key}
+    members |= {} if noise is None else {"noise": noise}
     own = {"deviceId": identity.device_id, "deviceName": identity.device_name}
-    return {**answer, "peerDeviceId": pairing.device_id, **own}
+    members |= {"peerDeviceId": request.device_id, **own}
+    return HandshakeReply(status=200 if is_paired else 202, document=members)
 
 
 class HandshakeLimiter:
@@ -7071,23 +10373,45 @@ class HandshakeLimiter:
         }
 
 
-class PairingRequest:
-    """A device that asks to use this one, until somebody answers, nobody does in time, or it hangs up.
+@record(frozen=True, kw_only=True, slots=True)
+class PairingQuestion:
+    """What the user is asked. `address`: the peer's IP address, or for an outgoing request its base URL.
 
-    `peer_device_name` is safe to show. `is_known`: the same (application, device) is paired already, and would get
-    another key. `asked_at_ms`: unix ms.
+    `is_outgoing`: this device wants to use the peer, else the peer this one. `code`: what both devices show; None where
+    the peer pairs in the legacy way, so that the key is readable. `is_known`: the same (application, device) is paired
+    already, and would get another key. `has_other_identity`: but its key in the secure channel was another one.
     """
 
-    def __init__(
-        self, request: HandshakeRequest, *, request_id: str, address: str, is_known: bool, asked_at_ms: int
-    ) -> None:
+    device_id: str
+    device_name: str
+    app_id: str
+    address: str
+    is_outgoing: bool = False
+    code: str | None = field(default=None, repr=False)
+    is_known: bool = False
+    has_other_identity: bool = False
+
+
+class PairingRequest:
+    """A question to the user, until somebody answers, nobody does in time, or the peer hangs up.
+
+    `peer_device_name` is safe to show. `code`: six digits to compare with those on the other device, None in the legacy
+    way. `asked_at_ms`: unix ms. `is_shown`: it is its turn.
+    """
+
+    def __init__(self, question: PairingQuestion, *, request_id: str, asked_at_ms: int) -> None:
+        self.question = question
         self.request_id = request_id
-        self.peer_device_id = request.device_id
-        self.peer_device_name = display_name(request.device_name)
-        self.app_id = request.app_id
-        self.address = address
-        self.is_known = is_known
+        self.peer_device_id = question.device_id
+        self.peer_device_name = display_name(question.device_name)
+        self.app_id = question.app_id
+        self.address = question.address
+        self.code = question.code
+        self.is_outgoing = question.is_outgoing
+        self.is_known = question.is_known
+        self.has_other_identity = question.has_other_identity
         self.asked_at_ms = asked_at_ms
+        self.is_shown = False
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[bool] = self._loop.create_future()
 
@@ -7097,7 +10421,7 @@ class PairingRequest:
         return self._answer.done()
 
     def respond(self, approved: bool) -> None:
-        """Approve or deny; the first answer counts. May be called in any thread."""
+        """Approve (the codes are the same) or deny; the first answer counts. May be called in any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: so is the request
             self._loop.call_soon_threadsafe(self._settle, approved is True)
 
@@ -7114,25 +10438,38 @@ class PairingRequest:
             self._answer.set_result(approved)
 
 
-def build_pairing_question(request: PairingRequest) -> str:
-    """The question to the user, in one line."""
+def build_pairing_question(request: PairingRequest, *, has_code: bool = True) -> str:
+    """The question to the user, in one line; without the code where others may read it, as in the log."""
     app = "" if request.app_id == request.peer_device_id else f", application {display_name(request.app_id)}"
-    known = " It is paired already and would get a new key." if request.is_known else ""
-    return (
-        f"Let {request.peer_device_name} (device {display_name(request.peer_device_id)}{app}, at {request.address}) "
-        f"use the models of this machine? The key will cross the network readably.{known}"
-    )
+    device = f"{request.peer_device_name} (device {display_name(request.peer_device_id)}{app}"
+    if request.is_outgoing:
+        question = f"Use the models of {device}, at {display_name(request.address)})?"
+    else:
+        question = f"Let {device}, at {request.address}) use the models of this machine?"
+    if request.has_other_identity:
+        question += " WARNING: it is not the device that was paired under this id, unless that was set up anew."
+    elif request.is_known:
+        question += " It is paired already and would get a new key."
+    if request.code is None:
+        return f"{question} {LEGACY_OUTGOING if request.is_outgoing else LEGACY_INCOMING}"
+    code = f" code {request.code}" if has_code else " code"
+    return f"{question} Only if both devices show the same{code}!"
 
 
 def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
-    """A waiting request as the owner of this machine may see it."""
+    """A waiting request as the owner of this machine may see it; the code while it is its turn."""
     return {
         "id": request.request_id,
         "deviceId": request.peer_device_id,
         "deviceName": request.peer_device_name,
         "appId": request.app_id,
         "address": request.address,
+        "isOutgoing": request.is_outgoing,
+        "isSecure": request.code is not None,
+        "code": request.code if request.is_shown else None,
         "isKnown": request.is_known,
+        "hasOtherIdentity": request.has_other_identity,
+        "question": build_pairing_question(request, has_code=request.is_shown),
         "askedAt": request.asked_at_ms,
     }
 
@@ -7140,40 +10477,31 @@ def build_pairing_request_json(request: PairingRequest) -> dict[str, Any]:
 PairingCallback = Callable[[PairingRequest], "Awaitable[bool] | bool"]
 
 
-async def _end_task(task: asyncio.Task[None]) -> None:
+async def _end_task(task: asyncio.Task[Any]) -> None:
     """Cancel a task and see it end; one that does not let itself be cancelled is left behind."""
     task.cancel()
     await asyncio.wait([task], timeout=TASK_END_S)
 
 
-class PairingDesk:
-    """Answers requests to pair: asks whoever may decide, one request at a time, and keeps the key.
+class PairingPrompts:
+    """Asks whoever may decide about pairings, those that come and those that go, one at a time.
 
     A request is decided by the first of: `on_pairing_request` (sync or async), a reader of `requests()`, `respond`
     (the `pair approve` and `pair deny` commands). `is_operated`: somebody can give those commands. Nobody who could
-    be asked, no answer in time, and a callback that fails are all a denial. No stored key is ever given out.
-
-        request ─ malformed 400, disabled 503, policy 403, too many 429
-           │ ─ signed with the current key ─ 200, no key
-           └─ waits for its turn ─ shown ─ approved ─ saved ─ 200 with a new key
-                                     └─ denied, or nobody answers in time: 403
+    be asked, no answer in time, and a callback that fails are all a denial. So at most one code is on the screen.
     """
 
     def __init__(
         self,
         *,
-        identity: Identity,
-        store: PairingStore | None,
         policy: PairingPolicy,
-        clock_ms: Callable[[], int] = read_clock_ms,
-        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
         on_pairing_request: PairingCallback | None = None,
         is_operated: bool = False,
         prompt_deadline_s: float = PROMPT_DEADLINE_S,
+        clock_ms: Callable[[], int] = read_clock_ms,
         random: RandomBytes = os.urandom,
     ) -> None:
-        self._identity = identity
-        self._store = store
         self._policy = policy
         self._legacy_policy = legacy_policy
         self._callback = on_pairing_request
@@ -7181,7 +10509,6 @@ class PairingDesk:
         self._prompt_deadline_s = prompt_deadline_s
         self._clock_ms = clock_ms
         self._random = random
-        self._limiter = HandshakeLimiter()
         self._pending: dict[str, PairingRequest] = {}
         self._shown: PairingRequest | None = None
         self._turn = asyncio.Lock()
@@ -7193,15 +10520,32 @@ class PairingDesk:
         """The requests that wait for an answer, in order of arrival."""
         return tuple(self._pending.values())
 
-    def respond(self, request_id: str, approved: bool) -> bool:
-        """Answer a waiting request; False if there is none with this id."""
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is anybody who could be asked."""
+        return not self._is_closed and bool(self._callback or self._readers or self._is_operated)
+
+    def respond(self, request_id: str, approved: bool, code: str | None = None) -> None:
+        """Answer a waiting request by its id, as commands do, which prove by the code that it was looked at.
+
+        PairingNotFoundError; CodeRequiredError for an approval without it. A wrong one is a denial, and
+        PairingDeniedError.
+        """
         request = self._pending.get(request_id)
-        if request is not None:
-            request.respond(approved)
-        return request is not None
+        if request is None:
+            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        if approved and request.code is not None:
+            if code is None:
+                raise CodeRequiredError("give the code that the other device shows: --code 123456", param="code")
+            if not hmac.compare_digest(code.encode(), request.code.encode()):
+                request.respond(False)
+                raise PairingDeniedError(
+                    "the codes differ, so this is denied: somebody may stand between the two devices"
+                )
+        request.respond(approved)
 
     async def requests(self) -> AsyncGenerator[PairingRequest, None]:
-        """Every request when it is its turn, until the desk closes. Reading them is to be somebody who may decide."""
+        """Every request when it is its turn, until the bridge closes. Reading them is to be somebody who may decide."""
         waiting: asyncio.Queue[PairingRequest | None] = asyncio.Queue(maxsize=1)
         self._readers.add(waiting)
         try:
@@ -7213,56 +10557,23 @@ class PairingDesk:
         finally:
             self._readers.discard(waiting)
 
-    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> dict[str, Any]:
-        """The 200 body for a handshake, or one of its errors. Cancel it when the requester hangs up.
+    def needs_nobody(self, question: PairingQuestion) -> bool:
+        """Whether the settings answer it: yes. Another device under a known id is always the user's to judge."""
+        if question.code is not None:
+            return self._policy is PairingPolicy.ALLOW and not question.has_other_identity
+        is_allowed = question.is_outgoing or self._policy is PairingPolicy.ALLOW
+        return is_allowed and self._legacy_policy is PairingPolicy.ALLOW
 
-        `signer`: whose valid signature the request carried.
-        """
-        store = self._store
-        if store is None or self._is_closed:
-            raise PairingDisabledError(
-                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
-            )
-        request = parse_handshake_request(body)
-        if signer is not None:
-            if signer.key != (request.app_id, request.device_id):
-                raise MalformedHandshakeError("the request is signed by another device than it names")
-            return build_handshake_answer(self._identity, signer, None)
-        known = store.find_record(request.app_id, request.device_id)
-        self._verify_policy(known)
-        self._limiter.verify_admission(address, self._clock_ms())
-        if not await self._decide(request, address, is_known=known is not None):
-            raise PairingDeniedError("the user of this device did not approve the pairing")
-        return await self._accept(store, request)
-
-    def close(self) -> None:
-        """Deny what waits, and end `requests()`."""
-        self._is_closed = True
-        for request in self.pending:
-            request.respond(False)
-        self._show(None)
-
-    def _verify_policy(self, known: Pairing | None) -> None:
-        if self._policy is PairingPolicy.DENY:
-            raise PairingDeniedError("this device denies all pairings")
-        if self._legacy_policy is PairingPolicy.DENY or (known is not None and known.speaks_noise):
-            raise PairingDeniedError("this device does not send keys over the network readably")
-
-    async def _decide(self, request: HandshakeRequest, address: str, *, is_known: bool) -> bool:
-        if self._policy is self._legacy_policy is PairingPolicy.ALLOW:
+    async def decide(self, question: PairingQuestion) -> bool:
+        """The answer to a question, after asking where needed. PairingBusyError. Cancel it when the peer hangs up."""
+        if self.needs_nobody(question):
             return True
-        if not (self._callback or self._readers or self._is_operated):
-            handshake_log.warning("%s asked to pair, and nobody can be asked", display_name(request.device_name))
+        if not self.can_ask:
+            handshake_log.warning("pairing with %s: nobody can be asked", display_name(question.device_name))
             return False
         if len(self._pending) >= PROMPTS_WAITING_LIMIT:
             raise PairingBusyError("too many devices wait to be paired; try again later", retry_after_s=60)
-        pending = PairingRequest(
-            request,
-            request_id=self._random(4).hex(),
-            address=address,
-            is_known=is_known,
-            asked_at_ms=self._clock_ms(),
-        )
+        pending = PairingRequest(question, request_id=self._random(4).hex(), asked_at_ms=self._clock_ms())
         self._pending[pending.request_id] = pending
         prompt = asyncio.create_task(self._prompt(pending), name="pairing prompt")
         try:
@@ -7275,11 +10586,23 @@ class PairingDesk:
             pending.end()
             await _end_task(prompt)
 
+    def close(self) -> None:
+        """Deny what waits, and end `requests()`."""
+        self._is_closed = True
+        for request in self.pending:
+            request.respond(False)
+        self._show(None)
+
     async def _prompt(self, request: PairingRequest) -> None:
         """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
         async with self._turn:
-            handshake_log.warning("%s Answer: pair approve %s", build_pairing_question(request), request.request_id)
+            shown, way = build_pairing_question(request, has_code=False), f"pair approve {request.request_id}"
+            if request.code is not None:  # which is no business of the log's readers
+                shown = f"pairing with {request.peer_device_name}: compare the code that `pair list` shows."
+                way += " --code CODE"
+            handshake_log.warning("%s Answer: %s", shown, way)
             callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
+            request.is_shown = True
             self._show(request)
             try:
                 async with asyncio.timeout(self._prompt_deadline_s):
@@ -7288,6 +10611,7 @@ class PairingDesk:
                 handshake_log.warning("nobody answered %s: denied", request.peer_device_name)
                 request.respond(False)
             finally:
+                request.is_shown = False
                 self._show(None)
                 if callback is not None:
                     await _end_task(callback)
@@ -7309,7 +10633,82 @@ class PairingDesk:
             handshake_log.exception("on_pairing_request failed: that is a denial")
             request.respond(False)
 
-    async def _accept(self, store: PairingStore, request: HandshakeRequest) -> dict[str, Any]:
+
+class PairingDesk:
+    """Answers requests to pair: asks the user, and keeps the key. No stored key is ever given out.
+
+    request ─ malformed 400, disabled 503, policy 403, too many 429
+       │ ─ signed with the current key ─ 200, no key
+       │ ─ without `noise`, legacy policy ─ approved ─ saved ─ 200 with a new key;  else 403
+       └─ with `noise`: m1 ─ 202 m2;  m3 ─ code approved ─ 200 m4, else 403;  m5 ─ saved as PENDING ─ 200
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        policy: PairingPolicy,
+        prompts: PairingPrompts,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
+        get_backend: Callable[[], CryptoBackend] = choose_crypto_backend,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._policy = policy
+        self._legacy_policy = legacy_policy
+        self._prompts = prompts
+        self._clock_ms = clock_ms
+        self._get_backend = get_backend
+        self._random = random
+        self._limiter = HandshakeLimiter()
+        self._exchanges: dict[str, tuple[PairingKey, ProviderExchange]] = {}  # by session id; who asked
+        self._is_closed = False
+
+    async def answer(self, body: bytes, *, address: str, signer: Pairing | None) -> HandshakeReply:
+        """What a handshake is answered, or one of its errors. Cancel it when the requester hangs up.
+
+        `signer`: whose valid signature the request carried.
+        """
+        store = self._store
+        if store is None or self._is_closed:
+            raise PairingDisabledError(
+                "this bridge does not accept pairings: it was started without --lan, or cannot keep them (see its log)"
+            )
+        request = parse_handshake_request(body)
+        if signer is not None and signer.key != (request.app_id, request.device_id):
+            raise MalformedHandshakeError("the request is signed by another device than it names")
+        if request.noise is not None and request.noise.session_id is not None:
+            return await self._continue(store, request, request.noise, request.noise.session_id, address)
+        if signer is not None and request.noise is None:
+            return build_handshake_reply(self._identity, request, paired_at_ms=signer.paired_at_ms)
+        if self._policy is PairingPolicy.DENY:
+            raise PairingDeniedError("this device denies all pairings")
+        if request.noise is None:
+            return await self._answer_legacy(store, request, address)
+        self._limiter.verify_admission(address, self._clock_ms())
+        return await self._begin(request, request.noise)
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._is_closed = True
+        self._exchanges.clear()
+
+    async def _answer_legacy(self, store: PairingStore, request: HandshakeRequest, address: str) -> HandshakeReply:
+        if self._legacy_policy is PairingPolicy.DENY or store.has_spoken_noise(request.device_id):
+            raise PairingDeniedError("this device does not send keys over the network readably")
+        self._limiter.verify_admission(address, self._clock_ms())
+        known = store.find_record(request.app_id, request.device_id)
+        question = PairingQuestion(
+            device_id=request.device_id,
+            device_name=request.device_name,
+            app_id=request.app_id,
+            address=address,
+            is_known=known is not None,
+        )
+        await self._verify_approval(question)
         now_ms, key = self._clock_ms(), generate_pairing_key(self._random)
         pairing = await store.add(
             Pairing(
@@ -7322,7 +10721,102 @@ class PairingDesk:
             )
         )
         handshake_log.info("paired: %s may use this device", display_name(request.device_name))
-        return build_handshake_answer(self._identity, pairing, key)
+        return build_handshake_reply(self._identity, request, paired_at_ms=pairing.paired_at_ms, pairing_key=key)
+
+    async def _verify_approval(self, question: PairingQuestion) -> None:
+        if not await self._prompts.decide(question):
+            raise PairingDeniedError("the user of this device did not approve the pairing")
+
+    # Pairing by the secure channel
+
+    async def _begin(self, request: HandshakeRequest, noise: NoisePart) -> HandshakeReply:
+        """m1 → m2."""
+        backend = await asyncio.to_thread(self._get_backend)  # the package may have to be imported first
+        now_ms = self._clock_ms()
+        self._exchanges = {each: kept for each, kept in self._exchanges.items() if not kept[1].is_late(now_ms)}
+        if len(self._exchanges) >= EXCHANGES_LIMIT:
+            raise PairingBusyError("too many devices pair at this moment; try again later", retry_after_s=60)
+        exchange = ProviderExchange(
+            identity=self._identity,
+            consumer_id=request.device_id,
+            app_id=request.named_app_id,
+            static=build_static_key(self._identity, backend),
+            backend=backend,
+            random=self._random,
+            now_ms=now_ms,
+        )
+        with _as_malformed():
+            message = exchange.answer(noise.message, now_ms)
+        return self._keep_on(request, exchange, message, paired_at_ms=None)
+
+    async def _continue(
+        self, store: PairingStore, request: HandshakeRequest, noise: NoisePart, session_id: str, address: str
+    ) -> HandshakeReply:
+        """m3 → m4, m5 → the end. Whatever goes wrong, the exchange is over: it is only put back after a success."""
+        requester, exchange = self._exchanges.pop(session_id, (None, None))
+        if exchange is None or requester != (request.app_id, request.device_id):
+            raise MalformedHandshakeError("there is no such exchange, or it took too long: ask again", param="noise")
+        if exchange.step is ExchangeStep.CONFIRMED:
+            return await self._complete(store, request, exchange, noise)
+        with _as_malformed():
+            exchange.read_reveal(noise.message, self._clock_ms())
+        known = store.find_record(request.app_id, request.device_id)
+        key = encode_base64url(exchange.peer_key)
+        question = PairingQuestion(
+            device_id=exchange.peer.device_id,
+            device_name=exchange.peer.name,
+            app_id=request.app_id,
+            address=address,
+            code=exchange.code,
+            is_known=known is not None,
+            has_other_identity=known is not None and has_other_identity(known, key),
+        )
+        await self._verify_approval(question)
+        with _as_malformed():
+            message = exchange.confirm(self._clock_ms())
+        return self._keep_on(request, exchange, message, session_id=session_id, paired_at_ms=self._clock_ms())
+
+    def _keep_on(
+        self,
+        request: HandshakeRequest,
+        exchange: ProviderExchange,
+        message: bytes,
+        *,
+        session_id: str | None = None,
+        paired_at_ms: int | None,
+    ) -> HandshakeReply:
+        session_id = session_id or encode_base64url(self._random(16))
+        self._exchanges[session_id] = (request.app_id, request.device_id), exchange
+        noise = build_noise_part(message, session_id)
+        return build_handshake_reply(self._identity, request, paired_at_ms=paired_at_ms, noise=noise)
+
+    async def _complete(
+        self, store: PairingStore, request: HandshakeRequest, exchange: ProviderExchange, noise: NoisePart
+    ) -> HandshakeReply:
+        now_ms = self._clock_ms()
+        with _as_malformed():
+            exchange.complete(noise.message, now_ms)
+        pairing = await store.add(
+            build_secure_pairing(
+                exchange,
+                direction=PairingDirection.INBOUND,
+                app_id=request.app_id,
+                provider_id=self._identity.device_id,
+                now_ms=now_ms,
+            )
+        )
+        handshake_log.info("paired by code: %s may use this device", display_name(pairing.device_name))
+        return build_handshake_reply(self._identity, request, paired_at_ms=pairing.paired_at_ms)
+
+
+@contextlib.contextmanager
+def _as_malformed() -> Iterator[None]:
+    """What a requester did wrong in an exchange is its fault towards HTTP, too."""
+    try:
+        yield
+    except PairingExchangeError as exc:
+        handshake_log.warning("a pairing failed: %s", exc.message)
+        raise MalformedHandshakeError(exc.message, param="noise") from exc
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -7341,28 +10835,38 @@ class PairingTarget:
 
 @record(frozen=True, kw_only=True, slots=True)
 class HandshakeAnswer:
-    """What a target's 200 says. `pairing_key` None: it holds that the key is known. The ids are the target's."""
+    """What a target's 200 or 202 says. The ids are the target's.
+
+    `pairing_key` None: it holds that the key is known, or derives it. `noise`: it pairs by the secure channel.
+    """
 
     pairing_key: str | None = field(repr=False)
     device_id: str | None = None
     device_name: str | None = None
+    noise: NoisePart | None = None
 
 
 # (URL, body, further header fields, deadline in seconds) → (status, body); OSError or BridgeError if there is none.
 HandshakePost = Callable[[str, bytes, Sequence[tuple[str, str]], float], Awaitable[tuple[int, bytes]]]
 
 
-def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTarget) -> HandshakeAnswer:
-    """What a 200 says; PairingFailedError if it is none, is meant for another device, or comes from another one."""
+def parse_handshake_answer(
+    body: bytes, *, identity: Identity, target: PairingTarget, is_paired: bool = True
+) -> HandshakeAnswer:
+    """What a 200, or (not `is_paired`) a 202 says.
+
+    PairingFailedError if it is none, is meant for another device, or comes from another one.
+    """
     try:
         document = parse_json(body)
     except JsonError as exc:
         raise PairingFailedError(f"the answer of {target.shown_name} is not JSON: {exc}") from exc
-    if not isinstance(document, dict) or document.get("paired") is not True:
-        raise PairingFailedError(f"the answer of {target.shown_name} does not say that it is paired")
-    if document.get("peerDeviceId") != identity.device_id:
+    if not isinstance(document, dict) or document.get("paired") is not is_paired:
+        raise PairingFailedError(f"the answer of {target.shown_name} does not say whether it is paired")
+    if document.get("peerDeviceId", None if is_paired else identity.device_id) != identity.device_id:
         raise PairingFailedError(f"the answer of {target.shown_name} is meant for another device")
     key, device_id, name = document.get("pairingKey"), document.get("deviceId"), document.get("deviceName")
+    noise = _parse_answer_noise(document, target)
     if key is not None and not is_pairing_key(key):
         raise PairingFailedError(f"the answer of {target.shown_name} has no usable key")
     if device_id is not None and not is_peer_id(device_id):
@@ -7371,8 +10875,17 @@ def parse_handshake_answer(body: bytes, *, identity: Identity, target: PairingTa
         raise PairingFailedError(f"{target.base_url} is this bridge itself")
     if None not in (device_id, target.device_id) and device_id != target.device_id:
         raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
-    name = name if isinstance(name, str) and 1 <= len(name) <= PEER_NAME_LIMIT_CHARS else None
-    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name)
+    name = name if is_peer_name(name) else None
+    return HandshakeAnswer(pairing_key=key, device_id=device_id, device_name=name, noise=noise)
+
+
+def _parse_answer_noise(document: Mapping[str, Any], target: PairingTarget) -> NoisePart | None:
+    if "noise" not in document:
+        return None
+    try:
+        return parse_noise_part(document["noise"])
+    except ValueError as exc:
+        raise PairingFailedError(f"the answer of {target.shown_name} is malformed: {exc}") from exc
 
 
 def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
@@ -7386,6 +10899,8 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
         return PairingDisabledError(
             f"{name} does not accept pairings: start it there with --lan; if it was, its log says what is wrong"
         )
+    if status == 400:
+        return PairingFailedError(f"{name} ended the pairing: it took too long, or its messages changed on the way")
     if status in (404, 405):
         return PairingFailedError(f"{name} is no DVAI bridge: it has no route to pair")
     return PairingFailedError(f"{name} answered the request to pair with status {status}")
@@ -7394,8 +10909,9 @@ def build_handshake_error(status: int, target: PairingTarget) -> BridgeError:
 class PairingInitiator:
     """Asks other devices for leave to use them; one request per base URL at a time, each in a task owned here.
 
-    What asks by itself (`is_explicit` False) leaves a peer that refused alone for HANDSHAKE_PAUSE_MS, and never asks
-    in ways that the user wants to be asked about.
+    Every request offers to pair by the secure channel; software that does not know it answers in the legacy way, and
+    `legacy_policy` says whether that is good enough. What asks by itself (`is_explicit` False) leaves a peer that
+    refused alone for HANDSHAKE_PAUSE_MS. `prompts` None: nobody here can be asked.
     """
 
     def __init__(
@@ -7405,16 +10921,20 @@ class PairingInitiator:
         app_id: str | None,
         store: PairingStore,
         post: HandshakePost,
+        prompts: PairingPrompts | None = None,
         clock_ms: Callable[[], int] = read_clock_ms,
-        legacy_policy: PairingPolicy = PairingPolicy.ALLOW,
+        legacy_policy: PairingPolicy = PairingPolicy.ASK,
+        get_backend: Callable[[], CryptoBackend] = choose_crypto_backend,
         random: RandomBytes = os.urandom,
     ) -> None:
         self._identity = identity
         self._app_id = app_id
         self._store = store
         self._post = post
+        self._prompts = prompts or PairingPrompts(policy=PairingPolicy.ASK, legacy_policy=legacy_policy)
         self._clock_ms = clock_ms
         self._legacy_policy = legacy_policy
+        self._get_backend = get_backend
         self._random = random
         self._tasks: dict[str, asyncio.Task[Pairing]] = {}
         self._refusals: dict[str, tuple[int, BridgeError]] = {}  # by base URL: when, and how it was said
@@ -7433,7 +10953,7 @@ class PairingInitiator:
         return task
 
     async def pair(self, target: PairingTarget, *, is_explicit: bool = False) -> Pairing:
-        """The pairing by which `target` may be used, after asking its user where needed (up to 300 s).
+        """The pairing by which `target` may be used, after asking the users where needed (up to 300 s).
 
         Whoever stops waiting does not stop the request. PairingDeniedError, PairingBusyError, PairingDisabledError,
         PairingFailedError; StorageError if the key cannot be kept.
@@ -7464,35 +10984,49 @@ class PairingInitiator:
             known = None
         if known is not None and not is_explicit:
             return known
-        self._verify_policy(target, is_explicit=is_explicit)
-        status, body = await self._ask(target, known)
+        refused = self._refusals.get(target.base_url)
+        if refused is not None and not is_explicit and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
+            raise refused[1]
+        exchange, status, body = await self._begin(target, known)
         if status == 401 and known is not None:  # it has forgotten us
             known = None
-            status, body = await self._ask(target, None)
-        if status != 200:
-            raise build_handshake_error(status, target)
-        answer = parse_handshake_answer(body, identity=self._identity, target=target)
-        return await self._keep(target, answer, known)
+            exchange, status, body = await self._begin(target, None)
+        if status == 202:
+            return await self._pair_by_code(target, exchange, body)
+        answer = self._parse_paired(target, status, body)
+        return await self._keep_legacy(target, answer, known)
 
-    def _verify_policy(self, target: PairingTarget, *, is_explicit: bool) -> None:
-        name, refused = target.shown_name, self._refusals.get(target.base_url)
-        speaks_noise = any(each.speaks_noise for each in self._store.pairings if each.device_id == target.device_id)
-        if self._legacy_policy is PairingPolicy.DENY or speaks_noise:
-            raise PairingDeniedError(
-                f"pairing with {name} would send a key over the network readably: not allowed here"
-            )
-        if is_explicit:
-            return
-        if self._legacy_policy is PairingPolicy.ASK:
-            raise PairingDeniedError(f"not paired with {name}; ask it with `pair request`")
-        if refused is not None and abs(self._clock_ms() - refused[0]) < HANDSHAKE_PAUSE_MS:
-            raise refused[1]
+    # Asking
 
-    async def _ask(self, target: PairingTarget, known: Pairing | None) -> tuple[int, bytes]:
-        """Status and body of one request; signed with the key that we have, which then needs nobody's approval."""
+    async def _begin(self, target: PairingTarget, known: Pairing | None) -> tuple[ConsumerExchange, int, bytes]:
+        """The first request. One by a peer that we are paired with by code is signed, and needs nobody's approval."""
+        backend = await asyncio.to_thread(self._get_backend)  # the package may have to be imported first
+        now_ms = self._clock_ms()
+        exchange = ConsumerExchange(
+            identity=self._identity,
+            app_id=self._app_id,
+            static=build_static_key(self._identity, backend),
+            backend=backend,
+            random=self._random,
+            now_ms=now_ms,
+        )
+        noise = build_noise_part(exchange.begin(now_ms))
+        is_repeat = known is not None and known.outbound_link is not None
+        status, body = await self._ask(target, None if is_repeat else noise, known=known)
+        return exchange, status, body
+
+    async def _ask(
+        self,
+        target: PairingTarget,
+        noise: dict[str, Any] | None,
+        *,
+        known: Pairing | None = None,
+        deadline_s: float = HANDSHAKE_REQUEST_DEADLINE_S,
+    ) -> tuple[int, bytes]:
+        """Status and body of one request, signed with the key of `known`."""
         receiver = target.device_id or target.base_url
         nonce = generate_nonce(self._identity.device_id, receiver, self._clock_ms(), self._random)
-        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce))
+        body = encode_canonical_json(build_handshake_request(self._identity, self._app_id, nonce, noise))
         url, signed = target.base_url + HANDSHAKE_PATH, []
         if known is not None:
             signed = sign_request(
@@ -7506,8 +11040,8 @@ class PairingInitiator:
                 random=self._random,
             )
         try:
-            async with asyncio.timeout(HANDSHAKE_REQUEST_DEADLINE_S):
-                return await self._post(url, body, signed, HANDSHAKE_REQUEST_DEADLINE_S)
+            async with asyncio.timeout(deadline_s):
+                return await self._post(url, body, signed, deadline_s)
         except TimeoutError as exc:
             raise PairingFailedError(f"nobody answered the request to pair at {target.shown_name}") from exc
         except OSError as exc:
@@ -7515,14 +11049,99 @@ class PairingInitiator:
         except BridgeError as exc:
             raise PairingFailedError(f"{target.shown_name} cannot be reached: {exc.message}") from exc
 
-    async def _keep(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
+    def _parse_paired(self, target: PairingTarget, status: int, body: bytes) -> HandshakeAnswer:
+        if status != 200:
+            raise build_handshake_error(status, target)
+        return parse_handshake_answer(body, identity=self._identity, target=target)
+
+    async def _verify_approval(self, target: PairingTarget, question: PairingQuestion) -> None:
+        if not await self._prompts.decide(question):
+            raise PairingDeniedError(f"the pairing with {target.shown_name} was not confirmed on this device")
+
+    # By code
+
+    async def _pair_by_code(self, target: PairingTarget, exchange: ConsumerExchange, body: bytes) -> Pairing:
+        """m2 to m5. Nothing is kept before both users have confirmed and the target has kept it."""
+        noise = self._parse_exchange(target, body, is_paired=False)
+        with _as_failed(target):
+            reveal = exchange.reveal(noise.message, self._clock_ms())
+        self._verify_peer(target, exchange)
+        await self._store.note_noise_peer(target.base_url, exchange.peer.device_id)
+        question = self._build_question(target, exchange)
+        if not (self._prompts.can_ask or self._prompts.needs_nobody(question)):
+            raise PairingDeniedError(
+                f"{target.shown_name} pairs by a code, and nobody here can compare it; ask it with `pair request`"
+            )
+        part = build_noise_part(reveal, noise.session_id)
+        confirmed = self._parse_exchange(target, await self._compare_codes(target, question, part), is_paired=True)
+        with _as_failed(target):
+            message = exchange.confirm(confirmed.message, self._clock_ms())
+        part = build_noise_part(message, noise.session_id)
+        status, body = await self._ask(target, part, deadline_s=HANDSHAKE_CONFIRM_DEADLINE_S)
+        self._parse_paired(target, status, body)
+        device_id, now_ms = exchange.peer.device_id, self._clock_ms()
+        pairing = build_secure_pairing(
+            exchange, direction=PairingDirection.OUTBOUND, app_id=device_id, provider_id=device_id, now_ms=now_ms
+        )
+        kept = await self._store.add(replace(pairing, base_url=target.base_url))
+        handshake_log.info("paired by code: this device may use %s", display_name(kept.device_name))
+        return kept
+
+    def _parse_exchange(self, target: PairingTarget, body: bytes, *, is_paired: bool) -> NoisePart:
+        answer = parse_handshake_answer(body, identity=self._identity, target=target, is_paired=is_paired)
+        if answer.noise is None or (answer.noise.session_id is None and not is_paired):
+            raise PairingFailedError(f"the answer of {target.shown_name} lacks its part of the exchange")
+        return answer.noise
+
+    def _verify_peer(self, target: PairingTarget, exchange: ConsumerExchange) -> None:
+        if _is_own_id(target.device_id) and exchange.peer.device_id != target.device_id:
+            raise PairingFailedError(f"another device than {target.shown_name} answers at {target.base_url}")
+
+    def _build_question(self, target: PairingTarget, exchange: ConsumerExchange) -> PairingQuestion:
+        peer = exchange.peer
+        known = self._store.find_record(peer.device_id, peer.device_id)
+        key = encode_base64url(exchange.peer_key)
+        return PairingQuestion(
+            device_id=peer.device_id,
+            device_name=peer.name,
+            app_id=peer.device_id,
+            address=target.base_url,
+            is_outgoing=True,
+            code=exchange.code,
+            is_known=known is not None and known.outbound_key is not None,
+            has_other_identity=known is not None and has_other_identity(known, key),
+        )
+
+    async def _compare_codes(self, target: PairingTarget, question: PairingQuestion, part: dict[str, Any]) -> bytes:
+        """The body of m4: both users are asked at the same time, and whichever denies ends it for both."""
+        here = asyncio.create_task(self._verify_approval(target, question), name="code here")
+        there = asyncio.create_task(self._ask(target, part), name="code there")
+        try:
+            await asyncio.wait((here, there), return_when=asyncio.FIRST_COMPLETED)
+            if here.done():
+                here.result()
+            status, body = await there
+            if status != 200:
+                raise build_handshake_error(status, target)
+            await here
+            return body
+        finally:
+            for task in (here, there):
+                if not task.done():
+                    await _end_task(task)
+            here.cancelled() or here.exception()  # a second failure, which nobody needs to hear of
+
+    # In the legacy way
+
+    async def _keep_legacy(self, target: PairingTarget, answer: HandshakeAnswer, known: Pairing | None) -> Pairing:
         if answer.pairing_key is None:
             if known is None:
                 raise PairingFailedError(f"{target.shown_name} gave no key: revoke the pairing there and ask again")
             self._store.note(known, base_url=target.base_url)
             return known
-        is_own_id = target.device_id is not None and not _SHARED_DEVICE_ID.fullmatch(target.device_id)
-        device_id = answer.device_id or (is_own_id and target.device_id) or target.base_url
+        told_id = answer.device_id or (target.device_id if _is_own_id(target.device_id) else None)
+        device_id = told_id or target.base_url
+        await self._verify_legacy(target, answer, told_id)
         now_ms = self._clock_ms()
         pairing = await self._store.add(
             Pairing(
@@ -7537,6 +11156,38 @@ class PairingInitiator:
         )
         handshake_log.info("paired: this device may use %s", target.shown_name)
         return pairing
+
+    async def _verify_legacy(self, target: PairingTarget, answer: HandshakeAnswer, told_id: str | None) -> None:
+        """Whether a key that came over the network readably may be used."""
+        name = target.shown_name
+        if self._store.has_spoken_noise(told_id, target.base_url):
+            raise PairingDeniedError(
+                f"{name} spoke the secure channel before and now sends its key readably: somebody may stand between"
+            )
+        if self._legacy_policy is PairingPolicy.DENY:
+            raise PairingDeniedError(f"{name} only pairs readably: not allowed here; revoke the pairing there")
+        device_id = told_id or target.base_url
+        question = PairingQuestion(
+            device_id=device_id,
+            device_name=answer.device_name or target.device_name or target.base_url,
+            app_id=device_id,
+            address=target.base_url,
+            is_outgoing=True,
+        )
+        await self._verify_approval(target, question)
+
+
+def _is_own_id(device_id: str | None) -> TypeGuard[str]:
+    """Whether an id that discovery told is one device's alone."""
+    return device_id is not None and not _SHARED_DEVICE_ID.fullmatch(device_id)
+
+
+@contextlib.contextmanager
+def _as_failed(target: PairingTarget) -> Iterator[None]:
+    try:
+        yield
+    except PairingExchangeError as exc:
+        raise PairingFailedError(f"pairing with {target.shown_name} failed: {exc.message}") from exc
 
 
 # ---- Models ---------------------------------------------------------------------------
@@ -9341,7 +12992,7 @@ class Handshake(enum.Enum):
     """Where the pairing with an unpaired peer stands."""
 
     NONE = "not paired"
-    ASKING = "waits for approval there"
+    ASKING = "waits for approval"
     REFUSED = "not paired: refused or revoked"  # asked again by the user only
     FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
@@ -9376,7 +13027,8 @@ class Candidate:
 
     `peer.capability`: what it scores; `prefill`: how fast it reads prompts, by model id; `models`: every model that it
     serves, None while unknown; `slots`, `running`, `waiting`: its queue; `has_pairing`: we may use it, as soon as it
-    is reachable; `error`: why it does not answer, "" while nobody knows yet.
+    is reachable; `transport`: what requests to it travel in, None while unpaired; `error`: why it does not answer, ""
+    while nobody knows yet.
     """
 
     peer: Peer
@@ -9391,6 +13043,7 @@ class Candidate:
     slots: int = 1
     cool_down: CoolDown = field(default_factory=CoolDown)
     route: PeerRoute = PeerRoute.LAN
+    transport: str | None = None
     error: str = ""
 
 
@@ -9728,7 +13381,8 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
     asked = next((each for each in fast if each.is_unpaired), None)
     refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
     if asked:
-        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+        name = display_name(asked.candidate.peer.device_name)
+        return f"Approve the pairing on {name}, and here if `pair list` shows a code; then ask again."
     if any(each.is_coming for each in offers):
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:
@@ -9885,11 +13539,11 @@ class TransportWriter:
             self.flush()
             await asyncio.sleep(0)  # a body that never waits must not keep the loop from everybody else
         if self.is_lost:
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the other side is gone")
         if self._can_write is not None:
             await asyncio.shield(self._can_write)
             if self.is_lost:
-                raise ConnectionResetError("the client is gone")
+                raise ConnectionResetError("the other side is gone")
 
     def pause(self) -> None:
         """The transport holds enough."""
@@ -10397,16 +14051,29 @@ class ClientConnection(asyncio.Protocol):
             self.close()
 
 
+class AnswerSource(Protocol):
+    """Where the body of an answer comes from."""
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+
+
 class ClientResponse:
     """An answer whose head has come. Iterating gives the body's bytes as they come, never an empty piece.
 
     Raises UpstreamTimeoutError, UpstreamLostError, or UpstreamError for broken HTTP.
     """
 
-    def __init__(self, connection: ClientConnection, head: ResponseHead, budgets: HttpBudgets) -> None:
+    def __init__(self, source: AnswerSource, head: ResponseHead, budgets: HttpBudgets) -> None:
         self.status = head.status
         self.headers = head.headers
-        self._connection = connection
+        self._source = source
         self.idle_s = budgets.idle_s
         self.may_linger = False
 
@@ -10414,18 +14081,18 @@ class ClientResponse:
         return self
 
     async def __anext__(self) -> bytes:
-        data = await self._connection.read_piece(self.idle_s)
+        data = await self._source.read_piece(self.idle_s)
         if not data:
             raise StopAsyncIteration
         return data
 
     async def read_piece(self) -> bytes:
         """The next piece; an empty one at the end of the body."""
-        return await self._connection.read_piece(self.idle_s)
+        return await self._source.read_piece(self.idle_s)
 
     async def relay(self, receive: Callable[[bytes], bool]) -> bool:
         """Gives `receive` each piece in the very moment it comes, until it returns False. False: the body has ended."""
-        return await self._connection.relay(receive, self.idle_s)
+        return await self._source.relay(receive, self.idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body; UpstreamError once it is larger than `limit_bytes`."""
@@ -10439,7 +14106,7 @@ class ClientResponse:
 
     def end_within(self, total_s: float | None) -> None:
         """From now on the answer may take this long, whatever the budgets said. None: as long as it takes."""
-        self._connection.end_within(total_s)
+        self._source.end_within(total_s)
 
     def leave_rest(self) -> None:
         """The rest of the body is not wanted but short: leaving the block need not close the connection."""
@@ -10516,6 +14183,42 @@ def explain_connect_error(error: OSError | UnicodeError) -> str:
     if isinstance(error, OSError) and not isinstance(error, socket.gaierror):
         return os.strerror(error.errno) if error.errno else "none of its addresses takes a connection"
     return getattr(error, "strerror", None) or display_name(str(error))
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether `host` is an address (with or without a scope) and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
+
+
+async def open_connection(
+    build_protocol: Callable[[], _ProtocolT], url: HttpUrl, *, tls_context: ssl.SSLContext | None, limit_s: float
+) -> _ProtocolT:
+    """A new connection to the server of `url`, in `limit_s`; UpstreamConnectError says why there is none."""
+    try:
+        async with asyncio.timeout(limit_s):
+            _, protocol = await asyncio.get_running_loop().create_connection(
+                build_protocol,
+                url.host,
+                url.port,
+                ssl=tls_context if url.is_tls else None,
+                server_hostname=url.host.partition("%")[0] if url.is_tls else None,
+                happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
+            )
+    except TimeoutError as exc:
+        raise UpstreamConnectError(f"{url.authority} did not take a connection in {limit_s:g} s") from exc
+    except ssl.SSLError as exc:
+        reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
+        raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
+    except (OSError, UnicodeError) as exc:
+        raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
+    return protocol
 
 
 class HttpClient:
@@ -10599,24 +14302,8 @@ class HttpClient:
         if self._is_closed or len(self._connections) >= CLIENT_CONNECTIONS_LIMIT:
             raise UpstreamConnectError("no more connections are made: too many are open, or this is the end")
         context = await self._get_tls_context() if url.is_tls else None
-        try:
-            async with asyncio.timeout(min(budgets.connect_s, budgets.total_s or math.inf)):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ClientConnection(self, url),
-                    url.host,
-                    url.port,
-                    ssl=context,
-                    server_hostname=url.host.partition("%")[0] if context is not None else None,
-                    happy_eyeballs_delay=None if is_ip_address(url.host) else HAPPY_EYEBALLS_DELAY_S,
-                )
-        except TimeoutError as exc:
-            raise UpstreamConnectError(f"{url.authority} did not take a connection in {budgets.connect_s:g} s") from exc
-        except ssl.SSLError as exc:
-            reason = getattr(exc, "verify_message", None) or exc.reason or "the handshake failed"
-            raise UpstreamConnectError(f"no TLS with {url.authority}: {reason}") from exc
-        except (OSError, UnicodeError) as exc:
-            raise UpstreamConnectError(f"cannot connect to {url.authority}: {explain_connect_error(exc)}") from exc
-        return connection
+        limit_s = min(budgets.connect_s, budgets.total_s or math.inf)
+        return await open_connection(lambda: ClientConnection(self, url), url, tls_context=context, limit_s=limit_s)
 
     async def _get_tls_context(self) -> ssl.SSLContext:
         """Made at first use, in a thread: it reads the system's certificates."""
@@ -10625,13 +14312,500 @@ class HttpClient:
         return self._tls_context
 
 
-def is_ip_address(host: str) -> bool:
-    """Whether `host` is an address (with or without a scope) and not a name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+# ---- WebSocket client -----------------------------------------------------------------
+# Open WebSockets of either side, with deadlines and back-pressure, and how a client opens one.
+
+_websocket_logger = logging.getLogger("dvai_bridge.websocket")
+
+
+class WebSocket(Protocol):
+    """A WebSocket that was opened. One task at a time receives; any number may send.
+
+    `subprotocol`: what both sides agreed on, "" for none. `close_code` is None while it is open; then the code that
+    the other side gave, or CLOSE_ABNORMAL if it went without one; `close_reason` is its text, not to be trusted.
+    """
+
+    @property
+    def subprotocol(self) -> str: ...
+    @property
+    def close_code(self) -> int | None: ...
+    @property
+    def close_reason(self) -> str: ...
+
+    async def send_binary(self, data: bytes) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def send_text(self, text: str) -> None:
+        """Sends one message, and waits while the other side takes too little; ConnectionError once it is closed."""
+
+    async def receive(self) -> bytes | str | None:
+        """The next message, None once no more will come."""
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """Closes it, and waits until it is: at most WEBSOCKET_CLOSE_S. A second call waits for the same end."""
+
+
+class WebSocketPhase(enum.Enum):
+    """What an open WebSocket is doing.
+
+    OPEN → CLOSING → LEAVING → CLOSED;   OPEN → LEAVING when the other side closes first, or breaks the protocol.
+    Any of them → CLOSED. A deadline runs in every phase but CLOSED: in OPEN that of the other side's silence.
+    """
+
+    OPEN = "messages go both ways"
+    CLOSING = "our close frame is sent; what comes before theirs is dropped"
+    LEAVING = "no frame goes or counts any more: the connection is about to end"
+    CLOSED = "the connection is gone"
+
+
+class WebSocketConnection(asyncio.Protocol):
+    """A WebSocket of either side over a transport of ours; see WebSocket.
+
+    What one pass of the loop sends leaves as one write. Reading pauses while WEBSOCKET_QUEUE_LIMIT messages, or
+    WEBSOCKET_QUEUE_LIMIT_BYTES of them, wait to be received; one segment more may have come by then. Pings are
+    answered, of those that come faster than the answers leave only the last. Somebody silent is pinged every
+    `ping_interval_s`, and gone when WEBSOCKET_PINGS_MISSED_LIMIT of these brought no sign of life.
+    """
+
+    def __init__(
+        self, *, is_client: bool, limit_bytes: int, subprotocol: str = "", ping_interval_s: float = WEBSOCKET_PING_S
+    ) -> None:
+        """`limit_bytes`: of a message that is received."""
+        self.subprotocol = subprotocol
+        self.phase = WebSocketPhase.OPEN
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self._is_client = is_client
+        self._ping_interval_s = ping_interval_s
+        self._parser = WebSocketParser(expects_mask=not is_client, limit_bytes=limit_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._deadline_passed)
+        self._messages: deque[bytes | str] = deque()
+        self._held_bytes = 0
+        self._receiver: asyncio.Future[None] | None = None
+        self._is_reading = True
+        self._is_write_paused = False
+        self._late_pong: bytes | None = None
+        self._has_heard = True
+        self._pings_missed = 0
+        self._closed = asyncio.Event()
+
+    def take_over(
+        self,
+        transport: asyncio.Transport,
+        writer: TransportWriter,
+        rest: bytes,
+        on_lost: Callable[[Exception | None], None] = lambda exc: None,
+    ) -> None:
+        """The handshake is done: from now on this is the transport's protocol. `rest`: bytes behind the handshake.
+
+        `on_lost` is told what `connection_lost` is.
+        """
+        self._transport, self._writer, self._on_lost = transport, writer, on_lost
+        transport.set_protocol(self)
+        self._deadline.set_after(self._ping_interval_s)
+        if rest:
+            self.data_received(rest)
+
+    # -- what asyncio calls --
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the other side."""
+        self._has_heard = True
+        if self.phase is WebSocketPhase.LEAVING:
+            return
+        for opcode, payload in self._parser.feed(data):
+            if opcode <= OPCODE_BINARY:
+                if self.phase is WebSocketPhase.OPEN:
+                    self._messages.append(payload)
+                    self._held_bytes += len(payload)
+            elif opcode == OPCODE_PING:
+                self._answer_ping(payload)
+            elif opcode == OPCODE_CLOSE:
+                self._take_close(self._parser.close_code or CLOSE_WITHOUT_CODE, payload)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        self._pause_or_resume()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """The other side sends nothing more: the connection ends."""
         return False
-    return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, by whomever."""
+        self.phase = WebSocketPhase.CLOSED
+        if self.close_code is None:
+            self.close_code = CLOSE_ABNORMAL
+        self._deadline.close()
+        self._writer.close()
+        self._closed.set()
+        self._wake()
+        self._on_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The transport holds enough."""
+        self._is_write_paused = True
+        self._writer.pause()
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._is_write_paused = False
+        self._writer.resume()
+        pong, self._late_pong = self._late_pong, None
+        if pong is not None:
+            self._answer_ping(pong)
+
+    # -- what the owner calls --
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_BINARY, data)
+        await self._writer.drain()
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        self._send(OPCODE_TEXT, text.encode())
+        await self._writer.drain()
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        if self._receiver is not None:
+            raise RuntimeError("somebody receives from this WebSocket already")
+        while not self._messages:
+            if self.phase is not WebSocketPhase.OPEN:
+                return None
+            self._receiver = self._loop.create_future()
+            try:
+                await self._receiver
+            finally:
+                self._receiver = None
+        message = self._messages.popleft()
+        self._held_bytes -= len(message)
+        if not self._is_reading:
+            self._pause_or_resume()
+        return message
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        self.begin_close(code, reason)
+        await self._closed.wait()
+
+    def begin_close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """The part of `close` that does not wait: whoever receives gets None at once."""
+        if self.phase is not WebSocketPhase.OPEN:
+            return
+        self._write_close(code, reason)
+        self._enter(WebSocketPhase.CLOSING)
+        self._messages.clear()
+        self._held_bytes = 0
+        self._pause_or_resume()
+
+    def abort(self) -> None:
+        """Ends the connection now."""
+        self._transport.abort()
+
+    # -- inside --
+
+    def _send(self, opcode: int, payload: bytes) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            raise ConnectionResetError("the WebSocket is closed")
+        self._writer.write(encode_websocket_frame(opcode, payload, mask=self._draw_mask()))
+
+    def _draw_mask(self) -> bytes | None:
+        return os.urandom(4) if self._is_client else None
+
+    def _write_close(self, code: int, reason: str = "") -> None:
+        self._writer.write(encode_websocket_close(code, reason, mask=self._draw_mask()))
+        self._writer.flush()
+
+    def _answer_ping(self, payload: bytes) -> None:
+        if self._is_write_paused:
+            self._late_pong = payload
+        elif self.phase is WebSocketPhase.OPEN:
+            self._send(OPCODE_PONG, payload)
+
+    def _take_close(self, code: int, reason: str) -> None:
+        """The other side's close frame: answered if it is not itself an answer. The server ends the connection."""
+        self.close_code, self.close_reason = code, reason
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(code)
+        self._enter(WebSocketPhase.LEAVING)
+        if not self._is_client:
+            self._transport.close()
+
+    def _fail(self, error: WebSocketError) -> None:
+        """Says what was wrong and waits for the other side to go; ending at once would reset that away."""
+        self.close_code, self.close_reason = error.code, error.reason
+        _websocket_logger.info("a WebSocket is closed: %s", error)
+        if self.phase is WebSocketPhase.OPEN:
+            self._write_close(error.code, error.reason)
+        self._enter(WebSocketPhase.LEAVING)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _enter(self, phase: WebSocketPhase) -> None:
+        """Out of OPEN, or further: into a phase that ends soon, by itself or by the one deadline for them all."""
+        if self.phase is WebSocketPhase.OPEN:
+            self._deadline.set_after(WEBSOCKET_CLOSE_S)
+        self.phase = phase
+        self._wake()
+
+    def _deadline_passed(self) -> None:
+        if self.phase is not WebSocketPhase.OPEN:
+            self._transport.abort()
+        elif self._has_heard or not self._is_reading:
+            self._has_heard, self._pings_missed = False, 0
+            self._deadline.set_after(self._ping_interval_s)
+        elif self._pings_missed == WEBSOCKET_PINGS_MISSED_LIMIT:
+            _websocket_logger.info("a WebSocket's other side is gone without a word")
+            self._transport.abort()
+        else:
+            self._pings_missed += 1
+            self._send(OPCODE_PING, b"")
+            self._deadline.set_after(self._ping_interval_s)
+
+    def _pause_or_resume(self) -> None:
+        """Reads as long as the queue has room; after OPEN always, to see the end."""
+        is_full = len(self._messages) >= WEBSOCKET_QUEUE_LIMIT or self._held_bytes >= WEBSOCKET_QUEUE_LIMIT_BYTES
+        may_read = not is_full or self.phase is not WebSocketPhase.OPEN
+        if may_read is not self._is_reading:
+            self._is_reading = may_read
+            if may_read:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _wake(self) -> None:
+        has_news = self._messages or self.phase is not WebSocketPhase.OPEN
+        if has_news and self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+
+
+class UpgradeExchange(asyncio.Protocol):
+    """The client's half of the opening handshake: sends the request, makes a WebSocketConnection of the 101.
+
+    `opened` gives it, or raises UpstreamError, or UpstreamLostError for a server that says nothing.
+    """
+
+    def __init__(
+        self, url: HttpUrl, *, headers: Sequence[tuple[str, str]], subprotocols: Sequence[str], limit_bytes: int
+    ) -> None:
+        self._authority = url.authority
+        self._nonce = os.urandom(16)
+        self._subprotocols = subprotocols
+        self._limit_bytes = limit_bytes
+        fields = [("Host", url.authority), *build_upgrade_request_fields(self._nonce, subprotocols), *headers]
+        self._request = encode_request_head("GET", url.target, fields)
+        self._parser = ResponseParser("GET", may_upgrade=True)
+        self.opened: asyncio.Future[WebSocketConnection] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected: the request goes out."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the answer; once its head is there, everything is decided."""
+        if self.opened.done():
+            return
+        self._parser.receive(data)
+        if self._parser.error is not None:
+            self._fail(self._parser.error)
+        elif self._parser.head is not None:
+            try:
+                self._open(self._parser.head)
+            except UpgradeError as error:
+                self._fail(UpstreamError(f"no WebSocket with {self._authority}: {error.message}"))
+
+    def eof_received(self) -> bool:
+        """The server sends nothing more."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection ended before it was a WebSocket."""
+        self._fail(UpstreamLostError(f"{self._authority} closed the connection instead of opening a WebSocket"))
+
+    def abort(self) -> None:
+        """Nobody waits for the answer any more."""
+        if not self.opened.cancel() and not self.opened.cancelled():
+            self.opened.exception()  # seen, though by nobody
+        self._transport.abort()
+
+    def _open(self, head: ResponseHead) -> None:
+        chosen = verify_upgrade_response(head.status, head.headers.get, self._nonce, self._subprotocols)
+        connection = WebSocketConnection(is_client=True, limit_bytes=self._limit_bytes, subprotocol=chosen)
+        writer = TransportWriter(self._transport, stall_s=WRITE_STALL_S)
+        self.opened.set_result(connection)
+        connection.take_over(self._transport, writer, self._parser.take_rest())
+
+    def _fail(self, error: UpstreamError) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error)
+        self._transport.abort()
+
+
+async def connect_websocket(
+    url: str,
+    *,
+    subprotocols: Sequence[str] = (),
+    headers: Sequence[tuple[str, str]] = (),
+    limit_bytes: int = RELAY_MESSAGE_LIMIT_BYTES,
+    timeout_s: float = WEBSOCKET_OPEN_S,
+    tls_context: ssl.SSLContext | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> WebSocket:
+    """Opens a WebSocket to `ws(s)://host[:port][/path][?query]`, in `timeout_s` with everything.
+
+    `environ`: where proxies are looked up (HTTPS_PROXY and so on); None: never through one. ValueError for another
+    URL or a header that cannot be sent; UpstreamConnectError, UpstreamTimeoutError or UpstreamError (the answer was
+    none, its message says whose it may be: a captive portal's, a proxy's); UsageError if the package is missing
+    that speaks with the proxy.
+    """
+    scheme, colon, rest = url.partition(":")
+    if scheme.lower() not in ("ws", "wss") or not colon:
+        raise ValueError("not a ws(s) URL of host, port, path and query")
+    parsed = parse_http_url(("https:" if scheme.lower() == "wss" else "http:") + rest)
+    proxy = choose_proxy(parsed, environ) if environ is not None else None
+    try:
+        async with asyncio.timeout(timeout_s):
+            if parsed.is_tls and tls_context is None:
+                tls_context = await asyncio.to_thread(ssl.create_default_context)
+            if proxy is not None:
+                settings = {"subprotocols": list(subprotocols) or None, "additional_headers": list(headers)}
+                return await _connect_through(proxy, url, parsed, settings, limit_bytes, tls_context)
+            exchange = await open_connection(
+                lambda: UpgradeExchange(parsed, headers=headers, subprotocols=subprotocols, limit_bytes=limit_bytes),
+                parsed,
+                tls_context=tls_context,
+                limit_s=timeout_s,
+            )
+            try:
+                return await exchange.opened
+            except asyncio.CancelledError:
+                exchange.abort()
+                raise
+    except TimeoutError as exc:
+        raise UpstreamTimeoutError(f"no WebSocket with {parsed.authority} within {timeout_s:g} s") from exc
+
+
+def choose_proxy(url: HttpUrl, environ: Mapping[str, str]) -> str | None:
+    """The proxy that the environment names for WebSockets to this place, None for a direct connection.
+
+    Read as curl and Python read it: lower case before upper case, `no_proxy` with suffixes and `*`. This machine is
+    never asked through a proxy.
+    """
+    names = ("wss", "socks", "https", "all") if url.is_tls else ("ws", "socks", "https", "http", "all")
+    variables = [name for scheme in names for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")]
+    proxy = next((environ[name] for name in variables if environ.get(name)), None)
+    if proxy is None or url.host == "localhost" or is_loopback_address(url.host):
+        return None
+    urllib_request: Any = importlib.import_module("urllib.request")  # here: it takes long, and few need it
+    excluded = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    return None if urllib_request.proxy_bypass_environment(f"{url.host}:{url.port}", {"no": excluded}) else proxy
+
+
+class ProxiedWebSocket:
+    """A WebSocket that the package `websockets` opened through a proxy; see WebSocket."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._closed: type[Exception] = importlib.import_module("websockets.exceptions").ConnectionClosed
+
+    @property
+    def subprotocol(self) -> str:
+        """See WebSocket."""
+        return self._connection.subprotocol or ""
+
+    @property
+    def close_code(self) -> int | None:
+        """See WebSocket."""
+        return cast("int | None", self._connection.close_code)
+
+    @property
+    def close_reason(self) -> str:
+        """See WebSocket."""
+        return self._connection.close_reason or ""
+
+    async def send_binary(self, data: bytes) -> None:
+        """See WebSocket."""
+        await self._send(data)
+
+    async def send_text(self, text: str) -> None:
+        """See WebSocket."""
+        await self._send(text)
+
+    async def _send(self, message: bytes | str) -> None:
+        try:
+            await self._connection.send(message)
+        except self._closed as exc:
+            raise ConnectionResetError("the WebSocket is closed") from exc
+
+    async def receive(self) -> bytes | str | None:
+        """See WebSocket."""
+        try:
+            return cast("bytes | str", await self._connection.recv())
+        except self._closed:
+            return None
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """See WebSocket."""
+        await self._connection.close(code, reason)
+
+
+def _build_proxy_package_error(package: str, url: HttpUrl) -> UsageError:
+    return UsageError(
+        f"{url.authority} is to be reached through the proxy that the environment names, which needs the package "
+        f"{package.partition('>')[0]}: pip install '{package}', or name the host in NO_PROXY"
+    )
+
+
+async def _connect_through(
+    proxy: str,
+    url: str,
+    parsed: HttpUrl,
+    settings: dict[str, Any],
+    limit_bytes: int,
+    tls_context: ssl.SSLContext | None,
+) -> ProxiedWebSocket:
+    """Opens a WebSocket through an HTTP or SOCKS proxy, which our own code does not speak with."""
+    try:
+        client, exceptions = map(importlib.import_module, ("websockets.asyncio.client", "websockets.exceptions"))
+    except ImportError as exc:
+        raise _build_proxy_package_error("websockets>=15", parsed) from exc
+
+    class Connect(client.connect):  # type: ignore[name-defined,misc]
+        def process_redirect(self, exc: Exception) -> Exception:
+            return exc  # whoever redirects is no relay
+
+    settings |= {"ssl": tls_context} if parsed.is_tls else {}
+    try:
+        connection = await Connect(
+            url,
+            proxy=proxy,
+            compression=None,
+            user_agent_header=None,
+            max_size=limit_bytes,
+            open_timeout=None,
+            close_timeout=WEBSOCKET_CLOSE_S,
+            ping_interval=WEBSOCKET_PING_S,
+            ping_timeout=WEBSOCKET_PING_S * WEBSOCKET_PINGS_MISSED_LIMIT,
+            **settings,
+        )
+    except exceptions.InvalidStatus as exc:
+        why = explain_upgrade_refusal(exc.response.status_code)
+        raise UpstreamError(f"no WebSocket with {parsed.authority}: {why}") from exc
+    except exceptions.InvalidProxy as exc:  # whose text has the URL, and the URL may have a password
+        raise UpstreamConnectError("the proxy that the environment names is not a URL of one") from exc
+    except ImportError as exc:  # of what it needs for SOCKS
+        raise _build_proxy_package_error("python-socks>=2.5", parsed) from exc
+    except exceptions.ProxyError as exc:
+        raise UpstreamConnectError(f"the proxy for {parsed.authority} does not help: {display_name(str(exc))}") from exc
+    except (OSError, exceptions.WebSocketException) as exc:
+        if isinstance(exc, TimeoutError):
+            raise
+        raise UpstreamConnectError(f"cannot connect to {parsed.authority}: {display_name(str(exc))}") from exc
+    return ProxiedWebSocket(connection)
 
 
 # ---- Engine ---------------------------------------------------------------------------
@@ -18564,7 +22738,7 @@ def _join_scores(scores: Mapping[str, float], limit_bytes: int) -> str:
     return encode_json(told).decode()
 
 
-_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")
+_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 _SCORE = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,19})?")
 
 
@@ -19848,6 +24022,692 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
     return "\n".join([*lines, *(f"\nproblem: {cause}" for cause in diagnosis.causes)])
 
 
+# ---- Tunnel ---------------------------------------------------------------------------
+# Requests to paired devices inside the secure channel: many at once on one WebSocket, dialled when first needed.
+#
+#     PeerClient ─── pairing with a link ───► Tunnel ───► TunnelConnection ───► ChannelLink ───► WebSocket
+#         │                                   dials,      whose request is      reads, writes,
+#         └───────── any other peer ───► HttpClient       on which stream       keeps the time
+#
+# A Tunnel belongs to one pairing and outlives its connections: what was lost is dialled again by the next request,
+# and the monitor's questions are requests. A connection on which nothing came while somebody waited is given up, so
+# that a device which slept, or has another address now, is reached anew instead of being waited for.
+
+TUNNEL_SUBPROTOCOL = "dvai-noise.1"
+TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
+TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
+
+
+class FrameSocket(Protocol):
+    """What carries outer frames, one per binary message: a WebSocket, or what behaves like one."""
+
+    async def send_binary(self, data: bytes) -> None: ...
+    async def receive(self) -> bytes | str | None: ...
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
+
+
+class PairingEndedError(UpstreamError):
+    """There is no pairing any more: this side ended it, or the provider says so, inside the tunnel."""
+
+
+def build_tunnel_url(url: HttpUrl) -> str:
+    """Where the bridge at this address opens tunnels."""
+    host = f"[{url.host.replace('%', '%25')}]" if ":" in url.host else url.host
+    return f"{'wss' if url.is_tls else 'ws'}://{host}:{url.port}/v1{TUNNEL_PATH}"
+
+
+class ChannelLink:
+    """A Channel on its socket: reads, writes and keeps its time until either ends.
+
+    `on_event` gets every event in order, ChannelClosed last. Whoever does something to the channel calls `advance`.
+    """
+
+    def __init__(self, channel: Channel, socket: FrameSocket, on_event: Callable[[ChannelEvent], None]) -> None:
+        self.channel = channel
+        self._socket = socket
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._time_out)
+        self._has_frames = asyncio.Event()
+        self._has_written = asyncio.Event()
+        self._is_telling = False
+        self.received_at_s = self._loop.time()  # the last sign of life
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the channel has ended."""
+        return self.channel.state is ChannelState.CLOSED
+
+    async def run(self) -> None:
+        """Carries frames until the channel ends; cancelling ends it."""
+        writing = asyncio.create_task(self._write(), name="tunnel writer")
+        try:
+            self.advance()
+            while (message := await self._socket.receive()) is not None and not self.is_closed:
+                self.received_at_s = self._loop.time()
+                frame = message if isinstance(message, bytes) else b""  # no frame is a text
+                self.channel.receive_frame(frame, self.received_at_s)
+                self.advance()
+            self.channel.connection_lost()
+            self.advance()
+            await asyncio.wait({writing}, timeout=TUNNEL_CLOSE_S)
+        finally:
+            self.channel.connection_lost()
+            self.advance()
+            self._deadline.close()
+            writing.cancel()
+            await asyncio.wait({writing})
+            await self._socket.close()
+
+    def advance(self) -> None:
+        """After anything that was done to the channel: tells what happened, sends what there is, sets the timer."""
+        if self._is_telling:  # the one who tells goes on until nothing is left to tell
+            return
+        self._is_telling = True
+        try:
+            while events := self.channel.take_events():
+                for event in events:
+                    self._on_event(event)
+        finally:
+            self._is_telling = False
+        self._has_frames.set()
+        due_at_s = self.channel.next_deadline()
+        if due_at_s is None:
+            self._deadline.clear()
+        else:
+            self._deadline.set_after(due_at_s - self._loop.time())
+
+    async def wait_written(self) -> None:
+        """Until more has been written than now."""
+        self._has_written.clear()
+        await self._has_written.wait()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                self._has_frames.clear()
+                while frames := self.channel.data_to_send(self._loop.time()):
+                    for frame in frames:
+                        await self._socket.send_binary(frame)
+                    self._has_written.set()
+                    self.advance()  # a queue may have room again
+                if self.is_closed:
+                    break
+                await self._has_frames.wait()
+        except ConnectionError:
+            self.channel.connection_lost()
+            self.advance()
+        await self._socket.close()  # which ends the reading too
+
+    def _time_out(self) -> None:
+        self.channel.on_timeout(self._loop.time())
+        self.advance()
+
+
+class TunnelConnection:
+    """A consumer's established channel to one provider: which request waits on which stream."""
+
+    def __init__(self, channel: Channel, socket: FrameSocket, peer_name: str) -> None:
+        self.peer_name = peer_name
+        self._link = ChannelLink(channel, socket, self._take_in)
+        self._loop = asyncio.get_running_loop()
+        self._exchanges: dict[int, TunnelExchange] = {}
+        self._closed: ChannelClosed | None = None
+        self._is_revoked = False
+        self._changed = asyncio.Event()  # established, closed, or a stream has ended
+        self.is_established = False
+        self._task = asyncio.create_task(self._link.run(), name="tunnel")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes new requests."""
+        return self.is_established and self._link.channel.state is ChannelState.OPEN
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._task.done()
+
+    @property
+    def received_at_s(self) -> float:
+        """When the provider last gave a sign of life, in loop time."""
+        return self._link.received_at_s
+
+    async def wait_established(self) -> None:
+        """Until the provider has proved who it is; raises why there will be no tunnel."""
+        while not self.is_established:
+            if self._closed is not None:
+                raise self.build_error()
+            await self._wait_changed()
+
+    async def open(self, exchange: TunnelExchange, method: str, path: str, fields: Sequence[tuple[str, str]]) -> int:
+        """The new stream for a request, once there is room for one more. UpstreamLostError if the tunnel ends first."""
+        streams = self._link.channel.streams
+        while (delay_s := streams.open_delay_s(self._loop.time())) > 0:
+            if not self.is_usable:
+                raise self.build_error()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s if delay_s < math.inf else None):
+                    await self._wait_changed()
+        stream_id = streams.open(method, path, fields, self._loop.time(), is_last=not exchange.body)
+        self._exchanges[stream_id] = exchange
+        self._link.advance()
+        return stream_id
+
+    def send_body(self, stream_id: int, data: bytes) -> int:
+        """Sends as much of a request's rest as there is room for; how much that was."""
+        streams = self._link.channel.streams
+        try:
+            room = streams.compute_send_room(stream_id)
+        except StreamGoneError:  # whose event has told the exchange why
+            return 0
+        if room:
+            streams.send_data(stream_id, data[:room], is_last=len(data) <= room)
+            self._link.advance()
+        return room
+
+    def consume(self, stream_id: int, count: int) -> None:
+        """`count` bytes of an answer were taken: the provider may send as many more."""
+        self._link.channel.streams.consume(stream_id, count)
+        self._link.advance()
+
+    def leave(self, stream_id: int) -> None:
+        """Nobody waits for this answer any more: the provider stops working on it."""
+        if self._exchanges.pop(stream_id, None) is not None:
+            self._link.channel.streams.reset(stream_id, self._loop.time())
+            self._link.advance()
+            self._note_change()
+
+    def end(self) -> None:
+        """Ends it now, without waiting: nothing answers, or the pairing is over."""
+        self._link.channel.close()
+        self._link.advance()
+
+    async def close(self) -> None:
+        """Says goodbye and waits until it is closed."""
+        self._link.channel.shut_down(self._loop.time(), 0.0)
+        self._link.advance()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TUNNEL_CLOSE_S):
+                await asyncio.wait({self._task})
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    def build_error(self) -> UpstreamError:
+        """Why this tunnel serves nothing (more)."""
+        closed = self._closed
+        if self._is_revoked:
+            return PairingEndedError(f"{self.peer_name} has ended the pairing")
+        if closed is None:
+            return UpstreamLostError(f"the tunnel to {self.peer_name} takes no more requests")
+        if not self.is_established:
+            return UpstreamConnectError(
+                f"{self.peer_name} did not open the tunnel ({closed.reason.value}): if it does not know this device "
+                "any more, `pair request` asks it again"
+            )
+        return UpstreamLostError(f"the tunnel to {self.peer_name} ended: {closed.detail or closed.reason.value}")
+
+    async def _wait_changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    def _take_in(self, event: ChannelEvent) -> None:
+        if isinstance(event, StreamData):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.note_data(event.data, is_last=event.is_last)
+        elif isinstance(event, StreamHead):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.note_head(event)
+        elif isinstance(event, StreamWritable):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
+                exchange.wake()
+        elif isinstance(event, (StreamEnded, StreamReset)):
+            exchange = self._exchanges.pop(event.stream_id, None)
+            if exchange is not None and isinstance(event, StreamReset):
+                exchange.note_error(self._build_reset_error(event.code))
+            self._note_change()
+        elif isinstance(event, ChannelEstablished):
+            self.is_established = True
+            self._note_change()
+        elif isinstance(event, GoAwayReceived):
+            self._is_revoked = event.code is ErrorCode.REVOKED
+            self._note_change()
+        elif isinstance(event, ChannelClosed):
+            self._closed = event
+            self._note_change()
+
+    def _build_reset_error(self, code: ErrorCode | None) -> UpstreamError:
+        if self._is_revoked:
+            return self.build_error()
+        if code is None or code in (ErrorCode.REFUSED, ErrorCode.SHUTDOWN):  # it was not worked on: ask again
+            return UpstreamLostError(f"the tunnel to {self.peer_name} ended")
+        return UpstreamError(f"{self.peer_name} ended the request ({code.name.lower()})")
+
+
+class TunnelExchange:
+    """One request through a tunnel and its answer, used like a ClientExchange.
+
+    Like one on a kept connection, it is sent once more if the tunnel turns out to be dead before the answer's head.
+    """
+
+    def __init__(
+        self,
+        tunnel: Tunnel,
+        url: HttpUrl,
+        *,
+        method: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes,
+        budgets: HttpBudgets,
+    ) -> None:
+        self._tunnel = tunnel
+        self._url = url
+        self._method = method
+        self._headers = [(name.lower(), value) for name, value in headers]
+        self.body = body
+        self._budgets = budgets
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, self._time_out)
+        self._waiter: asyncio.Future[None] | None = None
+        self._receive: Callable[[bytes], bool] | None = None  # the relay's, while one waits
+        self._waited_s = 0.0
+        self._ends_at: float | None = None  # in loop time
+        self._connection: TunnelConnection | None = None
+        self._is_reused = False
+        self._stream_id = 0
+        self._sent_at = 0.0
+        self._forget_answer()
+
+    def _forget_answer(self) -> None:
+        self._head: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._has_ended = False
+        self._error: UpstreamError | None = None
+        self._response: ClientResponse | None = None
+
+    # -- as a ClientExchange --
+
+    async def __aenter__(self) -> ClientResponse:
+        return await self.open()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.release()
+
+    async def open(self) -> ClientResponse:
+        """Sends the request and waits for the answer's head. Whoever calls this must call `release` at the end."""
+        await self.start()
+        return await self.receive()
+
+    async def start(self) -> None:
+        """The first half of `open`: finds a tunnel, dialling it if need be, and sends the request."""
+        total_s = self._budgets.total_s
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+        try:
+            await self._send()
+        except BaseException:
+            self.release()
+            raise
+
+    async def receive(self) -> ClientResponse:
+        """The second half of `open`: waits for the answer's head."""
+        try:
+            try:
+                await self._wait_head()
+            except UpstreamLostError:
+                if not self._is_reused:
+                    raise
+                self._forget_answer()
+                await self._send()
+                await self._wait_head()
+        except BaseException:
+            self.release()
+            raise
+        assert self._head is not None  # what was waited for
+        return ClientResponse(self, self._head, self._budgets)
+
+    def release(self) -> None:
+        """Gives up the stream; an answer that is not complete is wanted no more."""
+        self._deadline.close()
+        connection, self._connection = self._connection, None
+        if connection is not None and self._stream_id:
+            connection.leave(self._stream_id)
+
+    # -- as the connection of its ClientResponse --
+
+    def end_within(self, total_s: float | None) -> None:
+        """Gives the rest of the answer another total."""
+        self._ends_at = None if total_s is None else self._loop.time() + total_s
+
+    async def read_piece(self, limit_s: float) -> bytes:
+        """What has come of the body since the last call, at least one byte; nothing at its end."""
+        while not self._pieces:
+            if self._has_ended:
+                return b""
+            await self._wait(limit_s)
+        return self._take_held()
+
+    async def relay(self, receive: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Gives `receive` each piece of the body in the very moment it comes, until it returns False.
+
+        False: the body has ended. Raises what reading does, and what `receive` does.
+        """
+        self._receive = receive
+        try:
+            while self._receive is not None:
+                if self._pieces:  # they came when nobody was waiting
+                    if not receive(self._take_held()):
+                        break
+                elif self._has_ended:
+                    return False
+                else:
+                    await self._wait(limit_s)
+        finally:
+            self._receive = None
+        return True
+
+    # -- what the connection tells --
+
+    def note_head(self, head: StreamHead) -> None:
+        """The answer's head has come."""
+        self._head = ResponseHead(status=head.status, headers=Headers(head.headers), http_minor=1, keep_alive=True)
+        self._has_ended = head.is_last
+        self.wake()
+
+    def note_data(self, data: bytes, *, is_last: bool) -> None:
+        """A piece of the answer has come."""
+        self._has_ended = is_last
+        if data:
+            self._pieces.append(data)
+            if self._receive is not None and self._waiter is not None and not self._waiter.done():
+                self._hand_on(self._receive, self._waiter)
+                if not is_last and self._receive is not None:
+                    return  # the relay goes on waiting
+        self.wake()
+
+    def note_error(self, error: UpstreamError) -> None:
+        """The stream has ended too early; what came before is still read."""
+        if not self._has_ended and self._error is None:
+            self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Something has changed."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- inside --
+
+    def _take_held(self) -> bytes:
+        """What has come; the provider may send as much again."""
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        if self._connection is not None:
+            self._connection.consume(self._stream_id, len(data))
+        return data
+
+    def _hand_on(self, receive: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> None:
+        """To the relay that waits, without a step of its task."""
+        self._deadline.set_after(self._waited_s)
+        try:
+            wants_more = receive(self._take_held())
+        except Exception as exc:
+            waiter.set_exception(exc)
+        else:
+            self._receive = receive if wants_more else None
+
+    async def _send(self) -> None:
+        connection, self._is_reused = await self._tunnel.connect(self._url, self._limit(self._budgets.connect_s))
+        self._connection, self._sent_at = connection, self._loop.time()
+        try:
+            async with asyncio.timeout(self._limit(self._budgets.first_byte_s)):
+                self._stream_id = await connection.open(self, self._method, self._url.target, self._headers)
+        except TimeoutError:
+            raise UpstreamTimeoutError(f"the tunnel to {connection.peer_name} had no room for a request") from None
+        sent = 0
+        while sent < len(self.body):
+            count = connection.send_body(self._stream_id, self.body[sent:])
+            sent += count
+            if not count:
+                await self._wait(self._budgets.first_byte_s)
+
+    async def _wait_head(self) -> None:
+        while self._head is None:
+            await self._wait(self._budgets.first_byte_s)
+
+    def _limit(self, limit_s: float) -> float:
+        return limit_s if self._ends_at is None else min(limit_s, self._ends_at - self._loop.time())
+
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong."""
+        if self._error is not None:
+            raise self._error
+        self._waited_s = self._limit(limit_s)
+        self._waiter = self._loop.create_future()
+        self._deadline.set_after(self._waited_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline.clear()
+
+    def _time_out(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
+        if connection.received_at_s < self._sent_at:  # not even a PONG: nobody is there any more
+            connection.end()
+        self.wake()
+
+
+class Tunnel:
+    """The way into one provider: its connection, dialled when there is none. `get_pairing`: the record as it is now."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        store: PairingStore,
+        pairing: Pairing,
+        *,
+        backend: CryptoBackend,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self.pairing = pairing
+        self._backend = backend
+        self._random = random
+        self.url: HttpUrl | None = None  # of the connection
+        self._connection: TunnelConnection | None = None
+        self.is_over = False  # until the pairing is made anew
+        self._earlier: list[TunnelConnection] = []  # those on which answers may still be coming
+        self._dialling: asyncio.Task[TunnelConnection] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection that takes requests."""
+        return self._connection is not None and self._connection.is_usable
+
+    async def connect(self, url: HttpUrl, limit_s: float) -> tuple[TunnelConnection, bool]:
+        """The connection, and whether it was there already; else a new one to the host and port of `url`.
+
+        UpstreamConnectError says why there is none, PairingEndedError that there will be none again.
+        """
+        connection = self._connection
+        if connection is not None and connection.is_usable:
+            return connection, True
+        if self.is_over:
+            raise PairingEndedError("the pairing has ended")
+        if self._dialling is None or self._dialling.done():
+            self._dialling = asyncio.create_task(self._dial(url, limit_s), name="tunnel dial")
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.shield(self._dialling), False
+        except TimeoutError:
+            name = display_name(self.pairing.device_name)
+            raise UpstreamConnectError(f"no tunnel to {name} within {limit_s:.3g} s") from None
+
+    async def close(self) -> None:
+        """Says goodbye."""
+        if self._dialling is not None:
+            self._dialling.cancel()
+            await asyncio.wait({self._dialling})
+        await asyncio.gather(*(connection.close() for connection in self._list_connections()))
+
+    def end(self) -> None:
+        """Ends its connections now: the pairing is over, or its keys have changed."""
+        self.is_over = True
+        if self._dialling is not None:
+            self._dialling.cancel()
+        for connection in self._list_connections():
+            connection.end()
+
+    def _list_connections(self) -> list[TunnelConnection]:
+        return [*self._earlier, *([] if self._connection is None else [self._connection])]
+
+    async def _dial(self, url: HttpUrl, limit_s: float) -> TunnelConnection:
+        pairing = self.pairing
+        link, identity_key = pairing.outbound_link, pairing.identity_key
+        if link is None or identity_key is None:
+            raise UpstreamConnectError("this pairing has no tunnel")
+        socket = await connect_websocket(
+            build_tunnel_url(url),
+            subprotocols=(TUNNEL_SUBPROTOCOL,),
+            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+            timeout_s=limit_s,
+        )
+        terms = build_resume_terms(
+            pair_id=link.pair_id,
+            initiator_device_id=self._identity.device_id,
+            responder_device_id=pairing.device_id,
+            static=build_static_key(self._identity, self._backend),
+            remote_static=parse_base64url(identity_key),
+            psk=link.resume_psk,
+        )
+        ephemeral = build_key_pair(self._random(KEY_BYTES), self._backend)
+        now_s = asyncio.get_running_loop().time()
+        handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
+        channel = Channel(handshake, now=now_s, serves=False)
+        connection = TunnelConnection(channel, socket, display_name(pairing.device_name))
+        try:
+            await connection.wait_established()
+        except BaseException:
+            connection.end()
+            await connection.close()
+            raise
+        self._earlier = [each for each in self._list_connections() if not each.is_closed]
+        self._connection, self.url = connection, url
+        self._store.activate(pairing, PairingDirection.OUTBOUND)
+        return connection
+
+
+class PeerClient:
+    """Asks peers: those with a secure pairing through their tunnel, paired hubs by signed HTTP, others as anybody.
+
+    Belongs to one event loop; `close` ends every tunnel. The HttpClient is the caller's.
+    """
+
+    def __init__(
+        self,
+        http: HttpClient,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        app_id: str | None,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._http = http
+        self._identity = identity
+        self._store = store
+        self._app_id = app_id
+        self._clock_ms = clock_ms
+        self._random = random
+        self._tunnels: dict[PairingKey, Tunnel] = {}
+        self._unsubscribe = None if store is None else store.subscribe(self._note_pairing)
+
+    def request(
+        self,
+        pairing: Pairing | None,
+        method: str,
+        url: HttpUrl,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange | TunnelExchange:
+        """A request, sent when the block is entered. Raises what HttpClient.request does, and PairingEndedError."""
+        if pairing is None:
+            return self._http.request(method, url, headers=headers, body=body, budgets=budgets)
+        if pairing.outbound_link is None:
+            fields = [*headers, *self._sign(pairing, method, url.target, body)]
+            return self._http.request(method, url, headers=fields, body=body, budgets=budgets)
+        return TunnelExchange(
+            self._get_tunnel(pairing),
+            url,
+            method=method,
+            headers=list(headers),
+            body=body,
+            budgets=budgets or HttpBudgets(),
+        )
+
+    def request_paired(
+        self, pairing: Pairing | None, method: str, url: HttpUrl, **options: Any
+    ) -> ClientExchange | TunnelExchange:
+        """As `request`, for what only a paired device may see. PairingEndedError without a pairing."""
+        if pairing is None:
+            raise PairingEndedError("the pairing has ended")
+        return self.request(pairing, method, url, **options)
+
+    def find_tunnel(self, pairing: Pairing) -> HttpUrl | None:
+        """Where the tunnel to this peer was dialled, None unless one is open now."""
+        tunnel = self._tunnels.get(pairing.key)
+        return tunnel.url if tunnel is not None and tunnel.is_open else None
+
+    async def close(self) -> None:
+        """Ends every tunnel."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        if self._tunnels:
+            await asyncio.gather(*(tunnel.close() for tunnel in self._tunnels.values()))
+
+    def _sign(self, pairing: Pairing, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+        return sign_request(
+            pairing,
+            self._identity,
+            app_id=self._app_id,
+            method=method,
+            path=path,
+            body=body,
+            now_ms=self._clock_ms(),
+            random=self._random,
+        )
+
+    def _get_tunnel(self, pairing: Pairing) -> Tunnel:
+        tunnel = self._tunnels.get(pairing.key)
+        if tunnel is None:
+            assert self._store is not None  # where pairings come from
+            tunnel = self._tunnels[pairing.key] = Tunnel(
+                self._identity, self._store, pairing, backend=choose_crypto_backend(), random=self._random
+            )
+        return tunnel
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A pairing that is over, or was made anew, takes its tunnel with it."""
+        if before is None or (tunnel := self._tunnels.get(before.key)) is None:
+            return
+        if has_lost_access(before, after, PairingDirection.OUTBOUND):
+            tunnel.end()
+        if after is not None and after.outbound_link is not None:
+            tunnel.pairing, tunnel.is_over = after, False
+
+
 # ---- Peers ----------------------------------------------------------------------------
 # Which other bridges there are, what each can do now, and how this one stands with them.
 #
@@ -19869,8 +24729,6 @@ PEER_BACK_OFF_LIMIT_S = 60.0
 PEER_SLOTS_LIMIT = 4096  # queues that a peer may claim
 CUSTOM_DISCOVERY_TIMEOUT_S = 10.0
 MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer was seen to do
-
-_UNSTABLE_ID = re.compile(r"hub-[0-9]{1,5}")  # of macOS hubs: named after their port, so that two have the same
 
 peers_log = logging.getLogger("dvai_bridge.peers")
 
@@ -19900,6 +24758,7 @@ class PeerWord:
     version: str | None
     current_model_id: str | None
     queue: tuple[int, int, int] | None  # running, waiting, slots
+    speaks_noise: bool = False
 
 
 def parse_health(body: bytes) -> PeerWord:
@@ -19916,6 +24775,7 @@ def parse_health(body: bytes) -> PeerWord:
         version=_parse_peer_text(version) or None,
         current_model_id=model if is_model_id(model) else None,
         queue=_parse_queue(health.get("queue")),
+        speaks_noise=health.get("noise") == NOISE_PART_VERSION,
     )
 
 
@@ -19987,6 +24847,7 @@ class KnownPeer:
     """One device and what is known of it. No I/O; belongs to the table, whose lock is the event loop.
 
     `device_id` is the base URL while the peer has not told its id. `failures`: polls in a row without an answer.
+    `transport`: as of its pairing, None without one.
     """
 
     _candidate: Candidate | None
@@ -19998,6 +24859,7 @@ class KnownPeer:
         self.ways: dict[str, PeerWay] = {}
         self.state = PeerState.SEEN
         self.has_pairing = False
+        self.transport: str | None = None
         self.handshake = Handshake.NONE
         self.health = PeerHealth.OK
         self.models: tuple[str, ...] | None = None
@@ -20141,6 +25003,7 @@ class KnownPeer:
             slots=slots,
             cool_down=self.cool_down,
             route=PeerRoute.RELAY if self.peer.via is PeerVia.RENDEZVOUS else PeerRoute.LAN,
+            transport=self.transport,
             error=self.error,
         )
 
@@ -20309,8 +25172,7 @@ class PeerMonitor:
         self,
         *,
         identity: Identity,
-        client: HttpClient,
-        app_id: str | None = None,
+        client: PeerClient,
         store: PairingStore | None = None,
         initiator: PairingInitiator | None = None,
         known_peers: Iterable[Peer] = (),
@@ -20322,8 +25184,6 @@ class PeerMonitor:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.table = PeerTable(identity.device_id, own_urls)
-        self._identity = identity
-        self._app_id = app_id
         self._client = client
         self._store = store
         self._initiator = initiator
@@ -20604,9 +25464,12 @@ class PeerMonitor:
         """Ask health by each way until one answers, then what else there is to know."""
         pairing, error, is_refused = self._find_pairing(known), "no address", False
         known.has_pairing = pairing is not None
-        for way in known.list_ways():
+        known.transport = None if pairing is None else pairing.transport
+        for way in self._list_ways(known, pairing):
             try:
                 word = await self._ask_health(known, way, pairing)
+            except PairingEndedError as exc:
+                error, is_refused = exc.message, True
             except AuthenticationError as exc:
                 error, is_refused = exc.message, is_refused or (way.is_lasting and isinstance(exc, SignatureError))
             except (BridgeError, ValueError) as exc:
@@ -20617,6 +25480,14 @@ class PeerMonitor:
         known.note_silence(error)
         if is_refused:
             self._mark_unauthorized(known)
+
+    def _list_ways(self, known: KnownPeer, pairing: Pairing | None) -> list[PeerWay]:
+        """The ways in the order to try them; an open tunnel goes first, whatever it was dialled by."""
+        ways = known.list_ways()
+        open_at = None if pairing is None else self._client.find_tunnel(pairing)
+        if open_at is not None:
+            ways.sort(key=lambda way: parse_http_url(way.base_url).authority != open_at.authority)
+        return ways
 
     async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
         known.note_word(way, word, self._clock_ms())
@@ -20629,6 +25500,8 @@ class PeerMonitor:
                     self._watch(remaining)
                 return
         known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
+        if pairing is not None and word.speaks_noise and self._store is not None:
+            self._store.note(pairing, speaks_noise=True)
         is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
         if pairing is not None and (is_due or known.state is PeerState.PAIRED):
             await self._learn(known, way, pairing)
@@ -20658,20 +25531,11 @@ class PeerMonitor:
                 known.advance(PeerEvent.LEARNED)
 
     async def _ask(self, url: str, pairing: Pairing | None) -> tuple[int, bytes]:
-        """GET with our signature where there is a pairing; marked as forwarded, so that a peer speaks for itself."""
+        """GET as the paired device that we are to it, if so; marked as forwarded, so that a peer speaks for itself."""
         headers = [("X-DVAI-Forwarded", "1"), ("Accept", "application/json")]
-        if pairing is not None:
-            headers += sign_request(
-                pairing,
-                self._identity,
-                app_id=self._app_id,
-                method="GET",
-                path=urllib.parse.urlsplit(url).path,
-                body=b"",
-                now_ms=self._clock_ms(),
-            )
         budgets = HttpBudgets(total_s=self._intervals.answer_s)
-        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+        request = self._client.request(pairing, "GET", parse_http_url(url), headers=headers, budgets=budgets)
+        async with request as response:
             return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
 
 
@@ -20715,6 +25579,7 @@ def build_known_peer_json(candidate: Candidate) -> dict[str, Any]:
         "state": candidate.state.value,
         "paired": candidate.has_pairing,
         "route": candidate.route.value,
+        "transport": candidate.transport,
         **({} if candidate.has_pairing else {"pairing": candidate.handshake.value}),
         "models": None if candidate.models is None else list(candidate.models),
         "queue": {"running": candidate.running, "waiting": candidate.waiting, "slots": candidate.slots},
@@ -20752,7 +25617,7 @@ class ForwardForm(enum.Enum):
     EMBEDDINGS = "/embeddings"
 
 
-SignRequest = Callable[[str, str, bytes], Iterable[tuple[str, str]]]  # (method, path, body) → the fields that sign it
+SendRequest = Callable[..., "ClientExchange | TunnelExchange"]  # as HttpClient.request
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -20760,8 +25625,9 @@ class ForwardTarget:
     """A peer to ask. `base_url`: with /v1. `model_id`: what it calls the model, "" for its default.
 
     `route`: lan, relay or upstream. `substituted_for`: the model that the client named, if it is another.
-    `prefill_tok_per_s`: None when not known. `sign` None: the request is sent unsigned. `is_own_engine`: a server that
-    the user put behind this bridge; it is asked in the client's form, and what it refuses is the client's answer.
+    `prefill_tok_per_s`: None when not known. `send`: how it is asked. `transport`: what the request travels in, for the
+    client to know. `is_own_engine`: a server that the user put behind this bridge; it is asked in the client's form,
+    and what it refuses is the client's answer.
     """
 
     device_id: str
@@ -20772,7 +25638,8 @@ class ForwardTarget:
     reason: str = ""
     substituted_for: str | None = None
     prefill_tok_per_s: float | None = None
-    sign: SignRequest | None = field(default=None, repr=False)
+    transport: str = ""
+    send: SendRequest = field(repr=False)
     is_own_engine: bool = False
 
 
@@ -20931,6 +25798,7 @@ def build_served_by_headers(target: ForwardTarget) -> tuple[tuple[str, str], ...
     fields = (
         ("X-DVAI-Served-By", target.device_id),
         ("X-DVAI-Route", target.route),
+        ("X-DVAI-Transport", target.transport),
         ("X-DVAI-Reason", target.reason),
         ("X-DVAI-Substituted-For", target.substituted_for or ""),
     )
@@ -21479,6 +26347,8 @@ def judge_error(error: UpstreamError) -> AttemptOutcome:
     """What an error before the commit point means for the next step."""
     if isinstance(error, AttemptError):
         return error.outcome
+    if isinstance(error, PairingEndedError):
+        return AttemptOutcome.UNAUTHORIZED
     if isinstance(error, UpstreamConnectError):
         return AttemptOutcome.UNREACHABLE
     return AttemptOutcome.TIMEOUT if isinstance(error, UpstreamTimeoutError) else AttemptOutcome.BROKEN
@@ -21497,7 +26367,7 @@ class PeerExchange:
 
     def __init__(
         self,
-        exchange: ClientExchange,
+        exchange: ClientExchange | TunnelExchange,
         request: ForwardRequest,
         target: ForwardTarget,
         *,
@@ -21726,13 +26596,11 @@ class Forwarder:
 
     def __init__(
         self,
-        client: HttpClient,
         *,
         on_attempt: Callable[[Attempt], None],
         on_end: Callable[[ForwardReport], None],
         budgets: ForwardBudgets | None = None,
     ) -> None:
-        self._client = client
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
@@ -21774,11 +26642,9 @@ class Forwarder:
         body = encode(build_forward_body(request, target.model_id, keeps_form=is_own))
         url = parse_http_url(target.base_url + request.form.value)
         headers = build_forward_headers(request, is_own_engine=is_own)
-        if target.sign is not None:
-            headers += target.sign("POST", url.target, body)
         budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
         waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
-        exchange = self._client.request("POST", url, headers=headers, body=body, budgets=waits)
+        exchange = target.send("POST", url, headers=headers, body=body, budgets=waits)
         await exchange.start()
         return PeerExchange(
             exchange,
@@ -22118,10 +26984,10 @@ class UpstreamEngine:
             route="upstream",
             reason=reason,
             prefill_tok_per_s=self._prefill.get(model_id),
-            sign=self._sign,
+            send=self._send,
             is_own_engine=True,
         )
-        forwarder = Forwarder(self._client, on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarder = Forwarder(on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
         forwarded = await forwarder.forward(request, [target])
         if forwarded.answer is None:
             raise self._build_failure(forwarded.attempts[0])
@@ -22129,8 +26995,12 @@ class UpstreamEngine:
 
     # What requests teach
 
-    def _sign(self, method: str, path: str, body: bytes) -> list[tuple[str, str]]:
-        return [] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")]
+    def _send(
+        self, method: str, url: str | HttpUrl, *, headers: Iterable[tuple[str, str]], **options: Any
+    ) -> ClientExchange:
+        """As HttpClient.request, with the server's API key."""
+        fields = [*headers, *([] if self._api_key is None else [("Authorization", f"Bearer {self._api_key}")])]
+        return self._client.request(method, url, headers=fields, **options)
 
     def _note_attempt(self, attempt: Attempt) -> None:
         outcome = attempt.outcome
@@ -22215,9 +27085,8 @@ class UpstreamEngine:
 
     async def _ask(self, url: str) -> UpstreamWord:
         headers = [("Accept", "application/json"), ("X-DVAI-Forwarded", FORWARDED_TO_ENGINE)]
-        headers += self._sign("GET", url, b"")
         budgets = HttpBudgets(total_s=self._answer_s)
-        async with self._client.request("GET", url, headers=headers, budgets=budgets) as response:
+        async with self._send("GET", url, headers=headers, budgets=budgets) as response:
             data = await response.read(UPSTREAM_ANSWER_LIMIT_BYTES)
             return parse_upstream_answer(response.status, dict(response.headers), data)
 
@@ -22353,7 +27222,8 @@ def build_upstream_json(engine: UpstreamEngine) -> dict[str, Any]:
 _http_logger = logging.getLogger("dvai_bridge.http")
 
 EXPOSED_FIELDS = (
-    "X-Request-Id, X-DVAI-Served-By, X-DVAI-Route, X-DVAI-Reason, X-DVAI-Substituted-For, Retry-After, x-should-retry"
+    "X-Request-Id, X-DVAI-Served-By, X-DVAI-Route, X-DVAI-Transport, X-DVAI-Reason, X-DVAI-Substituted-For, "
+    "Retry-After, x-should-retry"
 )
 
 
@@ -22579,6 +27449,7 @@ class HttpRequest:
     is_tls: bool
     caller: Caller
     request_id: str
+    http_minor: int = 1
     pairing: Pairing | None = None
 
     @property
@@ -22598,6 +27469,20 @@ class HttpRequest:
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class WebSocketUpgrade:
+    """What follows an answer of 101: `run` has the connection for itself, which is closed when it returns.
+
+    Once the client has left, `receive` gives None and sending raises ConnectionError: that is how `run` learns it.
+    `on_stop`: called when the server stops, to end `run` in good order; None: the WebSocket is closed then (1001).
+    """
+
+    run: Callable[[WebSocketConnection], Awaitable[None]]
+    limit_bytes: int
+    subprotocol: str = ""
+    on_stop: Callable[[], None] | None = None
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class HttpResponse:
     """An answer. A `body` that is an iterator is streamed as it comes and always closed.
 
@@ -22608,6 +27493,7 @@ class HttpResponse:
     status: int = 200
     headers: Sequence[tuple[str, str]] = ()
     body: bytes | AsyncIterator[bytes] = b""
+    upgrade: WebSocketUpgrade | None = None
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -22632,7 +27518,39 @@ def build_error_response(error: BridgeError) -> HttpResponse:
         headers.append(("Allow", ", ".join(error.allow)))
     if isinstance(error, AuthenticationError):
         headers.append(("WWW-Authenticate", "Bearer"))
+    if isinstance(error, UpgradeRequiredError):
+        headers += [("Upgrade", "websocket"), ("Sec-WebSocket-Version", WEBSOCKET_VERSION)]
     return build_json_response(build_error_body(error), status=error.status, headers=headers)
+
+
+def accept_websocket(
+    request: HttpRequest,
+    run: Callable[[WebSocketConnection], Awaitable[None]],
+    *,
+    subprotocols: Sequence[str] = (),
+    limit_bytes: int = TUNNEL_MESSAGE_LIMIT_BYTES,
+    on_stop: Callable[[], None] | None = None,
+) -> HttpResponse:
+    """The answer that makes a WebSocket of a request's connection, for a route to return.
+
+    `subprotocols`: those that the route speaks, the best first; if there are any, the client must offer one.
+    `limit_bytes`: of a message. UpgradeRequiredError, or InvalidRequestError for a handshake that is none.
+    """
+    try:
+        key, offered = parse_upgrade_request(request.method, request.http_minor, request.headers.get)
+    except UpgradeError as error:
+        kind = UpgradeRequiredError if error.status == 426 else InvalidRequestError
+        raise kind(error.message) from error
+    if request.body:
+        raise InvalidRequestError("a request that opens a WebSocket has no body")
+    chosen = next((each for each in subprotocols if each in offered), "")
+    if subprotocols and not chosen:
+        raise InvalidRequestError(f"the WebSocket subprotocol must be {' or '.join(subprotocols)}")
+    return HttpResponse(
+        status=101,
+        headers=build_upgrade_response_fields(key, chosen),
+        upgrade=WebSocketUpgrade(run=run, limit_bytes=limit_bytes, subprotocol=chosen, on_stop=on_stop),
+    )
 
 
 def build_preflight_response(headers: Headers) -> HttpResponse:
@@ -22671,7 +27589,8 @@ class ConnectionPhase(enum.Enum):
     """What a connection is doing.
 
     TLS_HANDSHAKE → HEADERS → BODY → ANSWERING → IDLE → HEADERS …;   HEADERS, BODY, ANSWERING → LINGERING
-    Any of them → CLOSED. A deadline runs in every phase but ANSWERING, where the handler has its own.
+    ANSWERING → WEBSOCKET.   Any of them → CLOSED.
+    A deadline runs in every phase but ANSWERING, where the handler has its own, and WEBSOCKET, likewise.
     """
 
     TLS_HANDSHAKE = enum.auto()
@@ -22680,10 +27599,11 @@ class ConnectionPhase(enum.Enum):
     ANSWERING = enum.auto()
     IDLE = enum.auto()
     LINGERING = enum.auto()
+    WEBSOCKET = enum.auto()
     CLOSED = enum.auto()
 
 
-# Who gives way when all connections are taken, first to last; the oldest of a kind first. ANSWERING never does.
+# Who gives way when all connections are taken, first to last; the oldest of a kind first. The others never do.
 _EVICTION_ORDER = (
     ConnectionPhase.LINGERING,
     ConnectionPhase.TLS_HANDSHAKE,
@@ -22780,9 +27700,10 @@ class HttpExchange:
         self._framing = BodyFraming.NONE
         self._encoded_head = b""
         self.keep_alive = head.keep_alive
+        self.upgrade: WebSocketUpgrade | None = None
 
     async def run(self, handler: Handler) -> None:
-        """Answers the request; afterwards `keep_alive` says whether the connection may go on."""
+        """Answers the request; afterwards `keep_alive` and `upgrade` say whether and how the connection goes on."""
         started_at = self._loop.time()
         response = await self._answer(handler)
         try:
@@ -22790,24 +27711,18 @@ class HttpExchange:
         finally:
             await close_body(response.body)
         if _http_logger.isEnabledFor(logging.INFO):
-            self._log(response.status, self._loop.time() - started_at)
+            log_request(self.request, response.status, self._loop.time() - started_at)
 
     async def _answer(self, handler: Handler) -> HttpResponse:
         """What the handler returns or raises, with its head prepared."""
+        response = await answer_request(handler, self.request)
         try:
-            response = await handler(self.request)
-            try:
-                self._prepare(response)
-            except Exception:
-                await close_body(response.body)
-                raise
-            return response
-        except BridgeError as error:
-            response = build_error_response(error)
+            self._prepare(response)
         except Exception:
             _http_logger.exception("internal error in request %s", self.request.request_id)
+            await close_body(response.body)
             response = build_error_response(InternalError("internal error"))
-        self._prepare(response)
+            self._prepare(response)
         return response
 
     def _prepare(self, response: HttpResponse) -> None:
@@ -22818,6 +27733,7 @@ class HttpExchange:
             is_stream=not isinstance(response.body, bytes),
         )
         self.keep_alive = self.keep_alive and self._framing is not BodyFraming.CLOSE
+        self.upgrade = response.upgrade
         self._encoded_head = encode_response_head(response.status, self._build_fields(response, self._framing))
 
     async def _send(self, response: HttpResponse) -> None:
@@ -22844,6 +27760,8 @@ class HttpExchange:
             fields.append(("Content-Length", str(len(response.body))))
         elif framing is BodyFraming.CHUNKED:
             fields.append(("Transfer-Encoding", "chunked"))
+        if response.upgrade is not None:
+            return fields
         if not self.keep_alive:
             fields.append(("Connection", "close"))
         elif self._head.http_minor == 0:
@@ -22866,18 +27784,30 @@ class HttpExchange:
             if is_chunked:
                 self._writer.write(LAST_CHUNK)
 
-    def _log(self, status: int, elapsed_s: float) -> None:
-        request = self.request
-        _http_logger.log(
-            logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
-            "%s %s %.200s %d %.1f ms %s",
-            request.client_address,
-            request.method,
-            request.raw_path,
-            status,
-            elapsed_s * 1000,
-            request.request_id,
-        )
+
+async def answer_request(handler: Handler, request: HttpRequest) -> HttpResponse:
+    """What the handler returns, or the answer to what it raises."""
+    try:
+        return await handler(request)
+    except BridgeError as error:
+        return build_error_response(error)
+    except Exception:
+        _http_logger.exception("internal error in request %s", request.request_id)
+        return build_error_response(InternalError("internal error"))
+
+
+def log_request(request: HttpRequest, status: int, elapsed_s: float) -> None:
+    """One line for an answered request."""
+    _http_logger.log(
+        logging.DEBUG if classify_route(request.path) is RouteClass.HEALTH else logging.INFO,  # it is polled
+        "%s %s %.200s %d %.1f ms %s",
+        request.client_address,
+        request.method,
+        request.raw_path,
+        status,
+        elapsed_s * 1000,
+        request.request_id,
+    )
 
 
 class ChunkSink:
@@ -22917,6 +27847,7 @@ class HttpConnection(asyncio.Protocol):
         self._decision: AccessDecision | None = None
         self._task: asyncio.Task[None] | None = None
         self._exchange: HttpExchange | None = None
+        self._websocket: WebSocketConnection | None = None
         self._is_reading = True
         self._is_stopping = False
         self.is_tls = False
@@ -23081,6 +28012,7 @@ class HttpConnection(asyncio.Protocol):
             is_tls=self.is_tls,
             caller=decision.caller,
             request_id=choose_request_id(head.headers),
+            http_minor=head.http_minor,
         )
         if decision.caller is Caller.PAIRED and decision.refusal is None:
             try:
@@ -23104,6 +28036,8 @@ class HttpConnection(asyncio.Protocol):
             if not task.cancelled():
                 _http_logger.error("an exchange failed", exc_info=task.exception())
             self._transport.abort()
+        elif exchange is not None and exchange.upgrade is not None:
+            self._open_websocket(exchange, exchange.upgrade)
         elif exchange is None or not exchange.keep_alive or self._is_stopping:
             self._finish()
         else:
@@ -23112,6 +28046,42 @@ class HttpConnection(asyncio.Protocol):
                 self._is_reading = True
                 self._transport.resume_reading()
             self._advance()
+
+    def _open_websocket(self, exchange: HttpExchange, upgrade: WebSocketUpgrade) -> None:
+        """Hands the connection over, which goes on counting here, until the WebSocket has lost it."""
+        if self._transport.is_closing():
+            self._transport.abort()
+            return
+        self._enter(ConnectionPhase.WEBSOCKET)
+        self._exchange = exchange  # whose request it still is
+        self._websocket = websocket = WebSocketConnection(
+            is_client=False, limit_bytes=upgrade.limit_bytes, subprotocol=upgrade.subprotocol
+        )
+        if not self._is_reading:
+            self._transport.resume_reading()
+        websocket.take_over(self._transport, self._writer, self._parser.take_rest(), self.connection_lost)
+        self._server.own(self._serve_websocket(websocket, upgrade, exchange.request.request_id))
+        if self._is_stopping:
+            self._stop_websocket(websocket, upgrade)
+
+    def _stop_websocket(self, websocket: WebSocketConnection, upgrade: WebSocketUpgrade) -> None:
+        if upgrade.on_stop is not None:
+            upgrade.on_stop()
+        else:
+            websocket.begin_close(CLOSE_GOING_AWAY)
+
+    async def _serve_websocket(
+        self, websocket: WebSocketConnection, upgrade: WebSocketUpgrade, request_id: str
+    ) -> None:
+        code = CLOSE_INTERNAL_ERROR
+        try:
+            await upgrade.run(websocket)
+            code = CLOSE_NORMAL
+        except (BridgeError, ConnectionError) as error:
+            _http_logger.info("WebSocket of request %s ended: %s", request_id, error)
+        except Exception:
+            _http_logger.exception("internal error in the WebSocket of request %s", request_id)
+        await websocket.close(code)
 
     def _throttle(self) -> None:
         """Stops reading a client that sends far ahead; its leaving is then seen only when we write."""
@@ -23182,7 +28152,9 @@ class HttpConnection(asyncio.Protocol):
     def stop(self) -> None:
         """Ends the connection as soon as the answer that is being written is complete."""
         self._is_stopping = True
-        if self._exchange is not None:
+        if self._websocket is not None and self._exchange is not None and self._exchange.upgrade is not None:
+            self._stop_websocket(self._websocket, self._exchange.upgrade)
+        elif self._exchange is not None:
             self._exchange.keep_alive = False
         else:
             self._transport.abort()
@@ -23362,6 +28334,355 @@ class HttpServer:
         if now_s != self._date_s:
             self._date_s, self._date = now_s, ("Date", encode_http_date(now_s))
         return [self._date, *build_cors_fields(self.policy, origin)]
+
+
+# ---- Tunnel server --------------------------------------------------------------------
+# What paired devices ask inside their tunnels, answered by the same handler as everybody's requests.
+
+TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one are those it left without a word
+TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunnel that are not complete yet
+
+_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
+
+# What may be asked inside a tunnel.
+_TUNNEL_ROUTES = frozenset({RouteClass.INFERENCE, RouteClass.CAPABILITY, RouteClass.HEALTH})
+
+
+class ServedStream:
+    """One request inside a tunnel: its body as it comes, and whether its answer may go on."""
+
+    def __init__(self, opened: StreamOpened) -> None:
+        self.opened = opened
+        self.body = bytearray()
+        self.has_body = opened.is_last
+        self.is_refused = False  # what still comes of its body is not kept
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something has changed."""
+        self._changed.set()
+
+    async def wait(self) -> None:
+        """Until something changes."""
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class StreamSink:
+    """An answer's stream, as what its body is poured into; what the consumer has no room for yet is kept."""
+
+    def __init__(self, link: ChannelLink, stream: ServedStream) -> None:
+        self._link = link
+        self._stream = stream
+        self._stream_id = stream.opened.stream_id
+        self._kept = b""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to `drain` before more is written."""
+        return bool(self._kept)
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes; StreamGoneError once the consumer has left."""
+        self._kept += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Hands the channel what it has room for."""
+        streams = self._link.channel.streams
+        room = streams.compute_send_room(self._stream_id)
+        if self._kept and room:
+            streams.send_data(self._stream_id, self._kept[:room])
+            self._kept = self._kept[room:]
+            self._link.advance()
+
+    def send(self, data: bytes) -> None:
+        """As `write`: what is queued goes out as soon as the transport takes it."""
+        self.write(data)
+
+    async def drain(self) -> None:
+        """Until the channel has taken everything; TimeoutError if the consumer takes nothing for too long."""
+        while self._kept:
+            async with asyncio.timeout(WRITE_STALL_S):
+                await self._stream.wait()
+            self.flush()
+
+    async def wait_sent(self) -> None:
+        """Until the transport has taken everything; TimeoutError as in `drain`."""
+        streams = self._link.channel.streams
+        await self.drain()
+        async with asyncio.timeout(WRITE_STALL_S):
+            while streams.compute_send_room(self._stream_id) < CHANNEL_SEND_QUEUE_LIMIT_BYTES:
+                await self._link.wait_written()
+
+    async def end(self) -> None:
+        """The answer is complete."""
+        await self.drain()
+        self._link.channel.streams.send_data(self._stream_id, b"", is_last=True)
+        self._link.advance()
+
+
+class ServedTunnel:
+    """One tunnel of a consumer: its streams become requests, each answered by a task of its own."""
+
+    def __init__(self, tunnels: TunnelServer, client_address: str) -> None:
+        self._tunnels = tunnels
+        self._loop = asyncio.get_running_loop()
+        self._client_address = client_address
+        self._channel = tunnels.build_channel(self._loop.time())
+        self._streams: dict[int, ServedStream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pair_id = b""
+        self.pairing_id: str | None = None  # once the consumer has proved who it is
+
+    async def run(self, socket: FrameSocket) -> None:
+        """Serves until the channel ends; what still runs for it is cancelled then."""
+        self._link = ChannelLink(self._channel, socket, self._take_in)
+        try:
+            await self._link.run()
+        finally:
+            self._tunnels.forget(self)
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+
+    def revoke(self) -> None:
+        """Ends it now: the consumer may no longer ask."""
+        self._channel.close(ErrorCode.REVOKED)
+        self._link.advance()
+
+    def shut_down(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Takes no more requests; those that run may finish within `grace_s`."""
+        self._channel.shut_down(self._loop.time(), grace_s)
+        self._link.advance()
+
+    def _take_in(self, event: ChannelEvent) -> None:
+        if isinstance(event, StreamOpened):
+            self._open(event)
+        elif isinstance(event, StreamData):
+            self._receive(event)
+        elif isinstance(event, StreamReset):
+            stream = self._streams.pop(event.stream_id, None)
+            if stream is not None and stream.task is not None:
+                stream.task.cancel()
+        elif isinstance(event, StreamEnded):
+            self._streams.pop(event.stream_id, None)
+        elif isinstance(event, StreamWritable):
+            stream = self._streams.get(event.stream_id)
+            if stream is not None:
+                stream.wake()
+        elif isinstance(event, ChannelEstablished):
+            self._pair_id = event.pair_id
+            self.pairing_id = self._tunnels.note_established(self, event.pair_id)
+        elif isinstance(event, ChannelClosed):
+            _tunnel_logger.debug("tunnel from %s: %s %s", self._client_address, event.reason.value, event.detail)
+
+    def _open(self, opened: StreamOpened) -> None:
+        stream = self._streams[opened.stream_id] = ServedStream(opened)
+        stream.task = asyncio.create_task(self._serve(stream), name="tunnel request")
+        self._tasks.add(stream.task)
+        stream.task.add_done_callback(self._tasks.discard)
+
+    def _receive(self, event: StreamData) -> None:
+        """Keeps what comes of a request's body, within the limits; the rest is read and forgotten."""
+        stream = self._streams.get(event.stream_id)
+        self._channel.streams.consume(event.stream_id, len(event.data))
+        if stream is None:
+            return
+        held = sum(len(each.body) for each in self._streams.values())
+        if len(stream.body) + len(event.data) > FOREIGN_BODY_LIMIT_BYTES or held > TUNNEL_BODIES_LIMIT_BYTES:
+            stream.is_refused = True
+            stream.body.clear()
+        if not stream.is_refused:
+            stream.body += event.data
+        stream.has_body = event.is_last
+        stream.wake()
+
+    async def _serve(self, stream: ServedStream) -> None:
+        started_at_s, stream_id = self._loop.time(), stream.opened.stream_id
+        try:
+            request, response = await self._answer(stream)
+            try:
+                await self._send(stream, response, request.request_id)
+            finally:
+                await close_body(response.body)
+            log_request(request, response.status, self._loop.time() - started_at_s)
+        except StreamGoneError:
+            pass  # its consumer is
+        except TimeoutError:
+            _tunnel_logger.info("a reader in a tunnel from %s took nothing: stream ended", self._client_address)
+            self._reset(stream_id, ErrorCode.LIMIT)
+        except Exception:
+            _tunnel_logger.exception("internal error in a tunnel")
+            self._reset(stream_id, ErrorCode.INTERNAL)
+
+    async def _answer(self, stream: ServedStream) -> tuple[HttpRequest, HttpResponse]:
+        """The request, and what the handler or a limit answers to it."""
+        refusal: BridgeError | None = None
+        try:
+            await self._read_body(stream)
+        except BridgeError as error:
+            refusal = error
+        pairing = self._tunnels.find_pairing(self._pair_id)
+        request = self._build_request(stream, pairing)
+        if pairing is None:
+            refusal = SignatureError()
+        elif ACCESS_TABLE[request.caller][classify_route(request.path)] is not Access.ALLOWED or (
+            classify_route(request.path) not in _TUNNEL_ROUTES
+        ):
+            refusal = ForbiddenError("this route is not for tunnels")
+        if refusal is not None:
+            return request, build_error_response(refusal)
+        return request, await answer_request(self._tunnels.handler, request)
+
+    async def _read_body(self, stream: ServedStream) -> None:
+        started_at_s = self._loop.time()
+        while not (stream.has_body or stream.is_refused):
+            earned_s = len(stream.body) / BODY_RATE_FLOOR_BYTES_PER_S
+            try:
+                async with asyncio.timeout_at(started_at_s + BODY_DEADLINE_S + earned_s):
+                    await stream.wait()
+            except TimeoutError:
+                raise RequestTimeoutError("the request took too long to arrive") from None
+        if stream.is_refused:
+            raise ContentTooLargeError(f"the body is larger than {FOREIGN_BODY_LIMIT_BYTES // MIB} MiB")
+
+    def _build_request(self, stream: ServedStream, pairing: Pairing | None) -> HttpRequest:
+        opened = stream.opened
+        headers = Headers((*opened.headers, ("x-dvai-forwarded", "1")))  # tunnels end here: nothing goes on from one
+        body, stream.body = bytes(stream.body), bytearray()
+        return HttpRequest(
+            method=opened.method,
+            path=opened.path,
+            raw_path=opened.path,
+            query="",
+            headers=headers,
+            body=body,
+            client_address=self._client_address,
+            is_loopback=False,
+            is_tls=True,
+            caller=Caller.PAIRED,
+            request_id=choose_request_id(headers),
+            pairing=pairing,
+        )
+
+    async def _send(self, stream: ServedStream, response: HttpResponse, request_id: str) -> None:
+        streams, stream_id, body = self._channel.streams, stream.opened.stream_id, response.body
+        fields = [*response.headers, ("x-request-id", request_id)]
+        streams.send_head(stream_id, response.status, fields, is_last=not body)
+        self._link.advance()
+        sink = StreamSink(self._link, stream)
+        try:
+            if isinstance(body, bytes):
+                sink.write(body)
+            else:
+                await pour(body, sink)
+        except StreamGoneError:
+            raise
+        except BridgeError as error:
+            _tunnel_logger.info("answer of request %s torn off: %s", request_id, error.code or error.type)
+            await sink.wait_sent()  # what it said before is still to arrive
+            self._reset(stream_id, ErrorCode.INTERNAL)
+        else:
+            if body:
+                await sink.end()
+
+    def _reset(self, stream_id: int, code: ErrorCode) -> None:
+        if self._streams.pop(stream_id, None) is not None:
+            self._channel.streams.reset(stream_id, self._loop.time(), code)
+            self._link.advance()
+
+
+class TunnelServer:
+    """The provider's end of all tunnels. A consumer that is not paired, or no more, learns nothing but that."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        handler: Handler,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self.handler = handler
+        self._identity = identity
+        self._store = store
+        self._clock_ms = clock_ms
+        self._random = random
+        self._decoy: KeyPair | None = None
+        self._served: dict[ServedTunnel, None] = {}  # oldest first
+        self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
+        if store is not None:
+            store.subscribe(self._note_pairing)
+
+    async def accept(self, request: HttpRequest) -> HttpResponse:
+        """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is."""
+        served = ServedTunnel(self, request.client_address)
+        return accept_websocket(request, served.run, subprotocols=(TUNNEL_SUBPROTOCOL,), on_stop=served.shut_down)
+
+    # -- what a tunnel calls --
+
+    def build_channel(self, now_s: float) -> Channel:
+        """The responder's channel of a new connection."""
+        backend = choose_crypto_backend()
+        if self._decoy is None:
+            self._decoy = build_key_pair(self._random(KEY_BYTES), backend)
+        ephemeral = build_key_pair(self._random(KEY_BYTES), backend)
+        handshake = ResponderHandshake(self._find_terms, decoy=self._decoy, ephemeral=ephemeral, backend=backend)
+        return Channel(handshake, now=now_s)
+
+    def find_pairing(self, pair_id: bytes) -> Pairing | None:
+        """The pairing by which a consumer may ask now, its use noted."""
+        now_ms = self._clock_ms()
+        pairing = None if self._store is None else self._store.find_link(pair_id, now_ms)
+        if pairing is not None and self._store is not None:
+            self._store.note_use(pairing, now_ms)
+        return pairing
+
+    def note_established(self, served: ServedTunnel, pair_id: bytes) -> str | None:
+        """A consumer has proved who it is: the pairing is active, and its oldest tunnel makes room."""
+        pairing = self.find_pairing(pair_id)
+        if pairing is None or self._store is None:  # revoked during the handshake
+            self._served[served] = None
+            served.revoke()
+            return None
+        self._store.activate(pairing, PairingDirection.INBOUND)
+        others = [each for each in self._served if each.pairing_id == pairing.pairing_id]
+        for each in others[: max(len(others) - TUNNELS_PER_PAIRING_LIMIT + 1, 0)]:
+            each.shut_down(0.0)
+        self._served[served] = None
+        return pairing.pairing_id
+
+    def forget(self, served: ServedTunnel) -> None:
+        """A tunnel has ended."""
+        self._served.pop(served, None)
+
+    def _find_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms | None:
+        pairing = None if self._store is None else self._store.find_link(pair_id, self._clock_ms())
+        if mode is not HandshakeMode.RESUME or pairing is None:
+            return None
+        link, identity_key = pairing.inbound_link, pairing.identity_key
+        if link is None or identity_key is None:
+            return None
+        return build_resume_terms(
+            pair_id=link.pair_id,
+            initiator_device_id=pairing.device_id,
+            responder_device_id=self._identity.device_id,
+            static=build_static_key(self._identity, choose_crypto_backend()),
+            remote_static=parse_base64url(identity_key),
+            psk=link.resume_psk,
+        )
+
+    def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
+        """A device that may no longer use this one, or must prove itself anew, loses its tunnels."""
+        if before is None or not has_lost_access(before, after, PairingDirection.INBOUND):
+            return
+        for served in list(self._served):
+            if served.pairing_id == before.pairing_id:
+                served.revoke()
 
 
 # ---- Routes ---------------------------------------------------------------------------
@@ -24475,16 +29796,16 @@ class Offloading:
         *,
         policy: OffloadPolicy,
         monitor: PeerMonitor,
-        client: HttpClient,
+        client: PeerClient,
         list_local: Callable[[], Sequence[LocalModel]],
-        sign: Callable[[Peer, str, str, bytes], Sequence[tuple[str, str]]],
+        find_pairing: Callable[[Peer], Pairing | None],
         on_offload: Callable[[Peer], None] | None = None,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
     ) -> None:
         self._chooser = RouteChooser(policy)
         self._monitor = monitor
         self._list_local = list_local
-        self._sign = sign
+        self._find_pairing = find_pairing
         self._on_offload = on_offload
         self._count_attempt = note_attempt
         self._client = client
@@ -24515,7 +29836,7 @@ class Offloading:
         targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
         if targets:
             note_end = functools.partial(self._note_end, account)
-            forwarder = Forwarder(self._client, on_attempt=self._note_attempt, on_end=note_end)
+            forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end)
             forwarded = await forwarder.forward(
                 ForwardRequest(form=form, body=body, request_id=request.request_id), targets
             )
@@ -24538,6 +29859,7 @@ class Offloading:
     def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
         peer, route = target.peer, target.route
         assert peer is not None and route is not None  # those of this device are not forwarded
+        pairing = self._find_pairing(peer)
         return ForwardTarget(
             device_id=peer.device_id,
             device_name=peer.device_name,
@@ -24547,7 +29869,8 @@ class Offloading:
             reason=reason,
             substituted_for=target.substituted_for,
             prefill_tok_per_s=target.prefill_tok_per_s,
-            sign=functools.partial(self._sign, peer),
+            transport="" if pairing is None else pairing.transport,
+            send=functools.partial(self._client.request_paired, pairing),
         )
 
     def _note_attempt(self, attempt: Attempt) -> None:
@@ -24679,6 +30002,7 @@ class DeviceService:
         upstreams: UpstreamBackend | None = None,
         get_speeds: Callable[[], Awaitable[Mapping[str, LocalSpeed]]],
         desk: PairingDesk,
+        prompts: PairingPrompts,
         store: PairingStore | None,
         monitor: PeerMonitor | None,
         clock_ms: Callable[[], int],
@@ -24688,6 +30012,7 @@ class DeviceService:
         self._upstreams = upstreams
         self._get_speeds = get_speeds
         self._desk = desk
+        self._prompts = prompts
         self._store = store
         self._monitor = monitor
         self._clock_ms = clock_ms
@@ -24717,6 +30042,7 @@ class DeviceService:
         }
         if request.is_known_caller:
             health |= {"deviceId": self._identity.device_id, "deviceName": self._identity.device_name}
+            health["noise"] = NOISE_PART_VERSION
         if request.is_known_caller and current is not None:
             health["queue"] = local.build_queue()
             health["loadProgress"] = round(current.engine.progress, 3)
@@ -24762,9 +30088,8 @@ class DeviceService:
 
     async def shake_hands(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/handshake`: another device asks to use this one; ends when its user hangs up."""
-        return build_json_response(
-            await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
-        )
+        reply = await self._desk.answer(request.body, address=request.client_address, signer=request.pairing)
+        return build_json_response(reply.document, status=reply.status)
 
     async def list_pairings(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/pairings`: what is kept, and what waits for an answer."""
@@ -24772,7 +30097,7 @@ class DeviceService:
         await store.refresh()
         now_ms = self._clock_ms()
         pairings = [build_pairing_json(each, store.get_state(each, now_ms)) for each in store.pairings]
-        pending = [build_pairing_request_json(each) for each in self._desk.pending]
+        pending = [build_pairing_request_json(each) for each in self._prompts.pending]
         return build_json_response({"pairings": pairings, "pending": pending})
 
     async def request_pairing(self, request: HttpRequest) -> HttpResponse:
@@ -24788,12 +30113,14 @@ class DeviceService:
         return build_json_response({"paired": True, "pairing": build_pairing_json(pairing, state)})
 
     async def answer_pairing(self, request: HttpRequest) -> HttpResponse:
-        """`POST /v1/dvai/pairings/{id}/approve` or `/deny`."""
+        """`POST /v1/dvai/pairings/{id}/approve {code?}` or `/deny`."""
         request_id, _, word = request.path.rpartition("/pairings/")[2].partition("/")
         if word not in ("approve", "deny"):
             raise RouteNotFoundError(f"there is no {request.path}; a request to pair takes /approve and /deny")
-        if not self._desk.respond(request_id, word == "approve"):
-            raise PairingNotFoundError("no device waits under this id; `pair list` shows those that do")
+        code = request.parse_body().get("code")
+        if not (code is None or isinstance(code, str)):
+            raise InvalidRequestError("code must be a text of six digits", param="code")
+        self._prompts.respond(request_id, word == "approve", code)
         return build_json_response({"id": request_id, "approved": word == "approve"})
 
     async def revoke_pairing(self, request: HttpRequest) -> HttpResponse:
@@ -25335,6 +30662,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         )
     if offload.device_name is not None:
         identity = replace(identity, device_name=offload.device_name)
+    identity = replace(identity, seed=load_seed(offload) or identity.seed)
     pairings = PairingStore(
         directories.data,
         device_id=identity.device_id,
@@ -25346,6 +30674,16 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         bridge_log.error("pairing is off: %s", exc)
         return DeviceState(identity=identity, control_token=token, pairings=None)
     return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def load_seed(offload: OffloadConfig) -> str | None:
+    """The seed that the environment or a file gives. Blocks for the disk. UsageError."""
+    if offload.seed is not None or offload.seed_file is None:
+        return offload.seed
+    try:
+        return parse_seed(read_option_file("--seed-file", offload.seed_file).strip())
+    except ValueError as exc:
+        raise UsageError(f"--seed-file {offload.seed_file}: {exc}") from exc
 
 
 def choose_lan_host() -> str:
@@ -25377,19 +30715,25 @@ class Devices:
         self.identity = state.identity
         self.store = state.pairings
         self.is_open = config.lan or offload.advertise_lan
+        policy, legacy_policy = PairingPolicy(offload.pairing), PairingPolicy(offload.legacy_pairing)
+        self.prompts = PairingPrompts(
+            policy=policy,
+            legacy_policy=legacy_policy,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
         self.desk = PairingDesk(
             identity=state.identity,
             store=state.pairings if self.is_open else None,
-            policy=PairingPolicy(offload.pairing),
-            legacy_policy=PairingPolicy(offload.legacy_pairing),
-            clock_ms=read_clock_ms,
-            on_pairing_request=offload.on_pairing_request,
-            is_operated=is_operated,
+            policy=policy,
+            legacy_policy=legacy_policy,
+            prompts=self.prompts,
         )
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
         self._offload = offload
         self._server: HttpServer | None = None
         self._client: HttpClient | None = None
+        self._peer_client: PeerClient | None = None
         self._initiator: PairingInitiator | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._discovery: Discovery | None = None
@@ -25404,19 +30748,19 @@ class Devices:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
+        self._peer_client = PeerClient(client, identity=self.identity, store=self.store, app_id=offload.app_id)
         if self.store is not None:
             self._initiator = PairingInitiator(
                 identity=self.identity,
                 app_id=offload.app_id,
                 store=self.store,
                 post=build_handshake_post(client),
-                clock_ms=read_clock_ms,
+                prompts=self.prompts,
                 legacy_policy=PairingPolicy(offload.legacy_pairing),
             )
         self.monitor = PeerMonitor(
             identity=self.identity,
-            app_id=offload.app_id,
-            client=client,
+            client=self._peer_client,
             store=self.store,
             initiator=self._initiator,
             known_peers=[each if isinstance(each, Peer) else build_static_peer(each) for each in offload.known_peers],
@@ -25430,9 +30774,9 @@ class Devices:
                 substitute_quant=offload.substitute_quant,
             ),
             monitor=self.monitor,
-            client=client,
+            client=self._peer_client,
             list_local=list_local,
-            sign=self._sign,
+            find_pairing=self._find_pairing,
             on_offload=self._note_offload,
             note_attempt=note_attempt,
         )
@@ -25441,22 +30785,15 @@ class Devices:
         if self._offload.on_offload is not None:
             self._notifier.tell(self._offload.on_offload, peer)
 
-    def _sign(self, peer: Peer, method: str, path: str, body: bytes) -> Sequence[tuple[str, str]]:
-        """The fields that prove to a peer who asks; none for one that we are not paired with."""
+    def _find_pairing(self, peer: Peer) -> Pairing | None:
+        """The pairing by which a peer may be used, its use noted."""
+        if self.store is None:
+            return None
         now_ms = read_clock_ms()
-        pairing = None if self.store is None else self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
-        if pairing is None or self.store is None:
-            return ()
-        self.store.note_use(pairing, now_ms)
-        return sign_request(
-            pairing,
-            self.identity,
-            app_id=self._offload.app_id,
-            method=method,
-            path=path,
-            body=body,
-            now_ms=now_ms,
-        )
+        pairing = self.store.find_outbound(peer.device_id, peer.base_url, now_ms)
+        if pairing is not None:
+            self.store.note_use(pairing, now_ms)
+        return pairing
 
     def _list_own_urls(self) -> list[str]:
         """Base URLs under which this bridge answers: a peer there is ourselves."""
@@ -25548,7 +30885,7 @@ class Devices:
 
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
-        self.desk.close()
+        self.deny_waiting()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -25559,6 +30896,8 @@ class Devices:
             await self.monitor.close()
         if self._initiator is not None:
             await self._initiator.close()
+        if self._peer_client is not None:
+            await self._peer_client.close()
         if self._client is not None:
             await self._client.close()
         if self.store is not None:
@@ -25566,6 +30905,11 @@ class Devices:
                 await self.store.close()
             except StorageError as exc:
                 bridge_log.warning("%s", exc)
+
+    def deny_waiting(self) -> None:
+        """Nobody pairs any more: the bridge closes."""
+        self.prompts.close()
+        self.desk.close()
 
     def _end_revoked(self, before: Pairing | None, after: Pairing | None) -> None:
         """A device that may no longer use this one, or must prove itself anew, loses what runs for it."""
@@ -25889,7 +31233,7 @@ class DVAI:
             self._opening.cancel()
             await asyncio.wait([self._opening])
         if self.devices is not None:
-            self.devices.desk.close()
+            self.devices.deny_waiting()
         if self._server is not None:
             await self._server.stop()
         if self._closing is None:
@@ -25911,11 +31255,12 @@ class DVAI:
             notifier=self._notifier,
             note_attempt=self._metrics.note_attempt,
         )
-        tables = self._build_routes(devices)
 
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
+        tunnels = TunnelServer(identity=devices.identity, store=devices.store, handler=handle)
+        tables = (*self._build_routes(devices), tunnels.routes)
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
@@ -25944,6 +31289,7 @@ class DVAI:
             upstreams=self.upstreams,
             get_speeds=self.host.get_speeds,
             desk=devices.desk,
+            prompts=devices.prompts,
             store=devices.store,
             monitor=devices.monitor,
             clock_ms=read_clock_ms,
@@ -26043,7 +31389,7 @@ class DVAI:
 
         Ends when the bridge closes. Whoever reads them is somebody who may be asked, as `on_pairing_request` is.
         """
-        return self._get_devices().desk.requests()
+        return self._get_devices().prompts.requests()
 
     # Parts
 
@@ -26349,6 +31695,7 @@ STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
+PAIR_POLL_S = 0.5  # how long a code waits to be shown
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -26456,6 +31803,8 @@ def build_parser() -> CommandParser:
     pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
     pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
     pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("--code", metavar="123456", help="request, approve: the code that the other device shows")
+    pair.add_argument("--yes", action="store_true", help="request: do not compare codes (on networks of your own)")
     pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -26702,7 +32051,7 @@ async def serve_until_stopped(command: Command) -> int:
     try:
         await bridge.start()
         print(f"listening on {bridge.base_url}", flush=True)
-        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        if is_on_terminal():
             tasks.append(asyncio.create_task(ask_on_terminal(bridge), name="prompt"))
         loading = asyncio.create_task(bridge.host.wait_loaded(), name="loading")
         tasks.append(loading)
@@ -26719,6 +32068,11 @@ async def serve_until_stopped(command: Command) -> int:
         await closing
         await finish_tasks(hurrying, *tasks)
     return 0
+
+
+def is_on_terminal() -> bool:
+    """Whether there is somebody who sees a question and can answer it."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 class TerminalLines:
@@ -27029,28 +32383,96 @@ def run_pair(command: Command) -> int:
         status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
         return read_bridge_answer(status, answer, f"pair {action}")
 
-    if action == "request" and target:
-        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
-        return show_pairings(
-            command, [ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S)["pairing"]], []
-        )
+    if action == "request":
+        return request_pairing(command, ask)
     listed = ask("/dvai/pairings")
     if action == "list":
         return show_pairings(command, listed["pairings"], listed["pending"])
-    if action == "request":
-        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
     fitting = listed["pairings"] if action == "revoke" else listed["pending"]
     chosen = choose_pairing_id(fitting, action, target)
     if action == "revoke":
         answer = ask(f"/dvai/pairings/{chosen}", method="DELETE")
     else:
-        answer = ask(f"/dvai/pairings/{chosen}/{action}", {})
+        entry = next(each for each in fitting if each["id"] == chosen)
+        action, body = ("deny", {}) if action == "deny" else choose_approval(command, entry)
+        answer = ask(f"/dvai/pairings/{chosen}/{action}", body)
     if command.json:
         show_json(answer)
     else:
         name = next(str(each["deviceName"]) for each in fitting if each["id"] == chosen)
         print({"revoke": "revoked", "approve": "approved", "deny": "denied"}[action], display_name(name))
     return 0
+
+
+def choose_approval(command: Command, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """How a waiting request is answered, with which body: by the code as typed, or as the user says who compares it.
+
+    UsageError where there is nobody who could.
+    """
+    typed, is_incoming_legacy = command.arguments.code, not (entry["isSecure"] or entry["isOutgoing"])
+    if typed is not None or is_incoming_legacy:
+        return "approve", {} if typed is None else {"code": typed}
+    if entry["isSecure"] and entry["code"] is None:
+        raise BridgeError("pair: another request is on the screen; answer that one first (`pair list`)")
+    if not (command.arguments.yes or is_on_terminal()):
+        raise UsageError(f"pair approve {entry['id']} --code 123456: the code that the other device shows")
+    is_same = command.arguments.yes or input(f"{entry['question']} [y/N] ").strip().lower() in ("y", "yes")
+    return ("approve", {"code": entry["code"]}) if is_same else ("deny", {})
+
+
+def request_pairing(command: Command, ask: Callable[..., Any]) -> int:
+    """`pair request`: ask a device for leave to use it, and let the user compare the code."""
+    target = command.arguments.target
+    if not target:
+        raise UsageError("pair request PEER: the base URL, id or name of the device to ask (`peers` lists them)")
+    if command.arguments.code is None:
+        print(f"asking {display_name(target)}; its user has to approve it there", file=sys.stderr, flush=True)
+        return wait_paired(command, ask, target)
+    waiting = [each for each in ask("/dvai/pairings")["pending"] if is_request_to(each, target)]
+    if not waiting:
+        raise BridgeError(f"pair request: no code of {display_name(target)} waits; begin without --code")
+    ask(f"/dvai/pairings/{waiting[0]['id']}/approve", {"code": command.arguments.code})
+    return wait_paired(command, ask, target)
+
+
+def is_request_to(entry: Mapping[str, Any], target: str) -> bool:
+    """Whether a waiting request is that of this device to `target`: a URL, an id or a name."""
+    names = {entry["id"], entry["deviceId"], entry["deviceName"], entry["address"]}
+    with contextlib.suppress(ValueError):
+        target = parse_base_url(target) if "://" in target else target
+    return bool(entry["isOutgoing"]) and target in names
+
+
+def wait_paired(command: Command, ask: Callable[..., Any], target: str) -> int:
+    """Until both users have answered: shows the code here as soon as there is one."""
+    asked: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def request() -> None:
+        try:
+            asked.set_result(ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S))
+        except BridgeError as exc:
+            asked.set_exception(exc)
+
+    threading.Thread(target=request, name="pair request", daemon=True).start()
+    is_answered = command.arguments.code is not None
+    while not is_answered and not concurrent.futures.wait([asked], PAIR_POLL_S).done:
+        for entry in ask("/dvai/pairings")["pending"]:
+            is_ready = entry["code"] is not None or not entry["isSecure"]
+            if is_request_to(entry, target) and is_ready and not is_answered:
+                answer_own_request(command, ask, entry)
+                is_answered = True
+    return show_pairings(command, [asked.result()["pairing"]], [])
+
+
+def answer_own_request(command: Command, ask: Callable[..., Any], entry: Mapping[str, Any]) -> None:
+    """Let the user compare the code of a request of this device; without a terminal, say how."""
+    if not (command.arguments.yes or is_on_terminal()):
+        way = f"pair approve {entry['id']}" + (" --code CODE" if entry["isSecure"] else "")
+        print(f"{entry['question']} Then: {command.program} {way}", file=sys.stderr, flush=True)
+        return
+    word, body = choose_approval(command, entry)
+    with contextlib.suppress(BridgeError):  # it is over already: the request itself says how
+        ask(f"/dvai/pairings/{entry['id']}/{word}", body)
 
 
 def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
@@ -27092,14 +32514,13 @@ def show_pairings(command: Command, pairings: Sequence[Mapping[str, Any]], pendi
         show_json({"pairings": pairings, "pending": pending})
         return 0
     for each in pending:
-        print(
-            f"{each['id']}  {display_name(each['deviceName'])} at {each['address']} wants to use this device: "
-            f"`pair approve {each['id']}`"
-        )
+        way = " --code CODE" if each["isSecure"] else ""
+        print(f"{each['id']}  {each['question']}\n{'':10}`pair approve {each['id']}{way}` or `pair deny {each['id']}`")
     for each in pairings:
         rights = {(True, True): "each may use the other", (True, False): "may use this device"}
         right = rights.get((each["mayUseUs"], each["mayBeUsed"]), "may be used from here")
-        marks = ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
+        marks = "" if each["isSecure"] else ", by a readable key"
+        marks += ", no longer recognised there" if each["isMarkedUnauthorized"] else ""
         print(
             f"{each['id']}  {display_name(each['deviceName'])}  {each['state']}, {right}{marks}  ({each['deviceId']})"
         )
@@ -27115,6 +32536,7 @@ def run_doctor(command: Command) -> int:
         probe_storage(command),
         probe_port(),
         *probe_packages(),
+        probe_encryption(),
         probe_memory(),
         probe_hardware(),
         asyncio.run(probe_builtin_engine()),
@@ -27163,6 +32585,15 @@ def probe_packages() -> list[Finding]:
             detail += f"; it gives {optional.gives}. Without it: {optional.without}"
         findings.append(Finding(subject=optional.package, verdict=verdict, detail=detail, mend=mend))
     return findings
+
+
+def probe_encryption() -> Finding:
+    """Who computes the secure channel's cryptography."""
+    backend, obstacle = probe_crypto_backend()
+    if obstacle is None:
+        return Finding(subject="encryption", verdict="ok", detail=f"by the package {backend.name}")
+    detail = f"by our own code, which is not constant-time, since the package cryptography {obstacle}"
+    return Finding(subject="encryption", verdict="note", detail=detail)
 
 
 def probe_memory() -> Finding:

@@ -1,4 +1,4 @@
-"""The two tiers and what each may skip: any other skip fails the run.
+"""The two tiers and what each may skip: any other skip fails the run. And the fixture of both crypto backends.
 
 `make test` needs Python and pip only; `make test-all` (DVAI_TEST_ALL=1) skips nothing but what the system lacks.
 """
@@ -6,14 +6,20 @@
 import os
 
 import pytest
+from support import require
+
+import dvai_bridge
 
 SKIPPED_WITHOUT_PACKAGES = {
+    "needs the package cryptography",
     "needs the package gguf",
     "needs the package jinja2",
     "needs the package langchain_openai",
     "needs the package llama_cpp",
     "needs the package numpy",
     "needs the package prometheus_client",
+    "needs the package python_socks",
+    "needs the package websockets",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama-server (DVAI_LLAMA_SERVER)",
     "needs llama.cpp's vocabularies (DVAI_LLAMA_SOURCE)",
@@ -38,6 +44,8 @@ SKIPPED_BY_SYSTEM = {
     "POSIX links, FIFOs and limits",
 }
 EXPECTED = SKIPPED_BY_SYSTEM if os.environ.get("DVAI_TEST_ALL") == "1" else SKIPPED_BY_SYSTEM | SKIPPED_WITHOUT_PACKAGES
+
+CRYPTO_BACKENDS = {"own": dvai_bridge.OwnBackend, "cryptography": dvai_bridge.CryptographyBackend}
 
 unexpected: set[str] = set()
 
@@ -66,3 +74,11 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter):
     for skip in sorted(unexpected):
         terminalreporter.write_line(f"skipped, which this tier does not expect: {skip}", red=True)
+
+
+@pytest.fixture(params=CRYPTO_BACKENDS)
+def crypto_backend(request):
+    """Each test that takes it runs with both."""
+    if request.param == "cryptography":
+        require("cryptography")
+    return CRYPTO_BACKENDS[request.param]()

@@ -596,6 +596,16 @@ BROKEN_ANSWERS = [
 ]  # fmt: skip
 
 
+def test_a_change_of_protocol_that_was_asked_for_leaves_the_rest():
+    data = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nHTTP/1.1 and more"
+    for cut in range(len(data) + 1):
+        parser = ResponseParser("GET", may_upgrade=True)
+        assert parser.receive(data[:cut]) + parser.receive(data[cut:]) == b""
+        assert parser.error is None and parser.is_complete and parser.head.status == 101
+        assert parser.head.headers.get("upgrade") == "x"
+        assert parser.take_rest() == b"HTTP/1.1 and more" and parser.take_rest() == b""
+
+
 @pytest.mark.parametrize(("data", "answer"), ANSWERS + BROKEN_ANSWERS, ids=lambda x: repr(x)[-60:])
 def test_answers(data, answer):
     assert read_answer(data) == answer

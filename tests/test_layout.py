@@ -71,6 +71,24 @@ def test_sections_use_only_names_from_above(module):
     assert find_forward_references((ROOT / module).read_text("utf-8")) == []
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_section_gives_a_name_of_another_a_second_meaning(module):
+    seen, twice = set(), []
+    for node in ast.parse((ROOT / module).read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        else:
+            continue
+        twice += [name for name in names if name in seen]
+        seen.update(names)
+    assert twice == []
+
+
 def test_the_proof_sees_a_forward_reference():
     source = "# ---- One ---\ndef f():\n    return g()\n# ---- Two ---\ndef g():\n    return 1\n"
     assert find_forward_references(source) == ["One: g is defined in Two"]

@@ -444,9 +444,15 @@ class Peers:
         for server in self.servers:
             await server.__aenter__()
             server.committed = asyncio.Event()
-        self.forwarder = Forwarder(self.client, on_attempt=self.note, on_end=self.reports.append, budgets=self.budgets)
+        self.forwarder = Forwarder(on_attempt=self.note, on_end=self.reports.append, budgets=self.budgets)
         self.targets = [
-            ForwardTarget(device_id=f"peer-{n}", device_name=f"Peer {n}", base_url=server.url + "/v1", model_id=f"m{n}")
+            ForwardTarget(
+                device_id=f"peer-{n}",
+                device_name=f"Peer {n}",
+                base_url=server.url + "/v1",
+                model_id=f"m{n}",
+                send=self.client.request,
+            )
             for n, server in enumerate(self.servers)
         ]
         return self
@@ -712,14 +718,15 @@ def test_a_peer_that_fails_after_content_is_an_error_not_a_short_answer(name, fi
 def test_what_travels_and_what_does_not():
     key = dvai_bridge.generate_pairing_key()
 
-    def sign(method, path, body):
-        return dvai_bridge.build_signed_headers(
-            pairing_key=key, device_id="us", app_id=None, nonce="n", method=method, path=path, body=body
-        )
-
     async def work(peers):
+        def send(method, url, *, headers, body, **options):
+            signed = dvai_bridge.build_signed_headers(
+                pairing_key=key, device_id="us", app_id=None, nonce="n", method=method, path=url.target, body=body
+            )
+            return peers.client.request(method, url, headers=[*headers, *signed], body=body, **options)
+
         target = dvai_bridge.replace(
-            peers.targets[0], sign=sign, reason="the best one", substituted_for="名", device_id="id é"
+            peers.targets[0], send=send, reason="the best one", substituted_for="名", device_id="id é"
         )
         body = CHAT | {"temperature": 1.0, "logit_bias": {"9": 1, "10": 2}, "stream": False}
         forwarded = await peers.ask(body, targets=[target])
@@ -922,5 +929,5 @@ def test_embeddings_that_are_none_are_asked_for_elsewhere(data):
 
 
 def test_nothing_secret_is_shown():
-    target = ForwardTarget(device_id="a", device_name="b", base_url="http://x/v1", model_id="m", sign=lambda *_: ())
-    assert "sign" not in repr(target)
+    target = ForwardTarget(device_id="a", device_name="b", base_url="http://x/v1", model_id="m", send=lambda *_: None)
+    assert "send" not in repr(target)

@@ -26,8 +26,11 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
+    PairingLink,
+    PairingPolicy,
     PairingStore,
     Peer,
+    PeerClient,
     PeerHealth,
     PeerIntervals,
     PeerMonitor,
@@ -52,7 +55,7 @@ from dvai_bridge import (
     verify_hmac,
 )
 
-OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here")
+OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here", seed="A" * 43)
 KEY = "A" * 42 + "E"  # 32 bytes
 M = "Llama-3.2-3B-Instruct-Q4_K_M"
 HEALTH = {"status": "ok", "version": "4.0.0", "uptimeSec": 7, "currentModelId": M}
@@ -97,6 +100,9 @@ def test_a_health_answer():
         ({"currentModelId": "x" * 257}, "current_model_id", None),
         ({"currentModelId": None}, "current_model_id", None),
         ({"queue": None}, "queue", None),
+        ({"noise": 1}, "speaks_noise", True),
+        ({"noise": 2}, "speaks_noise", False),
+        ({"noise": [1]}, "speaks_noise", False),
         ({"queue": {"running": 1, "waiting": -1, "slots": 1}}, "queue", None),
         ({"queue": {"running": 1, "waiting": 1.5, "slots": 1}}, "queue", None),
         ({"queue": {"running": True, "waiting": 1, "slots": 1}}, "queue", None),
@@ -441,16 +447,18 @@ async def monitoring(directory, *peers, pairings=(), **options):
     for pairing in pairings:
         await store.add(pairing)
     client = HttpClient()
+    peer_client = PeerClient(client, identity=OWN, store=store, app_id=None)
     initiator = PairingInitiator(
         identity=OWN,
         app_id=None,
         store=store,
         post=build_handshake_post(client),
         clock_ms=lambda: time.time_ns() // 1_000_000,
+        legacy_policy=PairingPolicy.ALLOW,
     )
     monitor = PeerMonitor(
         identity=OWN,
-        client=client,
+        client=peer_client,
         store=store,
         initiator=initiator,
         known_peers=peers,
@@ -463,6 +471,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
     finally:
         await monitor.close()
         await initiator.close()
+        await peer_client.close()
         await client.close()
     await until(lambda: asyncio.all_tasks() <= before, "every task has ended")
 
@@ -496,6 +505,30 @@ def test_a_paired_peer_becomes_ready(tmp_path):
             assert all(signed and headers.get("x-dvai-forwarded") == "1" for _, _, headers, signed in peer.requests)
             await until(lambda: peer.count("/v1/dvai/health") > 5, "health is asked again and again")
             assert peer.count("/v1/models") == 1 and peer.count("/v1/dvai/capability") == 1
+
+    asyncio.run(run())
+
+
+def test_a_pending_pairing_is_active_once_the_peer_answers_by_it(tmp_path):
+    async def run():
+        link = PairingLink(pair_id=bytes(16), resume_psk=bytes(32), room=bytes(16), pending_until_ms=2**50)
+        async with LoopbackPeer() as peer:
+            pending = replace(build_pairing(peer.base_url), outbound_link=link, speaks_noise=True)
+            async with monitoring(tmp_path, pairings=[pending]) as monitor:
+                await until_state(monitor, PeerState.READY)
+                (kept,) = monitor.store.pairings
+                assert kept.outbound_link == replace(link, pending_until_ms=None)
+
+    asyncio.run(run())
+
+
+def test_a_paired_peer_that_has_learnt_the_secure_channel_is_remembered_so(tmp_path):
+    async def run():
+        async with LoopbackPeer() as peer:
+            peer.health["noise"] = 1
+            async with monitoring(tmp_path, pairings=[build_pairing(peer.base_url)]) as monitor:
+                await until_state(monitor, PeerState.READY)
+                assert monitor.store.has_spoken_noise("id-studio")
 
     asyncio.run(run())
 
@@ -752,8 +785,9 @@ def test_without_a_store_nobody_is_paired(tmp_path):
     async def run():
         async with LoopbackPeer() as peer:
             client = HttpClient()
+            peer_client = PeerClient(client, identity=OWN, store=None, app_id=None)
             monitor = PeerMonitor(
-                identity=OWN, client=client, known_peers=[build_static_peer(peer.base_url)], intervals=INTERVALS
+                identity=OWN, client=peer_client, known_peers=[build_static_peer(peer.base_url)], intervals=INTERVALS
             )
             monitor.start()
             stranger = (await until_state(monitor, PeerState.REACHABLE, peer.base_url)).peer

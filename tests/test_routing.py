@@ -550,7 +550,7 @@ def test_a_refusal_without_an_engine():
     ("candidate", "says"),
     [
         (make_unpaired("x"), "not paired"),
-        (make_unpaired("x", handshake=Handshake.ASKING), "waits for approval there"),
+        (make_unpaired("x", handshake=Handshake.ASKING), "waits for approval"),
         (make_unpaired("x", handshake=Handshake.REFUSED), "not paired: refused or revoked"),
         (make_unpaired("x", handshake=Handshake.FAILED), "not paired: the handshake failed"),
         (make_candidate("x", 9), "below threshold"),

@@ -1,10 +1,11 @@
-"""What forwarding to a peer costs: direct, through the bridge and through nginx, in one run (Linux).
+"""What forwarding to a peer costs: direct, through nginx, through asyncio alone and through the bridge, in one run.
 
     python3 tests/bench/bench_forward.py [--requests 3000] [--seconds 5] [--bridge]
 
 A fast fake peer is asked for a short streamed answer again and again on one connection, then for streams of 100 events
-a second. The forwarder runs in a bare HTTP server and signs; with --bridge, in `serve --offload-only --peer`. Processor
-times are the kernel's own (schedstat), its work for the process included; compare them with nginx's in the same run.
+a second. `asyncio` copies bytes and knows no HTTP: the least that a Python proxy can cost. The forwarder runs in a bare
+HTTP server and signs; with --bridge, in `serve --offload-only --peer`. Linux: processor times are the kernel's own
+(schedstat), its work for the process included; compare them with nginx's in the same run.
 """
 
 import argparse
@@ -118,6 +119,43 @@ async def run_peer():
     await server.serve_forever()
 
 
+# -- bytes and nothing else --
+
+
+class Pipe(asyncio.Protocol):
+    """One end of a connection that is copied to another: what asyncio itself costs, knowing nothing of HTTP."""
+
+    def __init__(self, peer_port, other=None):
+        self.peer_port, self.other, self.early = peer_port, other, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+        if self.other is None:
+            connecting = asyncio.get_running_loop().create_connection(
+                lambda: Pipe(self.peer_port, self), "127.0.0.1", self.peer_port
+            )
+            self.connecting = asyncio.ensure_future(connecting)
+        else:
+            self.other.other = self
+            transport.write(self.other.early)
+
+    def data_received(self, data):
+        if self.other is None:
+            self.early += data
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, exc):
+        if self.other is not None:
+            self.other.transport.close()
+
+
+async def run_pipe(peer_port):
+    server = await asyncio.get_running_loop().create_server(lambda: Pipe(peer_port), "127.0.0.1", 0)
+    print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
 # -- the forwarder alone --
 
 
@@ -127,14 +165,17 @@ async def run_forwarder(base_url):
 
     key, me = dvai.generate_pairing_key(), "consumer-device-000000"
 
-    def sign(method, path, body):
-        nonce = dvai.generate_nonce(me, "peer", time.time_ns() // 1_000_000)
-        return dvai.build_signed_headers(
-            pairing_key=key, device_id=me, app_id="bench", nonce=nonce, method=method, path=path, body=body
-        )
+    client = dvai.HttpClient()
 
-    target = dvai.ForwardTarget(device_id="peer", device_name="Peer", base_url=base_url, model_id="model", sign=sign)
-    forwarder = dvai.Forwarder(dvai.HttpClient(), on_attempt=lambda attempt: None, on_end=lambda report: None)
+    def send(method, url, *, headers, body, **options):
+        nonce = dvai.generate_nonce(me, "peer", time.time_ns() // 1_000_000)
+        signed = dvai.build_signed_headers(
+            pairing_key=key, device_id=me, app_id="bench", nonce=nonce, method=method, path=url.target, body=body
+        )
+        return client.request(method, url, headers=[*headers, *signed], body=body, **options)
+
+    target = dvai.ForwardTarget(device_id="peer", device_name="Peer", base_url=base_url, model_id="model", send=send)
+    forwarder = dvai.Forwarder(on_attempt=lambda attempt: None, on_end=lambda report: None)
 
     async def handle(request):
         body = request.parse_body()
@@ -288,10 +329,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--bridge", action="store_true")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--pipe", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--forwarder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
         return asyncio.run(run_peer())
+    if arguments.pipe:
+        return asyncio.run(run_pipe(arguments.pipe))
     if arguments.forwarder:
         return asyncio.run(run_forwarder(arguments.forwarder))
     with (
@@ -303,12 +347,16 @@ def main():
         if shutil.which("nginx"):
             with start_nginx(folder, peer_port) as (port, pid):
                 show("nginx", port, pid, arguments, direct)
+        with start(sys.executable, str(Path(__file__).resolve()), "--pipe", str(peer_port)) as (port, pid):
+            show("asyncio", port, pid, arguments, direct)
         command = [str(Path(__file__).resolve()), "--forwarder", peer_url]
         if arguments.bridge:
             serve = (
                 "serve",
                 "--offload-only",
                 "--no-discover-lan",
+                "--legacy-pairing",
+                "allow",  # as existing hubs pair
                 "--peer",
                 peer_url,
                 "--port",

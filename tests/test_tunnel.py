@@ -1,0 +1,387 @@
+"""Sections Tunnel and Tunnel server: requests inside the secure channel, between two ends on real sockets."""
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+from support_tunnel import NOW_MS, make_link, make_pairing, run_pair, until
+
+import dvai_bridge as d
+
+
+def run(test):
+    """Runs a coroutine function to its end, in a loop of its own."""
+    return asyncio.run(asyncio.wait_for(test(), 60))
+
+
+async def echo(request):
+    return d.HttpResponse(headers=(("Content-Type", "application/json"), ("X-Secret", "no")), body=request.body)
+
+
+class Source:
+    """A streamed answer whose pieces the test gives; knows whether it was closed."""
+
+    def __init__(self, *pieces):
+        self.queue = asyncio.Queue()
+        for piece in pieces:
+            self.queue.put_nowait(piece)
+        self.is_closed = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        piece = await self.queue.get()
+        if piece is None:
+            raise StopAsyncIteration
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    async def aclose(self):
+        self.is_closed = True
+
+
+def test_a_request_and_its_answer(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            fields = [("Content-Type", "application/json"), ("Authorization", "Bearer x"), ("X-Request-Id", "r1")]
+            async with consumer.ask(provider, headers=fields, body=b'{"a":1}') as response:
+                assert response.status == 200 and response.headers.get("content-type") == "application/json"
+                assert response.headers.get("x-secret", "") == "" and response.headers.get("x-request-id") == "r1"
+                assert await response.read(1000) == b'{"a":1}'
+            (request,) = provider.requests
+            assert request.caller is d.Caller.PAIRED and request.pairing == provider.pairing
+            assert request.headers.get("authorization", "") == "" and request.headers.get("x-dvai-forwarded") == "1"
+            assert consumer.client.find_tunnel(consumer.pairing)
+            assert provider.pairing.inbound_link == make_link(is_pending=False), "its first use makes it active"
+            assert consumer.pairing.outbound_link == make_link(is_pending=False)
+
+    run(test)
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_378, 300_000, 3_000_000])
+def test_bodies_of_every_size_both_ways(tmp_path, size):
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider), consumer.ask(provider, body=body) as response:
+            assert await response.read(size + 1) == body
+
+    run(test)
+
+
+def test_many_at_once_share_one_connection(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+
+            async def ask(number):
+                async with consumer.ask(provider, body=b"%d" % number) as response:
+                    return int(await response.read(100))
+
+            assert await asyncio.gather(*map(ask, range(80))) == list(range(80)), "more than may be open: some wait"
+            assert provider.server.connection_count == 1
+
+    run(test)
+
+
+def test_a_stalled_stream_does_not_hold_up_others(tmp_path):
+    async def answer(request):
+        return d.HttpResponse(body=bytes(2_000_000)) if request.body == b"big" else await echo(request)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider), consumer.ask(provider, body=b"big") as stalled:
+            for number in range(20):
+                async with consumer.ask(provider, body=b"%d" % number) as response:
+                    assert await response.read(100) == b"%d" % number
+            assert len(await stalled.read(3_000_000)) == 2_000_000
+
+    run(test)
+
+
+def test_a_stream_comes_as_it_is_made(tmp_path):
+    source = None
+
+    async def answer(request):
+        nonlocal source
+        source = Source()
+        return d.HttpResponse(headers=(("Content-Type", "text/event-stream"),), body=source)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider), consumer.ask(provider) as response:
+            for piece in (b"data: 1\n\n", b"data: 2\n\n"):
+                source.queue.put_nowait(piece)
+                assert await response.read_piece() == piece
+            source.queue.put_nowait(None)
+            assert await response.read_piece() == b""
+        assert source.is_closed
+
+    run(test)
+
+
+def test_who_leaves_ends_the_work(tmp_path):
+    source = Source(b"first")
+
+    async def answer(request):
+        return d.HttpResponse(body=source)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider):
+            async with consumer.ask(provider) as response:
+                assert await response.read_piece() == b"first"
+            await until(lambda: source.is_closed)
+            assert consumer.client.find_tunnel(consumer.pairing), "the tunnel goes on"
+
+    run(test)
+
+
+def test_who_leaves_before_the_answer_ends_the_work(tmp_path):
+    ended = asyncio.Event()
+
+    async def answer(request):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider):
+            task = asyncio.create_task(consumer.ask(provider).open())
+            await until(lambda: provider.requests)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await ended.wait()
+
+    run(test)
+
+
+def test_what_was_said_before_a_failure_arrives_and_the_failure_too(tmp_path):
+    async def answer(request):
+        return d.HttpResponse(body=Source(b"data: 1\n\n", b"data: error\n\n", d.PeerError("it failed")))
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider), consumer.ask(provider) as response:
+            said = b""
+            with pytest.raises(d.UpstreamError):
+                while True:
+                    said += await response.read_piece()
+            assert said == b"data: 1\n\ndata: error\n\n"
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [d.OverloadedError("full", retry_after_s=7), ValueError("a bug")])
+def test_errors_are_answers(tmp_path, error):
+    async def answer(request):
+        raise error
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider), consumer.ask(provider) as response:
+            status = getattr(error, "status", 500)
+            assert response.status == status
+            assert response.headers.get("retry-after", "") == ("7" if status == 429 else "")
+            assert json.loads(await response.read(1000))["error"]["message"]
+
+    run(test)
+
+
+def test_only_its_routes(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, "GET", "/v1/models/a%2Fb") as response:
+                assert response.status == 200
+            for method, path in [
+                ("POST", "/v1/dvai/handshake"),
+                ("GET", "/v1/dvai/pairings"),
+                ("DELETE", "/v1/models"),
+            ]:
+                with pytest.raises(ValueError, match="does not travel"):
+                    await consumer.ask(provider, method, path).open()
+
+    run(test)
+
+
+def test_a_restarted_provider_is_found_again(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            await provider.server.stop(0)
+            with pytest.raises(d.UpstreamConnectError):
+                await consumer.ask(provider, body=b"2").open()
+            async with provider.run(), consumer.ask(provider, body=b"3") as response:
+                assert await response.read(10) == b"3"
+
+    run(test)
+
+
+def test_a_connection_that_died_unnoticed_is_dialled_again(tmp_path):
+    """As after sleep: the request on the dead connection is sent again on a new one."""
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            for connection in list(provider.server._connections):
+                connection.abort()
+            async with consumer.ask(provider, body=b"2") as response:
+                assert await response.read(10) == b"2"
+
+    run(test)
+
+
+def test_a_provider_that_has_vanished_is_given_up(tmp_path):
+    """Nothing comes, not even a PONG: after the time that the caller allows, the connection is not used again."""
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            (connection,) = provider.server._connections
+            connection._websocket._transport.pause_reading()
+            budgets = d.HttpBudgets(total_s=0.2)
+            with pytest.raises(d.UpstreamTimeoutError):
+                await consumer.ask(provider, body=b"2", budgets=budgets).open()
+            async with consumer.ask(provider, body=b"3") as response:
+                assert await response.read(10) == b"3"
+
+    run(test)
+
+
+def test_revocation_ends_what_runs(tmp_path):
+    source = Source(b"first")
+
+    async def answer(request):
+        return d.HttpResponse(body=source)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider):
+            async with consumer.ask(provider) as response:
+                assert await response.read_piece() == b"first"
+                await provider.store.revoke(provider.pairing.pairing_id)
+                with pytest.raises(d.PairingEndedError):
+                    await response.read_piece()
+            await until(lambda: source.is_closed)
+            with pytest.raises(d.UpstreamConnectError, match="pair request"):
+                await consumer.ask(provider).open()
+
+    run(test)
+
+
+def test_the_consumer_ends_it_by_revoking_too(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            await consumer.store.revoke(consumer.pairing.pairing_id)
+            await until(lambda: not provider.server.connection_count)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inbound_link": None},
+        {"identity_key": d.encode_base64url(d.compute_x25519_public(b"x" * 32))},
+        {"device_id": "somebody else", "app_id": "consumer-device"},
+        {"last_used_at_ms": NOW_MS - 40 * 86_400_000},
+    ],
+    ids=["unknown", "another key", "another device", "expired"],
+)
+def test_unknown_wrong_and_expired_are_alike(tmp_path, change):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            known = provider.pairing
+            await provider.store.revoke(known.pairing_id)
+            await provider.store.add(make_pairing(consumer.identity, is_inbound=True, **change))
+            with pytest.raises(d.UpstreamConnectError, match="did not open the tunnel"):
+                await consumer.ask(provider).open()
+            assert not provider.requests
+
+    run(test)
+
+
+def test_a_lapsed_pending_pairing_is_unknown(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            provider.now_ms += 601_000
+            with pytest.raises(d.UpstreamConnectError):
+                await consumer.ask(provider).open()
+
+    run(test)
+
+
+def test_stopping_lets_answers_finish(tmp_path):
+    source = Source(b"first")
+
+    async def answer(request):
+        return d.HttpResponse(body=source)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider):
+            async with consumer.ask(provider) as response:
+                assert await response.read_piece() == b"first"
+                stopping = asyncio.create_task(provider.server.stop(20))
+                await until(lambda: not consumer.client.find_tunnel(consumer.pairing))
+                with pytest.raises(d.UpstreamConnectError):
+                    await consumer.ask(provider).open()
+                source.queue.put_nowait(b"last")
+                source.queue.put_nowait(None)
+                assert await response.read(100) == b"last"
+            await stopping
+
+    run(test)
+
+
+def test_old_connections_of_one_device_make_room(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider), contextlib.AsyncExitStack() as stack:
+            for number in range(d.TUNNELS_PER_PAIRING_LIMIT + 3):
+                client = d.PeerClient(
+                    consumer.http,
+                    identity=consumer.identity,
+                    store=consumer.store,
+                    app_id=None,
+                    clock_ms=consumer.read_clock,
+                )
+                stack.push_async_callback(client.close)
+                async with client.request(consumer.pairing, "POST", provider.url, body=b"%d" % number) as response:
+                    assert await response.read(10) == b"%d" % number
+            await until(lambda: provider.server.connection_count <= d.TUNNELS_PER_PAIRING_LIMIT)
+
+    run(test)
+
+
+def test_a_body_that_is_too_large_is_an_answer(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            body = bytes(d.FOREIGN_BODY_LIMIT_BYTES + 1)
+            async with consumer.ask(provider, body=body) as response:
+                assert response.status == 413
+            assert not provider.requests
+
+    run(test)
+
+
+def test_a_peer_without_a_link_is_asked_by_signed_http(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            seen = []
+
+            async def note(request):
+                seen.append(request)
+                return d.HttpResponse()
+
+            provider.server.handler = note
+            provider.server.identify = lambda request: provider.pairing
+            pairing = make_pairing(provider.identity, is_inbound=False, outbound_link=None)
+            async with consumer.client.request(pairing, "POST", provider.url, body=b"{}") as response:
+                assert response.status in (200, 415)
+            async with consumer.client.request(None, "GET", provider.url) as response:
+                pass
+            assert [d.parse_signature_headers(each.headers) is not None for each in seen] in ([True, False], [False])
+
+    run(test)
