@@ -605,7 +605,7 @@ def test_tools_through_a_paired_device_and_the_library(tmp_path):
     options = {"model": MODEL, "chat_template": "chatml", "lan": True, "host": "127.0.0.1"}
     offload = {"on_pairing_request": lambda request: True}
     strong = build_library(tmp_path / "strong", offload=offload, **options)
-    with strong as server, build_library(tmp_path / "weak", offload={"only": True}) as client:
+    with strong as server, build_library(tmp_path / "weak", offload={"only": True, "pairing": "allow"}) as client:
         client.initiate_pairing(server.base_url)
         known = {"model_id": "tool_model", "tools": TOOLS, "temperature": 0, "max_tokens": 120}
         for bridge in (server, client):
