@@ -4478,7 +4478,8 @@ def build_json_grammar(schema: Any = True) -> str:
     Properties come in the schema's order, and only those it names, unless `additionalProperties` says what others
     may be. `oneOf` is taken as `anyOf`. ValueError says what of the schema cannot be expressed.
     """
-    return _GrammarBuilder(schema).build()
+    builder = GrammarBuilder()
+    return builder.build(builder.add_schema(schema))
 
 
 def quote_grammar_text(text: str) -> str:
@@ -4549,16 +4550,23 @@ def _list_range_patterns(low: str, high: str) -> list[str]:
     return patterns + tails
 
 
-class _GrammarBuilder:
-    """The rules of one schema. Its own are named `r1`, `r2`, …; of _GRAMMAR_RULES those that it needs are added."""
+class GrammarBuilder:
+    """The rules of schemas. They are named `r1`, `r2`, …; of _GRAMMAR_RULES those that they need are added."""
 
-    def __init__(self, schema: Any) -> None:
-        self._schema = {"type": "object"} if schema is True else schema
+    def __init__(self) -> None:
+        self._is_lenient = False  # keywords that cannot be expressed are passed over
+        self._schema: Any = None
         self._rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
 
-    def build(self) -> str:
-        root = self._visit(self._schema, 0)
+    def add_schema(self, schema: Any) -> str:
+        """The name of a rule for the texts that a schema allows, or an expression; True: any object."""
+        self._schema = {"type": "object"} if schema is True else schema
+        self._references = {}
+        return self._visit(self._schema, 0)
+
+    def build(self, root: str) -> str:
+        """The grammar with this expression as its root."""
         lines = [f"root ::= {root}", *(f"{name} ::= {body}" for name, body in self._rules.items())]
         grammar = "\n".join(lines + self._list_common("\n".join(lines)))
         if len(grammar.encode("utf-8", "surrogatepass")) > GRAMMAR_LIMIT_BYTES:
@@ -4577,7 +4585,18 @@ class _GrammarBuilder:
                     unseen.append(_GRAMMAR_RULES[name])
         return [f"{name} ::= {_GRAMMAR_RULES[name]}" for name in needed]
 
-    def _add(self, body: str) -> str:
+    def add_leniently(self, schema: Any) -> str:
+        """As add_schema; what cannot be expressed restricts nothing, in the worst case but that it is an object."""
+        rules, was_lenient, self._is_lenient = dict(self._rules), self._is_lenient, True
+        try:
+            return self.add_schema(schema)
+        except ValueError:
+            self._rules = rules
+            return "object"
+        finally:
+            self._is_lenient = was_lenient
+
+    def add_rule(self, body: str) -> str:
         """The name of a rule with this body."""
         if len(self._rules) >= GRAMMAR_RULES_LIMIT:
             raise ValueError("it is too large")
@@ -4612,7 +4631,7 @@ class _GrammarBuilder:
         if len(schema) > 1 or not isinstance(reference, str) or not reference.startswith("#"):
             raise ValueError("'$ref' must stand alone and begin with '#'")
         if reference not in self._references:
-            self._references[reference] = name = self._add("")
+            self._references[reference] = name = self.add_rule("")
             self._rules[name] = self._visit(self._resolve(reference), level + 1)
         return self._references[reference]
 
@@ -4651,12 +4670,12 @@ class _GrammarBuilder:
             if shared and (not isinstance(option_schema, dict) or set(shared) & set(option_schema) - {"type"}):
                 raise ValueError(f"what stands beside '{key}' also stands in it")
             options.append(self._visit({**shared, **option_schema} if shared else option_schema, level + 1))
-        return self._add(" | ".join(options))
+        return self.add_rule(" | ".join(options))
 
     def _visit_enum(self, schema: Mapping[str, Any]) -> str:
         self._verify_keywords(schema, frozenset({"enum", "const"}))
         values = [schema["const"]] if "const" in schema else self._read_list(schema, "enum")
-        return self._add(" | ".join(map(_quote_json, values)))
+        return self.add_rule(" | ".join(map(_quote_json, values)))
 
     def _visit_types(self, schema: Mapping[str, Any], level: int) -> str:
         types = schema.get("type")
@@ -4669,7 +4688,7 @@ class _GrammarBuilder:
         self._verify_keywords(schema, frozenset().union(*(_SCHEMA_KEYWORDS[name] for name in names)))
         visits = {"object": self._visit_object, "array": self._visit_array}
         rules = [visits[name](schema, level) if name in visits else self._visit_plain(name, schema) for name in names]
-        return rules[0] if len(rules) == 1 else self._add(" | ".join(rules))
+        return rules[0] if len(rules) == 1 else self.add_rule(" | ".join(rules))
 
     def _visit_plain(self, name: str, schema: Mapping[str, Any]) -> str:
         if name == "string":
@@ -4684,8 +4703,8 @@ class _GrammarBuilder:
         if written is not None:
             if repeated != "*":
                 raise ValueError("a 'format' cannot be combined with a length")
-            return self._add(written)
-        return "string" if repeated == "*" else self._add(rf'"\"" char{repeated} "\""')
+            return self.add_rule(written)
+        return "string" if repeated == "*" else self.add_rule(rf'"\"" char{repeated} "\""')
 
     def _visit_integer(self, schema: Mapping[str, Any]) -> str:
         low, high = self._read_bound(schema, "minimum"), self._read_bound(schema, "maximum")
@@ -4694,7 +4713,7 @@ class _GrammarBuilder:
             low = max(above + 1, above + 1 if low is None else low)
         if below is not None:
             high = min(below - 1, below - 1 if high is None else high)
-        return self._add(build_integer_pattern(low, high))
+        return self.add_rule(build_integer_pattern(low, high))
 
     def _visit_object(self, schema: Mapping[str, Any], level: int) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -4705,12 +4724,12 @@ class _GrammarBuilder:
         if missing and extra is False:
             raise ValueError("a property is required and not described")
         members = [
-            (self._add(f'{_quote_json(name)} ":" ws {self._visit(value, level + 1)}'), name in required)
+            (self.add_rule(f'{_quote_json(name)} ":" ws {self._visit(value, level + 1)}'), name in required)
             for name, value in (properties | dict.fromkeys(missing, extra)).items()
         ]
         if not members and extra is True:
             return "object"
-        return self._add(self._chain_members(members, extra, level))
+        return self.add_rule(self._chain_members(members, extra, level))
 
     def _chain_members(self, members: Sequence[tuple[str, bool]], extra: Any, level: int) -> str:
         """An object of members (rule, whether it is required) in their order; rules from the last one to the first.
@@ -4719,15 +4738,15 @@ class _GrammarBuilder:
         """
         first, after = '"}"', 'ws "}"'
         if extra is not False:
-            member = self._add(f'string ":" ws {self._visit(extra, level + 1)}')
-            after = self._add(f'("," ws {member})* ws "}}"')
-            first = self._add(f'{member} {after} | "}}"')
+            member = self.add_rule(f'string ":" ws {self._visit(extra, level + 1)}')
+            after = self.add_rule(f'("," ws {member})* ws "}}"')
+            first = self.add_rule(f'{member} {after} | "}}"')
         for rule, is_required in reversed(members):
             if is_required:
                 first, after = f"{rule} {after}", f'"," ws {rule} {after}'
             else:
                 first, after = f"{rule} {after} | {first}", f'"," ws {rule} {after} | {after}'
-            first, after = self._add(first), self._add(after)
+            first, after = self.add_rule(first), self.add_rule(after)
         return f'"{{" ws {first}'
 
     def _visit_array(self, schema: Mapping[str, Any], level: int) -> str:
@@ -4736,16 +4755,15 @@ class _GrammarBuilder:
         if most is not None and most < (least or 0):
             raise ValueError("'maxItems' is less than 'minItems'")
         if most == 0:
-            return self._add('"[" ws "]"')
+            return self.add_rule('"[" ws "]"')
         more = f"{{{max((least or 1) - 1, 0)},{'' if most is None else most - 1}}}"
         filled = f'{item} ("," ws {item}){more} ws'
-        return self._add(f'"[" ws {filled} "]"' if least else f'"[" ws ({filled})? "]"')
+        return self.add_rule(f'"[" ws {filled} "]"' if least else f'"[" ws ({filled})? "]"')
 
     # Reading keywords
 
-    @staticmethod
-    def _verify_keywords(schema: Mapping[str, Any], known: frozenset[str]) -> None:
-        for key in schema:
+    def _verify_keywords(self, schema: Mapping[str, Any], known: frozenset[str]) -> None:
+        for key in schema if not self._is_lenient else ():
             if key not in known and key != "type":
                 reason = "does not belong to its type" if key in _ALL_SCHEMA_KEYWORDS else "is not supported"
                 raise ValueError(f"'{display_name(key)}' {reason}")
@@ -4791,6 +4809,7 @@ MAX_STOP_CHARS = 1024  # of one stop sequence: what may be held back
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_EMBEDDING_INPUTS = 2048
+MAX_TOOLS = 128  # functions that one request may offer, and calls in one message or answer
 MAX_MODEL_CHARS = 512
 MAX_COUNT = 2**31 - 1  # of any count or token id in a request
 DEFAULT_TEXT_TOKENS = 16  # max_tokens of a legacy completion that names none, as OpenAI documents it
@@ -4799,11 +4818,72 @@ D = TypeVar("D")
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """A function that a model may call. `parameters`: the JSON schema of its arguments.
+
+    `is_strict`: the arguments must be what the schema says, even if that has to be enforced.
+    """
+
+    name: str
+    description: str | None
+    parameters: Mapping[str, Any]
+    is_strict: bool = False
+
+    def build_json(self) -> dict[str, Any]:
+        """As templates show it to the model."""
+        described = {} if self.description is None else {"description": self.description}
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": self.parameters}}
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """What a model may call. `is_required`: it must; `only`: the one function that it may call then.
+
+    `is_parallel`: it may make more than one call.
+    """
+
+    tools: tuple[Tool, ...]
+    is_required: bool = False
+    only: str | None = None
+    is_parallel: bool = True
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """Those that may be called."""
+        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """A call that a model made. `arguments`: a JSON text, as the model wrote it."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolCallDelta:
+    """More of a call: `index` counts the calls of an answer; only the first delta of each has its `name`."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation. `role` is system, user, assistant or tool; `content` plain text."""
+    """One turn of a conversation. `role` is system, user, assistant or tool; `content` plain text.
+
+    `tool_calls`, `reasoning`: what an assistant did and thought besides. `tool_call_id`: whose result a tool's
+    message is.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    reasoning: str = ""
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -4832,8 +4912,9 @@ class GenerationRequest:
 
     `max_tokens` None: until the model stops or the context is full. `stop`: up to 4 texts that end the
     generation and never appear. `top_logprobs` None: no log probabilities; k ≥ 0: those of each token and
-    of its k best alternatives. `grammar`: in GBNF, what the whole answer must be like. `tenant`: whose prompt
-    cache may be used.
+    of its k best alternatives. `grammar`: in GBNF, what the whole answer must be like. `tool_use`: what may be called,
+    None for nothing. `enable_thinking` False asks a model that thinks to answer at once. `tenant`: whose prompt cache
+    may be used.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -4843,6 +4924,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     top_logprobs: int | None = None
     grammar: str | None = None
+    tool_use: ToolUse | None = None
+    enable_thinking: bool = True
     tenant: str = ""
 
 
@@ -4960,7 +5043,9 @@ ENGINE_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     "lora": ([],),
 }
 SAMPLING_FEATURES = frozenset({"logprobs", "logit_bias"})  # what every engine that samples by itself can do
-GRAMMAR_FEATURES = frozenset({"response_format", "json_schema", "grammar"})
+GRAMMAR_FEATURES = frozenset({"response_format", "json_schema", "grammar", "tool_choice"})  # by what limits sampling
+TOOL_FEATURES = frozenset({"tools"})  # of models whose chat template shows them tools
+THINKING_FEATURES = frozenset({"chat_template_kwargs"})  # of models that can be asked not to think
 
 
 def as_integer(value: Any) -> int | None:
@@ -5035,6 +5120,8 @@ def verify_features(fields: RequestFields, features: frozenset[str]) -> None:
     for name, neutral in ENGINE_PARAMETERS.items():
         if name in features or name not in fields.values or fields.values[name] in neutral:
             continue
+        if name in TOOL_FEATURES:
+            raise fields.refusal(name, "needs a model whose chat template has tools, as Qwen, Llama 3 and Mistral have")
         if name in GRAMMAR_FEATURES:
             raise fields.refusal(name, f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
         raise fields.refusal(name, "is not supported by the active engine")
@@ -5070,17 +5157,52 @@ def parse_content(fields: RequestFields) -> str:
     return "\n".join(parse_content_part(part, f"{path}[{index}]") for index, part in enumerate(value))
 
 
+MAX_TOOL_NAME_CHARS = 128  # of a function's name, and of a call's id
+_TOOL_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_TOOL_NAME_CHARS}}}")
+
+
+def parse_tool_name(fields: RequestFields) -> str:
+    """The `name` of a function."""
+    name = fields.text("name") or ""
+    if not _TOOL_NAME.fullmatch(name):
+        raise fields.refusal("name", f"must be 1 to {MAX_TOOL_NAME_CHARS} letters, digits or any of _ . : / -")
+    return name
+
+
+def parse_tool_calls(fields: RequestFields) -> tuple[ToolCall, ...]:
+    """The calls that an assistant's message made."""
+    calls = []
+    items = [] if fields.values.get("tool_calls", []) == [] else fields.array("tool_calls", MAX_TOOLS)
+    for index, item in enumerate(items):
+        call = RequestFields(item, f"{fields.locate('tool_calls')}[{index}]")
+        if call.text("type") not in (None, "function"):
+            raise call.refusal("type", "must be function")
+        function = RequestFields(call.values.get("function"), call.locate("function"))
+        arguments = function.text("arguments") or "{}"
+        call_id = call.text("id", MAX_TOOL_NAME_CHARS) or ""
+        calls.append(ToolCall(call_id=call_id, name=parse_tool_name(function), arguments=arguments))
+    return tuple(calls)
+
+
 def parse_message(value: Any, path: str) -> ChatMessage:
     """One turn; `developer` becomes `system`. `path` names it in errors."""
     fields = RequestFields(value, path)
     role = fields.text("role")
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise fields.refusal("role", "must be system, developer, user, assistant or tool")
-    if fields.values.get("tool_calls") or fields.values.get("function_call"):
-        raise fields.refusal("tool_calls", "is not supported by this version")
-    if role == "assistant" and "content" not in fields.values:
-        return ChatMessage(role=role, content="")
-    return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
+    if fields.values.get("function_call"):
+        raise fields.refusal("function_call", "is not supported: use 'tool_calls'")
+    if role == "tool":
+        call_id = fields.text("tool_call_id", MAX_TOOL_NAME_CHARS) or ""
+        return ChatMessage(role=role, content=parse_content(fields), tool_call_id=call_id)
+    if role != "assistant":
+        return ChatMessage(role="system" if role == "developer" else role, content=parse_content(fields))
+    return ChatMessage(
+        role=role,
+        content=parse_content(fields) if "content" in fields.values else "",
+        tool_calls=parse_tool_calls(fields),
+        reasoning=fields.text("reasoning_content") or "",
+    )
 
 
 def parse_messages(fields: RequestFields) -> tuple[ChatMessage, ...]:
@@ -5172,6 +5294,65 @@ def parse_response_format(fields: RequestFields) -> Any:
     return described.values["schema"]
 
 
+def parse_tool(value: Any, path: str, verify_schema: Callable[[Any], object] | None) -> Tool:
+    """One item of `tools`. `path` names it in errors.
+
+    `verify_schema` raises ValueError for a strict schema that the engine cannot follow; None: it can follow none.
+    """
+    fields = RequestFields(value, path)
+    if fields.text("type") != "function":
+        raise fields.refusal("type", "must be function")
+    function = RequestFields(fields.values.get("function"), fields.locate("function"))
+    parameters = function.values.get("parameters", {"type": "object", "properties": {}})
+    if not isinstance(parameters, dict):
+        raise function.refusal("parameters", "must be a JSON schema")
+    is_strict = function.flag("strict")
+    if is_strict and verify_schema is None:
+        raise function.refusal("strict", f"needs the llama engine: {LLAMA_INSTALL_COMMAND}")
+    if is_strict and verify_schema is not None:
+        try:
+            verify_schema(parameters)
+        except ValueError as exc:
+            raise function.refusal("parameters", f"has a schema that cannot be followed: {exc}") from exc
+    name, description = parse_tool_name(function), function.text("description")
+    return Tool(name=name, description=description, parameters=parameters, is_strict=is_strict)
+
+
+def parse_tool_use(fields: RequestFields, verify_schema: Callable[[Any], object] | None) -> ToolUse | None:
+    """`tools`, `tool_choice` and `parallel_tool_calls`; None when nothing is to be called. See parse_tool."""
+    choice = fields.values.get("tool_choice", "auto")
+    if fields.values.get("tools", []) == []:
+        if choice not in ("none", "auto"):
+            raise fields.refusal("tool_choice", "is only allowed with 'tools'")
+        return None
+    items = fields.array("tools", MAX_TOOLS)
+    tools = tuple(parse_tool(item, f"tools[{index}]", verify_schema) for index, item in enumerate(items))
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise fields.refusal("tools", "must have different names")
+    only = None
+    if isinstance(choice, dict):
+        named = RequestFields(choice, "tool_choice")
+        only = RequestFields(named.values.get("function"), "tool_choice.function").text("name")
+        if named.text("type") != "function" or only not in names:
+            raise fields.refusal("tool_choice", "must name one of the functions in 'tools'")
+    elif choice not in ("none", "auto", "required"):
+        raise fields.refusal("tool_choice", "must be none, auto, required or a function")
+    is_parallel = "parallel_tool_calls" not in fields.values or fields.flag("parallel_tool_calls")
+    if choice == "none":
+        return None
+    return ToolUse(tools=tools, is_required=choice != "auto", only=only, is_parallel=is_parallel and only is None)
+
+
+def parse_enable_thinking(fields: RequestFields) -> bool:
+    """`chat_template_kwargs`, as llama-server and vLLM have it; of the variables of templates, only this one."""
+    kwargs = RequestFields(fields.values.get("chat_template_kwargs", {}), "chat_template_kwargs")
+    for name in kwargs.values:
+        if name != "enable_thinking":
+            raise fields.refusal("chat_template_kwargs", "may have only 'enable_thinking'")
+    return "enable_thinking" not in kwargs.values or kwargs.flag("enable_thinking")
+
+
 def parse_stream(fields: RequestFields) -> tuple[bool, bool]:
     """(`stream`, `stream_options.include_usage`)."""
     stream = fields.flag("stream")
@@ -5204,13 +5385,20 @@ def parse_chat_request(body: Any, *, features: frozenset[str], tenant: str = "")
     fields = RequestFields(body)
     verify_features(fields, features)
     stream, include_usage = parse_stream(fields)
+    verify_schema = build_json_grammar if "tool_choice" in features else None
+    grammar, tool_use = parse_grammar(fields), parse_tool_use(fields, verify_schema)
+    if grammar is not None and tool_use is not None:
+        name = next(name for name in ("response_format", "json_schema", "grammar") if fields.values.get(name))
+        raise fields.refusal(name, "cannot be combined with 'tools', unless 'tool_choice' is none")
     generation = GenerationRequest(
         messages=parse_messages(fields),
         max_tokens=parse_max_tokens(fields, low=1, default=None),
         stop=parse_stop(fields),
         sampling=parse_sampling(fields),
         top_logprobs=parse_chat_logprobs(fields),
-        grammar=parse_grammar(fields),
+        grammar=grammar,
+        tool_use=tool_use,
+        enable_thinking=parse_enable_thinking(fields),
         tenant=tenant,
     )
     generations = build_choices(generation, fields.integer("n", 1, MAX_CHOICES, 1))
@@ -5293,6 +5481,9 @@ def verify_completion_options(fields: RequestFields, n: int, prompts: Sequence[s
 def parse_completion_request(body: Any, *, features: frozenset[str], tenant: str = "") -> CompletionRequest:
     """The body of `POST /v1/completions`; `features` as in parse_chat_request."""
     fields = RequestFields(body)
+    for name in ("tools", "tool_choice", "chat_template_kwargs"):
+        if name in fields.values and fields.values[name] not in ENGINE_PARAMETERS[name]:
+            raise fields.refusal(name, "is for chat completions only")
     verify_features(fields, features)
     stream, include_usage = parse_stream(fields)
     n = fields.integer("n", 1, MAX_CHOICES, 1)
@@ -5350,6 +5541,8 @@ class Choice:
     text: str
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def combine_usage(usages: Sequence[Usage], n: int = 1) -> Usage:
@@ -5428,12 +5621,52 @@ def build_answer(head: AnswerHead, object_name: str, choices: list[dict[str, Any
     }
 
 
+def build_chat_message(choice: Choice) -> dict[str, Any]:
+    """The message of a chat's choice: its content is null where it has calls instead."""
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+    return message
+
+
+def build_call_id(head: AnswerHead, choice: int, index: int) -> str:
+    """The id of call `index` of a choice: no two answers share one."""
+    return f"call_{head.id.rpartition('-')[2]}{choice}_{index}"
+
+
+def build_tool_call_delta(head: AnswerHead, choice: int, delta: ToolCallDelta) -> dict[str, Any]:
+    """A fragment of a call; with the name, its id and type."""
+    if not delta.name:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {
+        "index": delta.index,
+        "id": build_call_id(head, choice, delta.index),
+        "type": "function",
+        "function": {"name": delta.name, "arguments": delta.arguments},
+    }
+
+
+def join_tool_calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCallDelta, ...]:
+    """The same with one delta for each call."""
+    joined: dict[int, ToolCallDelta] = {}
+    for delta in deltas:
+        before = joined.get(delta.index)
+        joined[delta.index] = delta if before is None else replace(before, arguments=before.arguments + delta.arguments)
+    return tuple(joined.values())
+
+
 def build_chat_completion(head: AnswerHead, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
     """The whole answer to a chat that is not streamed."""
     items = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": build_chat_message(choice),
             "finish_reason": choice.finish_reason,
             "logprobs": build_chat_logprobs(choice.logprobs),
         }
@@ -5545,6 +5778,598 @@ def build_model(model_id: str, created: int, owned_by: str) -> dict[str, Any]:
 def build_model_list(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The answer of `GET /v1/models`; its items are made by build_model."""
     return {"object": "list", "data": list(models)}
+
+
+# ---- Tool calls -----------------------------------------------------------------------
+# What a model writes, told apart as it comes: thoughts, text and calls of tools; and grammars that make it call. Pure.
+
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+CALL_HELD_LIMIT_CHARS = 64 * KIB  # of what may yet turn out to be no call
+PYTHON_CALL_LIMIT_CHARS = 8 * KIB
+CALL_HEAD_LIMIT_CHARS = 512  # of a name and an id before the arguments
+FORCED_CALLS_LIMIT = 16  # that a grammar allows one after the other
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ToolFormat:
+    """How a family of models writes calls.
+
+        hermes    <tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>, again for each call
+        llama3    {"name": "f", "parameters": {…}} as the whole answer, or behind <|python_tag|>, or
+                  <|python_tag|>f.call(name="value")
+        mistral   [TOOL_CALLS][{"name": "f", "arguments": {…}, "id": "…"}, …]
+        devstral  [TOOL_CALLS]f[ARGS]{…}, again for each call; also [TOOL_CALLS]f[CALL_ID]…[ARGS]{…}
+
+    `opening` and `closing`: the marks around a call, or around a list of them (`is_list`). `is_bare`: an answer may
+    begin with a call without its mark. `arguments_mark`: what stands between the name and the arguments, where these
+    are the only JSON; `id_mark`: what stands before an id there.
+    """
+
+    name: str
+    opening: str
+    closing: str = ""
+    arguments_key: str = "arguments"
+    is_list: bool = False
+    is_bare: bool = False
+    arguments_mark: str = ""
+    id_mark: str = ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All marks that it has."""
+        return tuple(filter(None, (self.opening, self.closing, self.arguments_mark, self.id_mark)))
+
+
+TOOL_FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": ToolFormat(name="hermes", opening="<tool_call>", closing="</tool_call>"),
+    "llama3": ToolFormat(name="llama3", opening="<|python_tag|>", arguments_key="parameters", is_bare=True),
+    "mistral": ToolFormat(name="mistral", opening="[TOOL_CALLS]", is_list=True),
+    "devstral": ToolFormat(name="devstral", opening="[TOOL_CALLS]", arguments_mark="[ARGS]", id_mark="[CALL_ID]"),
+}
+
+
+def recognize_tool_format(template: str) -> ToolFormat | None:
+    """How a model with this chat template writes calls; None if its template has no tools, or in a form not known."""
+    others = ("<function=", "<arg_key>", "functools[", ">>>", "<｜tool▁", "<|tool_call_begin|>")
+    if "tools" not in template or any(mark in template for mark in others):
+        return None
+    if "<tool_call>" in template and "arguments" in template:
+        return TOOL_FORMATS["hermes"]
+    if "[TOOL_CALLS]" in template:
+        return TOOL_FORMATS["devstral" if "[ARGS]" in template else "mistral"]
+    if "<|start_header_id|>" in template and '"parameters": ' in template:
+        return TOOL_FORMATS["llama3"]
+    return None
+
+
+_JSON_SPACE = " \t\r\n"
+_JSON_SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_JSON_SCALAR_CHARS = frozenset("+-.0123456789Eabcdefghijklmnopqrstuvwxyz")
+
+
+class JsonScanner:
+    """Takes a JSON text character by character, and says at once when it is none. Control characters pass in strings.
+
+    VALUE ──► STRING, SCALAR ──► NEXT ──► VALUE (after a comma, in an array), KEY (in an object), or a bracket
+    VALUE ──► ITEM (after "[")  ──► as VALUE, or "]"
+    VALUE ──► MEMBER (after "{") ──► as KEY, or "}"          KEY ──► STRING ──► COLON ──► VALUE
+    """
+
+    def __init__(self) -> None:
+        self.state = "value"
+        self.is_key = False  # the string at hand, or the last one, is a member's name
+        self._open: list[str] = []  # the brackets that will close
+        self._scalar = ""
+        self._hex_left = 0
+
+    @property
+    def depth(self) -> int:
+        """Objects and arrays that are open."""
+        return len(self._open)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole text was an object, an array or a string, and has ended."""
+        return self.state == "end"
+
+    def push(self, char: str) -> bool:
+        """Take the next character; False, and it is not taken, if none such may follow."""
+        if self.state in ("string", "escape", "hex"):
+            return self._push_string(char)
+        if self.state == "scalar":
+            if char in _JSON_SCALAR_CHARS and len(self._scalar) < JSON_DIGITS_LIMIT:
+                self._scalar += char
+                return True
+            if not _JSON_SCALAR.fullmatch(self._scalar):
+                return False
+            self.state = "next"
+        return char in _JSON_SPACE or self._push_structure(char)
+
+    def _push_string(self, char: str) -> bool:
+        if self.state == "string":
+            if char == '"':
+                self._end_value("colon" if self.is_key else "next")
+            self.state = "escape" if char == "\\" else self.state
+            return True
+        if self.state == "escape":
+            self._hex_left = 4
+            self.state = "hex" if char == "u" else "string"
+            return char in '"\\/bfnrtu'
+        self._hex_left -= 1
+        self.state = "hex" if self._hex_left else "string"
+        return char in "0123456789abcdefABCDEF"
+
+    def _push_structure(self, char: str) -> bool:
+        state, closing = self.state, self._open[-1] if self._open else ""
+        if char == closing and state in ("next", "item" if char == "]" else "member"):
+            self._open.pop()
+            self._end_value("next")
+        elif char == '"' and state in ("value", "item", "member", "key"):
+            self.is_key, self.state = state in ("member", "key"), "string"
+        elif char in "{[" and state in ("value", "item") and self.depth < JSON_DEPTH_LIMIT:
+            self._open.append("}" if char == "{" else "]")
+            self.state = "member" if char == "{" else "item"
+        elif char in _JSON_SCALAR_CHARS and state in ("value", "item"):
+            self._scalar, self.state = char, "scalar"
+        elif char == "," and state == "next" and closing:
+            self.state = "key" if closing == "}" else "value"
+        elif char == ":" and state == "colon":
+            self.state = "value"
+        else:
+            return False
+        return True
+
+    def _end_value(self, state: str) -> None:
+        self.state = state if self._open else "end"
+
+
+class CallReader:
+    """One call's object, character by character: its name, then its arguments as they come. Pure.
+
+    Arguments come only after the name, whatever their order in the object; until then `raw` is all that was read. A
+    call whose name is none of `names`, or whose object breaks before its arguments begin, is none (`is_broken`); nor is
+    one without arguments if it `needs_arguments`. Arguments that break once a part of them is out stay as the model
+    wrote them (`is_loose`). Where the `name` is known from elsewhere, the arguments are all that is read.
+    """
+
+    def __init__(self, names: frozenset[str], *, needs_arguments: bool = False, name: str = "") -> None:
+        self.raw = ""
+        self.name = ""
+        self.is_begun = False  # name and arguments are on their way out
+        self.is_complete = False
+        self.is_broken = False
+        self.is_loose = False
+        self._names = names
+        self._needs_arguments = needs_arguments
+        self._scanner = JsonScanner()
+        self._start = 0  # in `raw`, of the member's name or value at hand
+        self._member = ""
+        self._arguments: str | None = None  # whole, waiting for the name
+        self._is_streaming = False
+        self._is_headless = bool(name)
+        for char in f'{{"name":{json.dumps(name)},"arguments":' if name else "":
+            self.push(char)
+
+    def push(self, char: str) -> str | None:
+        """The arguments' text that a character brings; None, and it is not taken, when it is no part of the call."""
+        scanner = self._scanner
+        state, depth = scanner.state, scanner.depth
+        if not scanner.push(char):
+            self.is_complete = self.is_begun and not self._is_streaming
+            self.is_loose = self._is_streaming
+            self.is_broken = not self.is_begun
+            return None
+        if self._is_streaming:
+            self._is_streaming = scanner.depth > 1
+            self.is_complete = self._is_headless and not self._is_streaming
+            return json.dumps(char)[1:-1] if state == "string" and char < " " else char
+        self.raw += char
+        text = self._follow(char, state, depth)
+        if scanner.is_complete and not self.is_begun and self.name and not self._needs_arguments:
+            text = self._begin("{}")
+        self.is_complete = scanner.is_complete and self.is_begun
+        self.is_broken |= (scanner.is_complete or len(self.raw) > CALL_HELD_LIMIT_CHARS) and not self.is_begun
+        return text
+
+    def _follow(self, char: str, state: str, depth: int) -> str:
+        """Note what a character begins or ends in the outer object, whose scanner was in `state`."""
+        after, here = self._scanner.state, len(self.raw)
+        if depth == 1 and state in ("member", "key", "value") and char not in _JSON_SPACE:
+            self._start = here - 1
+            if state == "value" and char == "{" and self._member in _ARGUMENTS_KEYS and self.name and not self.is_begun:
+                self._is_streaming = True
+                return self._begin("{")
+        elif depth == 1 and state == "string" and after == "colon":
+            self._member = json.loads(self.raw[self._start :], strict=False)
+        elif depth == 1 and state == "scalar" and after != "scalar":
+            return self._end_member(self.raw[self._start : -1])
+        elif self._scanner.depth == 1 and after == "next" and (depth == 2 or state == "string"):
+            return self._end_member(self.raw[self._start :])
+        return ""
+
+    def _end_member(self, text: str) -> str:
+        if self.is_begun or self._member not in ("name", *_ARGUMENTS_KEYS):
+            return ""
+        value = json.loads(text, strict=False)
+        if self._member == "name":
+            self.name = value if isinstance(value, str) else ""
+            self.is_broken = self.name not in self._names
+            return "" if self.is_broken or self._arguments is None else self._begin(self._arguments)
+        if isinstance(value, str):  # some write the arguments as OpenAI sends them: as a text
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value, strict=False)
+        self._arguments = json.dumps({} if value is None else value)
+        self.is_broken = not isinstance(value, dict | None)
+        return "" if self.is_broken or not self.name else self._begin(self._arguments)
+
+    def _begin(self, arguments: str) -> str:
+        self.is_begun = True
+        return arguments
+
+
+_ARGUMENTS_KEYS = ("arguments", "parameters")
+
+
+def parse_python_call(text: str, names: frozenset[str]) -> tuple[str, str] | None:
+    """Name and arguments (JSON) of a call as Llama 3 writes those of its own tools: `f.call(name="value")`."""
+    match = re.fullmatch(r"\s*([A-Za-z0-9_]+)\.call\((.*)\)\s*", text, re.DOTALL)
+    if match is None or match[1] not in names or len(text) > PYTHON_CALL_LIMIT_CHARS:
+        return None
+    import ast  # here: few models write so
+
+    try:
+        call = ast.parse(f"call({match[2]})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
+            return None
+        arguments = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        return match[1], json.dumps(arguments, allow_nan=False)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AnswerPiece:
+    """What a piece of a model's output adds to its answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+
+class AnswerPhase(enum.Enum):
+    """What a model is writing.
+
+        START ──<think>──► THINKING ──</think>──► REPLY ──► TEXT ◄──────────────┐
+          └──────────────────────────────────────────────────►│                 │ anything else
+                                             mark of a call   ▼                 │
+                 TEXT ◄── no call after all ── OPENED ──{──► CALL ──}──► CLOSING
+                                                 ▲                          │
+                                                 └── another mark or comma ─┘
+
+    LOOSE is a CALL whose arguments are no JSON; PYTHON one whose form only its end shows.
+    Invariant: until it is known what a text is, nothing of it is out; then all of it, as what it is. Only marks, and
+    the white space around them, are left out.
+    """
+
+    START = enum.auto()
+    THINKING = enum.auto()
+    REPLY = enum.auto()
+    TEXT = enum.auto()
+    OPENED = enum.auto()
+    CALL = enum.auto()
+    LOOSE = enum.auto()
+    PYTHON = enum.auto()
+    CLOSING = enum.auto()
+
+
+def count_overlap(text: str, mark: str) -> int:
+    """The length of the longest end of `text` that begins `mark`, and is not all of it."""
+    longest = min(len(text), len(mark) - 1)
+    return next((length for length in range(longest, 0, -1) if mark.startswith(text[-length:])), 0)
+
+
+class AnswerParser:
+    """Tells thoughts, text and calls apart, however the output is cut into pieces. Pure.
+
+    `tool_format` or `tool_use` None: it makes no calls. `thinks`: it may begin with its thoughts; `is_thinking`: its
+    prompt already has begun them. `is_over`: the one call that it may make is made. `calls`: how many it has made.
+    `since_thoughts` and `since_mark`: all text since the thoughts ended, or since the mark of a call (the brace, where
+    a call needs none), as of the push that told; a grammar for what follows takes over there.
+    """
+
+    def __init__(
+        self,
+        tool_format: ToolFormat | None,
+        tool_use: ToolUse | None,
+        *,
+        thinks: bool = False,
+        is_thinking: bool = False,
+    ) -> None:
+        self.phase = AnswerPhase.THINKING if is_thinking else AnswerPhase.START if thinks else AnswerPhase.TEXT
+        self.is_over = False
+        self.calls = 0
+        self.since_thoughts: str | None = None
+        self.since_mark: str | None = None
+        tools = tool_use.callable_tools if tool_use is not None else ()
+        self._format = tool_format if tools else None
+        self._names = frozenset(tool.name for tool in tools)
+        self._python_names = frozenset(tool.name for tool in tools if not tool.is_strict)  # no grammar holds those
+        self._is_parallel = tool_use is not None and tool_use.is_parallel
+        self._held = ""  # not looked at yet, or not enough to tell
+        self._raw = ""  # what stands before it and is text again if no call follows
+        self._gap = ""  # white space between the text and a call's mark, for more text behind the call
+        self._reader = CallReader(self._names)
+        self._has_text = self._has_thoughts = self._is_in_list = False
+        self._text: list[str] = []
+        self._thoughts: list[str] = []
+        self._deltas: list[ToolCallDelta] = []
+
+    def push(self, text: str) -> AnswerPiece:
+        """What more of the output brings."""
+        self._held += text
+        steps = {
+            AnswerPhase.START: self._start,
+            AnswerPhase.THINKING: self._think,
+            AnswerPhase.REPLY: self._reply,
+            AnswerPhase.TEXT: self._write,
+            AnswerPhase.OPENED: self._open,
+            AnswerPhase.CALL: self._call,
+            AnswerPhase.LOOSE: self._loosen,
+            AnswerPhase.PYTHON: self._await_python,
+            AnswerPhase.CLOSING: self._close,
+        }
+        while not self.is_over and steps[self.phase]():
+            pass
+        return self._take()
+
+    def finish(self) -> AnswerPiece:
+        """What was held back, when no more comes."""
+        phase, held = self.phase, self._held
+        if self.is_over:
+            return AnswerPiece()
+        if phase is AnswerPhase.THINKING:
+            self._add_thoughts(held.rstrip())
+        elif phase is AnswerPhase.LOOSE:
+            self._add_arguments(held)
+        elif phase is AnswerPhase.PYTHON and (found := parse_python_call(held, self._python_names)) is not None:
+            self._add_call(*found)
+        elif phase in (AnswerPhase.START, AnswerPhase.TEXT, AnswerPhase.OPENED, AnswerPhase.PYTHON):
+            self._add_text(self._raw + held)
+        elif phase is AnswerPhase.CALL and not self._reader.is_begun:
+            self._add_text(self._raw + self._reader.raw + held)
+        elif phase is AnswerPhase.CLOSING and not (self._format and self._format.closing.startswith(held.strip())):
+            self._add_text(held)
+        self._held = self._raw = ""
+        return self._take()
+
+    def _take(self) -> AnswerPiece:
+        text, thoughts, deltas = "".join(self._text), "".join(self._thoughts), join_tool_calls(self._deltas)
+        self._text, self._thoughts, self._deltas = [], [], []
+        return AnswerPiece(text=text, reasoning=thoughts, calls=deltas)
+
+    # Each step looks at what is held, and returns whether it made something of it that the next one may go on with.
+
+    def _start(self) -> bool:
+        begun = self._held.lstrip()
+        if not begun.startswith(THINK_BEGIN):
+            self.phase = AnswerPhase.START if THINK_BEGIN.startswith(begun) else AnswerPhase.TEXT
+            return self.phase is AnswerPhase.TEXT
+        self._held, self.phase = begun[len(THINK_BEGIN) :], AnswerPhase.THINKING
+        return True
+
+    def _think(self) -> bool:
+        thoughts, end, rest = self._held.partition(THINK_END)
+        shown = thoughts if end else thoughts[: len(thoughts) - count_overlap(thoughts, THINK_END)]
+        shown = shown.rstrip()
+        self._add_thoughts(shown)
+        if not end:
+            self._held = thoughts[len(shown) :]
+            return False
+        self._held, self.phase = rest, AnswerPhase.REPLY
+        self.since_thoughts = rest
+        return True
+
+    def _reply(self) -> bool:
+        self._held = self._held.lstrip()
+        self.phase = AnswerPhase.TEXT if self._held else AnswerPhase.REPLY
+        return bool(self._held)
+
+    def _write(self) -> bool:
+        if self._format is None:
+            self._add_text(self._held)
+            self._held = ""
+            return False
+        if self._format.is_bare and not (self._has_text or self.calls):
+            begun = self._held.lstrip()
+            if not begun:
+                return False
+            if begun[0] == "{":
+                self._raw, self._held = self._held[: -len(begun)], begun
+                return self._begin_call()
+        before, mark, after = self._held.partition(self._format.opening)
+        shown = before if mark else before[: len(before) - count_overlap(before, self._format.opening)]
+        shown = shown.rstrip()
+        self._add_text(shown)
+        if not mark:
+            self._held = before[len(shown) :]
+            return False
+        self._gap = before[len(shown) :]
+        self._raw, self._held, self.phase = self._gap + mark, after, AnswerPhase.OPENED
+        if not self._format.is_bare:
+            self.since_mark = after
+        return True
+
+    def _open(self) -> bool:
+        begun = self._held.lstrip()
+        if not begun and len(self._held) < CALL_HELD_LIMIT_CHARS:
+            return False
+        assert self._format is not None
+        if begun.startswith("[") and self._format.is_list and not self._is_in_list:
+            self._is_in_list = True
+            self._raw += self._held[: len(self._held) - len(begun) + 1]
+            self._held = begun[1:]
+            return True
+        is_object = begun.startswith("{") and not self._format.arguments_mark
+        if is_object and self._is_in_list == self._format.is_list and self.calls < MAX_TOOLS:
+            self._raw, self._held = self._raw + self._held[: -len(begun)], begun
+            return self._begin_call()
+        if self._format.arguments_mark:
+            return self._open_by_name(begun)
+        if self._format.is_bare and begun[:1].isidentifier():
+            self.phase = AnswerPhase.PYTHON
+            return True
+        self._held = self._held if self._raw else begun
+        return self._give_up("")
+
+    def _open_by_name(self, begun: str) -> bool:
+        """A name, perhaps an id, the mark of the arguments, and their brace."""
+        assert self._format is not None
+        head, _, rest = begun.partition(self._format.arguments_mark)
+        name = head.partition(self._format.id_mark)[0].strip()
+        rest = rest.lstrip()
+        if not rest and len(head) < CALL_HEAD_LIMIT_CHARS:
+            return False
+        if name not in self._names or not rest.startswith("{") or self.calls >= MAX_TOOLS:
+            return self._give_up("")
+        self._held, self.phase = rest, AnswerPhase.CALL
+        self._reader = CallReader(self._names, name=name)
+        return True
+
+    def _begin_call(self) -> bool:
+        needs_arguments = self._format is not None and self._format.is_bare  # else any object with a name is a call
+        self._reader = CallReader(self._names, needs_arguments=needs_arguments)
+        self.phase = AnswerPhase.CALL
+        return True
+
+    def _give_up(self, read: str) -> bool:
+        """It is no call: all of it becomes text, and what is held is looked at as such."""
+        self._add_text(self._raw + read)
+        self._raw, self._is_in_list, self.phase = "", False, AnswerPhase.TEXT
+        return bool(self._held)
+
+    def _call(self) -> bool:
+        reader, held = self._reader, self._held
+        for position, char in enumerate(held):
+            was_begun = reader.is_begun
+            arguments = reader.push(char)
+            if reader.is_begun and not was_begun:
+                self._begin_arguments(arguments or "", held[position + 1 :])
+            elif arguments:
+                self._add_arguments(arguments)
+            if reader.is_broken or reader.is_loose or reader.is_complete:
+                self._held = held[position + (arguments is not None) :]
+                return self._end_call()
+        self._held = ""
+        return False
+
+    def _begin_arguments(self, arguments: str, rest: str) -> None:
+        self._raw = ""
+        self._add_call(self._reader.name, arguments)
+        if self._format is not None and self._format.is_bare and self.calls == 1:
+            self.since_mark = self._reader.raw + rest
+
+    def _end_call(self) -> bool:
+        if self._reader.is_broken:
+            return self._give_up(self._reader.raw)
+        self.phase = AnswerPhase.LOOSE if self._reader.is_loose else AnswerPhase.CLOSING
+        self.is_over = self._reader.is_complete and not self._is_parallel
+        return True
+
+    def _loosen(self) -> bool:
+        assert self._format is not None
+        mark = self._format.closing
+        before, end, after = self._held.partition(mark) if mark else (self._held, "", "")
+        shown = before if end or not mark else before[: len(before) - count_overlap(before, mark)]
+        self._add_arguments(shown)
+        self._held = end + after if end else before[len(shown) :]
+        self.phase = AnswerPhase.CLOSING if end else AnswerPhase.LOOSE
+        self.is_over = bool(end) and not self._is_parallel
+        return bool(end)
+
+    def _await_python(self) -> bool:
+        return len(self._held) > PYTHON_CALL_LIMIT_CHARS and self._give_up("")
+
+    def _close(self) -> bool:
+        """After a call: its closing mark, the list's comma or end, or a semicolon; then a mark again, or text."""
+        self._held = begun = self._held.lstrip()
+        assert self._format is not None
+        closing, opening = self._format.closing, self._format.opening
+        if closing and begun.startswith(closing):
+            self._held = begun[len(closing) :]
+        elif not begun or closing.startswith(begun) or count_overlap(begun, opening) == len(begun):
+            return False
+        elif self._is_in_list and begun[0] in ",]":
+            self._is_in_list, self._held = begun[0] == ",", begun[1:]
+            self.phase = AnswerPhase.OPENED if self._is_in_list else AnswerPhase.CLOSING
+        elif self._format.is_bare and begun[0] == ";":
+            self._held = begun[1:]
+        elif self._format.is_bare and begun[0] == "{" and self.calls < MAX_TOOLS:
+            return self._begin_call()
+        else:
+            self._held = self._gap * self._has_text + begun
+            self.phase, self._is_in_list, self._gap = AnswerPhase.TEXT, False, ""
+        return True
+
+    def _add_text(self, text: str) -> None:
+        self._has_text = self._has_text or bool(text)
+        self._text.append(text)
+
+    def _add_thoughts(self, text: str) -> None:
+        text = text if self._has_thoughts else text.lstrip()
+        self._has_thoughts = self._has_thoughts or bool(text)
+        self._thoughts.append(text)
+
+    def _add_call(self, name: str, arguments: str) -> None:
+        self._deltas.append(ToolCallDelta(index=self.calls, name=name, arguments=arguments))
+        self.calls += 1
+
+    def _add_arguments(self, text: str) -> None:
+        self._deltas.append(ToolCallDelta(index=self.calls - 1, arguments=text))
+
+
+# Grammars
+
+
+def build_tool_grammar(tool_use: ToolUse, tool_format: ToolFormat, *, is_open: bool) -> str:
+    """A grammar of the calls that a model may make, in its format; `is_open`: the mark before the first one is there.
+
+    Schemas of functions that are not strict restrict as far as they can be expressed.
+    """
+    builder = GrammarBuilder()
+    calls = [_build_call_rule(builder, tool, tool_format) for tool in tool_use.callable_tools]
+    call = builder.add_rule(" | ".join(calls))
+    more = f"{{0,{FORCED_CALLS_LIMIT - 1}}}" if tool_use.is_parallel else "{0}"
+    opening, closing = map(quote_grammar_text, (tool_format.opening, tool_format.closing))
+    if tool_format.is_list:
+        calls_text = f'ws "[" ws {call} ("," ws {call}){more} ws "]"'
+    elif tool_format.arguments_mark:
+        calls_text = f"{call} (ws {opening} {call}){more}"
+    elif tool_format.closing:
+        calls_text = f"ws {call} ws {closing} (ws {opening} ws {call} ws {closing}){more}"
+    else:
+        return builder.build(call)
+    return builder.build(calls_text if is_open else f"{opening} {calls_text}")
+
+
+def _build_call_rule(builder: GrammarBuilder, tool: Tool, tool_format: ToolFormat) -> str:
+    """The rule of one function's calls."""
+    arguments = builder.add_schema(tool.parameters) if tool.is_strict else builder.add_leniently(tool.parameters)
+    if tool_format.arguments_mark:
+        id_mark, mark = map(quote_grammar_text, (tool_format.id_mark, tool_format.arguments_mark))
+        name = quote_grammar_text(tool.name)
+        return builder.add_rule(f"{name} ({id_mark} [a-zA-Z0-9]{{9}})? {mark} {arguments}")
+    name, key = quote_grammar_text(json.dumps(tool.name)), quote_grammar_text(json.dumps(tool_format.arguments_key))
+    call_id = ' ("," ws "\\"id\\"" ":" ws "\\"" [a-zA-Z0-9]{9} "\\"")?' if tool_format.is_list else ""
+    return builder.add_rule(f'"{{" ws "\\"name\\"" ":" ws {name} "," ws {key} ":" ws {arguments}{call_id} ws "}}"')
+
+
+def start_grammar(grammar: str, written: str) -> tuple[str, str]:
+    """A grammar for a text that begins with `written` and only then, after white space, with what `grammar` says.
+
+    Returns it and the name of its root rule.
+    """
+    gap = r"[ \t\r\n]{0,8}"
+    return f"{grammar}\nbegun-answer ::= {quote_grammar_text(written)} {gap} root\n", "begun-answer"
 
 
 # ---- Signing --------------------------------------------------------------------------
@@ -14067,15 +14892,25 @@ class PrefillProgress:
 
 @record(frozen=True, kw_only=True, slots=True)
 class TextDelta:
-    """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs."""
+    """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs.
+
+    `reasoning` and `calls`: more of the model's thoughts, and of its calls. `logprobs` are those of all tokens.
+    """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing."""
+        return not (self.text or self.logprobs or self.reasoning or self.calls)
 
 
 @record(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The end of a generation; `finish_reason` is stop or length."""
+    """The end of a generation; `finish_reason` is stop, length or tool_calls."""
 
     finish_reason: str
     usage: Usage
@@ -14342,6 +15177,11 @@ class TextAssembler:
             return self._release(cut, final=True)
         return self._release(len(self._held) - self._count_held_back())
 
+    @property
+    def held_back(self) -> bytes:
+        """The bytes that are not text yet."""
+        return self._decoder.getstate()[0] + self._held
+
     def finish(self) -> TextDelta:
         """The text that was held back, when no more bytes will come."""
         return self._release(0 if self.stopped else len(self._held), final=True)
@@ -14437,15 +15277,61 @@ def encode_generation_request(request: GenerationRequest) -> dict[str, Any]:
     """A generation as JSON; token ids of the bias become text keys."""
     sampling = {item.name: getattr(request.sampling, item.name) for item in dataclasses.fields(request.sampling)}
     return {
-        "messages": [[message.role, message.content] for message in request.messages],
+        "messages": [encode_message(message) for message in request.messages],
         "prompt": request.prompt,
         "max_tokens": request.max_tokens,
         "stop": request.stop,
         "sampling": sampling | {"logit_bias": list(request.sampling.logit_bias.items())},
         "top_logprobs": request.top_logprobs,
         "grammar": request.grammar,
+        "tool_use": encode_tool_use(request.tool_use),
+        "enable_thinking": request.enable_thinking,
         "tenant": request.tenant,
     }
+
+
+def encode_message(message: ChatMessage) -> list[Any]:
+    """A message as a JSON list, shorter than an object."""
+    calls = [[call.call_id, call.name, call.arguments] for call in message.tool_calls]
+    return [message.role, message.content, calls, message.tool_call_id, message.reasoning]
+
+
+def decode_message(value: Sequence[Any]) -> ChatMessage:
+    """The inverse of encode_message."""
+    role, content, calls, tool_call_id, reasoning = value
+    return ChatMessage(
+        role=role,
+        content=content,
+        tool_calls=tuple(
+            ToolCall(call_id=call_id, name=name, arguments=arguments) for call_id, name, arguments in calls
+        ),
+        tool_call_id=tool_call_id,
+        reasoning=reasoning,
+    )
+
+
+def encode_tool_use(tool_use: ToolUse | None) -> dict[str, Any] | None:
+    """What may be called, as JSON."""
+    if tool_use is None:
+        return None
+    tools = [[tool.name, tool.description, tool.parameters, tool.is_strict] for tool in tool_use.tools]
+    return {
+        "tools": tools,
+        "is_required": tool_use.is_required,
+        "only": tool_use.only,
+        "is_parallel": tool_use.is_parallel,
+    }
+
+
+def decode_tool_use(value: Mapping[str, Any] | None) -> ToolUse | None:
+    """The inverse of encode_tool_use."""
+    if value is None:
+        return None
+    tools = tuple(
+        Tool(name=name, description=description, parameters=parameters, is_strict=is_strict)
+        for name, description, parameters, is_strict in value["tools"]
+    )
+    return ToolUse(**dict(value) | {"tools": tools})
 
 
 def decode_token_ids(value: Any) -> Any:
@@ -14457,13 +15343,15 @@ def decode_generation_request(value: Mapping[str, Any]) -> GenerationRequest:
     """The inverse of encode_generation_request."""
     sampling = value["sampling"]
     return GenerationRequest(
-        messages=tuple(ChatMessage(role=role, content=content) for role, content in value["messages"]),
+        messages=tuple(map(decode_message, value["messages"])),
         prompt=decode_token_ids(value["prompt"]),
         max_tokens=value["max_tokens"],
         stop=tuple(value["stop"]),
         sampling=SamplingParams(**sampling | {"logit_bias": dict(sampling["logit_bias"])}),
         top_logprobs=value["top_logprobs"],
         grammar=value["grammar"],
+        tool_use=decode_tool_use(value["tool_use"]),
+        enable_thinking=value["enable_thinking"],
         tenant=value["tenant"],
     )
 
@@ -14558,7 +15446,9 @@ def decode_vectors(values: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def encode_engine_event(event: EngineEvent) -> dict[str, Any]:
     """An event as JSON, told apart by `kind`."""
     if isinstance(event, TextDelta):
-        return {"kind": "text", "text": event.text, "logprobs": [encode_logprob(entry) for entry in event.logprobs]}
+        value = {"kind": "text", "text": event.text, "logprobs": [encode_logprob(entry) for entry in event.logprobs]}
+        calls = [[call.index, call.name, call.arguments] for call in event.calls]
+        return value | ({"reasoning": event.reasoning, "calls": calls} if event.reasoning or calls else {})
     if isinstance(event, PrefillProgress):
         return {"kind": "prefill", "done": event.done, "total": event.total, "cached": event.cached}
     if isinstance(event, Finished):
@@ -14572,7 +15462,12 @@ def decode_engine_event(value: Mapping[str, Any]) -> EngineEvent:
     """The inverse of encode_engine_event; ValueError for an unknown kind."""
     kind = value["kind"]
     if kind == "text":
-        return TextDelta(text=value["text"], logprobs=tuple(map(decode_logprob, value["logprobs"])))
+        calls = tuple(
+            ToolCallDelta(index=index, name=name, arguments=arguments)
+            for index, name, arguments in value.get("calls", ())
+        )
+        logprobs = tuple(map(decode_logprob, value["logprobs"]))
+        return TextDelta(text=value["text"], logprobs=logprobs, reasoning=value.get("reasoning", ""), calls=calls)
     if kind == "prefill":
         return PrefillProgress(done=value["done"], total=value["total"], cached=value["cached"])
     if kind == "finished":
@@ -14623,8 +15518,12 @@ class JobInbox:
             return event
         if self._deltas:
             deltas, self._deltas = self._deltas, []
-            logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
-            return TextDelta(text="".join(delta.text for delta in deltas), logprobs=logprobs)
+            return TextDelta(
+                text="".join(delta.text for delta in deltas),
+                logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+                reasoning="".join(delta.reasoning for delta in deltas),
+                calls=join_tool_calls(call for delta in deltas for call in delta.calls),
+            )
         last, self._last = self._last, None
         assert last is not None
         return last
@@ -15502,6 +16401,222 @@ ChatPart = tuple[str, bool]
 
 
 @record(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a template lays out. `enable_thinking`: for templates that ask."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    enable_thinking: bool = True
+
+    def map_texts(self, change: Callable[[str], str]) -> Conversation:
+        """The same with every text changed that somebody else wrote."""
+
+        def change_message(message: ChatMessage) -> ChatMessage:
+            calls = tuple(
+                replace(call, arguments=json.dumps(map_json_texts(parse_arguments(call), change), ensure_ascii=False))
+                for call in message.tool_calls
+            )
+            content, reasoning = change(message.content), change(message.reasoning)
+            return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
+
+        tools = tuple(
+            replace(
+                tool,
+                description=tool.description and change(tool.description),
+                parameters=map_json_texts(tool.parameters, change),
+            )
+            for tool in self.tools
+        )
+        return replace(self, messages=tuple(map(change_message, self.messages)), tools=tools)
+
+    def list_texts(self) -> list[str]:
+        """All of those texts."""
+        texts = list[str]()
+
+        def note(text: str) -> str:
+            texts.append(text)
+            return text
+
+        self.map_texts(note)
+        return texts
+
+
+def map_json_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed, also the names of members."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(name): map_json_texts(item, change) for name, item in value.items()}
+    return [map_json_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def parse_arguments(call: ToolCall) -> Any:
+    """The arguments of a call as templates want them: an object; as it is, if the model wrote none."""
+    try:
+        return parse_json(call.arguments.encode())
+    except ValueError:
+        return call.arguments
+
+
+def build_short_call_id(call_id: str) -> str:
+    """The nine letters and digits that Mistral's models know calls by, made from an id of another form."""
+    if re.fullmatch("[A-Za-z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ChatTurn:
+    """A message as a family lays it out; `role`: one of the family's `turns`."""
+
+    role: str
+    parts: tuple[ChatPart, ...]
+
+
+PlaceTools = Callable[[Conversation, Callable[[ChatMessage], ChatTurn]], list[ChatTurn]]
+
+_HERMES_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_HERMES_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+_LLAMA3_TOOLS = (
+    "Given the following functions, please respond with a JSON for a function call "
+    "with its proper arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    "Do not use variables.\n\n"
+)
+
+
+def place_hermes_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Qwen 2.5 has it: tools at the end of the system message, results within messages of the user's."""
+    messages, turns = conversation.messages, list[ChatTurn]()
+    if conversation.tools:
+        has_system = bool(messages) and messages[0].role == "system"
+        system = messages[0].content if has_system else ""
+        tools = [part for tool in conversation.tools for part in (("\n", True), (_encode_tool(tool), False))]
+        intro = ("\n\n" if system else "") + _HERMES_BEFORE
+        turns.append(ChatTurn(role="system", parts=((system, False), (intro, True), *tools, (_HERMES_AFTER, True))))
+        messages = messages[has_system:]
+    for is_result, group in itertools.groupby(messages, key=lambda message: message.role == "tool"):
+        if is_result:
+            texts = [
+                [("<tool_response>\n", True), (each.content, False), ("\n</tool_response>", True)] for each in group
+            ]
+            turns.append(ChatTurn(role="user", parts=_join_parts(texts, "\n")))
+        else:
+            turns += [_place_hermes_calls(each) if each.tool_calls else lay_out(each) for each in group]
+    return turns
+
+
+def _place_hermes_calls(message: ChatMessage) -> ChatTurn:
+    texts = [[(message.content, False)]] if message.content else []
+    for call in message.tool_calls:
+        arguments = _encode_template_json(parse_arguments(call))
+        before = f'<tool_call>\n{{"name": "{call.name}", "arguments": '
+        texts.append([(before, True), (arguments, False), ("}\n</tool_call>", True)])
+    return ChatTurn(role="assistant", parts=_join_parts(texts, "\n"))
+
+
+def place_llama3_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Llama 3.1 has it: tools before the user's first message, one call a message, results by `ipython`."""
+    turns = [_place_llama3_message(message, lay_out) for message in conversation.messages]
+    if conversation.tools:
+        first = next((index for index, turn in enumerate(turns) if turn.role != "system"), None)
+        if first is None or turns[first].role != "user":
+            raise InvalidRequestError("this model's chat template needs a user message for its tools", param="messages")
+        tools = [part for tool in conversation.tools for part in ((_encode_tool(tool, 4), False), ("\n\n", True))]
+        turns[first] = ChatTurn(role="user", parts=((_LLAMA3_TOOLS, True), *tools, *turns[first].parts))
+    return turns
+
+
+def _place_llama3_message(message: ChatMessage, lay_out: Callable[[ChatMessage], ChatTurn]) -> ChatTurn:
+    if message.role == "tool":
+        return ChatTurn(role="ipython", parts=((_encode_template_json(message.content), False),))
+    if not message.tool_calls:
+        return lay_out(message)
+    if len(message.tool_calls) > 1:
+        raise InvalidRequestError("this model's chat template takes one tool call a message", param="messages")
+    (call,) = message.tool_calls
+    arguments = _encode_template_json(parse_arguments(call))
+    parts = ((f'{{"name": "{call.name}", "parameters": ', True), (arguments, False), ("}", True))
+    return ChatTurn(role="assistant", parts=parts)
+
+
+def place_mistral_tools(conversation: Conversation, lay_out: Callable[[ChatMessage], ChatTurn]) -> list[ChatTurn]:
+    """As Mistral Nemo has it: tools and the system message belong to the user's last message."""
+    messages, system = conversation.messages, ""
+    if messages and messages[0].role == "system":
+        system, messages = messages[0].content, messages[1:]
+    _verify_alternation([each for each in messages if each.role != "tool" and not each.tool_calls])
+    last_user = max((index for index, each in enumerate(messages) if each.role == "user"), default=None)
+    turns = []
+    for index, message in enumerate(messages):
+        if index == last_user and conversation.tools:
+            tools = _join_parts([[(_encode_mistral_tool(tool), False)] for tool in conversation.tools], ", ")
+            turns.append(ChatTurn(role="tools", parts=tools))
+        turn = _place_mistral_message(message, lay_out)
+        if message.role == "user" and index == len(messages) - 1 and conversation.messages is not messages:
+            turn = replace(turn, parts=((system, False), ("\n\n", True), *turn.parts))
+        turns.append(turn)
+    return turns
+
+
+def _place_mistral_message(message: ChatMessage, lay_out: Callable[[ChatMessage], ChatTurn]) -> ChatTurn:
+    if message.role == "tool":
+        call_id = build_short_call_id(message.tool_call_id)
+        parts = (('{"content": ', True), (message.content, False), (f', "call_id": "{call_id}"}}', True))
+        return ChatTurn(role="tool", parts=parts)
+    if not message.tool_calls:
+        return lay_out(message)
+    texts: list[list[ChatPart]] = []
+    for call in message.tool_calls:
+        function = _encode_template_json({"name": call.name, "arguments": parse_arguments(call)})
+        texts.append([(function[:-1], False), (f', "id": "{build_short_call_id(call.call_id)}"}}', True)])
+    return ChatTurn(role="assistant", parts=(("[TOOL_CALLS][", True), *_join_parts(texts, ", "), ("]", True)))
+
+
+def _encode_mistral_tool(tool: Tool) -> str:
+    """A tool as Mistral's template writes it: texts within it as they are, without escapes."""
+    members = [
+        f'"{name}": "{value}"' if isinstance(value, str) else f'"{name}": {_encode_template_json(value)}'
+        for name, value in tool.build_json()["function"].items()
+    ]
+    return '{"type": "function", "function": {' + ", ".join(members) + "}}"
+
+
+def _encode_tool(tool: Tool, indent: int | None = None) -> str:
+    return _encode_template_json(tool.build_json(), indent=indent)
+
+
+def _join_parts(texts: Sequence[Sequence[ChatPart]], separator: str) -> tuple[ChatPart, ...]:
+    separated = [[*text, (separator, True)] for text in texts[:-1]] + [list(text) for text in texts[-1:]]
+    return tuple(itertools.chain.from_iterable(separated))
+
+
+def _verify_alternation(turns: Sequence[ChatMessage]) -> None:
+    for turn, role in zip(turns, itertools.cycle(("user", "assistant")), strict=False):
+        if turn.role != role:
+            message = "this model's chat template takes user and assistant messages in turn, the user's first"
+            raise InvalidRequestError(message, param="messages")
+
+
+def _encode_template_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's `tojson` without its escapes for HTML, as model authors expect it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@record(frozen=True, kw_only=True, slots=True)
 class ChatFamily:
     """How a family of models lays out a conversation.
 
@@ -15509,7 +16624,8 @@ class ChatFamily:
     `{eos}` and `{date}` stand for their texts. `prompt` makes the model answer. `trims`: contents lose white space at
     both ends. `folds_system`: how a first system message joins the first user message (`trims_after_folding`: trimmed
     as one text); None: it is a turn of its own. `default_system`: what stands in for an absent one. `date`: a fixed
-    one, or a strftime format. `stop`: texts that end an answer where no token does.
+    one, or a strftime format. `stop`: texts that end an answer where no token does. `place_tools` makes turns of
+    messages where there may be tools; `tool_format`: how such a model writes calls.
     """
 
     turns: Mapping[str, tuple[str, str]]
@@ -15523,19 +16639,45 @@ class ChatFamily:
     default_system: str | None = None
     date: str = ""
     stop: tuple[str, ...] = ()
+    place_tools: PlaceTools | None = None
+    tool_format: ToolFormat | None = None
+
+
+_LLAMA3 = ChatFamily(
+    start="{bos}",
+    turns={"*": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")},
+    prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    trims=True,
+)
+
+
+def build_dated_llama3(date: str) -> ChatFamily:
+    """Llama 3.1 and later: a system turn always, which begins with two dates, and tools. `date`: as ChatFamily's."""
+    before, after = _LLAMA3.turns["*"]
+    dates = "{environment}Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+    return replace(
+        _LLAMA3,
+        turns={
+            **_LLAMA3.turns,
+            "system": (before.replace("{role}", "system") + dates, after),
+            "ipython": (before.replace("{role}", "ipython"), after),
+        },
+        default_system="",
+        date=date,
+        place_tools=place_llama3_tools,
+        tool_format=TOOL_FORMATS["llama3"],
+    )
 
 
 CHAT_FAMILIES: Mapping[str, ChatFamily] = {
     "chatml": ChatFamily(
         turns={"*": ("<|im_start|>{role}\n", "<|im_end|>\n")},
         prompt="<|im_start|>assistant\n",
+        place_tools=place_hermes_tools,
+        tool_format=TOOL_FORMATS["hermes"],
     ),
-    "llama3": ChatFamily(
-        start="{bos}",
-        turns={"*": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")},
-        prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        trims=True,
-    ),
+    "llama3": _LLAMA3,
+    "llama3.1": build_dated_llama3("%d %b %Y"),
     "llama2": ChatFamily(
         turns={"user": ("{bos}[INST] ", " [/INST]"), "assistant": (" ", " {eos}")},
         prompt="",
@@ -15550,6 +16692,18 @@ CHAT_FAMILIES: Mapping[str, ChatFamily] = {
         prompt="",
         alternates=True,
         folds_system=("", "\n\n"),
+    ),
+    "mistralnemo": ChatFamily(
+        start="{bos}",
+        turns={
+            "user": ("[INST]", "[/INST]"),
+            "assistant": ("", "{eos}"),
+            "tools": ("[AVAILABLE_TOOLS][", "][/AVAILABLE_TOOLS]"),
+            "tool": ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        },
+        prompt="",
+        place_tools=place_mistral_tools,
+        tool_format=TOOL_FORMATS["mistral"],
     ),
     "zephyr": ChatFamily(
         turns={"*": ("<|{role}|>\n", "{eos}\n")},
@@ -15603,20 +16757,43 @@ def read_local_time() -> datetime.datetime:
 
 
 class ChatTemplate:
-    """Lays out conversations. `source`: "jinja2" or the family's name; `stop`: texts that end an answer."""
+    """Lays out conversations.
+
+    `source`: "jinja2" or the family's name; `stop`: texts that end an answer. `tool_format`: how the model writes
+    calls, None where there is no place for tools; `has_single_calls`: one a message. `thinks`: answers may begin with
+    thoughts, and `may_answer_at_once` if asked to.
+    """
 
     def __init__(
-        self, source: str, lay_out: Callable[[Sequence[ChatMessage]], list[ChatPart]], stop: tuple[str, ...] = ()
+        self,
+        source: str,
+        lay_out: Callable[[Conversation], list[ChatPart]],
+        stop: tuple[str, ...] = (),
+        *,
+        tool_format: ToolFormat | None = None,
+        text: str = "",
     ) -> None:
-        self.source, self.stop = source, stop
+        self.source, self.stop, self.tool_format = source, stop, tool_format
+        self.has_single_calls = tool_format is not None and tool_format.name == "llama3"
+        self.thinks = THINK_END in text
+        self.may_answer_at_once = self.thinks and "enable_thinking" in text
         self._lay_out = lay_out
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of the ENGINE_PARAMETERS that are the template's to have."""
+        thinking = THINKING_FEATURES if self.may_answer_at_once else frozenset()
+        return thinking if self.tool_format is None else thinking | TOOL_FEATURES
+
+    def render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, enable_thinking: bool = True
+    ) -> str:
         """The prompt as text, up to where the model's answer begins. InvalidRequestError when the template refuses."""
-        return "".join(text for text, _ in self._lay_out(messages))
+        conversation = Conversation(messages=tuple(messages), tools=tuple(tools), enable_thinking=enable_thinking)
+        return "".join(text for text, _ in self._lay_out(conversation))
 
     def render_parts(
-        self, messages: Sequence[ChatMessage], find_control_texts: Callable[[str], Sequence[str]]
+        self, conversation: Conversation, find_control_texts: Callable[[str], Sequence[str]]
     ) -> list[ChatPart]:
         """As `render`, in parts that tell markup from what the messages say.
 
@@ -15625,12 +16802,12 @@ class ChatTemplate:
         A template that looks for such a spelling in a message does not find it.
         """
         if self.source != "jinja2":
-            return self._lay_out(messages)
-        stand_ins = _StandIns(message.content for message in messages)
-        hidden = [
-            ChatMessage(role=message.role, content=stand_ins.hide(message.content, find_control_texts))
-            for message in messages
-        ]
+            return self._lay_out(conversation)
+        texts = conversation.list_texts()
+        if not any(map(find_control_texts, texts)):
+            return self._lay_out(conversation)
+        stand_ins = _StandIns(texts)
+        hidden = conversation.map_texts(lambda text: stand_ins.hide(text, find_control_texts))
         return [part for text, _ in self._lay_out(hidden) for part in stand_ins.restore(text)]
 
 
@@ -15658,12 +16835,12 @@ class _StandIns:
         return [(spellings.get(piece, piece), piece not in spellings) for piece in pieces if piece]
 
 
-def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, conversation: Conversation) -> list[int]:
     """The tokens of a conversation, up to where the answer begins; messages cannot spell control tokens.
 
     The beginning-of-sequence token comes first when the vocabulary wants it, once, whoever else wrote it.
     """
-    ids = tokenizer.encode_parts(template.render_parts(messages, tokenizer.find_control_texts), add_special=False)
+    ids = tokenizer.encode_parts(template.render_parts(conversation, tokenizer.find_control_texts), add_special=False)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
     return ids
@@ -15692,9 +16869,11 @@ def load_chat_template(
         template = override
     if not template:
         name = _guess_family(metadata)
-        return _build_family_template(name, CHAT_FAMILIES[name], tokens, now)
+        return _build_family_template(name, replace(CHAT_FAMILIES[name], **_NO_TOOLS), tokens, now)
     if (sandbox := _import_jinja_sandbox()) is not None:
-        return ChatTemplate("jinja2", _JinjaLayout(sandbox, template, tokens, now))
+        with_tools = metadata.get("tokenizer.chat_template.tool_use") if override is None else None
+        lay_out = _JinjaLayout(sandbox, (template, with_tools or template), tokens, now)
+        return ChatTemplate("jinja2", lay_out, tool_format=recognize_tool_format(with_tools or template), text=template)
     if (recognized := recognize_chat_family(template)) is not None:
         return _build_family_template(*recognized, tokens, now)
     raise ModelFileError(
@@ -15737,6 +16916,7 @@ def recognize_chat_family(template: str) -> tuple[str, ChatFamily] | None:
         "gemma": "<start_of_turn>" in template,
         "llama2": "<<SYS>>" in template,
         "mistral": "'[INST] '" in template and "' [/INST]'" in template,
+        "mistralnemo": '"[INST]" + system_message' in template and '"[TOOL_RESULTS]{' in template.replace("'", '"'),
         "phi3": "<|user|>" in template and "<|end|>" in template,
         "zephyr": "<|user|>" in template and "eos_token" in template,
     }
@@ -15747,8 +16927,10 @@ def recognize_chat_family(template: str) -> tuple[str, ChatFamily] | None:
     if name == "chatml":
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>]+)<\|im_end\|>", template)
         variations["default_system"] = default[1].replace("\\n", "\n") if default else None
+        variations |= {} if _QWEN_TOOLS in template else _NO_TOOLS
     elif name == "llama3" and "Cutting Knowledge Date" in template:
-        variations |= _build_dated_llama3(template)
+        dated = build_dated_llama3("%d %b %Y" if "strftime_now" in template else "26 Jul 2024")
+        return name, replace(dated, **variations, **({} if recognize_tool_format(template) else _NO_TOOLS))
     elif "System role not supported" in template or (name == "mistral" and "system" not in template):
         variations["refuses_system"] = True
     if name == "phi3" and "add_generation_prompt" not in template:
@@ -15767,6 +16949,7 @@ _PROMPTING_PHI3: Mapping[str, Any] = {
     },
     "prompt": "",
 }
+_NO_TOOLS: Mapping[str, Any] = {"place_tools": None, "tool_format": None}
 _QWEN_TOOLS = "You may call one or more functions to assist with the user query."
 _USUAL_TEMPLATE_LIMIT_CHARS = 2000
 
@@ -15776,6 +16959,8 @@ def _is_usual_template(name: str, template: str) -> bool:
     family = CHAT_FAMILIES[name]
     if name == "llama3" and "Cutting Knowledge Date" in template:
         return '"Today Date: " + date_string' in template
+    if name == "mistralnemo":
+        return template.count("raise_exception(") == 4 and '"[INST]" + message["content"] + "[/INST]"' in template
     is_short = len(template) <= _USUAL_TEMPLATE_LIMIT_CHARS and "tools" not in template
     has_usual_length = is_short or (name == "chatml" and _QWEN_TOOLS in template)
     has_usual_contents = ("trim" in template or ".strip()" in template) == family.trims
@@ -15792,50 +16977,53 @@ def _has_usual_end(family: ChatFamily, template: str) -> bool:
     return [literal.replace("\\n", "\n").rstrip("\n") for literal in literals] == [family.prompt.rstrip("\n")]
 
 
-def _build_dated_llama3(template: str) -> dict[str, Any]:
-    """Llama 3.1 and later always have a system turn, which begins with two dates."""
-    turns = CHAT_FAMILIES["llama3"].turns
-    before, after = turns["*"]
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-    return {
-        "turns": {**turns, "system": (before.replace("{role}", "system") + dates, after)},
-        "default_system": "",
-        "date": "%d %b %Y" if "strftime_now" in template else "26 Jul 2024",
-    }
-
-
 def _build_family_template(
     name: str, family: ChatFamily, tokens: Mapping[str, str], now: Callable[[], datetime.datetime]
 ) -> ChatTemplate:
-    def lay_out(messages: Sequence[ChatMessage]) -> list[ChatPart]:
-        date = now().strftime(family.date) if family.date else ""
-        return [part for part in _lay_out_family(family, {**tokens, "date": date}, messages) if part[0]]
+    def lay_out(conversation: Conversation) -> list[ChatPart]:
+        texts = {
+            **tokens,
+            "date": now().strftime(family.date) if family.date else "",
+            "environment": "Environment: ipython\n" if conversation.tools else "",
+        }
+        return [part for part in _lay_out_family(family, texts, conversation) if part[0]]
 
-    return ChatTemplate(name, lay_out, family.stop)
+    return ChatTemplate(name, lay_out, family.stop, tool_format=family.tool_format)
 
 
-def _lay_out_family(
-    family: ChatFamily, texts: Mapping[str, str], messages: Sequence[ChatMessage]
-) -> Iterator[ChatPart]:
+def _lay_out_family(family: ChatFamily, texts: Mapping[str, str], conversation: Conversation) -> Iterator[ChatPart]:
     def fill(markup: str, role: str = "") -> ChatPart:
         for name, text in (*texts.items(), ("role", role)):
             markup = markup.replace("{" + name + "}", text)
         return markup, True
 
-    system, turns = _take_system(family, messages)
+    def lay_out(message: ChatMessage) -> ChatTurn:
+        return ChatTurn(role=message.role, parts=((_trim_content(family, message.content, False), False),))
+
+    system, messages = _take_system(family, conversation.messages)
     if family.alternates:
-        _verify_alternation(turns)
+        _verify_alternation(messages)
     yield fill(family.start)
+    if family.place_tools is not None:
+        turns = family.place_tools(replace(conversation, messages=tuple(messages)), lay_out)
+    else:
+        _verify_no_tools(messages)
+        turns = list(map(lay_out, messages))
+    if system is not None and turns:
+        opening, closing = family.folds_system or ("", "")
+        content = _trim_content(family, messages[0].content, True)
+        turns[0] = replace(turns[0], parts=((opening, True), (system, False), (closing, True), (content, False)))
     for index, turn in enumerate(turns):
         before, after = _choose_turn(family, turn.role, index)
         yield fill(before, turn.role)
-        is_folded = system is not None and index == 0
-        if system is not None and is_folded:
-            opening, closing = family.folds_system or ("", "")
-            yield from ((opening, True), (system, False), (closing, True))
-        yield _trim_content(family, turn.content, is_folded), False
+        yield from turn.parts
         yield fill(after, turn.role)
     yield fill(family.prompt)
+
+
+def _verify_no_tools(messages: Sequence[ChatMessage]) -> None:
+    if any(message.tool_calls for message in messages):
+        raise InvalidRequestError("this model's chat template has no place for tool calls", param="messages")
 
 
 def _trim_content(family: ChatFamily, content: str, is_folded: bool) -> str:
@@ -15857,16 +17045,9 @@ def _take_system(family: ChatFamily, messages: Sequence[ChatMessage]) -> tuple[s
     return None, turns
 
 
-def _verify_alternation(turns: Sequence[ChatMessage]) -> None:
-    for turn, role in zip(turns, itertools.cycle(("user", "assistant")), strict=False):
-        if turn.role != role:
-            message = "this model's chat template takes user and assistant messages in turn, the user's first"
-            raise InvalidRequestError(message, param="messages")
-
-
 def _choose_turn(family: ChatFamily, role: str, index: int) -> tuple[str, str]:
     """What comes before and after a turn; only the first system message is laid out as such where both differ."""
-    if role in ("system", "user", "assistant"):
+    if role in ("system", "user", "assistant") or role in family.turns:
         general = family.turns.get("*")
         found = general if general and role == "system" and index else family.turns.get(role, general)
         if found is not None:
@@ -15887,14 +17068,18 @@ def _import_jinja_sandbox() -> Any:
 
 
 class _JinjaLayout:
-    """A model's own template, run as Hugging Face's libraries run it, with bounds.
+    """A model's own templates, without tools and with them, run as Hugging Face's libraries run them, with bounds.
 
     Bounded: attributes (the sandbox), lines run, ranges, sums, products and powers, the length of the output. Not
     bounded: the memory that a single filter or method of a text takes; the worker's process bounds that.
     """
 
     def __init__(
-        self, sandbox: Any, template: str, tokens: Mapping[str, str], now: Callable[[], datetime.datetime]
+        self,
+        sandbox: Any,
+        templates: tuple[str, str],
+        tokens: Mapping[str, str],
+        now: Callable[[], datetime.datetime],
     ) -> None:
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
@@ -15908,21 +17093,24 @@ class _JinjaLayout:
         faults = (_TemplateRunawayError, sandbox.SecurityError, OverflowError, RecursionError, MemoryError)
         self._template_faults: tuple[type[Exception], ...] = faults
         self._template_error: type[Exception] = importlib.import_module("jinja2.exceptions").TemplateError
+        self._plain, self._with_tools = (self._compile(environment, template) for template in templates)
+
+    def _compile(self, environment: Any, template: str) -> Any:
         # Blocks that mark what an assistant wrote, for training: what they hold is laid out as it is.
         template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
         template = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)
+        unsound: tuple[type[Exception], ...] = (self._template_error, ValueError, SyntaxError)
         try:
-            self._template = environment.from_string(template)
-        except (*faults, self._template_error, ValueError, SyntaxError) as exc:
+            return environment.from_string(template)
+        except unsound + self._template_faults as exc:
             problem = f"the model's chat template is not sound: {_shorten_message(exc)}"
             raise ModelFileError(f"{problem}; {_FAMILIES_ADVICE}") from exc
 
-    def __call__(self, messages: Sequence[ChatMessage]) -> list[ChatPart]:
-        limit = TEMPLATE_VALUE_LIMIT + 2 * sum(len(message.content) for message in messages)
-        given = [{"role": message.role, "content": message.content} for message in messages]
+    def __call__(self, conversation: Conversation) -> list[ChatPart]:
+        limit = TEMPLATE_VALUE_LIMIT + 2 * sum(map(len, conversation.list_texts()))
         try:
             with _line_limit("<template>", TEMPLATE_LINES_LIMIT):
-                return [(self._run(given, limit), True)]
+                return [(self._run(conversation, limit), True)]
         except BridgeError:
             raise
         except self._template_faults as exc:
@@ -15932,16 +17120,42 @@ class _JinjaLayout:
             problem = f"the model's chat template cannot lay out these messages: {_shorten_message(exc)}"
             raise InvalidRequestError(problem, param="messages") from exc
 
-    def _run(self, messages: list[dict[str, str]], limit_chars: int) -> str:
+    def _run(self, conversation: Conversation, limit_chars: int) -> str:
         pieces: list[str] = []
         length = 0
-        options = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        for piece in self._template.generate(**options, **self._variables):
+        template = self._with_tools if conversation.tools else self._plain
+        options = {
+            "messages": list(map(_build_template_message, conversation.messages)),
+            "tools": [tool.build_json() for tool in conversation.tools] or None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "enable_thinking": conversation.enable_thinking,
+        }
+        for piece in template.generate(**options, **self._variables):
             pieces.append(piece)
             length += len(piece)
             if length > limit_chars:
                 raise _TemplateRunawayError(f"more than {limit_chars} characters")
         return "".join(pieces)
+
+
+def _build_template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates read it. Ids of calls are in Mistral's form: all others only compare them, if that."""
+    built: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        built["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        built["tool_calls"] = [
+            {
+                "id": build_short_call_id(call.call_id),
+                "type": "function",
+                "function": {"name": call.name, "arguments": parse_arguments(call)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        built["tool_call_id"] = build_short_call_id(message.tool_call_id)
+    return built
 
 
 @contextlib.contextmanager
@@ -16005,17 +17219,6 @@ _BOUNDED_OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _encode_template_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's `tojson` without its escapes for HTML, as model authors expect it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _refuse_messages(message: object) -> None:
     """What a template calls to refuse a conversation."""
     text = _shorten_message(message)
@@ -16051,8 +17254,14 @@ class PromptEncoder:
         """The tokens of a chat or prompt, fewer than the context holds; else an error."""
         if not request.messages:
             return self.encode_text("" if request.prompt is None else request.prompt, "prompt", parse_special=True)
-        self._verify_size("".join(message.content for message in request.messages), "messages", parse_special=False)
-        return self._verify_tokens(encode_chat(self.tokenizer, self.template, request.messages), "messages")
+        conversation = Conversation(
+            messages=request.messages,
+            tools=() if request.tool_use is None else request.tool_use.tools,
+            enable_thinking=request.enable_thinking,
+        )
+        texts = [*conversation.list_texts(), *(json.dumps(tool.parameters) for tool in conversation.tools)]
+        self._verify_size("".join(texts), "messages", parse_special=False)
+        return self._verify_tokens(encode_chat(self.tokenizer, self.template, conversation), "messages")
 
     def encode_text(self, text: str | tuple[int, ...], param: str, *, parse_special: bool) -> list[int]:
         """The tokens of a text, or those given; fewer than the context holds, else an error."""
@@ -16146,8 +17355,35 @@ def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str, copi
 ComputeLogprobs = Callable[[int, int], tuple[float, list[tuple[int, float]]]]
 
 
+MARK_TOKENS_LIMIT = 64  # tokens that may have come since a grammar's place in an answer
+THINK_TAIL_TOKENS = 16  # at the end of a prompt, which may begin the answer's thoughts
+
+
+def build_answer_parser(
+    request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder
+) -> AnswerParser | None:
+    """What tells thoughts and calls from the answer's text; None where there can be neither."""
+    template, tool_use = encoder.template, request.tool_use
+    if not request.messages or (tool_use is None and not template.thinks):
+        return None
+    if tool_use is not None and template.has_single_calls:
+        tool_use = replace(tool_use, is_parallel=False)
+    pieces = [encoder.tokenizer.token_bytes(token, special=True) for token in prompt[-THINK_TAIL_TOKENS:]]
+    is_thinking = template.thinks and b"".join(pieces).rstrip().endswith(THINK_BEGIN.encode())
+    return AnswerParser(template.tool_format, tool_use, thinks=template.thinks, is_thinking=is_thinking)
+
+
+def find_mark_tokens(encoder: PromptEncoder) -> frozenset[int]:
+    """The tokens that spell the marks of thoughts and calls; control tokens, which show nothing, are among them."""
+    tool_format = encoder.template.tool_format
+    marks = [THINK_BEGIN, THINK_END] if encoder.template.thinks else []
+    marks += [] if tool_format is None else tool_format.marks
+    found = (encoder.tokenizer.find_token(mark) for mark in marks)
+    return frozenset(token for token in found if token is not None)
+
+
 class AnswerWriter:
-    """What one generation writes: its text, the log probabilities of its tokens, its end and its counts."""
+    """What one generation writes: text, thoughts, calls, its tokens' log probabilities, its end and its counts."""
 
     def __init__(
         self, request: GenerationRequest, prompt: Sequence[int], encoder: PromptEncoder, clock: Callable[[], float]
@@ -16159,6 +17395,8 @@ class AnswerWriter:
         self._encoder = encoder
         self._clock = clock
         self._assembler = TextAssembler((*request.stop, *encoder.template.stop) if request.messages else request.stop)
+        self._parser = build_answer_parser(request, prompt, encoder)
+        self.marks = find_mark_tokens(encoder) if self._parser is not None else frozenset()
         self._started_s = clock()
         self._prefilled_s: float | None = None
 
@@ -16168,14 +17406,42 @@ class AnswerWriter:
         self.completion_tokens += 1
         tokenizer = self._encoder.tokenizer
         if token in tokenizer.end_of_generation_ids:
-            return self._drop_empty(self._assembler.finish(), self.finish("stop"))
-        delta = self._assembler.push(tokenizer.token_bytes(token), self._describe(token, compute))
-        if self._assembler.stopped:
-            return self._drop_empty(delta, self.finish("stop"))
+            return self._end(self._assembler.finish(), "stop")
+        data = tokenizer.token_bytes(token, special=token in self.marks)
+        delta = self._read(self._assembler.push(data, self._describe(token, compute)))
+        if self._assembler.stopped or (self._parser is not None and self._parser.is_over):
+            return self._drop_empty(delta, *self._end(TextDelta(text=""), "stop"))
         is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
         if is_full or self.completion_tokens == self._request.max_tokens:
-            return self._drop_empty(delta, self._assembler.finish(), self.finish("length"))
+            return self._drop_empty(delta, *self._end(self._assembler.finish(), "length"))
         return self._drop_empty(delta)
+
+    def _end(self, last: TextDelta, reason: str) -> list[EngineEvent]:
+        """The last of the text, and the end; one with calls has a reason of its own."""
+        if self._parser is None:
+            return self._drop_empty(last, self.finish(reason))
+        last, held = self._read(last), self._parser.finish()
+        rest = TextDelta(text=held.text, reasoning=held.reasoning, calls=held.calls)
+        has_called = reason == "stop" and self._parser.calls > 0
+        return self._drop_empty(last, rest, self.finish("tool_calls" if has_called else reason))
+
+    def _read(self, delta: TextDelta) -> TextDelta:
+        if self._parser is None or not delta.text:
+            return delta
+        piece = self._parser.push(delta.text)
+        return replace(delta, text=piece.text, reasoning=piece.reasoning, calls=piece.calls)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model writes its thoughts."""
+        return self._parser is not None and self._parser.phase is AnswerPhase.THINKING
+
+    def read_since(self, *, is_call: bool) -> bytes | None:
+        """What was written since the mark of the first call, or else the end of the thoughts; None before it."""
+        if self._parser is None:
+            return None
+        text = self._parser.since_mark if is_call else self._parser.since_thoughts
+        return None if text is None else text.encode("utf-8", "surrogatepass") + self._assembler.held_back
 
     def finish(self, reason: str) -> Finished:
         now_s = self._clock()
@@ -16191,9 +17457,7 @@ class AnswerWriter:
 
     @staticmethod
     def _drop_empty(*events: EngineEvent) -> list[EngineEvent]:
-        return [
-            event for event in events if not (isinstance(event, TextDelta) and not event.text and not event.logprobs)
-        ]
+        return [event for event in events if not (isinstance(event, TextDelta) and event.is_empty)]
 
     def _describe(self, token: int, compute: ComputeLogprobs) -> TokenLogprob | None:
         if self._request.top_logprobs is None:
@@ -16205,6 +17469,47 @@ class AnswerWriter:
     def _build_logprob(self, token: int, logprob: float) -> TokenLogprob:
         data = self._encoder.tokenizer.token_bytes(token)
         return TokenLogprob(token_id=token, text=data.decode("utf-8", "backslashreplace"), data=data, logprob=logprob)
+
+
+class GrammarStart(enum.Enum):
+    """Where in an answer its grammar begins."""
+
+    AT_ONCE = "at once"
+    AFTER_THOUGHTS = "after the thoughts"
+    AT_CALL = "at the first call"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class AnswerGrammar:
+    """A grammar, and where it begins. `is_vital`: without it the answer is not what was asked for."""
+
+    grammar: str
+    start: GrammarStart
+    is_vital: bool
+
+
+def choose_grammar(request: GenerationRequest, template: ChatTemplate, *, is_thinking: bool) -> AnswerGrammar | None:
+    """What limits an answer: the request's own grammar, or one for its calls. InvalidRequestError if there can be none.
+
+    Calls that the model is free to make are held to their functions' schemas once it has begun one.
+    """
+    start = GrammarStart.AFTER_THOUGHTS if is_thinking else GrammarStart.AT_ONCE
+    if request.grammar is not None:
+        return AnswerGrammar(grammar=request.grammar, start=start, is_vital=True)
+    tool_use, tool_format = request.tool_use, template.tool_format
+    if tool_use is None or tool_format is None:
+        return None
+    is_vital = tool_use.is_required or any(tool.is_strict for tool in tool_use.tools)
+    if template.has_single_calls:
+        tool_use = replace(tool_use, is_parallel=False)
+    start = start if tool_use.is_required else GrammarStart.AT_CALL
+    try:
+        grammar = build_tool_grammar(tool_use, tool_format, is_open=start is GrammarStart.AT_CALL)
+    except ValueError as exc:
+        if not is_vital:
+            return None
+        raise InvalidRequestError(f"the schemas in 'tools' cannot be followed: {exc}", param="tools") from exc
+    return AnswerGrammar(grammar=grammar, start=start, is_vital=is_vital)
 
 
 def normalize(vector: Sequence[float]) -> tuple[float, ...]:
@@ -17609,6 +18914,7 @@ def load_builtin_backend(
         size_bytes=summary.size_bytes,
         slots=load.slots,
         engine="builtin",
+        features=SAMPLING_FEATURES | template.features,
     )
     return BuiltinBackend(info, model)
 
@@ -17757,10 +19063,14 @@ class NativeLog:
 
 @record(frozen=True, kw_only=True, slots=True)
 class NativeSampler:
-    """What draws the tokens of one sequence: a chain of samplers, and a grammar that it has to keep to, or None."""
+    """What draws the tokens of one sequence: a chain of samplers, and a grammar that it has to keep to, or None.
+
+    `silent`: tokens that the grammar would take for a spelling that they do not show.
+    """
 
     chain: Any
     grammar: Any
+    silent: frozenset[int] = frozenset()
 
 
 class NativeContext:
@@ -17808,6 +19118,19 @@ class NativeContext:
         finally:
             llama.llama_set_embeddings(self._context, False)
 
+    def encode(self, tokens: Sequence[int]) -> tuple[float, ...]:
+        """The vector of a whole text, pooled as the model was trained, at length 1: of models that only encode."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index], batch.pos[index] = token, index
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, True
+        code = self._llama.llama_encode(self._context, batch)
+        pooled = None if code else self._llama.llama_get_embeddings_seq(self._context, 0)
+        if not pooled:
+            raise EngineError(f"llama.cpp could not encode a text of {len(tokens)} tokens (code {code})")
+        return normalize(pooled[: self.n_embd])
+
     def sample(self, sampler: NativeSampler, row: int) -> int:
         """Draw a token after a row, which the sampler takes note of. EngineError when there is none to draw."""
         logits = self._llama.llama_get_logits_ith(self._context, row)
@@ -17815,26 +19138,25 @@ class NativeContext:
             token: int = self._llama.llama_sampler_sample(sampler.chain, self._context, row)
         else:
             token = self._draw(sampler.chain, logits, None)
-            if token in self.silent_tokens or not self._is_allowed(
-                sampler.grammar, token
-            ):  # asking about all tokens takes a hundred times as long
-                token = self._draw(sampler.chain, logits, sampler.grammar)
+            # Asking about all tokens takes a hundred times as long.
+            if token in sampler.silent or not self._is_allowed(sampler.grammar, token):
+                token = self._draw(sampler.chain, logits, sampler)
             self._llama.llama_sampler_accept(sampler.chain, token)
             self._llama.llama_sampler_accept(sampler.grammar, token)
         if not math.isfinite(logits[token]):
             raise EngineError("the model's output is not a number")
         return token
 
-    def _draw(self, chain: Any, logits: Any, grammar: Any) -> int:
-        """Draw one of all tokens, or of those that the grammar allows."""
+    def _draw(self, chain: Any, logits: Any, limits: NativeSampler | None) -> int:
+        """Draw one of all tokens, or of those that a sampler's grammar allows."""
         llama, numpy = self._llama, self._numpy
         data = numpy.zeros(self.n_vocab, dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")])
         data["id"] = numpy.arange(self.n_vocab)
         data["logit"] = numpy.ctypeslib.as_array(logits, shape=(self.n_vocab,))
         array = llama.llama_token_data_array(data.ctypes.data_as(llama.llama_token_data_p), self.n_vocab, -1, False)
-        if grammar is not None:
-            data["logit"][list(self.silent_tokens)] = -math.inf
-            llama.llama_sampler_apply(grammar, array)
+        if limits is not None:
+            data["logit"][list(limits.silent)] = -math.inf
+            llama.llama_sampler_apply(limits.grammar, array)
             if not numpy.isfinite(data["logit"]).any():
                 raise EngineError("the grammar allows none of the model's tokens here")
         llama.llama_sampler_apply(chain, array)
@@ -17869,19 +19191,20 @@ class NativeContext:
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def build_sampler(
-        self, params: SamplingParams, seed: int, prompt: Sequence[int], grammar: str | None = None
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        grammar: str | None = None,
+        marks: frozenset[int] = frozenset(),
     ) -> NativeSampler:
         """What draws as Sampler does, from a random stream of its own. To be freed by `free_sampler`.
 
-        InvalidRequestError for a grammar that llama.cpp does not understand.
+        `marks`: tokens whose spelling counts, though they show nothing. InvalidRequestError for a grammar that
+        llama.cpp does not understand.
         """
-        llama, allowed = self._llama, None
-        if grammar is not None:
-            text = grammar.encode("utf-8", "replace")
-            if b"\0" not in text:  # where C ends a text
-                allowed = llama.llama_sampler_init_grammar(self.vocabulary, text, b"root")
-            if not allowed:
-                raise InvalidRequestError("llama.cpp does not understand the grammar", param="grammar")
+        llama = self._llama
+        allowed = None if grammar is None else self._build_grammar(grammar)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         stages = []
         if params.logit_bias:
@@ -17904,7 +19227,37 @@ class NativeContext:
             llama.llama_sampler_chain_add(chain, stage)
         for token in prompt[-PENALTY_WINDOW_TOKENS:]:
             llama.llama_sampler_accept(chain, token)
-        return NativeSampler(chain=chain, grammar=allowed)
+        return NativeSampler(chain=chain, grammar=allowed, silent=self.silent_tokens - marks)
+
+    def _build_grammar(self, grammar: str, root: str = "root") -> Any:
+        text = grammar.encode("utf-8", "replace")
+        if b"\0" not in text:  # where C ends a text
+            sampler = self._llama.llama_sampler_init_grammar(self.vocabulary, text, root.encode())
+            if sampler:
+                return sampler
+        raise InvalidRequestError("llama.cpp does not understand the grammar", param="grammar")
+
+    def verify_grammar(self, grammar: str) -> None:
+        """InvalidRequestError for a grammar that llama.cpp does not understand."""
+        self._llama.llama_sampler_free(self._build_grammar(grammar))
+
+    def begin_grammar(
+        self, sampler: NativeSampler, grammar: str, before: str, tokens: Sequence[int]
+    ) -> NativeSampler | None:
+        """The sampler with a grammar that begins after `before`, with which the last `tokens` begin.
+
+        None if what follows it in them is not as the grammar wants it.
+        """
+        try:
+            begun = self._build_grammar(*start_grammar(grammar, before))
+        except InvalidRequestError:  # alone, the grammar was sound
+            return None
+        for token in tokens:
+            if not self._is_allowed(begun, token):  # to accept it would end the process
+                self._llama.llama_sampler_free(begun)
+                return None
+            self._llama.llama_sampler_accept(begun, token)
+        return replace(sampler, grammar=begun)
 
     def free_sampler(self, sampler: NativeSampler) -> None:
         self._llama.llama_sampler_free(sampler.chain)
@@ -18172,9 +19525,15 @@ class LlamaGeneration:
     """One sequence: it waits for its slot, then its prompt is read slice by slice, then it writes a token a step."""
 
     def __init__(
-        self, request: GenerationRequest, prompt: list[int], writer: AnswerWriter, sampler: NativeSampler
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        writer: AnswerWriter,
+        sampler: NativeSampler,
+        awaited: AnswerGrammar | None = None,
     ) -> None:
         self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
+        self.awaited = awaited  # the grammar that is to begin later
         self.slot: Slot | None = None
         self.next: int | None = None  # drawn, not computed yet
 
@@ -18223,7 +19582,7 @@ class LlamaEmbedding:
         return Embedded(vectors=tuple(self._vectors), prompt_tokens=sum(map(len, self._inputs)))
 
 
-POOLING_FIRST, POOLING_LAST = 2, 3  # `<architecture>.pooling_type`; all others are the mean
+POOLING_MEAN, POOLING_FIRST, POOLING_LAST, POOLING_RANK = 1, 2, 3, 4  # `<architecture>.pooling_type`; none: the mean
 
 
 def advance_slot(slot: Slot, tokens: Sequence[int]) -> None:
@@ -18285,8 +19644,11 @@ class LlamaBackend:
             raise InvalidRequestError("'logit_bias' has token ids that the model does not have", param="logit_bias")
         seed = self._model.draw_seed() if sampling.seed is None else sampling.seed
         writer = AnswerWriter(request, prompt, self._model.encoder, self._model.clock)
-        sampler = self._context.build_sampler(sampling, seed, prompt, request.grammar)
-        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler)
+        limits = self._choose_grammar(request, writer)
+        begins_later = limits is not None and limits.start is not GrammarStart.AT_ONCE
+        grammar = None if limits is None or begins_later else limits.grammar
+        sampler = self._context.build_sampler(sampling, seed, prompt, grammar, writer.marks)
+        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler, limits if begins_later else None)
 
     def cancel(self, job_id: int) -> None:
         if job_id in self._embedding:
@@ -18309,6 +19671,18 @@ class LlamaBackend:
         for job_id in (*self._reading, *self._writing, *self._embedding):
             self.cancel(job_id)
         self._context.close()
+
+    def _choose_grammar(self, request: GenerationRequest, writer: AnswerWriter) -> AnswerGrammar | None:
+        limits = choose_grammar(request, self._model.encoder.template, is_thinking=writer.is_thinking)
+        if limits is None or limits.start is GrammarStart.AT_ONCE:
+            return limits
+        try:
+            self._context.verify_grammar(limits.grammar)
+        except InvalidRequestError:
+            if limits.is_vital:
+                raise
+            return None
+        return limits
 
     # Generations
 
@@ -18407,14 +19781,36 @@ class LlamaBackend:
             return [PrefillProgress(done=len(part.slot.tokens), total=total, cached=job.writer.cached_tokens)]
         try:
             job.next = self._context.sample(job.sampler, row)
+            events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
+            is_over = bool(events) and isinstance(events[-1], Finished)
+            if job.awaited is not None and not is_over:
+                self._begin_grammar(job, job.awaited)
         except EngineError as exc:
             return [event for _, event in self._fail(part, exc)]
-        events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
-        if events and isinstance(events[-1], Finished):
+        if is_over:
             self._end_generation(part.job_id)
         elif part.job_id in self._reading:
             self._writing[part.job_id] = self._reading.pop(part.job_id)
         return events
+
+    def _begin_grammar(self, job: LlamaGeneration, limits: AnswerGrammar) -> None:
+        """Have a grammar take over where its place in the answer is reached, perhaps within the newest token."""
+        since = job.writer.read_since(is_call=limits.start is GrammarStart.AT_CALL)
+        if since is None or job.next is None:
+            return
+        job.awaited = None
+        tokens, written = list[int](), b""
+        for token in [job.next, *reversed(job.computed[-MARK_TOKENS_LIMIT:])]:
+            if len(written) >= len(since):
+                break
+            tokens.insert(0, token)
+            written = self._model.encoder.tokenizer.token_bytes(token, special=True) + written
+        before = written[: len(written) - len(since)].decode("utf-8", "replace")
+        sampler = self._context.begin_grammar(job.sampler, limits.grammar, before, tokens)
+        if sampler is not None:
+            job.sampler = sampler
+        elif limits.is_vital:
+            raise EngineError("the model's answer does not begin as it must: ask again, or another model")
 
     def _fail(self, part: BatchPart, error: EngineError) -> list[tuple[int, EngineEvent]]:
         part.slot.truncate(0)
@@ -18459,10 +19855,51 @@ class LlamaBackend:
         slot.busy = False
 
 
+class LlamaEncoder:
+    """A model that only encodes (BERT and its kin), as a Backend: a text a step."""
+
+    def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
+        self.info = info
+        self._model = model
+        self._jobs: dict[int, tuple[list[list[int]], list[tuple[float, ...]]]] = {}  # texts, vectors; the first is next
+
+    def submit(self, job_id: int, request: EngineJob) -> None:
+        if not isinstance(request, EmbeddingRequest):
+            raise InvalidRequestError("this model makes embeddings and does not write: ask another", param="model")
+        encode = functools.partial(self._model.encoder.encode_text, param="input", parse_special=False)
+        self._jobs[job_id] = [encode(item) for item in request.inputs], []
+
+    def cancel(self, job_id: int) -> None:
+        self._jobs.pop(job_id, None)
+
+    def step(self) -> list[tuple[int, EngineEvent]]:
+        job_id, (inputs, vectors) = next(iter(self._jobs.items()))
+        del self._jobs[job_id]
+        try:
+            vectors.append(self._model.context.encode(inputs[len(vectors)]))
+        except EngineError as exc:
+            return [(job_id, Failed(error=exc))]
+        if len(vectors) == len(inputs):
+            return [(job_id, Embedded(vectors=tuple(vectors), prompt_tokens=sum(map(len, inputs))))]
+        self._jobs[job_id] = inputs, vectors
+        return []
+
+    def close(self) -> None:
+        self._jobs.clear()
+        self._model.context.close()
+
+
 # Loading
 
 
-def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[float], None]) -> LlamaBackend:
+def is_encoder_only(metadata: Mapping[str, Any]) -> bool:
+    """Whether a model reads whole texts and writes nothing, by its header."""
+    return metadata.get(f"{metadata.get('general.architecture')}.attention.causal") is False
+
+
+def load_llama_backend(
+    load: LoadRequest, source: str, on_progress: Callable[[float], None]
+) -> LlamaBackend | LlamaEncoder:
     """The model of a GGUF file, ready to run in llama.cpp. Raises ModelFileError, or UsageError without the package."""
     weights_bytes = measure_model_files(source)
     with open_gguf(source) as gguf:
@@ -18476,7 +19913,11 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
     llama = import_llama()
     if not (load.rpc or llama.llama_supports_gpu_offload()):
         verify_fits(needed_bytes, probe_free_memory())
-    context = open_native_context(llama, source, load, n_ctx, on_progress)
+    pooling = get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0)
+    encodes = is_encoder_only(metadata)
+    if encodes and pooling == POOLING_RANK:
+        raise ModelFileError("it is a model that ranks texts, which this engine does not serve")
+    context = open_native_context(llama, source, load, n_ctx, on_progress, encodes=encodes)
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         tokenizer = NativeTokenizer(llama, context.vocabulary, tokens)
@@ -18489,7 +19930,7 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
                 n_ctx=n_ctx,
                 token_limit_bytes=max(len(_encode_lossless(token)) for token in tokens),
             ),
-            pooling=get_metadata_int(metadata, f"{summary.architecture}.pooling_type", default=0),
+            pooling=pooling,
             batch_size=choose_batch_size(load),
             clock=time.perf_counter,
             draw_seed=lambda: random.SystemRandom().getrandbits(32),
@@ -18504,8 +19945,11 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
             size_bytes=context.size_bytes,
             slots=load.slots,
             engine="llama",
-            features=SAMPLING_FEATURES | GRAMMAR_FEATURES,
+            features=SAMPLING_FEATURES | GRAMMAR_FEATURES | template.features,
         )
+        if encodes:
+            context.encode([tokenizer.bos_id or 0])  # reads all weights once
+            return LlamaEncoder(info, model)
         backend = LlamaBackend(info, model)
         warm_up(backend, model)
     except BaseException:
@@ -18544,9 +19988,15 @@ def choose_gpu_layers(load: LoadRequest, llama: Any) -> int:
 
 
 def open_native_context(
-    llama: Any, source: str, load: LoadRequest, n_ctx: int, on_progress: Callable[[float], None]
+    llama: Any,
+    source: str,
+    load: LoadRequest,
+    n_ctx: int,
+    on_progress: Callable[[float], None],
+    *,
+    encodes: bool = False,
 ) -> NativeContext:
-    """Load a model and open a context with one sequence for each slot."""
+    """Load a model and open a context with one sequence for each slot; `encodes`: is_encoder_only."""
     with contextlib.ExitStack() as undo:
         log = NativeLog(llama, is_verbose=load.verbose)
         undo.callback(log.close)
@@ -18555,15 +20005,29 @@ def open_native_context(
             add_rpc_servers(llama, load.rpc)
         model = load_native_model(llama, source, load, log, on_progress)
         undo.callback(llama.llama_model_free, model)
-        params = build_context_params(llama, load, n_ctx)
+        params = build_encoder_params(llama, load, n_ctx) if encodes else build_context_params(llama, load, n_ctx)
         context = llama.llama_init_from_model(model, params)
         if not context:
             raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
         undo.callback(llama.llama_free, context)
-        if not llama.llama_get_memory(context) or llama.llama_model_has_encoder(model):
+        if bool(llama.llama_get_memory(context)) == encodes or llama.llama_model_has_encoder(model):
             raise ModelFileError("it is a model that does not write, which this engine does not serve")
+        pooling = llama.llama_pooling_type(context)
+        if encodes and pooling not in (POOLING_MEAN, POOLING_FIRST, POOLING_LAST):
+            raise ModelFileError("its header does not say how it makes one vector of a text")
         undo.pop_all()
         return NativeContext(llama, model, context, params.n_batch, log)
+
+
+def build_encoder_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
+    """llama.cpp's settings for a model that reads a whole text of up to `n_ctx` tokens at once."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+    params.n_threads = params.n_threads_batch = load.threads
+    params.flash_attn_type = _FLASH_ATTENTION[load.flash_attn]
+    params.embeddings = True
+    params.no_perf = True
+    return params
 
 
 def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
@@ -26872,7 +28336,7 @@ def parse_upstream_answer(status: int, headers: Mapping[str, str], data: bytes) 
 
 _PEER_FEATURES = frozenset(
     {"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format"}
-    | {"logprobs", "logit_bias", "reasoning_effort"}
+    | {"logprobs", "logit_bias", "reasoning_effort", "chat_template_kwargs"}
 )
 _PEER_FIELDS = frozenset(
     {"model", "messages", "prompt", "input", "encoding_format", "dimensions", "stream", "stream_options", "n", "seed"}
@@ -26898,8 +28362,11 @@ def build_restricted_body(form: ForwardForm, body: Mapping[str, Any], tokens_lim
     parse_sampling(fields)
     fields.integer("n", 1, MAX_CHOICES, 1)
     if form is ForwardForm.CHAT:
+        parse_tool_use(fields, lambda schema: None)
+        parse_enable_thinking(fields)
         for index, message in enumerate(fields.array("messages", MAX_MESSAGES)):
             verify_content_is_data(message, f"messages[{index}]")
+            parse_tool_calls(RequestFields(message, f"messages[{index}]"))
     else:
         parse_inputs(fields, "prompt", MAX_CHOICES)
     wanted = parse_max_tokens(fields, low=0, default=None)
@@ -28892,9 +30359,11 @@ class AnswerForm(Protocol):
     """How one of the two generating routes words its answer."""
 
     @property
+    def head(self) -> AnswerHead: ...
+    @property
     def parsed(self) -> ChatRequest | CompletionRequest: ...
     def first(self, index: int) -> dict[str, Any] | None: ...
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]: ...
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]: ...
     def last(self, index: int, finish_reason: str) -> dict[str, Any]: ...
     def usage(self, usage: Usage) -> dict[str, Any]: ...
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]: ...
@@ -28910,14 +30379,24 @@ class ChatForm:
     def first(self, index: int) -> dict[str, Any] | None:
         return build_chat_chunk(self.head, index, CHAT_ROLE_DELTA, include_usage=self.parsed.include_usage)
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        return build_chat_chunk(
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]:
+        """Thoughts, text, a call's name and its arguments each have a chunk; the last has the log probabilities."""
+        deltas: list[dict[str, Any]] = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
+        deltas += [{"content": delta.text}] if delta.text else []
+        for call in delta.calls:
+            parts = (replace(call, arguments=""), replace(call, name="")) if call.name and call.arguments else (call,)
+            deltas += [{"tool_calls": [build_tool_call_delta(self.head, index, part)]} for part in parts]
+        chunks = [
+            build_chat_chunk(self.head, index, each, include_usage=self.parsed.include_usage) for each in deltas[:-1]
+        ]
+        last = build_chat_chunk(
             self.head,
             index,
-            {"content": delta.text},
+            deltas[-1] if deltas else {"content": ""},
             logprobs=delta.logprobs or None,
             include_usage=self.parsed.include_usage,
         )
+        return [*chunks, last]
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         return build_chat_chunk(
@@ -28942,14 +30421,15 @@ class TextForm:
         prefix = self.parsed.build_prefix(index)
         return build_text_chunk(self.head, index, prefix, include_usage=self.parsed.include_usage) if prefix else None
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        return build_text_chunk(
+    def deltas(self, index: int, delta: TextDelta) -> Sequence[dict[str, Any]]:
+        chunk = build_text_chunk(
             self.head,
             index,
             delta.text,
             logprobs=delta.logprobs or None,
             include_usage=self.parsed.include_usage,
         )
+        return [chunk]
 
     def last(self, index: int, finish_reason: str) -> dict[str, Any]:
         return build_text_chunk(
@@ -28974,28 +30454,37 @@ class AnswerCollector:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
-        self._texts: dict[int, list[str]] = defaultdict(list)
-        self._logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
+        self._deltas: dict[int, list[TextDelta]] = defaultdict(list)
         self._ends: list[Finished] = []
 
     def add(self, index: int, event: EngineEvent) -> None:
         if isinstance(event, TextDelta):
-            self._texts[index].append(event.text)
-            self._logprobs[index].extend(event.logprobs)
+            self._deltas[index].append(event)
         elif isinstance(event, Finished):
             self._ends.append(event)
 
     def build(self) -> dict[str, Any]:
-        parsed = self._form.parsed
-        choices = [
-            Choice(
-                text="".join(self._texts[index]),
-                finish_reason=end.finish_reason,
-                logprobs=None if parsed.generations[index].top_logprobs is None else tuple(self._logprobs[index]),
-            )
-            for index, end in enumerate(self._ends)
-        ]
-        return self._form.whole(choices, combine_usage([end.usage for end in self._ends], count_choices(parsed)))
+        choices = [self._build_choice(index, end.finish_reason) for index, end in enumerate(self._ends)]
+        usage = combine_usage([end.usage for end in self._ends], count_choices(self._form.parsed))
+        return self._form.whole(choices, usage)
+
+    def _build_choice(self, index: int, finish_reason: str) -> Choice:
+        deltas, has_logprobs = self._deltas[index], self._form.parsed.generations[index].top_logprobs is not None
+        calls = join_tool_calls(call for delta in deltas for call in delta.calls)
+        return Choice(
+            text="".join(delta.text for delta in deltas),
+            finish_reason=finish_reason,
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs) if has_logprobs else None,
+            reasoning="".join(delta.reasoning for delta in deltas),
+            tool_calls=tuple(
+                ToolCall(
+                    call_id=build_call_id(self._form.head, index, call.index),
+                    name=call.name,
+                    arguments=call.arguments,
+                )
+                for call in calls
+            ),
+        )
 
 
 class AnswerEncoder:
@@ -29012,8 +30501,8 @@ class AnswerEncoder:
         if isinstance(event, TextDelta | Finished) and index > self._begun:
             self._begun = index
             chunks.append(self._form.first(index))
-        if isinstance(event, TextDelta) and (event.text or event.logprobs):
-            chunks.append(self._form.delta(index, event))
+        if isinstance(event, TextDelta) and not event.is_empty:
+            chunks += self._form.deltas(index, event)
         if isinstance(event, Finished):
             self._ends.append(event)
             chunks.append(self._form.last(index, event.finish_reason))
@@ -31138,13 +32627,16 @@ class Completion:
         async for piece in completion.token_stream: ...
         print(await completion.stats)
 
-    Both belong to one reading of one answer: `stats` reads what is left of the stream. Reading raises the BridgeError
-    that the request ends with. Who leaves before the end calls `aclose`.
+    So are `tool_calls`, which the model made of the `tools` that it was given, and `reasoning`, its thoughts. All
+    belong to one reading of one answer: they read what is left of the stream. Reading raises the BridgeError that the
+    request ends with. Who leaves before the end calls `aclose`.
     """
 
     def __init__(self, handle: Handler, body: Mapping[str, Any], *, stream: bool) -> None:
         self.token_stream: AsyncGenerator[str, None] = self._read(handle, body, stream)
         self._usage: Mapping[str, Any] = {}
+        self._calls: dict[int, ToolCall] = {}
+        self._reasoning: list[str] = []
         self._error: BridgeError | None = None
         self._headers: Headers = Headers(())
         self._began_s = 0.0
@@ -31156,16 +32648,37 @@ class Completion:
         """What it took, once the answer has been written."""
         return self._wait_stats()
 
+    @property
+    def tool_calls(self) -> Awaitable[tuple[ToolCall, ...]]:
+        """The calls that the answer makes, once it has been written."""
+        return self._wait_calls()
+
+    @property
+    def reasoning(self) -> Awaitable[str]:
+        """What the model thought, once the answer has been written."""
+        return self._wait_reasoning()
+
     async def aclose(self) -> None:
         """End the answer where it is."""
         await self.token_stream.aclose()
 
-    async def _wait_stats(self) -> CompletionStats:
+    async def _wait_end(self) -> float:
         async for _ in self.token_stream:
             pass
         if self._ended_s is None:
             raise EngineError("the answer was not read to its end")
-        return self._build_stats(self._ended_s)
+        return self._ended_s
+
+    async def _wait_stats(self) -> CompletionStats:
+        return self._build_stats(await self._wait_end())
+
+    async def _wait_calls(self) -> tuple[ToolCall, ...]:
+        await self._wait_end()
+        return tuple(call for _, call in sorted(self._calls.items()))
+
+    async def _wait_reasoning(self) -> str:
+        await self._wait_end()
+        return "".join(self._reasoning)
 
     def _build_stats(self, ended_s: float) -> CompletionStats:
         usage, first_s = self._usage.get("usage") or {}, self._first_s
@@ -31211,10 +32724,23 @@ class Completion:
             self._error = read_refusal(502, data.encode())
         if chunk.get("usage"):
             self._usage = chunk
-        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or ())
-        if text and self._first_s is None:
+        deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        reasoning = "".join(delta.get("reasoning_content") or "" for delta in deltas)
+        firsts = [choice for choice in chunk.get("choices") or () if choice.get("index") == 0]
+        calls = [call for choice in firsts for call in (choice.get("delta") or {}).get("tool_calls") or ()]
+        if (text or reasoning or calls) and self._first_s is None:
             self._first_s = time.monotonic()
+        self._reasoning.append(reasoning)
+        for call in calls:
+            self._take_call(call)
         return text
+
+    def _take_call(self, fragment: Mapping[str, Any]) -> None:
+        """More of a call, of which only the first fragment has its id and name."""
+        index, function = fragment["index"], fragment["function"]
+        call = self._calls.get(index) or ToolCall(call_id=fragment["id"], name=function["name"], arguments="")
+        self._calls[index] = replace(call, arguments=call.arguments + function["arguments"])
 
 
 def build_own_request(body: Mapping[str, Any]) -> HttpRequest:
@@ -31665,6 +33191,16 @@ class BlockingCompletion:
     def stats(self) -> CompletionStats:
         """What it took, once the answer has been written: waits for that."""
         return cast(CompletionStats, self._wait(self._completion._wait_stats()))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """See Completion.tool_calls: waits for the end."""
+        return cast("tuple[ToolCall, ...]", self._wait(self._completion._wait_calls()))
+
+    @property
+    def reasoning(self) -> str:
+        """See Completion.reasoning: waits for the end."""
+        return cast(str, self._wait(self._completion._wait_reasoning()))
 
     def close(self) -> None:
         """End the answer where it is."""

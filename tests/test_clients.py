@@ -202,18 +202,22 @@ console.log(JSON.stringify(out));
 """
 
 
-def test_npm_openai(bridge, tmp_path):
+def run_node(source, directory, **environ):
+    """What a program with the npm package `openai` prints as JSON."""
     modules = os.environ.get("DVAI_NODE_MODULES")
     if not modules or not shutil.which("node"):
         assert os.environ.get("DVAI_TEST_ALL") != "1", "node and DVAI_NODE_MODULES are needed"
         pytest.skip("needs node and the npm package openai (make test-all installs them)")
-    (tmp_path / "node_modules").symlink_to(Path(modules))
-    program = tmp_path / "program.mjs"
-    program.write_text(NODE_PROGRAM)
-    environ = os.environ | {"BASE_URL": bridge.base_url, "MODEL": MODEL}
-    done = subprocess.run(["node", str(program)], env=environ, capture_output=True, text=True, timeout=120)
+    (directory / "node_modules").symlink_to(Path(modules))
+    program = directory / "program.mjs"
+    program.write_text(source)
+    done = subprocess.run(["node", str(program)], env=os.environ | environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_npm_openai(bridge, tmp_path):
+    out = run_node(NODE_PROGRAM, tmp_path, BASE_URL=bridge.base_url, MODEL=MODEL)
     assert out["whole"] == out["streamed"] == out["helped"]
     assert out["usage"]["completion_tokens"] == out["streamUsage"]["completion_tokens"] > 0
     assert out["models"] == [MODEL] and out["model"] == MODEL and len(set(out["dimensions"])) == 1

@@ -234,7 +234,7 @@ def test_a_relay_begins_with_what_has_come():
     async def work(client, server):
         taken = []
         async with client.request("GET", server.url) as response:
-            await wait_until(lambda: response._connection._pieces)
+            await wait_until(lambda: response._source._pieces)
             assert await response.relay(lambda piece: bool(taken.append(piece))) is True
         assert taken == [b"hello"]
 
@@ -367,7 +367,7 @@ def test_the_rest_of_an_answer_is_taken_in_the_background():
         async with client.request("GET", server.url) as response:
             await anext(response)
             response.leave_rest()
-            connection = response._connection
+            connection = response._source
         assert connection.phase is ClientPhase.LINGERING and not client._idle
         server.go_on.set()
         await wait_until(lambda: connection.phase is ClientPhase.IDLE)
@@ -543,7 +543,7 @@ def test_a_slow_consumer_slows_the_server_down():
 
     async def work(client, server):
         async with client.request("GET", server.url) as response:
-            connection = response._connection
+            connection = response._source
             await wait_until(lambda: not connection._is_reading)
             assert connection._held_bytes <= RESPONSE_BUFFER_LIMIT_BYTES + 512 * KIB
             read = 0

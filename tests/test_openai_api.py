@@ -13,12 +13,15 @@ from dvai_bridge import (
     MAX_CHOICES,
     MAX_EMBEDDING_INPUTS,
     SAMPLING_FEATURES,
+    THINKING_FEATURES,
+    TOOL_FEATURES,
     AnswerHead,
     ChatMessage,
     Choice,
     InvalidRequestError,
     SamplingParams,
     TokenLogprob,
+    ToolCall,
     Usage,
     build_chat_chunk,
     build_chat_completion,
@@ -172,7 +175,18 @@ def test_messages(message, expected):
             "messages[1].content[1]",
         ),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages[1].content[0]"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "call_1"}]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "content": None, "function_call": {"name": "f"}}, "messages[1].function_call"),
+        ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": {"id": "a"}}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "call_1"}]}, "messages[1].tool_calls[0].function"),
+        ({"role": "assistant", "tool_calls": [{"type": "custom"}]}, "messages[1].tool_calls[0].type"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages[1].tool_calls[0].function.name"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ({"role": "tool", "content": "a", "tool_call_id": 5}, "messages[1].tool_call_id"),
+        ({"role": "assistant", "content": "a", "reasoning_content": 5}, "messages[1].reasoning_content"),
     ],
 )
 def test_refused_messages(message, param):
@@ -380,6 +394,154 @@ def test_an_engine_without_grammars_names_the_one_that_has_them():
         with pytest.raises(InvalidRequestError, match="pip install") as caught:
             parse_chat_request({"messages": HELLO, name: value}, features=SAMPLING_FEATURES)
         assert caught.value.param == name
+
+
+# Tools
+
+TOOL_ENGINE = SAMPLING_FEATURES | GRAMMAR_FEATURES | TOOL_FEATURES | THINKING_FEATURES
+
+
+def tool(name="f", **fields):
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def use(features=TOOL_ENGINE, **fields):
+    body = {"messages": HELLO, "tools": [tool(), tool("g")]} | fields
+    return parse_chat_request(body, features=features).generations[0].tool_use
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (False, None, True)),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, (False, None, False)),
+        ({"tool_choice": "required"}, (True, None, True)),
+        ({"tool_choice": tool("g")}, (True, "g", False)),
+        ({"tool_choice": tool("g"), "parallel_tool_calls": True}, (True, "g", False)),
+    ],
+)
+def test_what_may_be_called(fields, expected):
+    found = use(**fields)
+    assert (found.is_required, found.only, found.is_parallel) == expected
+    assert [each.name for each in found.tools] == ["f", "g"]
+    assert [each.name for each in found.callable_tools] == ([expected[1]] if expected[1] else ["f", "g"])
+
+
+def test_nothing_is_called_without_leave():
+    assert use(tool_choice="none") is None
+    assert use(tools=None) is None
+    assert use(tools=[], tool_choice="auto") is None
+
+
+def test_functions_are_described_to_the_model_as_openai_does():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    (found,) = use(tools=[tool(description="adds", parameters=schema, strict=True)]).tools
+    assert found.is_strict
+    described = {"name": "f", "description": "adds", "parameters": schema}
+    assert found.build_json() == {"type": "function", "function": described}
+    (bare,) = use(tools=[tool()]).tools
+    assert bare.build_json()["function"] == {"name": "f", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": [tool()] * 129}, "tools"),
+        ({"tools": [tool(), tool()]}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [tool("")]}, "tools[0].function.name"),
+        ({"tools": [tool("a b")]}, "tools[0].function.name"),
+        ({"tools": [tool("a" * 129)]}, "tools[0].function.name"),
+        ({"tools": [tool(5)]}, "tools[0].function.name"),
+        ({"tools": [tool(), tool("g", description=5)]}, "tools[1].function.description"),
+        ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
+        ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
+        ({"tools": [tool(strict=True, parameters={"type": "odd"})]}, "tools[0].function.parameters"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": 5}, "tool_choice"),
+        ({"tool_choice": tool("h")}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.function"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    ],
+)
+def test_refused_tools(fields, param):
+    with pytest.raises(InvalidRequestError) as caught:
+        use(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "features", "param", "said"),
+    [
+        ({}, TOOL_ENGINE - TOOL_FEATURES, "tools", "a model whose chat template has tools"),
+        ({"tool_choice": "required"}, TOOL_ENGINE - GRAMMAR_FEATURES, "tool_choice", "needs the llama engine"),
+        (
+            {"tools": [tool(strict=True)]},
+            TOOL_ENGINE - GRAMMAR_FEATURES,
+            "tools[0].function.strict",
+            "the llama engine",
+        ),
+        ({"chat_template_kwargs": {"a": 1}}, TOOL_ENGINE - THINKING_FEATURES, "chat_template_kwargs", "not supported"),
+    ],
+)
+def test_what_an_engine_cannot_do_with_tools_is_named(fields, features, param, said):
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        use(features, **fields)
+    assert caught.value.param == param
+
+
+def test_tools_are_for_chats():
+    for fields in (
+        {"tools": [tool()]},
+        {"tool_choice": "required"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ):
+        with pytest.raises(InvalidRequestError, match="for chat completions only") as caught:
+            parse_completion_request({"prompt": "a"} | fields, features=TOOL_ENGINE)
+        assert caught.value.param in fields
+
+
+def test_thoughts_are_asked_for():
+    def asks(**kwargs):
+        body = {"messages": HELLO, "chat_template_kwargs": kwargs}
+        return parse_chat_request(body, features=TOOL_ENGINE).generations[0].enable_thinking
+
+    assert (asks(), asks(enable_thinking=True), asks(enable_thinking=False)) == (True, True, False)
+
+
+def test_calls_and_thoughts_of_a_history():
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    assistant = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"}
+    answered, result = messages_of(
+        assistant, {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "2"}]}
+    )
+    (made,) = answered.tool_calls
+    assert (made.call_id, made.name, made.arguments) == ("call_1", "f", '{"a": 1}')
+    assert (answered.content, answered.reasoning) == ("", "hm")
+    assert (result.role, result.content, result.tool_call_id) == ("tool", "2", "call_1")
+
+
+def test_an_answer_with_calls_has_no_empty_content():
+    made = ToolCall(call_id="call_1", name="f", arguments="{}")
+    choices = [
+        Choice(text="", finish_reason="tool_calls", tool_calls=(made,), reasoning="hm"),
+        Choice(text="a", finish_reason="tool_calls", tool_calls=(made,)),
+        Choice(text="", finish_reason="stop"),
+    ]
+    first, second, third = (choice["message"] for choice in build_chat_completion(HEAD, choices, USAGE)["choices"])
+    function = {"name": "f", "arguments": "{}"}
+    assert first["tool_calls"] == [{"id": "call_1", "type": "function", "function": function}]
+    assert (first["content"], first["reasoning_content"]) == (None, "hm")
+    assert second["content"] == "a" and "reasoning_content" not in second
+    assert third == {"role": "assistant", "content": "", "refusal": None}
 
 
 def test_refusals_do_not_repeat_the_prompt():

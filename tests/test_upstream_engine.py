@@ -140,9 +140,33 @@ def test_a_foreign_request_is_rebuilt_from_known_fields():
     assert build_restricted_body(ForwardForm.CHAT, with_image, 100)["messages"] == with_image["messages"]
 
 
+def test_a_foreign_request_keeps_its_tools():
+    """Whatever schemas its functions have: the engine behind us knows what it can follow."""
+    schema = {"type": "object", "not": {}}
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    fields = {
+        "tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "messages": [
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+            {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+        ],
+    }
+    restricted = build_restricted_body(ForwardForm.CHAT, fields, 100)
+    assert restricted == fields | {"max_tokens": 100, "max_completion_tokens": 100}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"tools": "f"}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"chat_template_kwargs": {"xml_tools": []}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages[0].tool_calls[0]"),
         ({"temperature": 9}, "temperature"),
         ({"n": 10**6}, "n"),
         ({"stop": ["x"] * 100}, "stop"),
@@ -1063,11 +1087,11 @@ def run_engine(command, port, timeout_s=120):
             process.wait()
 
 
-def start_llama_server(model, port):
+def start_llama_server(model, port, *options):
     if not LLAMA_SERVER:
         pytest.skip("needs llama-server (DVAI_LLAMA_SERVER)")
     command = [LLAMA_SERVER, "-m", model, "--port", port, "-c", "2048", "-np", "2", "-t", "1"]
-    return run_engine([*command, "--embeddings", "--pooling", "mean"], port)
+    return run_engine([*command, *(options or ("--embeddings", "--pooling", "mean"))], port)
 
 
 def start_llama_cpp_server(model, port):
