@@ -9681,9 +9681,11 @@ class PairingPrompts:
     async def _prompt(self, request: PairingRequest) -> None:
         """When it is its turn, show the request to everybody who may decide, for as long as a prompt may stand."""
         async with self._turn:
-            shown = build_pairing_question(request, has_code=False)
-            way = "--code CODE; pair list shows the code of this one" if request.code is not None else ""
-            handshake_log.warning("%s Answer: pair approve %s %s", shown, request.request_id, way)
+            shown, way = build_pairing_question(request, has_code=False), f"pair approve {request.request_id}"
+            if request.code is not None:  # which is no business of the log's readers
+                shown = f"pairing with {request.peer_device_name}: compare the code that `pair list` shows."
+                way += " --code CODE"
+            handshake_log.warning("%s Answer: %s", shown, way)
             callback = asyncio.create_task(self._call(request), name="on_pairing_request") if self._callback else None
             request.is_shown = True
             self._show(request)
@@ -12464,7 +12466,8 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
     asked = next((each for each in fast if each.is_unpaired), None)
     refused = next((each for each in fast if each.candidate.handshake is Handshake.REFUSED and each.obstacle), None)
     if asked:
-        return f"Approve the pairing on {display_name(asked.candidate.peer.device_name)}, then ask again."
+        name = display_name(asked.candidate.peer.device_name)
+        return f"Approve the pairing on {name}, and here if `pair list` shows a code; then ask again."
     if any(each.is_coming for each in offers):
         return "One is connecting or failed a moment ago: ask again soon."
     if refused:

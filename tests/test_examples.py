@@ -15,7 +15,7 @@ PROGRAMS = BLOCK.findall(README.read_text("utf-8"))
 OWN, OTHER = "http://127.0.0.1:38883", "http://192.168.1.20:38883"  # this machine's bridge, and another device
 OTHER_MODEL = "llama-3.2-3b-instruct-q4_k_m"  # what the other device has, by name
 PRINTED = {
-    "AsyncOpenAI": r"paired with \S+\n(.*\n)*\[\S+ answers\]",
+    "AsyncOpenAI": r"Does \S+ show \d{6}\? \[y/N\] paired with \S+\n(.*\n)*\[\S+ answers\]",
     "def approve": r"dvai-demo on http://127\.0\.0\.1:\d+/v1\nthis machine: .+\n(.*\n)+closed: 1 thread is left\n",
     "def intercept": r"(data: .*\n\n){3}data: \[DONE\]\n\n\n\{.*\"completion_tokens\":[1-8],",
     "dvai.completion": r"Start the bridge .+\nserved by local at [0-9.]+ tokens/s\n",
@@ -29,8 +29,9 @@ def bridges(tmp_path_factory):
     homes = tmp_path_factory.mktemp("homes")
     model = homes / "other.gguf"
     model.write_bytes(build_byte_model())
-    other = ("--model", model, "--alias", OTHER_MODEL, "--lan", "--host", "127.0.0.1", "--pairing", "allow")
-    with start_bridge(homes / "own") as here, start_bridge(homes / "other", *other) as there:
+    other = ("--model", model, "--alias", OTHER_MODEL, "--lan", "--host", "127.0.0.1")
+    allow = ("--pairing", "allow", "--legacy-pairing", "allow")
+    with start_bridge(homes / "own") as here, start_bridge(homes / "other", *other, *allow) as there:
         yield {OWN: f"http://127.0.0.1:{here.port}", OTHER: f"http://127.0.0.1:{there.port}"}
 
 
@@ -46,7 +47,8 @@ def test_a_program_of_the_readme_runs(bridges, tmp_path, number):
     path.write_text(program, "utf-8")
     environ = CLEAN_ENVIRON | {"DVAI_HOME": str(tmp_path / "home"), "DVAI_PORT": "0", "PYTHONPATH": str(MODULE.parent)}
     command = [sys.executable, "-X", "dev", str(path)]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    user = {"input": "y\n", "capture_output": True, "text": True, "timeout": 180}
+    done = subprocess.run(command, env=environ, cwd=tmp_path, **user)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for mark, printed in PRINTED.items():
         if mark in program:

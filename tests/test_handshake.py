@@ -2,17 +2,22 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import threading
 
 import pytest
 
 import dvai_bridge
 from dvai_bridge import (
+    EXCHANGE_REVEAL_MS,
     HANDSHAKE_PAUSE_MS,
     HANDSHAKES_PER_ADDRESS_LIMIT,
     HANDSHAKES_WINDOW_MS,
     BridgeError,
+    CodeRequiredError,
+    ConsumerExchange,
     GatewayTimeoutError,
     HandshakeLimiter,
     Headers,
@@ -25,7 +30,10 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
+    PairingNotFoundError,
     PairingPolicy,
+    PairingPrompts,
+    PairingState,
     PairingStore,
     PairingTarget,
     SignatureError,
@@ -34,7 +42,11 @@ from dvai_bridge import (
     build_handshake_request,
     build_pairing_question,
     build_pairing_request_json,
+    build_static_key,
+    choose_crypto_backend,
+    encode_base64url,
     generate_pairing_key,
+    parse_base64url,
     parse_handshake_answer,
     parse_handshake_request,
     parse_signature_headers,
@@ -42,7 +54,8 @@ from dvai_bridge import (
 )
 
 NOW = 1_790_000_000_000
-TARGET, SOURCE = Identity(device_id="T" * 22, device_name="Strong"), Identity(device_id="S" * 22, device_name="Weak")
+TARGET = Identity(device_id="T" * 22, device_name="Strong", seed="A" * 43)
+SOURCE = Identity(device_id="S" * 22, device_name="Weak", seed="E" * 43)
 URL = "http://10.0.0.5:38883/v1"
 REQUEST = {"peerDeviceId": "phone", "peerDeviceName": "Ann's phone", "appId": "app.chat", "via": "lan-handshake"}
 PATIENCE_S = 30
@@ -65,14 +78,23 @@ class Clock:
 class Desk:
     """A desk with a store on disk and a clock turned by hand."""
 
-    def __init__(self, directory, policy=PairingPolicy.ASK, **options):
+    def __init__(self, directory, policy=PairingPolicy.ASK, legacy_policy=PairingPolicy.ALLOW, **options):
         self.store = open_store(directory)
         self.clock = Clock()
-        self.desk = PairingDesk(identity=TARGET, store=self.store, policy=policy, clock_ms=self.clock, **options)
+        both = {"policy": policy, "legacy_policy": legacy_policy, "clock_ms": self.clock}
+        self.prompts = PairingPrompts(**both, **options)
+        self.desk = PairingDesk(identity=TARGET, store=self.store, prompts=self.prompts, **both)
 
     async def ask(self, address="10.0.0.7", signer=None, **members):
+        """The body of the answer to a request of existing software."""
         body = json.dumps({name: value for name, value in (REQUEST | members).items() if value is not None}).encode()
-        return await self.desk.answer(body, address=address, signer=signer)
+        reply = await self.desk.answer(body, address=address, signer=signer)
+        assert reply.status == 200
+        return reply.document
+
+    def close(self):
+        self.prompts.close()
+        self.desk.close()
 
 
 async def until(condition):
@@ -185,7 +207,7 @@ def test_the_callback_decides(tmp_path, decide, approved):
 @pytest.mark.parametrize("by", ["command", "reader"])
 def test_others_who_may_decide(tmp_path, by, approved, caplog):
     async def read(desk):
-        async for request in desk.desk.requests():
+        async for request in desk.prompts.requests():
             assert (request.peer_device_name, request.peer_device_id) == ("Ann's phone", "phone")
             request.respond(approved)
 
@@ -195,17 +217,19 @@ def test_others_who_may_decide(tmp_path, by, approved, caplog):
         await asyncio.sleep(0)
         asking = asyncio.create_task(desk.ask())
         if by == "command":
-            (request,) = await until(lambda: desk.desk.pending)
+            (request,) = await until(lambda: desk.prompts.pending)
             assert f"pair approve {request.request_id}" in await until(lambda: caplog.text)
-            assert desk.desk.respond(request.request_id, approved)
+            desk.prompts.respond(request.request_id, approved)
         async with asyncio.timeout(PATIENCE_S):
             if approved:
                 assert (await asking)["paired"]
             else:
                 with pytest.raises(PairingDeniedError):
                     await asking
-        assert desk.desk.pending == () and not desk.desk.respond("unknown", True)
-        desk.desk.close()
+        assert desk.prompts.pending == ()
+        with pytest.raises(PairingNotFoundError):
+            desk.prompts.respond("unknown", True)
+        desk.close()
         if reader is not None:
             await asyncio.wait_for(reader, PATIENCE_S)
 
@@ -246,7 +270,7 @@ def test_denial_is_the_default(tmp_path, options):
         desk = Desk(tmp_path, **options)
         with pytest.raises(PairingDeniedError):
             await asyncio.wait_for(desk.ask(), PATIENCE_S)
-        assert desk.store.pairings == () and desk.desk.pending == ()
+        assert desk.store.pairings == () and desk.prompts.pending == ()
 
     asyncio.run(run())
 
@@ -261,14 +285,14 @@ def test_allow_asks_nobody(tmp_path):
 
 def test_no_store_or_a_closed_desk_is_503(tmp_path):
     async def run():
-        closed = Desk(tmp_path, PairingPolicy.ALLOW).desk
+        closed = Desk(tmp_path, PairingPolicy.ALLOW)
         closed.close()
-        off = PairingDesk(identity=TARGET, store=None, policy=PairingPolicy.ALLOW, clock_ms=Clock())
-        for desk in (closed, off):
+        off = PairingDesk(identity=TARGET, store=None, policy=PairingPolicy.ALLOW, prompts=closed.prompts)
+        for desk in (closed.desk, off):
             with pytest.raises(PairingDisabledError) as caught:
                 await desk.answer(json.dumps(REQUEST).encode(), address="10.0.0.7", signer=None)
             assert (caught.value.status, caught.value.type) == (503, "pairing_disabled")
-        assert [request async for request in closed.requests()] == []
+        assert [request async for request in closed.prompts.requests()] == []
 
     asyncio.run(run())
 
@@ -302,10 +326,10 @@ def test_one_prompt_at_a_time_in_order(tmp_path):
 
         desk = Desk(tmp_path, on_pairing_request=decide)
         asking = [asyncio.create_task(desk.ask(f"10.0.0.{n}", peerDeviceId=f"phone-{n}")) for n in range(3)]
-        await until(lambda: len(desk.desk.pending) == 3 and shown)
+        await until(lambda: len(desk.prompts.pending) == 3 and shown)
         assert [request.peer_device_id for request in shown] == ["phone-0"]
-        assert [request.peer_device_id for request in desk.desk.pending] == ["phone-0", "phone-1", "phone-2"]
-        desk.desk.pending[2].respond(True)  # before its turn, by `pair approve`
+        assert [request.peer_device_id for request in desk.prompts.pending] == ["phone-0", "phone-1", "phone-2"]
+        desk.prompts.pending[2].respond(True)  # before its turn, by `pair approve`
         assert (await asyncio.wait_for(asking[2], PATIENCE_S))["peerDeviceId"] == "phone-2"
         assert len(shown) == 1
         shown[0].respond(False)
@@ -324,7 +348,7 @@ def test_the_first_answer_counts(tmp_path):
     async def run():
         desk = Desk(tmp_path, is_operated=True)
         asking = asyncio.create_task(desk.ask())
-        (request,) = await until(lambda: desk.desk.pending)
+        (request,) = await until(lambda: desk.prompts.pending)
         for approved in (False, True, True):
             request.respond(approved)
         with pytest.raises(PairingDeniedError):
@@ -344,16 +368,16 @@ def test_a_requester_that_hangs_up_ends_the_prompt(tmp_path):
                 ended.append(request.is_over)
 
         desk = Desk(tmp_path, on_pairing_request=decide)
-        reader = desk.desk.requests()
+        reader = desk.prompts.requests()
         first = asyncio.create_task(desk.ask())
         request = await asyncio.wait_for(anext(reader), PATIENCE_S)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        assert ended == [True] and request.is_over and desk.desk.pending == ()
+        assert ended == [True] and request.is_over and desk.prompts.pending == ()
         request.respond(True)
         unread = asyncio.create_task(desk.ask(peerDeviceId="watch"))
-        await until(lambda: desk.desk._shown)
+        await until(lambda: desk.prompts._shown)
         unread.cancel()
         with pytest.raises(asyncio.CancelledError):
             await unread
@@ -375,8 +399,8 @@ def test_a_close_denies_what_waits(tmp_path):
     async def run():
         desk = Desk(tmp_path, is_operated=True)
         asking = [asyncio.create_task(desk.ask(f"10.0.0.{n}")) for n in range(2)]
-        await until(lambda: len(desk.desk.pending) == 2)
-        desk.desk.close()
+        await until(lambda: len(desk.prompts.pending) == 2)
+        desk.close()
         outcomes = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), PATIENCE_S)
         assert [type(each) for each in outcomes] == [PairingDeniedError] * 2
 
@@ -389,11 +413,11 @@ def test_waiting_is_bounded(tmp_path, monkeypatch):
     async def run():
         desk = Desk(tmp_path, is_operated=True)
         asking = [asyncio.create_task(desk.ask(f"10.0.0.{n}")) for n in range(2)]
-        await until(lambda: len(desk.desk.pending) == 2)
+        await until(lambda: len(desk.prompts.pending) == 2)
         with pytest.raises(PairingBusyError) as caught:
             await desk.ask("10.0.0.9")
         assert caught.value.status == 429 and caught.value.retry_after_s
-        desk.desk.close()
+        desk.close()
         await asyncio.gather(*asking, return_exceptions=True)
 
     asyncio.run(run())
@@ -482,13 +506,13 @@ def test_questions_show_foreign_names_safely(tmp_path):
     async def run():
         desk = Desk(tmp_path, is_operated=True)
         asking = asyncio.create_task(desk.ask(peerDeviceName="evil\x1b[2J\u202e" + "x" * 200))
-        (request,) = await until(lambda: desk.desk.pending)
+        (request,) = await until(lambda: desk.prompts.pending)
         question = build_pairing_question(request)
         assert question.isprintable() and "\\x1b[2J\\u202e" in question and len(question) < 400
         assert "10.0.0.7" in question and "app.chat" in question and "network readably" in question
         shown = build_pairing_request_json(request)
         assert shown["deviceName"].isprintable() and shown["id"] == request.request_id and shown["askedAt"] == NOW
-        desk.desk.close()
+        desk.close()
         await asyncio.gather(asking, return_exceptions=True)
 
     asyncio.run(run())
@@ -547,33 +571,65 @@ def test_answers_that_are_none(answer):
     assert ANSWER["pairingKey"] not in str(caught.value)
 
 
-class Network:
-    """Joins an initiator to a desk as HTTP will: the body, the signature's fields, a status for each error."""
+LEGACY = {"legacy_policy": PairingPolicy.ALLOW}
 
-    def __init__(self, directory, *, app_id=None, desk_policy=PairingPolicy.ALLOW, answer=None, **options):
+
+class Network:
+    """Joins an initiator to a desk as HTTP will: the body, the signature's fields, a status for each error.
+
+    `is_legacy`: the target is existing software, which ignores `noise`. `bodies`: what was sent, both ways.
+    """
+
+    def __init__(
+        self,
+        directory,
+        *,
+        app_id=None,
+        is_legacy=True,
+        desk_policy=PairingPolicy.ALLOW,
+        answer=None,
+        policy=PairingPolicy.ASK,
+        legacy_policy=PairingPolicy.ALLOW,
+        confirm=None,
+        is_operated=False,
+    ):
         self.desk = Desk(directory / "target", desk_policy, on_pairing_request=answer)
         self.verifier = SignatureVerifier(self.desk.store)
         self.store = open_store(directory / "source", SOURCE)
-        self.clock = Clock()
-        self.statuses = []
+        self.clock = self.desk.clock
+        self.is_legacy = is_legacy
+        self.statuses, self.bodies = [], []
         self.target = PairingTarget(base_url=URL, device_id=TARGET.device_id, device_name="Strong")
+        self.prompts = PairingPrompts(
+            policy=policy, legacy_policy=legacy_policy, on_pairing_request=confirm, is_operated=is_operated
+        )
         self.initiator = PairingInitiator(
-            identity=SOURCE, app_id=app_id, store=self.store, post=self.post, clock_ms=self.clock, **options
+            identity=SOURCE,
+            app_id=app_id,
+            store=self.store,
+            post=self.post,
+            prompts=self.prompts,
+            clock_ms=self.clock,
+            legacy_policy=legacy_policy,
         )
 
     async def post(self, url, body, fields, deadline_s):
-        assert url == URL + "/dvai/handshake" and deadline_s == 300
+        assert url.startswith(URL) and url.endswith("/dvai/handshake") and deadline_s in (300, 30)
+        self.bodies.append(body)
         headers = parse_signature_headers(Headers([(name.lower(), value) for name, value in fields]))
         try:
             signer = headers and self.verifier.verify(
                 headers, method="POST", path="/v1/dvai/handshake", query="", body=body, now_ms=self.clock()
             )
-            answer = await self.desk.desk.answer(body, address="10.0.0.7", signer=signer)
+            if self.is_legacy:
+                body = json.dumps({name: value for name, value in json.loads(body).items() if name != "noise"}).encode()
+            reply = await self.desk.desk.answer(body, address="10.0.0.7", signer=signer)
         except BridgeError as exc:
             self.statuses.append(exc.status)
             return exc.status, b"{}"
-        self.statuses.append(200)
-        return 200, json.dumps(answer).encode()
+        self.statuses.append(reply.status)
+        self.bodies.append(json.dumps(reply.document).encode())
+        return reply.status, self.bodies[-1]
 
     def call(self):
         """Who the target takes a signed request of the source for."""
@@ -633,7 +689,7 @@ def test_a_hub_without_an_id_is_kept_by_its_address(tmp_path):
 
     async def run():
         store = open_store(tmp_path, SOURCE)
-        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock())
+        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock(), **LEGACY)
         pairing = await initiator.pair(PairingTarget(base_url=URL))
         assert pairing.device_id == URL and store.find_outbound(None, URL, NOW) == pairing
         named = await initiator.pair(PairingTarget(base_url=URL + "2", device_id="mac", device_name="Hub"))
@@ -683,18 +739,26 @@ def test_a_refusal_is_not_asked_again_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "is_explicit", "is_paired"),
-    [("allow", False, True), ("allow", True, True), ("ask", False, False), ("ask", True, True), ("deny", True, False)],
+    ("policy", "answer", "is_paired"),
+    [("allow", None, True), ("ask", None, False), ("ask", False, False), ("ask", True, True), ("deny", True, False)],
 )
-def test_readable_keys_only_as_the_user_wants(tmp_path, policy, is_explicit, is_paired):
+def test_readable_keys_only_as_the_user_wants(tmp_path, policy, answer, is_paired):
+    """`answer`: of the user here, None where nobody can be asked."""
+
     async def run():
-        network = Network(tmp_path, legacy_policy=PairingPolicy(policy))
+        asked = []
+        confirm = None if answer is None else lambda request: asked.append(request) or answer
+        network = Network(tmp_path, legacy_policy=PairingPolicy(policy), confirm=confirm)
         if is_paired:
-            assert await network.initiator.pair(network.target, is_explicit=is_explicit)
+            assert (await network.initiator.pair(network.target)).outbound_key
         else:
             with pytest.raises(PairingDeniedError):
-                await network.initiator.pair(network.target, is_explicit=is_explicit)
-            assert network.statuses == []
+                await network.initiator.pair(network.target)
+            assert network.store.pairings == ()
+        if policy == "ask" and answer is not None:
+            (request,) = asked
+            assert request.is_outgoing and request.code is None
+            assert "readably" in build_pairing_question(request) and URL in build_pairing_question(request)
 
     asyncio.run(run())
 
@@ -711,8 +775,9 @@ def test_a_target_that_speaks_noise_is_not_asked_readably(tmp_path):
             last_used_at_ms=NOW,
         )
         await network.store.add(known)
-        with pytest.raises(PairingDeniedError, match="readably"):
+        with pytest.raises(PairingDeniedError, match="somebody may stand between"):
             await network.initiator.pair(network.target, is_explicit=True)
+        assert network.store.pairings == (known,)
 
     asyncio.run(run())
 
@@ -725,7 +790,8 @@ def test_a_target_that_speaks_noise_is_not_asked_readably(tmp_path):
         (503, PairingDisabledError, "--lan"),
         (404, PairingFailedError, "no DVAI bridge"),
         (500, PairingFailedError, "status 500"),
-        (202, PairingFailedError, "status 202"),
+        (202, PairingFailedError, "not JSON"),
+        (400, PairingFailedError, "took too long"),
         (200, PairingFailedError, "not JSON"),
         (
             ConnectionRefusedError(111, "Connection refused"),
@@ -744,7 +810,7 @@ def test_what_goes_wrong_is_said(tmp_path, outcome, error, says):
 
     async def run():
         store = open_store(tmp_path, SOURCE)
-        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock())
+        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock(), **LEGACY)
         with pytest.raises(error, match=says):
             await initiator.pair(PairingTarget(base_url=URL, device_name="Strong\x1b"))
         assert store.pairings == ()
@@ -758,7 +824,7 @@ def test_paired_without_a_key_that_we_have_is_of_no_use(tmp_path):
 
     async def run():
         initiator = PairingInitiator(
-            identity=SOURCE, app_id=None, store=open_store(tmp_path, SOURCE), post=post, clock_ms=Clock()
+            identity=SOURCE, app_id=None, store=open_store(tmp_path, SOURCE), post=post, **LEGACY
         )
         with pytest.raises(PairingFailedError, match="revoke the pairing there"):
             await initiator.pair(PairingTarget(base_url=URL))
@@ -772,7 +838,7 @@ def test_a_close_ends_every_request(tmp_path):
             return await asyncio.Future()
 
         store = open_store(tmp_path, SOURCE)
-        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock())
+        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock(), **LEGACY)
         tasks = [initiator.start(PairingTarget(base_url=f"{URL}{n}")) for n in range(3)]
         await asyncio.sleep(0)
         await initiator.close()
@@ -787,10 +853,458 @@ def test_a_background_error_is_kept_and_a_mistake_of_ours_is_logged(tmp_path, ca
             raise ZeroDivisionError
 
         store = open_store(tmp_path, SOURCE)
-        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock())
+        initiator = PairingInitiator(identity=SOURCE, app_id=None, store=store, post=post, clock_ms=Clock(), **LEGACY)
         task = initiator.start(PairingTarget(base_url=URL))
         await asyncio.wait([task], timeout=PATIENCE_S)
         await asyncio.sleep(0)
         assert isinstance(task.exception(), ZeroDivisionError) and "pairing with" in caplog.text
+
+    asyncio.run(run())
+
+
+# ---- pairing by code ------------------------------------------------------------------
+
+ALLOW, ASK = PairingPolicy.ALLOW, PairingPolicy.ASK
+
+
+def approve_as(seen, approved=True):
+    """A user who answers every question at once, and what was asked."""
+    return lambda request: seen.append(request) or approved
+
+
+def test_both_users_see_one_code_and_then_both_sides_keep_it(tmp_path):
+    async def run():
+        there, here = [], []
+        network = Network(
+            tmp_path,
+            is_legacy=False,
+            app_id="app.one",
+            desk_policy=ASK,
+            answer=approve_as(there),
+            confirm=approve_as(here),
+        )
+        pairing = await network.initiator.pair(network.target)
+        assert network.statuses == [202, 200, 200]
+        (asked_there,), (asked_here,) = there, here
+        assert asked_there.code == asked_here.code and len(asked_here.code) == 6
+        assert (asked_there.is_outgoing, asked_here.is_outgoing) == (False, True)
+        for request in (asked_there, asked_here):
+            assert f"same code {request.code}" in build_pairing_question(request)
+            assert request.code not in build_pairing_question(request, has_code=False)
+        (kept,) = network.desk.store.pairings
+        assert kept.key == ("app.one", SOURCE.device_id) and kept.inbound_key == pairing.outbound_key
+        assert kept.inbound_link == pairing.outbound_link
+        assert (pairing.base_url, pairing.device_id, pairing.device_name) == (URL, TARGET.device_id, "Strong")
+        assert kept.speaks_noise and pairing.speaks_noise and None not in (kept.identity_key, pairing.identity_key)
+        said = b"".join(network.bodies)
+        link = pairing.outbound_link
+        for secret in (pairing.outbound_key, encode_base64url(link.resume_psk), asked_here.code, "pairingKey"):
+            assert secret.encode() not in said
+        state = network.desk.store.get_state
+        assert state(kept, NOW) is PairingState.PENDING
+        assert network.call().key == kept.key
+        (used,) = network.desk.store.pairings
+        assert state(used, NOW) is PairingState.ACTIVE, "the first signed request"
+
+    asyncio.run(run())
+
+
+def test_a_repeat_of_a_pairing_by_code_is_signed_and_shows_no_code(tmp_path):
+    async def run():
+        seen = []
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW, desk_policy=ASK, answer=approve_as(seen))
+        first = await network.initiator.pair(network.target)
+        again = await network.initiator.pair(network.target, is_explicit=True)
+        assert again.outbound_key == first.outbound_key and len(seen) == 1
+        await network.desk.store.revoke(network.desk.store.pairings[0].pairing_id)
+        anew = await network.initiator.pair(network.target, is_explicit=True)
+        assert anew.outbound_key != first.outbound_key and len(seen) == 2
+        assert network.statuses == [202, 200, 200, 200, 401, 202, 200, 200]
+
+    asyncio.run(run())
+
+
+def test_a_legacy_pairing_becomes_one_by_code_when_the_user_asks_again(tmp_path):
+    async def run():
+        network = Network(tmp_path, policy=ALLOW)
+        legacy = await network.initiator.pair(network.target)
+        assert legacy.identity_key is None
+        network.is_legacy = False
+        by_code = await network.initiator.pair(network.target, is_explicit=True)
+        assert by_code.identity_key is not None and by_code.outbound_key != legacy.outbound_key
+        assert network.call().inbound_key == by_code.outbound_key
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("who", ["here", "there", "both"])
+def test_one_user_who_denies_is_enough(tmp_path, who):
+    async def run():
+        there, here = [], []
+        network = Network(
+            tmp_path,
+            is_legacy=False,
+            desk_policy=ASK,
+            answer=approve_as(there, who == "here"),
+            confirm=approve_as(here, who == "there"),
+        )
+        with pytest.raises(PairingDeniedError):
+            await network.initiator.pair(network.target)
+        assert network.store.pairings == network.desk.store.pairings == ()
+        await until(lambda: network.desk.prompts.pending == network.prompts.pending == ())
+        with pytest.raises(PairingDeniedError):
+            await network.initiator.pair(network.target)
+        assert len(here) <= 1, "nothing asks by itself so soon"
+
+    asyncio.run(run())
+
+
+def test_a_denial_here_takes_the_prompt_there_away(tmp_path):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, desk_policy=ASK, is_operated=True, answer=lambda request: pending)
+        pending = asyncio.get_running_loop().create_future()
+        asking = asyncio.create_task(network.initiator.pair(network.target))
+        await until(lambda: network.desk.prompts.pending and network.prompts.pending)
+        (here,) = network.prompts.pending
+        network.prompts.respond(here.request_id, False)
+        with pytest.raises(PairingDeniedError, match="not confirmed on this device"):
+            await asyncio.wait_for(asking, PATIENCE_S)
+        await until(lambda: not network.desk.prompts.pending)
+        assert network.desk.store.pairings == network.store.pairings == ()
+
+    asyncio.run(run())
+
+
+def test_nobody_here_to_compare_the_code(tmp_path):
+    async def run():
+        there = []
+        network = Network(tmp_path, is_legacy=False, desk_policy=ASK, answer=approve_as(there))
+        with pytest.raises(PairingDeniedError, match="nobody here can compare"):
+            await network.initiator.pair(network.target)
+        assert there == [] and network.statuses == [202], "the other user is not bothered"
+
+    asyncio.run(run())
+
+
+def test_commands_approve_by_the_code_of_the_other_screen(tmp_path):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, desk_policy=ASK, is_operated=True)
+        network.desk.prompts._is_operated = True
+        asking = asyncio.create_task(network.initiator.pair(network.target))
+        await until(lambda: network.desk.prompts.pending and network.prompts.pending)
+        (here,), (there,) = network.prompts.pending, network.desk.prompts.pending
+        await until(lambda: here.is_shown and there.is_shown)
+        shown = build_pairing_request_json(there)
+        assert shown["code"] == here.code and shown["isSecure"] and not shown["isOutgoing"]
+        with pytest.raises(CodeRequiredError):
+            network.desk.prompts.respond(there.request_id, True)
+        network.desk.prompts.respond(there.request_id, True, here.code)
+        network.prompts.respond(here.request_id, True, there.code)
+        assert (await asyncio.wait_for(asking, PATIENCE_S)).outbound_key
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("code", ["000000x", "", "１２３４５６", "other"])
+def test_a_wrong_code_is_a_denial(tmp_path, code):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW, desk_policy=ASK)
+        network.desk.prompts._is_operated = True
+        asking = asyncio.create_task(network.initiator.pair(network.target))
+        (there,) = await until(lambda: network.desk.prompts.pending)
+        wrong = f"{(int(there.code) + 1) % 1_000_000:06}" if code == "other" else code
+        with pytest.raises(PairingDeniedError, match="codes differ"):
+            network.desk.prompts.respond(there.request_id, True, wrong)
+        with pytest.raises(PairingDeniedError):
+            await asyncio.wait_for(asking, PATIENCE_S)
+        assert network.desk.store.pairings == network.store.pairings == ()
+
+    asyncio.run(run())
+
+
+def test_one_code_on_screen_at_a_time(tmp_path):
+    """A second device that asks meanwhile waits for its turn, its code not shown."""
+
+    async def run():
+        first = Network(tmp_path, is_legacy=False, policy=ALLOW, desk_policy=ASK)
+        first.desk.prompts._is_operated = True
+        other = Identity(device_id="O" * 22, device_name="Other", seed="I" * 43)
+        second = PairingInitiator(
+            identity=other,
+            app_id=None,
+            store=open_store(tmp_path / "other", other),
+            post=first.post,
+            prompts=PairingPrompts(policy=ALLOW),
+            clock_ms=first.clock,
+        )
+        asking = [asyncio.create_task(each.pair(first.target)) for each in (first.initiator, second)]
+        requests = await until(lambda: len(first.desk.prompts.pending) == 2 and first.desk.prompts.pending)
+        shown = await until(lambda: [each for each in requests if each.is_shown])
+        assert len(shown) == 1
+        (waiting,) = [each for each in requests if not each.is_shown]
+        listed = build_pairing_request_json(waiting)
+        assert listed["code"] is None and waiting.code not in listed["question"]
+        first.desk.prompts.respond(shown[0].request_id, False)
+        await until(lambda: waiting.is_shown)
+        first.desk.prompts.respond(waiting.request_id, True, waiting.code)
+        results = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), PATIENCE_S)
+        assert sorted(type(each).__name__ for each in results) == ["Pairing", "PairingDeniedError"]
+        assert len(first.desk.store.pairings) == 1
+
+    asyncio.run(run())
+
+
+def test_another_device_under_a_known_id_is_always_the_users_to_judge(tmp_path, caplog):
+    async def run():
+        seen = []
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW, answer=approve_as(seen, False))
+        await network.initiator.pair(network.target)
+        assert seen == [], "allow asks nobody"
+        network.initiator._identity = Identity(device_id=SOURCE.device_id, device_name="Weak", seed="Q" * 43)
+        await network.store.revoke(network.store.pairings[0].pairing_id)
+        with pytest.raises(PairingDeniedError):
+            await network.initiator.pair(network.target, is_explicit=True)
+        (request,) = seen
+        assert request.has_other_identity and "WARNING" in build_pairing_question(request)
+        assert len(network.desk.store.pairings) == 1, "the pairing with the device itself stays"
+
+    asyncio.run(run())
+
+
+def test_never_readably_again_even_after_a_restart(tmp_path):
+    """Once it spoke the secure channel at this address, a legacy answer is somebody else's, or somebody's between."""
+
+    async def run():
+        network = Network(tmp_path, is_legacy=False, desk_policy=ASK, answer=lambda request: False, policy=ALLOW)
+        with pytest.raises(PairingDeniedError):
+            await network.initiator.pair(network.target)
+        again = Network(tmp_path, legacy_policy=ALLOW, policy=ALLOW)
+        for target in (
+            again.target,
+            PairingTarget(base_url=URL),
+            PairingTarget(base_url=URL + "2", device_id="T" * 22),
+        ):
+            with pytest.raises(PairingDeniedError, match="somebody may stand between"):
+                await again.initiator.pair(target, is_explicit=True)
+        assert again.store.pairings == ()
+
+    asyncio.run(run())
+
+
+def test_the_target_never_gives_a_readable_key_to_who_paired_by_code(tmp_path):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW)
+        await network.initiator.pair(network.target)
+        await network.desk.store.revoke(network.desk.store.pairings[0].pairing_id)
+        desk = Desk(tmp_path / "target", ALLOW)  # started anew
+        for app_id in (None, "app.other"):
+            with pytest.raises(PairingDeniedError, match="readably"):
+                await desk.ask(peerDeviceId=SOURCE.device_id, appId=app_id)
+
+    asyncio.run(run())
+
+
+# ---- the exchange at the desk ---------------------------------------------------------
+
+
+class Stranger:
+    """Speaks the exchange to a desk by hand."""
+
+    def __init__(self, desk, identity=SOURCE, app_id="app.chat"):
+        backend = choose_crypto_backend()
+        static = build_static_key(identity, backend)
+        own = {"identity": identity, "static": static, "backend": backend, "random": os.urandom, "now_ms": NOW}
+        self.exchange = ConsumerExchange(app_id=app_id, **own)
+        self.desk, self.session_id = desk, None
+        self.members = {"peerDeviceId": identity.device_id, "peerDeviceName": "x", "appId": app_id}
+
+    async def send(self, message, *, session_id=None, address="10.0.0.7", **members):
+        part = {"v": 1, "m": encode_base64url(message)}
+        part |= {"sid": session_id or self.session_id} if session_id or self.session_id else {}
+        body = json.dumps(self.members | {"noise": part} | members).encode()
+        reply = await self.desk.desk.answer(body, address=address, signer=None)
+        noise = reply.document.get("noise", {})
+        self.session_id = noise.get("sid", self.session_id)
+        return reply.status, parse_base64url(noise.get("m", ""))
+
+    async def reveal(self):
+        """Up to m3, which is not sent yet."""
+        status, message = await self.send(self.exchange.begin(NOW))
+        assert status == 202
+        return self.exchange.reveal(message, NOW)
+
+
+def test_the_exchange_by_hand(tmp_path):
+    async def run():
+        desk = Desk(tmp_path, ALLOW)
+        stranger = Stranger(desk)
+        status, confirmed = await stranger.send(await stranger.reveal())
+        assert status == 200 and desk.store.pairings == (), "only the consumer's confirmation makes it one"
+        final = stranger.exchange.confirm(confirmed, NOW)
+        assert (await stranger.send(final))[0] == 200
+        (kept,) = desk.store.pairings
+        assert kept.inbound_key == stranger.exchange.build_keys().pairing_key
+        for message in (final, b""):
+            with pytest.raises(MalformedHandshakeError, match="no such exchange"):
+                await stranger.send(message)
+        assert desk.store.pairings == (kept,)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"session_id": "another"},
+        {"peerDeviceId": "another"},
+        {"appId": "app.other"},
+        {"appId": None},
+        {"message": b""},
+        {"message": bytes(96)},
+    ],
+)
+@pytest.mark.parametrize("step", [3, 5])
+def test_whatever_does_not_fit_ends_an_exchange(tmp_path, change, step):
+    async def run():
+        desk = Desk(tmp_path, ALLOW)
+        stranger = Stranger(desk)
+        message = await stranger.reveal()
+        if step == 5:
+            message = stranger.exchange.confirm((await stranger.send(message))[1], NOW)
+        with pytest.raises(MalformedHandshakeError):
+            await stranger.send(**{"message": message} | change)
+        if "session_id" not in change:  # which names no exchange of anybody
+            with pytest.raises(MalformedHandshakeError):
+                await stranger.send(message)
+        assert desk.store.pairings == ()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        None,
+        5,
+        [],
+        {},
+        {"v": 1},
+        {"v": 2, "m": "AA"},
+        {"v": True, "m": "AA"},
+        {"v": "1", "m": "AA"},
+        {"v": 1, "m": 5},
+        {"v": 1, "m": "A"},
+        {"v": 1, "m": "AA="},
+        {"v": 1, "m": "A" * 9000},
+        {"v": 1, "m": "AA", "sid": 5},
+        {"v": 1, "m": "AA", "sid": "x" * 129},
+        {"v": 1, "m": ""},
+        {"v": 1, "m": "AA"},
+        {"v": 1, "m": "A" * 43},
+    ],
+)
+def test_malformed_noise(tmp_path, noise):
+    async def run():
+        desk = Desk(tmp_path, ALLOW)
+        with pytest.raises(MalformedHandshakeError):
+            await desk.ask(**{"noise": noise} if noise is not None else {"noise": {"v": None}})
+        assert desk.store.pairings == () and not desk.desk._exchanges
+
+    asyncio.run(run())
+
+
+def test_an_exchange_left_alone_is_over_and_makes_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(dvai_bridge, "EXCHANGES_LIMIT", 2)
+
+    async def run():
+        desk = Desk(tmp_path, ALLOW)
+        strangers = [Stranger(desk) for _ in range(3)]
+        late = await strangers[0].reveal()
+        await strangers[1].reveal()
+        with pytest.raises(PairingBusyError):
+            await strangers[2].send(strangers[2].exchange.begin(NOW), address="10.0.0.9")
+        desk.clock.ms += EXCHANGE_REVEAL_MS + 1
+        another = Stranger(desk)
+        assert (await another.send(another.exchange.begin(NOW), address="10.0.0.9"))[0] == 202
+        with pytest.raises(MalformedHandshakeError, match="took too long"):
+            await strangers[0].send(late)
+
+    asyncio.run(run())
+
+
+def test_a_replay_while_the_code_is_on_screen_changes_nothing(tmp_path):
+    async def run():
+        desk = Desk(tmp_path, ASK, is_operated=True)
+        stranger = Stranger(desk)
+        reveal = await stranger.reveal()
+        asking = asyncio.create_task(stranger.send(reveal))
+        (request,) = await until(lambda: desk.prompts.pending)
+        for _ in range(2):
+            with pytest.raises(MalformedHandshakeError):
+                await stranger.send(reveal)
+        desk.prompts.respond(request.request_id, True, stranger.exchange.code)
+        assert (await asyncio.wait_for(asking, PATIENCE_S))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_by_code_too_three_requests_per_address(tmp_path):
+    async def run():
+        desk = Desk(tmp_path, ALLOW)
+        for _ in range(HANDSHAKES_PER_ADDRESS_LIMIT):
+            await Stranger(desk).reveal()
+        with pytest.raises(PairingBusyError):
+            await Stranger(desk).reveal()
+
+    asyncio.run(run())
+
+
+def test_a_pairing_by_code_that_cannot_be_kept_is_not_confirmed(tmp_path, monkeypatch):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW)
+
+        async def refuse(pairing):
+            raise StorageError("the disk is full")
+
+        monkeypatch.setattr(network.desk.store, "add", refuse)
+        with pytest.raises(PairingFailedError):
+            await network.initiator.pair(network.target)
+        assert network.statuses == [202, 200, 500] and network.store.pairings == ()
+
+    asyncio.run(run())
+
+
+SPOILT = {
+    "without noise": lambda answer: answer.pop("noise", None),
+    "another message": lambda answer: answer.update(noise={"v": 1, "m": "A" * 200, "sid": "x"}),
+    "another version": lambda answer: answer.update(noise={"v": 2, "m": "AA", "sid": "x"}),
+    "for another": lambda answer: answer.update(peerDeviceId="another"),
+    "of another": lambda answer: answer.update(deviceId="another"),
+    "neither yes nor no": lambda answer: answer.update(paired="yes"),
+    "empty": lambda answer: answer.clear(),
+}
+LAST_HAS_NO_NOISE = ("without noise", "another message")
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(n, how) for n, how in itertools.product((1, 2, 3), SPOILT) if n < 3 or how not in LAST_HAS_NO_NOISE],
+)
+def test_answers_of_the_exchange_that_are_none(tmp_path, number, how):
+    async def run():
+        network = Network(tmp_path, is_legacy=False, policy=ALLOW)
+        post, count = network.post, itertools.count(1)
+
+        async def spoil(*arguments):
+            status, body = await post(*arguments)
+            answer = json.loads(body)
+            if next(count) == number:
+                SPOILT[how](answer)
+            return status, json.dumps(answer).encode()
+
+        network.initiator._post = spoil
+        with pytest.raises(PairingFailedError):
+            await network.initiator.pair(network.target)
+        assert network.store.pairings == ()
 
     asyncio.run(run())

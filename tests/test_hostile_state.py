@@ -22,7 +22,8 @@ HANDSHAKE = {"peerDeviceId": "late", "peerDeviceName": "late", "via": "lan-hands
 
 
 def start_target(home, *arguments):
-    return start_bridge(home, "--lan", "--host", "127.0.0.1", "--pairing", "allow", *arguments)
+    allow = ("--pairing", "allow", "--legacy-pairing", "allow")
+    return start_bridge(home, "--lan", "--host", "127.0.0.1", *allow, *arguments)
 
 
 def run_command(home, *arguments, timeout_s=60):
@@ -92,10 +93,13 @@ def test_the_one_who_asks_is_killed_and_asks_again(tmp_path):
     with start_bridge(strong_home, "--lan", "--host", "127.0.0.1") as strong:
 
         def list_pending():
-            return ask_owner(strong, strong_home, "GET", "/v1/dvai/pairings")[1]["pending"]
+            listed = ask_owner(strong, strong_home, "GET", "/v1/dvai/pairings")[1]["pending"]
+            return [each for each in listed if each["code"] is not None]
 
         def start_asking(stack):
-            weak = stack.enter_context(start_bridge(weak_home, "--offload-only", "--no-discover-lan"))
+            weak = stack.enter_context(
+                start_bridge(weak_home, "--offload-only", "--no-discover-lan", "--pairing", "allow")
+            )
             peer = {"peer": f"http://127.0.0.1:{strong.port}"}
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             return weak, pool.submit(ask_owner, weak, weak_home, "POST", "/v1/dvai/pairings", peer)
@@ -111,7 +115,8 @@ def test_the_one_who_asks_is_killed_and_asks_again(tmp_path):
         with contextlib.ExitStack() as stack:
             weak, asking = start_asking(stack)
             (pending,) = wait_for(list_pending, 30, "it asks again")
-            assert ask_owner(strong, strong_home, "POST", f"/v1/dvai/pairings/{pending['id']}/approve", {})[0] == 200
+            way, code = f"/v1/dvai/pairings/{pending['id']}/approve", {"code": pending["code"]}
+            assert ask_owner(strong, strong_home, "POST", way, code)[0] == 200
             assert asking.result(30)[0] == 200
     (given,) = json.loads((strong_home / "data" / "pairings.json").read_text())["pairings"]
     (kept,) = json.loads((weak_home / "data" / "pairings.json").read_text())["pairings"]

@@ -13,7 +13,9 @@ from dvai_bridge import (
     Identity,
     StorageError,
     build_machine_hash,
+    build_static_key,
     choose_identity,
+    encode_base64url,
     encode_identity,
     is_peer_id,
     load_identity,
@@ -45,7 +47,7 @@ def test_the_file(tmp_path):
         "deviceId": "A" * 22,
         "deviceName": "pi",
         "machine": build_machine_hash("m"),
-        "seed": None,
+        "seed": "A" * 43,
     }
     assert parse_identity(encode_identity(identity)) == identity
 
@@ -71,9 +73,29 @@ def test_a_machine_that_cannot_be_told_changes_nothing(tmp_path):
 
 def test_a_clone_does_not_take_the_seed_along():
     known = Identity(device_id="A" * 22, device_name="pi", machine=build_machine_hash("1"), seed="A" * 43)
-    assert choose_identity(known, machine=build_machine_hash("1"), device_name="x", random=bytes) is known
+    assert choose_identity(known, machine=build_machine_hash("1"), device_name="x", random=bytes) == known
     new = choose_identity(known, machine=build_machine_hash("2"), device_name="x", random=os.urandom)
-    assert new.seed is None and new.device_id != known.device_id
+    assert new.seed not in (None, known.seed) and new.device_id != known.device_id
+
+
+def test_an_identity_of_an_earlier_version_gets_a_seed_and_keeps_it(tmp_path):
+    first = load(tmp_path)
+    path = tmp_path / "identity.json"
+    for each in (path, tmp_path / "identity.json.bak"):
+        each.write_text(json.dumps(json.loads(path.read_text()) | {"seed": None}))
+    upgraded = load(tmp_path)
+    assert upgraded.device_id == first.device_id and upgraded.seed not in (None, first.seed)
+    assert load(tmp_path) == upgraded
+
+
+def test_the_static_key_is_the_known_answer(crypto_backend):
+    """Protocol section 1, the seed 21…21."""
+    identity = Identity(device_id="A" * 22, device_name="pi", seed=encode_base64url(b"\x21" * 32))
+    pair = build_static_key(identity, crypto_backend)
+    assert pair.private.hex() == "eefc36bbcd63bbd5f94f0e1c3609308b8d437b239ce8a07d5fbdc6771af05636"
+    assert encode_base64url(pair.public) == "raNS_HZR5eMcRklH55m6i05JQC1Cf5sfBCFJ_CHuN3s"
+    with pytest.raises(ValueError, match="seed"):
+        build_static_key(Identity(device_id="A" * 22, device_name="pi"), crypto_backend)
 
 
 def test_the_machine_and_the_seed_are_not_shown():

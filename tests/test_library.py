@@ -318,10 +318,14 @@ def start_strong(home, model, **offload):
 @pytest.mark.parametrize("kind", KINDS)
 def test_callbacks_of_both_kinds(tmp_path, model, kind, caplog):
     make = KINDS[kind]
-    asked, progress, told = [], [], []
+    asked, compared, progress, told = [], [], [], []
 
     def approve(request):
-        asked.append((request.peer_device_name, request.peer_device_id))
+        asked.append((request.peer_device_name, request.peer_device_id, request.code))
+        return True
+
+    def compare(request):
+        compared.append((request.peer_device_name, request.is_outgoing, request.code))
         return True
 
     def fail(*arguments):
@@ -331,12 +335,12 @@ def test_callbacks_of_both_kinds(tmp_path, model, kind, caplog):
     strong = start_strong(tmp_path / "strong", model, on_pairing_request=make(approve), device_name="strong one")
     with strong as server:
         offload = {"only": True, "device_name": "weak one", "on_offload": make(fail)}
-        offload["custom_discovery"] = make(fail)
+        offload |= {"custom_discovery": make(fail), "on_pairing_request": make(compare)}
         with build(tmp_path / "weak", offload, on_progress=make(progress.append)) as client:
             pairing = client.initiate_pairing(server.base_url)
             assert pairing.device_name == "strong one" and pairing.outbound_key is not None
-            (weak_id,) = {device_id for _, device_id in asked}
-            assert asked == [("weak one", weak_id)]
+            ((name, _, code),) = asked
+            assert name == "weak one" and compared == [("strong one", True, code)] and len(code) == 6
             (peer,) = client.get_peers()
             assert peer.device_id == pairing.device_id and client.model_id is None
             status, headers, data = ask(client, body=HELLO | {"model": "strong"})
@@ -360,7 +364,7 @@ def test_a_callback_that_denies_or_fails_is_a_denial(tmp_path, model, kind):
 
     with (
         start_strong(tmp_path / "strong", model, on_pairing_request=KINDS[kind](answer)) as server,
-        build(tmp_path / "weak", {"only": True}) as client,
+        build(tmp_path / "weak", {"only": True, "pairing": "allow"}) as client,
     ):
         for _ in range(3):
             with pytest.raises(PairingDeniedError, match="denied"):
@@ -371,7 +375,7 @@ def test_a_callback_that_denies_or_fails_is_a_denial(tmp_path, model, kind):
 def test_pairing_requests_are_read_and_answered(tmp_path, model):
     with (
         start_strong(tmp_path / "strong", model) as server,
-        build(tmp_path / "weak", {"only": True, "device_name": "weak one"}) as client,
+        build(tmp_path / "weak", {"only": True, "pairing": "allow", "device_name": "weak one"}) as client,
     ):
         with pytest.raises(PairingDeniedError):  # nobody could be asked
             client.initiate_pairing(server.base_url)
@@ -398,7 +402,7 @@ def test_pairing_requests_are_read_and_answered(tmp_path, model):
 
 def client_is_heard(server):
     """Whether the reader of pairing requests has registered itself."""
-    return bool(server._bridge.devices.desk._readers)
+    return bool(server._bridge.devices.prompts._readers)
 
 
 PEER = Peer(
@@ -450,7 +454,7 @@ def intercepted(tmp_path_factory):
     interceptor = Interceptor()
     home = tmp_path_factory.mktemp("home")
     options = {"chat_completion_interceptor": interceptor, "api_key": "sk-1", "lan": True, "host": "127.0.0.1"}
-    with build(home, {"pairing": "allow"}, **options) as dvai:
+    with build(home, {"pairing": "allow", "legacy_pairing": "allow"}, **options) as dvai:
         yield dvai, interceptor, home
 
 

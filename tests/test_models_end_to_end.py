@@ -161,7 +161,7 @@ def test_another_device_gets_what_is_loaded_and_nothing_else(models, tmp_path):
         weak = stack.enter_context(
             start_bridge(tmp_path / "weak", "--offload-only", "--no-discover-lan", "--peer", peer)
         )
-        command = [sys.executable, str(MODULE), "pair", "request", peer, "--home", str(tmp_path / "weak")]
+        command = [sys.executable, str(MODULE), "pair", "request", peer, "--yes", "--home", str(tmp_path / "weak")]
         subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, timeout=60, check=True)
         wait_for(lambda: [each["state"] for each in peers_of(weak)] == ["ready"], 60, "the peer is ready")
         _, _, listed = weak.request("GET", "/v1/models")

@@ -67,7 +67,10 @@ def pair(tmp_path, model):
         start_strong(tmp_path / "strong", model, "--pairing", "allow") as strong,
         start_weak(tmp_path / "weak", strong) as weak,
     ):
-        assert run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{strong.port}").returncode == 0
+        assert (
+            run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{strong.port}", "--yes").returncode
+            == 0
+        )
         wait_ready(weak)
         yield strong, weak
 
@@ -121,14 +124,19 @@ def test_the_user_of_the_strong_one_approves(tmp_path, model):
         asking = threading.Thread(target=lambda: answers.append(ask(weak)))
         asking.start()  # the first need begins the handshake, and waits for it
 
-        def find_pending():
-            shown = json.loads(run_command(tmp_path / "strong", "pair", "list", "--json").stdout)
-            return shown["pending"]
+        def find_pending(home):
+            shown = json.loads(run_command(tmp_path / home, "pair", "list", "--json").stdout)
+            return [each for each in shown["pending"] if each["code"] is not None]
 
-        (pending,) = wait_for(find_pending, 20, "the request to pair")
-        assert pending["deviceId"] != ""
-        approved = run_command(tmp_path / "strong", "pair", "approve", pending["id"])
-        assert approved.returncode == 0, approved.stderr
+        (pending,) = wait_for(lambda: find_pending("strong"), 20, "the request to pair")
+        (own,) = wait_for(lambda: find_pending("weak"), 20, "the code here")
+        assert (own["isOutgoing"], pending["isOutgoing"]) == (True, False) and pending["deviceId"] != ""
+        assert own["code"] == pending["code"] and len(own["code"]) == 6
+        without = run_command(tmp_path / "strong", "pair", "approve", pending["id"])
+        assert without.returncode == 2 and "--code" in without.stderr
+        for home, entry, other in (("strong", pending, own), ("weak", own, pending)):
+            approved = run_command(tmp_path / home, "pair", "approve", entry["id"], "--code", other["code"])
+            assert approved.returncode == 0, approved.stderr
         asking.join(60)
         assert answers[0][0] == 200, answers[0][2]
         listed = json.loads(run_command(tmp_path / "strong", "pair", "list", "--json").stdout)
@@ -140,7 +148,7 @@ def test_denied_is_said_to_both(tmp_path, model):
         start_strong(tmp_path / "strong", model, "--pairing", "deny") as strong,
         start_weak(tmp_path / "weak", strong) as weak,
     ):
-        asked = run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{strong.port}")
+        asked = run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{strong.port}", "--yes")
         assert asked.returncode == 1 and "denied" in asked.stderr
         status, headers, data = ask(weak)
         error = json.loads(data)["error"]
@@ -173,7 +181,7 @@ def test_revoking_ends_what_runs_and_what_comes(pair, tmp_path):
 def test_a_peer_that_dies_and_returns_is_used_again(tmp_path, model):
     with (
         start_strong(tmp_path / "strong", model, "--pairing", "allow") as strong,
-        start_weak(tmp_path / "weak", strong) as weak,
+        start_weak(tmp_path / "weak", strong, arguments=("--pairing", "allow")) as weak,
     ):
         assert ask(weak)[0] in (200, 503)
         wait_ready(weak)
@@ -193,7 +201,7 @@ def test_two_peers_and_one_dies(tmp_path, model):
         start_weak(tmp_path / "weak", one, two) as weak,
     ):
         for bridge in (one, two):
-            asked = run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{bridge.port}")
+            asked = run_command(tmp_path / "weak", "pair", "request", f"http://127.0.0.1:{bridge.port}", "--yes")
             assert asked.returncode == 0, asked.stderr
         wait_ready(weak, 2)
         os.kill(one.process.pid, signal.SIGKILL)

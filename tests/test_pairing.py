@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,15 @@ from dvai_bridge import (
     DAY_MS,
     LAST_USE_GRAIN_MS,
     PAIRINGS_LIMIT,
+    PENDING_LIFETIME_MS,
     BridgeError,
     ClockSkewError,
     Identity,
     OverloadedError,
     Pairing,
+    PairingDirection,
     PairingFile,
+    PairingLink,
     PairingState,
     PairingStore,
     SignatureError,
@@ -69,6 +72,18 @@ def read_file(directory):
 
 # ---- the file -------------------------------------------------------------------------
 
+INBOUND, OUTBOUND = PairingDirection.INBOUND, PairingDirection.OUTBOUND
+
+
+def link(fill=1, pending_until_ms=None):
+    return PairingLink(
+        pair_id=bytes([fill] * 16),
+        resume_psk=bytes([fill + 1] * 32),
+        room=bytes([fill + 2] * 16),
+        pending_until_ms=pending_until_ms,
+    )
+
+
 FULL = pair(
     "hub",
     "app.x",
@@ -79,6 +94,8 @@ FULL = pair(
     is_marked_unauthorized=True,
     speaks_noise=True,
     identity_key=KEY,
+    inbound_link=link(1),
+    outbound_link=link(4, pending_until_ms=NOW + 5),
 )
 
 
@@ -93,6 +110,7 @@ def test_keys_are_never_shown():
     shown = repr(FULL) + repr(PairingFile(device_id=OWN, records={FULL.key: FULL}))
     shown += json.dumps(build_pairing_json(FULL, PairingState.ACTIVE))
     assert KEY not in shown and OTHER_KEY not in shown
+    assert str(link(1).resume_psk) not in shown and str(link(1).room) not in shown
 
 
 def test_several_apps_of_one_device_are_kept_apart(tmp_path):
@@ -130,6 +148,7 @@ def test_a_new_key_ends_what_was_known_of_the_old_one():
     assert merge_pairing(known, pair(inbound_key=None, outbound_key=OTHER_KEY)).uses_t1
 
 
+LINK = ("pairId", "resumePsk", "room", "pendingUntil")
 GOOD_FILE = json.loads(encode_pairings(PairingFile(device_id=OWN, records={FULL.key: FULL})))
 
 
@@ -141,8 +160,18 @@ GOOD_FILE = json.loads(encode_pairings(PairingFile(device_id=OWN, records={FULL.
         lambda file: file.update(pairings={}),
         lambda file: file.pop("pairings"),
         lambda file: file["pairings"].append(None),
-        *(lambda file, name=name: file["pairings"][0].pop(name) for name in GOOD_FILE["pairings"][0]),
+        lambda file: file.update(noisePeers=[]),
+        lambda file: file.update(noisePeers={"http://a:1/v1": 5}),
+        *(
+            lambda file, name=name: file["pairings"][0].pop(name)
+            for name in GOOD_FILE["pairings"][0]
+            if not name.endswith("Link")  # which an earlier version did not have
+        ),
         *(lambda file, name=name: file["pairings"][0].update({name: []}) for name in GOOD_FILE["pairings"][0]),
+        *(lambda file, name=name: file["pairings"][0]["inboundLink"].pop(name) for name in LINK),
+        *(lambda file, name=name: file["pairings"][0]["inboundLink"].update({name: "AA"}) for name in LINK),
+        *(lambda file, name=name: file["pairings"][0]["inboundLink"].update({name: 5.0}) for name in LINK),
+        lambda file: file["pairings"][0].update(identityKey="short"),
         lambda file: file["pairings"][0].update(inboundKey="short"),
         lambda file: file["pairings"][0].update(deviceId=""),
         lambda file: file["pairings"][0].update(pairedAt=True),
@@ -165,6 +194,138 @@ def test_wrong_types_and_values_are_damage(tmp_path, damage, caplog):
     with pytest.raises(StorageError, match="move it away"):
         open_store(tmp_path)
     assert json.loads(path.read_text()) == file
+
+
+def test_a_file_of_the_version_before_the_secure_channel(tmp_path):
+    file = json.loads(json.dumps(GOOD_FILE))
+    del file["noisePeers"], file["pairings"][0]["inboundLink"], file["pairings"][0]["outboundLink"]
+    (tmp_path / "pairings.json").write_text(json.dumps(file))
+    (pairing,) = open_store(tmp_path).pairings
+    assert pairing == replace(FULL, inbound_link=None, outbound_link=None)
+
+
+# ---- links of the secure channel ------------------------------------------------------
+
+
+def secure(pending_until_ms=None, **changes):
+    return pair(inbound_link=link(1, pending_until_ms), identity_key=OTHER_KEY, speaks_noise=True, **changes)
+
+
+def test_a_pending_pairing_is_found_until_its_time_and_active_for_good(tmp_path):
+    until_ms = NOW + PENDING_LIFETIME_MS
+    store = open_store(tmp_path, secure(until_ms))
+    (pending,) = store.pairings
+    for now_ms, state in (
+        (NOW - 40 * DAY_MS, PairingState.PENDING),  # a clock that was set right since
+        (NOW, PairingState.PENDING),
+        (until_ms, PairingState.PENDING),
+        (until_ms + 1, PairingState.EXPIRED),
+    ):
+        expected = pending if state is PairingState.PENDING else None
+        assert store.get_state(pending, now_ms) is state
+        assert store.find_inbound("phone", "phone", now_ms) == store.find_link(link(1).pair_id, now_ms) == expected
+    assert store.pairings == (pending,), "nothing is deleted because of a clock"
+    store.activate(pending, OUTBOUND)  # which it does not have
+    assert store.pairings == (pending,)
+    store.activate(pending, INBOUND)
+    store.activate(pending, INBOUND)
+    (active,) = store.pairings
+    assert active.inbound_link == link(1) and store.get_state(active, until_ms + 1) is PairingState.ACTIVE
+    asyncio.run(store.flush())
+    assert open_store(tmp_path).pairings == (active,)
+    assert store.find_link(link(2).pair_id, NOW) is None
+    assert store.get_state(active, NOW + 31 * DAY_MS) is PairingState.EXPIRED
+    assert store.find_link(link(1).pair_id, NOW + 31 * DAY_MS) is None
+
+
+def test_what_is_active_is_on_the_disk_within_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(dvai_bridge, "PAIRINGS_REFRESH_INTERVAL_S", 0.01)
+
+    async def run():
+        store = PairingStore(tmp_path, device_id=OWN, clock_ms=lambda: NOW)
+        store.load()
+        pending = await store.add(secure(NOW + 1))
+        maintaining = asyncio.create_task(store.maintain())
+        store.activate(pending, INBOUND)
+        async with asyncio.timeout(30):
+            while read_file(tmp_path)[pending.key].inbound_link != link(1):  # noqa: ASYNC110 - another thread writes
+                await asyncio.sleep(0.01)
+        maintaining.cancel()
+
+    asyncio.run(run())
+
+
+def test_an_activation_is_not_that_of_a_newer_pairing(tmp_path):
+    store = open_store(tmp_path, secure(NOW + 1))
+    (older,) = store.pairings
+    newer = replace(secure(NOW + 1, paired_at_ms=NOW + 1), inbound_link=link(7, NOW + 1))
+    asyncio.run(store.add(newer))
+    store.activate(older, INBOUND)
+    assert store.pairings == (newer,)
+
+
+def test_the_directions_of_a_pairing_have_links_of_their_own(tmp_path):
+    outbound = pair(
+        inbound_key=None,
+        outbound_key=OTHER_KEY,
+        outbound_link=link(4, NOW + 1),
+        identity_key=OTHER_KEY,
+        speaks_noise=True,
+    )
+    store = open_store(tmp_path, secure(), outbound)
+    (both,) = store.pairings
+    assert (both.get_link(INBOUND), both.get_link(OUTBOUND)) == (link(1), link(4, NOW + 1))
+    assert (both.get_key(INBOUND), both.get_key(OUTBOUND)) == (KEY, OTHER_KEY)
+    assert store.find_outbound("phone", None, NOW + 2) is None
+    assert store.find_link(link(1).pair_id, NOW + 2) == both
+    assert store.find_link(link(4).pair_id, NOW) is None, "by this one we are the consumer"
+    assert store.get_state(both, NOW + 2) is PairingState.ACTIVE
+
+
+def test_another_identity_under_a_known_id_inherits_nothing():
+    known = secure(outbound_key=OTHER_KEY, outbound_link=link(4), base_url="http://a:1/v1", uses_t1=True)
+    impostor = replace(secure(NOW), identity_key=KEY, inbound_key=OTHER_KEY)
+    assert merge_pairing(known, impostor) == impostor
+    same = replace(impostor, identity_key=OTHER_KEY)
+    assert merge_pairing(known, same).outbound_key == OTHER_KEY
+
+
+def test_a_legacy_approval_takes_the_link_of_its_direction():
+    merged = merge_pairing(secure(), pair(inbound_key=OTHER_KEY))
+    assert merged.inbound_link is None and merged.identity_key == OTHER_KEY and merged.speaks_noise
+
+
+@pytest.mark.parametrize("direction", PairingDirection)
+def test_access_is_lost_by_a_new_key_and_by_none(direction):
+    name = f"{direction.value}_key"
+    before = pair(inbound_key=KEY, outbound_key=KEY)
+    assert has_lost_access(before, None, direction)
+    assert has_lost_access(before, replace(before, **{name: OTHER_KEY}), direction)
+    assert has_lost_access(before, replace(before, **{name: None}), direction)
+    assert not has_lost_access(before, replace(before, inbound_link=link(), last_used_at_ms=5), direction)
+    assert not has_lost_access(None, before, direction)
+
+
+def test_who_spoke_noise_is_remembered_through_restarts_and_revocations(tmp_path):
+    store = open_store(tmp_path, secure())
+    url = "http://10.0.0.5:38883/v1"
+    asyncio.run(store.note_noise_peer(url, "desk"))
+    asyncio.run(store.revoke(secure().pairing_id))
+    assert store.pairings == ()
+    for each in (store, open_store(tmp_path)):
+        assert each.has_spoken_noise("phone") and each.has_spoken_noise("desk")
+        assert each.has_spoken_noise(None, url) and each.has_spoken_noise("desk", url)
+        assert not each.has_spoken_noise("hub", url), "another device has got the address"
+        assert not each.has_spoken_noise(None, None) and not each.has_spoken_noise("hub", "http://10.0.0.6:38883/v1")
+
+
+def test_who_spoke_noise_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(dvai_bridge, "NOISE_PEERS_LIMIT", 3)
+    store = open_store(tmp_path)
+    for number in range(5):
+        asyncio.run(store.note_noise_peer(f"http://10.0.0.{number}:1/v1", f"d{number}"))
+    for each in (store, open_store(tmp_path)):
+        assert [number for number in range(5) if each.has_spoken_noise(f"d{number}")] == [2, 3, 4]
 
 
 def test_damage_that_hits_the_nonces_keeps_the_pairings(tmp_path, caplog):

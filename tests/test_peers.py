@@ -26,6 +26,7 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
+    PairingPolicy,
     PairingStore,
     Peer,
     PeerClient,
@@ -53,7 +54,7 @@ from dvai_bridge import (
     verify_hmac,
 )
 
-OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here")
+OWN = Identity(device_id="AAAAAAAAAAAAAAAAAAAAAA", device_name="here", seed="A" * 43)
 KEY = "A" * 42 + "E"  # 32 bytes
 M = "Llama-3.2-3B-Instruct-Q4_K_M"
 HEALTH = {"status": "ok", "version": "4.0.0", "uptimeSec": 7, "currentModelId": M}
@@ -449,6 +450,7 @@ async def monitoring(directory, *peers, pairings=(), **options):
         store=store,
         post=build_handshake_post(client),
         clock_ms=lambda: time.time_ns() // 1_000_000,
+        legacy_policy=PairingPolicy.ALLOW,
     )
     monitor = PeerMonitor(
         identity=OWN,

@@ -110,7 +110,8 @@ def pair_all(bridge, home, peers):
 
 
 def name_peers(peers):
-    return [flag for peer in peers for flag in ("--peer", peer.url)]
+    """They pair in the legacy way."""
+    return ["--legacy-pairing", "allow", *(flag for peer in peers for flag in ("--peer", peer.url))]
 
 
 def ask(bridge, model, *, stream, headers=None, on_content=lambda: None):
@@ -240,7 +241,7 @@ def test_a_peer_that_refuses_connections_and_returns(tmp_path):
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(contextlib.ExitStack())
         running.enter_context(start_peer(peer))
-        bridge = stack.enter_context(start_bridge(home, "--offload-only", "--no-discover-lan", "--peer", peer.url))
+        bridge = stack.enter_context(start_bridge(home, "--offload-only", "--no-discover-lan", *name_peers([peer])))
         pair_all(bridge, home, [peer])
         assert ask(bridge, "m", stream=False)[0] == 200
         with recovering(bridge):
@@ -348,7 +349,7 @@ def test_a_peer_whose_health_hangs_is_no_candidate(tmp_path):
     peer = Silent("silent", hang(), models=("m",))
     with (
         start_peer(peer),
-        start_bridge(tmp_path / "home", "--offload-only", "--no-discover-lan", "--peer", peer.url) as bridge,
+        start_bridge(tmp_path / "home", "--offload-only", "--no-discover-lan", *name_peers([peer])) as bridge,
     ):
 
         def find_reason():
@@ -371,7 +372,8 @@ def short_budgets(monkeypatch):
 @contextlib.contextmanager
 def embed_bridge(home, *peers):
     """A bridge in this program, paired with these peers."""
-    offload = OffloadConfig(enabled=True, only=True, discover_lan=False, known_peers=[peer.url for peer in peers])
+    known = {"known_peers": [peer.url for peer in peers], "legacy_pairing": "allow"}
+    offload = OffloadConfig(enabled=True, only=True, discover_lan=False, **known)
     with DVAI(home=str(home), port=0, offload=offload, environ={}) as bridge:
         for peer in peers:
             bridge.initiate_pairing(peer.url)

@@ -47,7 +47,9 @@ def model(tmp_path_factory):
 
 
 def start_target(home, model, *arguments):
-    return start_bridge(home, "--model", model, "--lan", "--host", "127.0.0.1", "--pairing", "allow", *arguments)
+    """It pairs with everybody, in the legacy way too."""
+    allow = ("--pairing", "allow", "--legacy-pairing", "allow")
+    return start_bridge(home, "--model", model, "--lan", "--host", "127.0.0.1", *allow, *arguments)
 
 
 class Target:
@@ -584,7 +586,8 @@ class Hub(FakePeer):
 def test_a_hub_that_writes_bodies_anew(tmp_path, body, stringify):
     home, model = tmp_path / "home", "Llama-3.2-3B-Instruct-Q4_K_M"
     hub = Hub(stringify, script=serve_text("from ", "the hub"), models=(model,))
-    with start_peer(hub), start_bridge(home, "--offload-only", "--no-discover-lan", "--peer", hub.url) as bridge:
+    flags = ("--offload-only", "--no-discover-lan", "--peer", hub.url, "--legacy-pairing", "allow")
+    with start_peer(hub), start_bridge(home, *flags) as bridge:
         status, answer = ask_owner(bridge, home, "POST", "/v1/dvai/pairings", {"peer": hub.url})
         assert status == 200 and answer["pairing"]["deviceId"] == f"{hub.url}/v1", answer
         with recovering(bridge):

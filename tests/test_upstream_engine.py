@@ -939,7 +939,9 @@ def test_paired_devices_use_the_engine_behind_within_bounds(tmp_path, model):
             *("--engine", f"http://127.0.0.1:{engine.port}", "--lan", "--host", "127.0.0.1", "--pairing", "allow"),
         ) as middle,
         start_bridge(
-            tmp_path / "weak", "--offload-only", "--no-discover-lan", "--peer", f"http://127.0.0.1:{middle.port}"
+            tmp_path / "weak",
+            *("--offload-only", "--no-discover-lan", "--pairing", "allow"),
+            *("--peer", f"http://127.0.0.1:{middle.port}"),
         ) as weak,
     ):
         wait_for(lambda: weak.request("POST", "/v1/chat/completions", HELLO | {"model": "bytes"})[0] == 200, 60, "used")

@@ -312,6 +312,8 @@ def main():
                 "serve",
                 "--offload-only",
                 "--no-discover-lan",
+                "--legacy-pairing",
+                "allow",
                 "--peer",
                 peer_url,
                 "--port",
