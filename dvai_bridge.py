@@ -10,10 +10,9 @@ Three commands to begin with:
 
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
-    ground        constants, records, errors, optional packages, config, encodings, storage
+    ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, Noise, channel, identity, pairing, handshake: who may use this device, and whom
-                  it may use
+    trust         signing, primitives, Noise, channel, identity, pairing, LAN pairing, handshake: who may use whom
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
@@ -36,6 +35,81 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one sentence, instead of an erro
         sys.exit(_SENTENCE)
     raise ImportError(_SENTENCE)
 
+import contextlib
+import importlib.util
+import os
+from types import FrameType as InterpreterFrame
+
+# ---- Compiled form --------------------------------------------------------------------
+# A script that runs for long goes on from its bytecode: before everything else, since it begins anew.
+
+
+def find_compiled(source: str) -> str | None:
+    """The bytecode that an import of this file would use, None if there is none that is valid (PEP 552)."""
+    try:
+        status, path = os.stat(source), importlib.util.cache_from_source(source)
+        with open(path, "rb") as file:
+            magic, flags, mtime, size = (file.read(4) for _ in range(4))
+    except (OSError, NotImplementedError):
+        return None
+    expected = (importlib.util.MAGIC_NUMBER, 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)
+    found = (magic, *(int.from_bytes(each, "little") for each in (flags, mtime, size)))
+    return path if found == expected else None
+
+
+def save_compiled(source: str) -> None:
+    """Writes the bytecode of this file where an import would, unless the user or the disk does not want that."""
+    import py_compile
+
+    if not sys.dont_write_bytecode:
+        with contextlib.suppress(OSError, NotImplementedError):
+            mode = py_compile.PycInvalidationMode.TIMESTAMP
+            py_compile.compile(os.path.abspath(source), quiet=2, invalidation_mode=mode)
+
+
+def build_own_program() -> tuple[str, str]:
+    """The command that runs this module again, of the bytecode where there is some: that starts in half the time."""
+    source = os.path.abspath(__file__)
+    return sys.executable, find_compiled(source) or source
+
+
+def names_serve(words: list[str]) -> bool:
+    """Whether a command line starts the bridge: `serve` is what an option at the beginning belongs to."""
+    return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
+
+
+def is_outermost(frame: InterpreterFrame) -> bool:
+    """Whether the interpreter itself runs this frame's module as a script: no debugger, no profiler, no `-m`."""
+    return frame.f_back is None and frame.f_globals.get("__spec__") is None and not sys.flags.inspect
+
+
+def go_on_compiled() -> None:
+    """Replaces this process, which runs a script, by one that runs its bytecode: same pid, same interpreter options.
+
+    The interpreter keeps a script's syntax tree until the script ends: of this one 55 MB. That is saved for the price
+    of starting twice, about 20 ms. Returns where there is no such replacing (Windows), or no bytecode can be kept.
+    """
+    source, script_at = sys.argv[0], len(sys.orig_argv) - len(sys.argv)
+    if os.name != "posix" or not sys.executable or not source.endswith(".py") or script_at < 1:
+        return
+    if find_compiled(source) is None:
+        save_compiled(source)
+    compiled = find_compiled(source)
+    if compiled is not None:
+        words = [sys.executable, *sys.orig_argv[1:script_at], compiled, *sys.argv[1:]]
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, words)
+
+
+if __name__ == "__main__" and is_outermost(sys._getframe()):
+    if __file__.endswith(".pyc"):  # named and found as the script that it was compiled from
+        sys.argv[0] = importlib.util.source_from_cache(sys.argv[0])
+        __file__ = os.path.abspath(sys.argv[0])
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(__file__)
+    elif names_serve(sys.argv[1:]):
+        go_on_compiled()
+
 import argparse
 import array
 import asyncio
@@ -44,7 +118,6 @@ import binascii
 import bisect
 import codecs
 import concurrent.futures
-import contextlib
 import dataclasses
 import enum
 import errno
@@ -53,14 +126,12 @@ import gc
 import hashlib
 import heapq
 import hmac
-import importlib
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import operator
-import os
 import queue
 import random
 import re
@@ -70,7 +141,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -658,8 +728,6 @@ OPTIONAL_PACKAGES = (
 
 def is_package_installed(module: str) -> bool:
     """Whether a module can be imported, as far as can be told without importing it."""
-    import importlib.util
-
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:  # a module put into sys.modules by hand, without a spec
@@ -811,6 +879,16 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def parse_seed(text: str) -> str:
+    """A seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        return base64.urlsafe_b64encode(bytes.fromhex(text)).decode().rstrip("=")
+    is_seed = re.fullmatch(r"[A-Za-z0-9_-]{43}", text)
+    if not is_seed or base64.urlsafe_b64encode(base64.urlsafe_b64decode(text + "=")).decode() != text + "=":
+        raise ValueError("it must be 32 bytes, as 64 hex digits or 43 digits of base64url")
+    return text
 
 
 def parse_models(text: str) -> str | tuple[str, ...]:
@@ -975,6 +1053,23 @@ class OffloadConfig:
         "application that pairs; each one of a device is approved by itself. Default: the device's own id",
         "pairing",
         metavar="ID",
+    )
+    seed: str | None = option(
+        "--seed",
+        None,
+        "32 bytes (64 hex digits, or 43 of base64url) from which the key of this installation comes, instead of the "
+        "stored ones; environment only",
+        "pairing",
+        parse=parse_seed,
+        metavar="SEED",
+        secret=True,
+    )
+    seed_file: str | None = option(
+        "--seed-file",
+        None,
+        "file with such a seed",
+        "pairing",
+        metavar="FILE",
     )
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
@@ -5444,7 +5539,7 @@ PEER_ID_LIMIT_CHARS = 128  # memory taken by an id
 TIMED_NONCES_LIMIT = 131_072  # memory taken by those of the last minutes, all pairings together
 TIMED_NONCES_PER_PAIRING_LIMIT = 32_768  # of them, what one pairing may take from the others
 UNTIMED_NONCES_LIMIT = 4_096  # of one pairing: those without a time are remembered for as long as it lives
-PAIRING_KEYS_LIMIT = 64  # kept as bytes beside the text that they are read from, with the ids that nonces bind
+NONCE_BINDINGS_LIMIT = 64  # kept, of pairs of devices that ask each other again and again
 NONCE_SWEEP_INTERVAL_MS = 1_000  # a full memory, looked through again for every request of a flood
 
 SIGNATURE_FIELDS = ("x-dvai-peer-device-id", "x-dvai-app-id", "x-dvai-nonce", "x-dvai-signature")
@@ -5471,12 +5566,7 @@ def compose_signed_message(nonce: str, method: str, path: str, body: bytes) -> b
 
 def sign_hmac(pairing_key: str, message: bytes) -> str:
     """The signature of a composed message: 43 digits of base64url."""
-    return encode_base64url(hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
-
-
-@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
-def _parse_pairing_key(pairing_key: str) -> bytes:
-    return parse_base64url(pairing_key)
+    return encode_base64url(hmac.digest(parse_base64url(pairing_key), message, "sha256"))
 
 
 def verify_hmac(pairing_key: str, message: bytes, signature: str) -> None:
@@ -5491,7 +5581,7 @@ def _is_hmac(pairing_key: str, message: bytes, signature: str) -> bool:
         presented = bytes.fromhex(signature) if _HMAC_HEX.fullmatch(signature) else parse_base64url(signature)
     except ValueError:
         presented = b""
-    return hmac.compare_digest(presented, hmac.digest(_parse_pairing_key(pairing_key), message, "sha256"))
+    return hmac.compare_digest(presented, hmac.digest(parse_base64url(pairing_key), message, "sha256"))
 
 
 @record(frozen=True, slots=True)
@@ -5507,7 +5597,7 @@ def generate_nonce(sender: str, receiver: str, now_ms: int, random: RandomBytes 
     return f"t1.{now_ms}.{encode_base64url(random(16))}.{build_nonce_binding(sender, receiver)}"
 
 
-@functools.lru_cache(maxsize=PAIRING_KEYS_LIMIT)
+@functools.lru_cache(maxsize=NONCE_BINDINGS_LIMIT)
 def build_nonce_binding(sender: str, receiver: str) -> str:
     """The last part of a t1 nonce, by which a request cannot be sent back to where it came from."""
     return encode_base64url(hashlib.sha256(f"{sender}\0{receiver}".encode()).digest()[:9])
@@ -12097,7 +12187,7 @@ class Handshake(enum.Enum):
     """Where the pairing with an unpaired peer stands."""
 
     NONE = "not paired"
-    ASKING = "waits for approval there"
+    ASKING = "waits for approval"
     REFUSED = "not paired: refused or revoked"  # asked again by the user only
     FAILED = "not paired: the handshake failed"  # asked again after it was silent
 
@@ -14568,7 +14658,7 @@ class EngineProcess:
     ) -> None:
         self.load = load
         self.stderr_lines: deque[str] = deque(maxlen=STDERR_LINES_KEPT)
-        self._command = list(command or (sys.executable, os.path.abspath(__file__), "worker"))
+        self._command = list(command or (*build_own_program(), "worker"))
         self._on_progress = on_progress
         self._policy = RestartPolicy(restart_delay_s)
         self._state = EngineState.STOPPED
@@ -16828,7 +16918,7 @@ class RowHelper:
 
 def start_row_helpers(path: str, count: int, *, command: Sequence[str] | None = None) -> list[RowHelper]:
     """`count` processes beside this one, each with its share of the model at `path`."""
-    command = command or (sys.executable, os.path.abspath(__file__), "row-helper")
+    command = command or (*build_own_program(), "row-helper")
     return [RowHelper(command, path, (index, count + 1)) for index in range(1, count + 1)]
 
 
@@ -17516,11 +17606,11 @@ RPC_CONNECT_TIMEOUT_S = 5.0
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
-STEP_LIMIT_S = 0.4  # aim of a step in which nobody writes: a client that leaves must free its slot within a second
-STEADY_RATIO = 3.0  # by how much slices of long prompts may lengthen a step of those that write
-BURST_RATIO = 6.0  # likewise, of prompts that end within that step
-FIRST_SLICE_TOKENS = 32  # before any speed is known
-SLICE_FLOOR_LLAMA_TOKENS = 2  # of the oldest prompt, however slow the machine is
+STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
+STEADY_RATIO = 3.4  # how long a token of those that write may take, by its usual time, while a long prompt is read
+BURST_RATIO = 9.0  # likewise, while short prompts are read whole
+LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machine is: fewer take hardly less time
+SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
@@ -17927,19 +18017,60 @@ class NativeTokenizer(Tokenizer):
 
 
 class StepPace:
-    """How many prompt tokens may share a step with those that write, learnt from the steps before. Times in seconds."""
+    """How long steps take, learnt from the steps before. Times in seconds.
+
+    A slice of n prompt tokens takes about fixed_s + n · token_s. Attention makes a token the dearer the more tokens
+    come before it, and so token_s is kept by the number of bits of that depth; apart for slices beside those who
+    write, which are short, because a token of a long one takes as little as half the time.
+    """
 
     def __init__(self) -> None:
-        self._plain_s: dict[int, float] = {}  # of a step without prompt tokens, by how many write
-        self._token_s: float | None = None  # that one more prompt token adds
+        self._writing_s: dict[int, float] = {}  # by how many write
+        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
-    def learn(self, writers: int, prompt_tokens: int, elapsed_s: float) -> None:
-        """What a step took."""
-        if prompt_tokens:
-            added_s = max(elapsed_s - self._estimate_plain(writers), elapsed_s / 10) / prompt_tokens
-            self._token_s = self._average(self._token_s, added_s)
-        else:
-            self._plain_s[writers] = self._average(self._plain_s.get(writers), elapsed_s)
+    def learn_writing(self, writers: int, elapsed_s: float) -> None:
+        """What one token of each of `writers` took."""
+        self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
+
+    def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
+        """What a slice took; `depth`: the mean position of its tokens."""
+        bits, by_depth = self._count_bits(depth), self._token_s[writers > 0]
+        token_s = max(elapsed_s - self.fixed_s, elapsed_s / 10) / tokens
+        by_depth[bits] = self._average(by_depth.get(bits), token_s)
+
+    @property
+    def fixed_s(self) -> float:
+        """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
+        return self._estimate_writing(1) / 2
+
+    def estimate_token(self, writers: int, depth: float) -> float:
+        """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
+
+        Deeper ones cost more, and at twice the depth no more than twice as much.
+        """
+        bits = self._count_bits(depth)
+        by_depth = self._token_s[writers > 0] or self._token_s[not writers]
+        if not by_depth:
+            return self.fixed_s
+        deeper = [known for known in by_depth if known >= bits]
+        nearest = min(deeper) if deeper else max(by_depth)
+        return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
+
+    def choose_budget(self, writers: int) -> SliceBudget:
+        """How long the next slice may take beside `writers`."""
+        if not writers:
+            return SliceBudget(
+                fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
+            )
+        usual_s = self._estimate_writing(writers)
+        steady_s, burst_s = (min(STEP_LIMIT_S, (ratio - 1) * usual_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
+
+    def _estimate_writing(self, writers: int) -> float:
+        """By the nearest number of writers that was measured."""
+        if not self._writing_s:
+            return 0.0
+        return self._writing_s[min(self._writing_s, key=lambda known: abs(known - writers))]
 
     @staticmethod
     def _average(known_s: float | None, measured_s: float) -> float:
@@ -17948,40 +18079,71 @@ class StepPace:
             return measured_s
         return known_s + PACE_WEIGHT * (min(measured_s, 2 * known_s) - known_s)
 
-    def choose_room(self, writers: int, limit: int) -> tuple[int, int]:
-        """Prompt tokens of a step, at most `limit`: of long prompts, and of all if that ends those."""
-        if self._token_s is None:
-            return min(FIRST_SLICE_TOKENS, limit), min(FIRST_SLICE_TOKENS, limit)
-        if not writers:
-            room = max(SLICE_FLOOR_LLAMA_TOKENS, min(limit, int(STEP_LIMIT_S / self._token_s)))
-            return room, room
-        step_s = min(self._estimate_plain(writers), STEP_LIMIT_S / BURST_RATIO)
-        steady, burst = (int((ratio - 1) * step_s / self._token_s) for ratio in (STEADY_RATIO, BURST_RATIO))
-        return min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, steady)), min(limit, max(SLICE_FLOOR_LLAMA_TOKENS, burst))
-
-    def _estimate_plain(self, writers: int) -> float:
-        """By the nearest number of writers that was measured."""
-        if not writers or not self._plain_s:
-            return 0.0
-        return self._plain_s[min(self._plain_s, key=lambda known: abs(known - writers))]
+    @staticmethod
+    def _count_bits(depth: float) -> int:
+        return max(SHALLOW_BITS, int(depth).bit_length())
 
 
-def choose_slices(missing: Sequence[int], room: int, burst: int) -> list[int]:
-    """How many tokens of each prompt, the oldest first, a step computes; `missing`: how many each still needs.
+@record(frozen=True, kw_only=True, slots=True)
+class SliceBudget:
+    """Seconds that a slice may take: one of a long prompt, and one of short prompts that it ends.
 
-    Prompts that `burst` tokens bring to their end go first, the shortest before the others. What is left of `room`
-    is for the oldest of the others, which always gets a little, so that none starves.
+    `fixed_s` goes whatever its length. `floor`: tokens that the oldest prompt always gets.
     """
-    slices, used = [0] * len(missing), 0
-    for index in sorted(range(len(missing)), key=missing.__getitem__):
-        if used + missing[index] <= burst:
-            slices[index] = missing[index]
-            used += missing[index]
-    for index, count in enumerate(missing):
+
+    fixed_s: float
+    steady_s: float
+    burst_s: float
+    floor: int
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class UnreadPrompt:
+    """What is still to be read of a prompt: `missing` tokens of `token_s` each. `is_begun`: a slice was read."""
+
+    missing: int
+    token_s: float
+    is_begun: bool = False
+
+
+def choose_slices(prompts: Sequence[UnreadPrompt], budget: SliceBudget, limit: int) -> list[int]:
+    """How many tokens of each prompt, the oldest first, the next slice has; at most `limit` together.
+
+    Short prompts go first, the shortest before the others, as many as can be read whole in time. What is left of the
+    time is for the oldest of the others, which always gets a little, so that none starves.
+    """
+    slices, left, used_s = [0] * len(prompts), limit, budget.fixed_s
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].missing * prompts[index].token_s):
+        prompt = prompts[index]
+        whole_s = prompt.missing * prompt.token_s
+        if not prompt.is_begun and prompt.missing < left and used_s + whole_s <= budget.burst_s:
+            slices[index] = prompt.missing
+            left -= prompt.missing
+            used_s += whole_s
+    for index, prompt in enumerate(prompts):
         if not slices[index]:
-            slices[index] = min(count, max(room - used, SLICE_FLOOR_LLAMA_TOKENS))
+            fitting = int((budget.steady_s - used_s) / prompt.token_s) if prompt.token_s else left
+            slices[index] = min(prompt.missing, left, max(fitting, budget.floor))
             break
     return slices
+
+
+class StepKind(enum.Enum):
+    """What one step computes: never two of them, so that what is written is sent before the next slice is read."""
+
+    WRITE = "one token of each generation that writes"
+    READ = "slices of prompts"
+    EMBED = "a slice of a text to embed"
+
+
+def choose_step(recent: Sequence[StepKind], waiting: Collection[StepKind]) -> StepKind:
+    """What the next step computes of what is waiting; `recent`: all kinds, that of the last step at the end.
+
+    Who writes waits for one other step at most; the others take turns.
+    """
+    if StepKind.WRITE in waiting and recent[-1] is not StepKind.WRITE:
+        return StepKind.WRITE
+    return next(kind for kind in recent if kind in waiting)
 
 
 def count_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -18080,7 +18242,7 @@ class BatchPart:
 class LlamaBackend:
     """Runs up to `info.slots` jobs in one batch a step; see Backend.
 
-    A step computes one token of everyone who writes, and slices of the prompts of those who do not yet.
+    A step computes one token of everyone who writes, or slices of the prompts of those who do not yet.
     """
 
     def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
@@ -18092,6 +18254,7 @@ class LlamaBackend:
         self._writing: dict[int, LlamaGeneration] = {}
         self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
         self._generations = 0
+        self._recent = [StepKind.WRITE, StepKind.READ, StepKind.EMBED]  # the kind of the last step at the end
 
     def submit(self, job_id: int, request: EngineJob) -> None:
         if isinstance(request, EmbeddingRequest):
@@ -18116,8 +18279,15 @@ class LlamaBackend:
             self._end_generation(job_id)
 
     def step(self) -> list[tuple[int, EngineEvent]]:
-        events = self._step_generations() if self._reading or self._writing else []
-        return events + (self._step_embeddings() if self._embedding else [])
+        jobs = {StepKind.WRITE: self._writing, StepKind.READ: self._reading, StepKind.EMBED: self._embedding}
+        waiting = [kind for kind, of_kind in jobs.items() if of_kind]
+        if not waiting:
+            return []
+        kind = choose_step(self._recent, waiting)
+        self._recent.remove(kind)
+        self._recent.append(kind)
+        steps = {StepKind.WRITE: self._write, StepKind.READ: self._read, StepKind.EMBED: self._embed}
+        return steps[kind]()
 
     def close(self) -> None:
         for job_id in (*self._reading, *self._writing, *self._embedding):
@@ -18126,9 +18296,51 @@ class LlamaBackend:
 
     # Generations
 
-    def _step_generations(self) -> list[tuple[int, EngineEvent]]:
+    def _write(self) -> list[tuple[int, EngineEvent]]:
+        """One token of each generation that writes."""
         started_s, writers = self._model.clock(), len(self._writing)
-        parts = self._choose_parts()
+        parts = []
+        for job_id, job in self._writing.items():
+            assert job.slot is not None and job.next is not None
+            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+        events = self._compute(parts)
+        self.pace.learn_writing(writers, self._model.clock() - started_s)
+        return events
+
+    def _read(self) -> list[tuple[int, EngineEvent]]:
+        """Slices of the prompts of those who do not write yet."""
+        started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
+        tokens = sum(len(part.tokens) for part in parts)
+        depth = sum(len(part.tokens) * (len(part.slot.tokens) + len(part.tokens) / 2) for part in parts) / tokens
+        events = self._compute(parts)
+        self.pace.learn_reading(writers, tokens, depth, self._model.clock() - started_s)
+        return events
+
+    def _choose_slices(self) -> list[BatchPart]:
+        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        prompts = [
+            UnreadPrompt(
+                missing=len(job.prompt) - len(job.computed),
+                token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
+                is_begun=len(job.computed) > job.writer.cached_tokens,
+            )
+            for _, job in readers
+        ]
+        slices = choose_slices(prompts, self.pace.choose_budget(len(self._writing)), self._model.batch_size)
+        parts = []
+        for (job_id, job), count in zip(readers, slices, strict=True):
+            if count:
+                assert job.slot is not None
+                done = len(job.computed)
+                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
+                tokens = job.prompt[done : done + count]
+                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+        return parts
+
+    def _compute(self, parts: Sequence[BatchPart]) -> list[tuple[int, EngineEvent]]:
+        """What one batch of all parts brings."""
+        # In the order of the sequences, because llama.cpp computes neighbouring ones together.
+        parts = sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
         rows = [
             (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
             for part in parts
@@ -18141,31 +18353,11 @@ class LlamaBackend:
             self._context.compute(rows)
         except EngineError as exc:
             return [event for part in parts for event in self._fail(part, exc)]
-        events = [
+        return [
             (part.job_id, event)
             for part, end in zip(parts, ends, strict=True)
             for event in self._continue(part, end - 1)
         ]
-        self.pace.learn(writers, len(rows) - writers, self._model.clock() - started_s)
-        return events
-
-    def _choose_parts(self) -> list[BatchPart]:
-        """In the order of the sequences, because llama.cpp computes neighbouring ones together."""
-        parts = []
-        for job_id, job in self._writing.items():
-            assert job.slot is not None and job.next is not None
-            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
-        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
-        missing = [len(job.prompt) - len(job.computed) for _, job in readers]
-        room, burst = self.pace.choose_room(len(parts), self._model.batch_size - len(parts))
-        for (job_id, job), count in zip(readers, choose_slices(missing, room, burst), strict=True):
-            if count:
-                assert job.slot is not None
-                done = len(job.computed)
-                is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
-                tokens = job.prompt[done : done + count]
-                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
-        return sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
 
     def _has_slot(self, job: LlamaGeneration) -> bool:
         """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
@@ -18221,13 +18413,13 @@ class LlamaBackend:
 
     # Embeddings
 
-    def _step_embeddings(self) -> list[tuple[int, EngineEvent]]:
+    def _embed(self) -> list[tuple[int, EngineEvent]]:
         """Slices of the job whose turn it is, until the step is long enough."""
         job_id, job = next(iter(self._embedding.items()))
         deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
-        room, _ = self.pace.choose_room(len(self._writing), EMBEDDING_SLICE_TOKENS)
+        budget = self.pace.choose_budget(len(self._writing))
         try:
-            while tokens := job.take_slice(room):
+            while tokens := job.take_slice(self._count_fitting(job, budget)):
                 number = cast(NativeSequence, job.slot.cache).number
                 job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
                 if self._model.clock() >= deadline_s and job.take_slice(1):
@@ -18238,6 +18430,12 @@ class LlamaBackend:
             event = Failed(error=exc)
         self._end_embedding(job_id)
         return [(job_id, event)]
+
+    def _count_fitting(self, job: LlamaEmbedding, budget: SliceBudget) -> int:
+        """Tokens of the next slice of a text to embed."""
+        token_s = self.pace.estimate_token(len(self._writing), len(job.slot.tokens))
+        text = UnreadPrompt(missing=EMBEDDING_SLICE_TOKENS, token_s=token_s, is_begun=True)
+        return choose_slices([text], budget, EMBEDDING_SLICE_TOKENS)[0]
 
     def _end_embedding(self, job_id: int) -> None:
         slot = self._embedding.pop(job_id).slot
@@ -18301,14 +18499,18 @@ def load_llama_backend(load: LoadRequest, source: str, on_progress: Callable[[fl
 
 
 def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
-    """Read all weights once, so that the first request does not wait for the disk, and learn how long a token takes."""
+    """Read all weights once, so that the first request does not wait for the disk, and learn how long tokens take."""
     token = model.encoder.tokenizer.bos_id or 0
-    for _ in range(2):
+
+    def measure(count: int) -> float:
         started_s = model.clock()
-        model.context.compute([(token, 0, 0, True)])
-        elapsed_s = model.clock() - started_s
+        model.context.compute([(token, index, 0, index + 1 == count) for index in range(count)])
         model.context.remove(0, 0)
-    backend.pace.learn(1, 0, elapsed_s)
+        return model.clock() - started_s
+
+    measure(1)
+    backend.pace.learn_writing(1, measure(1))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
 
 
 def choose_batch_size(load: LoadRequest) -> int:
@@ -24588,7 +24790,7 @@ def learn_template(
     where it seems to is sure because its name occurs once, and nothing around it is written with escapes.
     """
     peers = value.get("choices")
-    if not isinstance(peers, list) or len(peers) != 1:
+    if not isinstance(peers, list) or len(peers) != 1 or (choices and choices[-1]["finish_reason"]):
         return None
     delta = peers[0].get("delta")
     if not choices:
@@ -24602,7 +24804,7 @@ def learn_template(
         container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
         name = texts[0] if len(texts) == 1 else ""
         found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
-        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["finish_reason"] or ours["logprobs"]:
+        if found is None or name not in (*_DELTA_TEXTS, "text") or ours["logprobs"]:
             return None
         if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
             return None
@@ -29067,6 +29269,7 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         )
     if offload.device_name is not None:
         identity = replace(identity, device_name=offload.device_name)
+    identity = replace(identity, seed=load_seed(offload) or identity.seed)
     pairings = PairingStore(
         directories.data,
         device_id=identity.device_id,
@@ -29078,6 +29281,16 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         bridge_log.error("pairing is off: %s", exc)
         return DeviceState(identity=identity, control_token=token, pairings=None)
     return DeviceState(identity=identity, control_token=token, pairings=pairings)
+
+
+def load_seed(offload: OffloadConfig) -> str | None:
+    """The seed that the environment or a file gives. Blocks for the disk. UsageError."""
+    if offload.seed is not None or offload.seed_file is None:
+        return offload.seed
+    try:
+        return parse_seed(read_option_file("--seed-file", offload.seed_file).strip())
+    except ValueError as exc:
+        raise UsageError(f"--seed-file {offload.seed_file}: {exc}") from exc
 
 
 def choose_lan_host() -> str:
@@ -30165,7 +30378,7 @@ def add_audit_options(command: argparse.ArgumentParser) -> None:
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. A command line that begins with an option is one of `serve`."""
     words = list(argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+    if names_serve(words) and words[:1] != ["serve"]:
         words.insert(0, "serve")
     for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
         if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):

@@ -33,6 +33,21 @@ def test_precedence_is_flag_environment_file_default():
     assert build_config(file=file, environ=environ, flags={"ctx_size": "300"}).ctx_size == 300
 
 
+SEED_HEX, SEED = "21" * 32, "ISEhISEhISEhISEhISEhISEhISEhISEhISEhISEhISE"
+
+
+def test_a_seed_has_two_spellings_and_stands_on_no_command_line():
+    for text in (SEED_HEX, SEED_HEX.upper(), SEED):
+        config = build_config(environ={"DVAI_SEED": text})
+        assert config.offload.seed == SEED and SEED not in repr(config)
+    for text in ("21" * 31, SEED + "A", SEED[:-1] + "F", SEED[:-1] + "=", "x" * 64):
+        with pytest.raises(UsageError) as caught:
+            build_config(environ={"DVAI_SEED": text})
+        assert text not in caught.value.message and "32 bytes" in caught.value.message
+    with pytest.raises(UsageError, match="DVAI_SEED"):
+        build_config(flags={"offload.seed": SEED})
+
+
 def test_an_empty_environment_variable_is_not_a_value():
     assert build_config(environ={"DVAI_PORT": ""}).port is None
 

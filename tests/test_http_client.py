@@ -192,6 +192,104 @@ def test_pieces_come_as_they_are_sent():
     run(work, script=script)
 
 
+def send_letters(*steps):
+    """A script whose answer goes on by one of the steps each time it is asked to; an empty one ends it."""
+
+    async def script(server, reader, writer):
+        await server.read_request(reader)
+        writer.write(CHUNKED)
+        for letters in steps:
+            await asyncio.wait_for(server.asked.acquire(), PATIENCE_S)
+            writer.write(b"%x\r\n%b\r\n" % (len(letters), letters))
+        await server.wait_left(reader)
+
+    return script
+
+
+def test_a_relay_gives_each_piece_when_it_comes_until_it_is_stopped():
+    async def work(client, server):
+        server.asked, taken = asyncio.Semaphore(0), []
+
+        def receive(piece):
+            assert asyncio.current_task() is None, "in the moment it comes, not in a step of the task that waits"
+            taken.append(piece)
+            server.asked.release()
+            return piece != b"c"
+
+        async def relay(response):
+            reading = asyncio.create_task(response.relay(receive))
+            await asyncio.sleep(0)
+            server.asked.release()
+            return await reading
+
+        async with client.request("GET", server.url) as response:
+            assert await relay(response) is True and taken == [b"a", b"b", b"c"]
+            assert await response.read_piece() == b"d", "what comes behind waits for whoever asks"
+            assert await relay(response) is False and taken == [b"a", b"b", b"c", b"e"], "the body has ended"
+
+    run(work, script=send_letters(b"a", b"b", b"c", b"d", b"e", b""))
+
+
+def test_a_relay_begins_with_what_has_come():
+    async def work(client, server):
+        taken = []
+        async with client.request("GET", server.url) as response:
+            await wait_until(lambda: response._connection._pieces)
+            assert await response.relay(lambda piece: bool(taken.append(piece))) is True
+        assert taken == [b"hello"]
+
+    run(work, script=answering(HELLO))
+
+
+def test_an_error_of_the_receiver_ends_its_relay_and_the_connection():
+    async def work(client, server):
+        server.asked = asyncio.Semaphore(0)
+
+        def receive(piece):
+            raise UpstreamError("not what was asked for")
+
+        with pytest.raises(UpstreamError, match="asked for"):
+            async with client.request("GET", server.url) as response:
+                reading = asyncio.create_task(response.relay(receive))
+                await asyncio.sleep(0)
+                server.asked.release()
+                await reading
+        await server.left.wait()
+        assert not client._idle
+
+    run(work, script=send_letters(b"a"))
+
+
+@pytest.mark.parametrize("how", ["silence", "cut", "nonsense", "cancel"])
+def test_a_relay_ends_with_what_ends_reading(how):
+    async def script(server, reader, writer):
+        await server.read_request(reader)
+        writer.write(CHUNKED + b"1\r\na\r\n")
+        await asyncio.wait_for(server.asked.acquire(), PATIENCE_S)
+        if how == "nonsense":
+            writer.write(b"no chunk\r\n")
+        if how != "cut":
+            await server.wait_left(reader)
+
+    errors = {"silence": UpstreamTimeoutError, "cut": UpstreamLostError, "cancel": asyncio.CancelledError}
+
+    async def work(client, server):
+        server.asked = asyncio.Semaphore(0)
+        idle_s = 0.05 if how == "silence" else PATIENCE_S
+        with pytest.raises(errors.get(how, UpstreamError)):
+            async with client.request("GET", server.url, budgets=HttpBudgets(idle_s=idle_s)) as response:
+                assert await response.read_piece() == b"a"
+                reading = asyncio.create_task(response.relay(lambda piece: True))
+                await asyncio.sleep(0)
+                server.asked.release()
+                if how == "cancel":
+                    reading.cancel()
+                await reading
+        await wait_until(lambda: not client._connections)
+
+    run(work, script=script)
+
+
 # The pool
 
 

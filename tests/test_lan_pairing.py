@@ -1,5 +1,6 @@
 """Section LAN pairing: the exchange by its known answers, back to back, out of turn, changed on its way, relayed."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -353,6 +354,28 @@ def test_info_of_any_name(name):
     pair = Pair(source=Identity(device_id="d" * 128, device_name=name))
     pair.run()
     assert pair.provider.peer == info
+
+
+def test_random_play_never_ends_in_two_different_pairings():
+    """Steps in any order with any message seen so far, at times changed: complete is who has the other's very keys."""
+    chance = random.Random(20260101)
+    completed = 0
+    for seed in range(200):
+        pair, seen = Pair(seed), [b"", bytes(96)]
+        for due in ("begin", "answer", "reveal", "read_reveal", "provider confirms", "consumer confirms", "complete"):
+            name = due if chance.random() < 0.95 else chance.choice(list(CALLS))
+            number, act = CALLS[name]
+            message = seen[-1] if chance.random() < 0.9 else chance.choice(seen)
+            if message and chance.random() < 0.03:
+                message = flip(message, chance.randrange(len(message)))
+            with contextlib.suppress(PairingExchangeError):
+                written = act((pair.consumer, pair.provider)[number], message)
+                seen += [written] if isinstance(written, bytes) else []
+        if pair.provider.step is ExchangeStep.COMPLETE:
+            completed += 1
+            assert pair.provider.build_keys() == pair.consumer.build_keys()
+            assert pair.provider.code == pair.consumer.code
+    assert 20 < completed < 180, "some plays go well and some do not"
 
 
 # ---- somebody between -----------------------------------------------------------------

@@ -30,11 +30,15 @@ from dvai_bridge import (
     PrefillProgress,
     Sampler,
     SamplingParams,
+    SliceBudget,
+    StepKind,
     StepPace,
     TextDelta,
+    UnreadPrompt,
     UsageError,
     choose_llama_n_ctx,
     choose_slices,
+    choose_step,
     estimate_llama_memory_bytes,
     explain_llama_obstacle,
     fold_seed,
@@ -131,47 +135,129 @@ def write_without_cache(backend, asked):
 # Decisions, without llama.cpp
 
 
+def unread(missing, token_ms=1.0, is_begun=False):
+    return UnreadPrompt(missing=missing, token_s=token_ms / 1000, is_begun=is_begun)
+
+
+def budget(steady_ms, burst_ms, *, fixed_ms=0, floor=1):
+    return SliceBudget(fixed_s=fixed_ms / 1000, steady_s=steady_ms / 1000, burst_s=burst_ms / 1000, floor=floor)
+
+
 @pytest.mark.parametrize(
-    ("missing", "room", "burst", "slices"),
+    ("prompts", "given", "slices"),
     [
-        ([10], 100, 100, [10]),
-        ([1000], 100, 100, [100]),
-        ([1000], 6, 20, [6]),
-        ([15], 6, 20, [15]),
-        ([1000, 15], 6, 20, [2, 15]),
-        ([1000, 15, 4], 20, 20, [2, 15, 4]),
-        ([1000, 2000], 30, 60, [30, 0]),
-        ([50, 20, 30], 10, 60, [2, 20, 30]),
-        ([1000], 0, 0, [2]),
-        ([1], 0, 0, [1]),
-        ([], 10, 20, []),
+        ([unread(10)], budget(100.5, 100.5), [10]),
+        ([unread(1000)], budget(100.5, 100.5), [100]),
+        ([unread(1000)], budget(100.5, 100.5, fixed_ms=40), [60]),
+        ([unread(1000, 4.0)], budget(100.5, 100.5), [25]),
+        ([unread(1000)], budget(6.5, 20.5), [6]),
+        ([unread(15)], budget(6.5, 20.5), [15]),
+        ([unread(15)], budget(6.5, 20.5, fixed_ms=5.7), [1]),  # the time for the weights counts
+        ([unread(15, is_begun=True)], budget(6.5, 20.5), [6]),  # the end of a long prompt is no short prompt
+        ([unread(1000), unread(15)], budget(6.5, 20.5), [1, 15]),
+        ([unread(1000), unread(15), unread(4)], budget(20.5, 20.5), [1, 15, 4]),
+        ([unread(1000), unread(15), unread(4, 5.0)], budget(20.5, 20.5), [5, 15, 0]),  # cheaper ones before shorter
+        ([unread(1000), unread(2000)], budget(30.5, 60.5), [30, 0]),
+        ([unread(50), unread(20), unread(30)], budget(10.5, 60.5), [1, 20, 30]),
+        ([unread(1000)], budget(0, 0), [1]),
+        ([unread(1000)], budget(0, 0, fixed_ms=9, floor=8), [8]),
+        ([unread(5)], budget(0, 0, floor=8), [5]),
+        ([unread(1000)], budget(9000, 9000), [512]),
+        ([unread(1000, 0.0)], budget(9000, 9000), [512]),  # nothing is known
+        ([unread(512)], budget(9000, 9000), [512]),
+        ([unread(1000), unread(300), unread(212)], budget(9000, 9000), [300, 0, 212]),
+        ([], budget(10.5, 20.5), []),
     ],
 )
-def test_short_prompts_go_first_and_the_oldest_never_starves(missing, room, burst, slices):
-    assert choose_slices(missing, room, burst) == slices
+def test_short_prompts_go_first_and_the_oldest_never_starves(prompts, given, slices):
+    assert choose_slices(prompts, given, 512) == slices
 
 
-def test_the_pace_is_learnt():
+def learn(pace, times=40, **measured):
+    for _ in range(times):
+        for name, arguments in measured.items():
+            getattr(pace, name)(*arguments)
+    return pace
+
+
+def test_the_pace_of_writing_is_that_of_the_nearest_number_of_writers():
     pace = StepPace()
-    assert pace.choose_room(0, 512) == (32, 32)  # nothing is known
-    for _ in range(40):
-        pace.learn(1, 0, 0.010)
-        pace.learn(0, 100, 0.2)
-    assert pace.choose_room(0, 512) == (200, 200)  # 0.4 s at 2 ms a token
-    assert pace.choose_room(0, 150) == (150, 150)
-    assert pace.choose_room(1, 512) == (10, 25)  # twice, and five times, 10 ms
-    assert pace.choose_room(3, 512) == (10, 25)  # nothing nearer is known
-    for _ in range(40):
-        pace.learn(1, 10, 0.050)  # 10 ms without the prompt's tokens: 4 ms each
-    assert pace.choose_room(1, 512) == (5, 12)
+    assert pace.choose_budget(3) == budget(0, 0)  # nothing is known
+    learn(pace, learn_writing=(1, 0.010))
+    learn(pace, learn_writing=(4, 0.020))
+    assert pace.fixed_s == pytest.approx(0.005)
+    for writers, usual_s in ((1, 0.010), (2, 0.010), (3, 0.020), (8, 0.020)):
+        chosen = pace.choose_budget(writers)
+        assert (chosen.steady_s, chosen.burst_s) == (pytest.approx(2.4 * usual_s), pytest.approx(8 * usual_s))
+    assert pace.choose_budget(0) == SliceBudget(fixed_s=pace.fixed_s, steady_s=0.4, burst_s=0.4, floor=8)
+    learn(pace, learn_writing=(1, 1.0))
+    assert pace.choose_budget(1) == budget(400, 400, fixed_ms=1000 * pace.fixed_s)  # or nobody could leave in time
+
+
+def test_a_deeper_token_is_estimated_by_what_was_measured_and_rather_too_high():
+    pace = learn(StepPace(), learn_writing=(1, 0.010))
+    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 5000) == pytest.approx(0.005)  # half of writing one
+    learn(pace, learn_reading=(1, 10, 100, 0.025))  # five of these are for the weights
+    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 255) == pytest.approx(0.002)
+    assert [pace.estimate_token(1, depth) for depth in (256, 511, 512, 1024)] == pytest.approx(
+        [0.004, 0.004, 0.008, 0.016]
+    )
+    learn(pace, learn_reading=(2, 2, 1500, 0.015))
+    assert pace.estimate_token(1, 100) == pytest.approx(0.002)
+    assert pace.estimate_token(1, 600) == pace.estimate_token(3, 2000) == pytest.approx(0.005)  # as the deeper at most
+
+
+def test_slices_beside_those_who_write_tell_little_of_those_that_are_alone():
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 1, 1500, 0.015))
+    assert pace.estimate_token(0, 1500) == pytest.approx(0.010)  # until one alone was measured
+    learn(pace, learn_reading=(0, 100, 1500, 0.405))
+    assert pace.estimate_token(0, 1500) == pytest.approx(0.004)
+    assert pace.estimate_token(1, 1500) == pytest.approx(0.010)
+
+
+def test_slices_grow_smaller_as_a_prompt_is_read_beside_a_writer():
+    pace = learn(StepPace(), learn_writing=(1, 0.007), learn_reading=(1, 8, 4, 0.017))
+    depth, slices, took = 0, [], []
+    while depth < 2000:
+        prompt = unread(2000 - depth, 1000 * pace.estimate_token(1, depth), depth > 0)
+        (count,) = choose_slices([prompt], pace.choose_budget(1), 512)
+        elapsed_s = 0.0035 + count * (0.0016 + 0.000003 * depth)  # as llama.cpp takes on a small model
+        pace.learn_reading(1, count, depth, elapsed_s)
+        slices.append(count)
+        took.append(elapsed_s)
+        depth += count
+    assert slices[0] == 7 and slices[-1] < 3 and max(slices) < 10
+    assert max(took) < 3 * 0.007
 
 
 def test_one_step_that_was_held_up_changes_the_pace_little():
-    pace = StepPace()
-    for _ in range(40):
-        pace.learn(0, 100, 0.2)
-    pace.learn(0, 2, 60.0)
-    assert pace.choose_room(0, 512)[0] >= 150
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 100, 50, 0.2))
+    known_s = pace.estimate_token(1, 0)
+    pace.learn_reading(1, 2, 0, 60.0)
+    pace.learn_writing(1, 60.0)
+    assert pace.estimate_token(1, 0) <= 1.21 * known_s
+    assert pace.choose_budget(1).steady_s <= 0.0241 * 1.2
+
+
+@pytest.mark.parametrize(
+    ("waiting", "order"),
+    [
+        ("W", "WWWW"),
+        ("R", "RRRR"),
+        ("WR", "RWRWRW"),
+        ("WE", "EWEWEW"),
+        ("RE", "RERERE"),
+        ("WRE", "RWEWRWEW"),
+    ],
+)
+def test_who_writes_waits_for_one_other_step_at_most(waiting, order):
+    kinds = {"W": StepKind.WRITE, "R": StepKind.READ, "E": StepKind.EMBED}
+    recent = [StepKind.READ, StepKind.EMBED, StepKind.WRITE]
+    for letter in order:
+        kind = choose_step(recent, [kinds[each] for each in waiting])
+        assert kind is kinds[letter]
+        recent.remove(kind)
+        recent.append(kind)
 
 
 def test_seeds_fold_to_32_bits_and_never_to_the_one_that_means_any():
@@ -395,10 +481,10 @@ def test_who_writes_gets_a_token_a_step_while_a_long_prompt_is_read(backend):
     backend.submit(2, request(long, sampling=VARIED))
     steps, events = 0, []
     while not any(isinstance(event, TextDelta) for event in events):
-        new = backend.step()
-        assert sum(len(event.logprobs) for job, event in new if job == 1 and isinstance(event, TextDelta)) <= 1
-        events += [event for job, event in new if job == 2]
-        assert any(isinstance(event, PrefillProgress | TextDelta) for job, event in new if job == 2)
+        slice_events, written = backend.step(), backend.step()  # by turns
+        assert {job for job, _ in slice_events} == {2} and 1 in {job for job, _ in written}
+        assert sum(len(event.logprobs) for job, event in written if job == 1 and isinstance(event, TextDelta)) <= 1
+        events += [event for job, event in slice_events + written if job == 2]
         steps += 1
     done = [event.done for event in events if isinstance(event, PrefillProgress)]
     assert steps >= 3 and done == sorted(set(done)) and all(0 < each < 1500 for each in done)

@@ -122,9 +122,16 @@ def test_found_by_multicast_dns_approved_once_and_used(machines, tmp_path, stron
 
     asking = threading.Thread(target=ask_until_answered, daemon=True)
     asking.start()
-    (pending,) = wait_for(lambda: json.loads(strong.run("pair", "list", "--json").stdout)["pending"], 60, "the request")
-    assert pending["address"].endswith(ADDRESS["two"])
-    assert strong.run("pair", "approve").returncode == 0
+
+    def find_shown(machine):
+        listed = json.loads(machine.run("pair", "list", "--json").stdout)["pending"]
+        return [each for each in listed if each["code"] is not None]
+
+    (there,) = wait_for(lambda: find_shown(strong), 60, "the request")
+    (here,) = wait_for(lambda: find_shown(weak), 60, "its code at the weak one")
+    assert there["address"].endswith(ADDRESS["two"]) and here["code"] == there["code"]
+    for machine, code in ((strong, here["code"]), (weak, there["code"])):
+        assert machine.run("pair", "approve", "--code", code).returncode == 0
     asking.join(100)
     status, text = answers[-1]
     assert status == 200 and text.rstrip().endswith("data: [DONE]"), (status, text)

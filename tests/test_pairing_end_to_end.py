@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
-from support_peer import ask_owner, find_secrets, read_device_id
+from support_peer import FakePeer, ask_owner, find_secrets, read_device_id, serve_text, start_peer
 
 from dvai_bridge import (
     ConsumerExchange,
@@ -253,6 +253,27 @@ def test_whoever_downgrades_what_spoke_the_secure_channel_is_refused(two):
     assert weak.list_paired() == []
 
 
+@pytest.mark.parametrize("word", ["approve", "deny"])
+def test_a_readable_key_is_used_only_if_the_user_says_so(tmp_path, word):
+    """With software that knows no secure channel; by default the user is asked."""
+    hub = FakePeer("hub", serve_text("hello"), models=("m",))
+    flags = ("--offload-only", "--no-discover-lan")
+    with start_peer(hub), start_bridge(tmp_path / "home", *flags) as bridge:
+        side = Side(bridge, tmp_path / "home")
+        with asking(side, hub.url) as asked:
+            entry = wait_shown(side)
+            assert entry["isOutgoing"] and not entry["isSecure"] and "readably" in entry["question"]
+            assert side.ask("POST", f"{PAIRINGS}/{entry['id']}/{word}", {})[0] == 200
+            status, answer = asked.result(60)
+        paired = side.list_paired()
+        if word == "approve":
+            assert status == 200 and not paired[0]["isSecure"], answer
+            assert side.read_pairing().outbound_key == hub.key
+        else:
+            assert status == 403 and paired == []
+    assert not find_secrets([hub.key], bridges=[bridge], homes=[tmp_path / "home"])
+
+
 # At the terminal, and by commands
 
 
@@ -359,3 +380,26 @@ def test_both_users_at_their_terminals(tmp_path, answers):
             assert request.process.returncode == (0 if is_paired else 1), request.shown
             assert ("may be used from here" in request.shown) is is_paired
         assert bool(Side(weak, weak_home).list_paired()) is is_paired
+
+
+def test_a_seed_of_the_users_is_the_identity_that_others_see(tmp_path):
+    """Protocol section 1's known answer, by the environment and by a file; a wrong file is said, and nothing starts."""
+    public = "raNS_HZR5eMcRklH55m6i05JQC1Cf5sfBCFJ_CHuN3s"
+    strong_home, seed_file = tmp_path / "strong", tmp_path / "seed"
+    seed_file.write_text("21" * 32 + "\n")
+    weak_flags = ("--offload-only", "--no-discover-lan")
+    with start_bridge(strong_home, "--lan", "--host", "127.0.0.1", "--pairing", "allow") as strong:
+        url = f"http://127.0.0.1:{strong.port}"
+        for name, flags, environ in (
+            ("by-environment", (), {"DVAI_SEED": "21" * 32}),
+            ("by-file", ("--seed-file", seed_file), {}),
+        ):
+            with start_bridge(tmp_path / name, *weak_flags, *flags, environ=environ) as weak:
+                assert run_command(Side(weak, tmp_path / name), "pair", "request", url, "--yes").returncode == 0
+                assert "21" * 32 not in (tmp_path / name / "data" / "identity.json").read_text()
+    given = parse_pairings((strong_home / "data" / "pairings.json").read_bytes()).records.values()
+    assert [each.identity_key for each in given] == [public, public]
+    seed_file.write_text("short")
+    command = [sys.executable, str(MODULE), "serve", "--seed-file", seed_file, "--home", tmp_path / "by-file"]
+    failed = subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 2 and "--seed-file" in failed.stderr and "32 bytes" in failed.stderr

@@ -26,6 +26,7 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
+    PairingLink,
     PairingPolicy,
     PairingStore,
     Peer,
@@ -99,6 +100,9 @@ def test_a_health_answer():
         ({"currentModelId": "x" * 257}, "current_model_id", None),
         ({"currentModelId": None}, "current_model_id", None),
         ({"queue": None}, "queue", None),
+        ({"noise": 1}, "speaks_noise", True),
+        ({"noise": 2}, "speaks_noise", False),
+        ({"noise": [1]}, "speaks_noise", False),
         ({"queue": {"running": 1, "waiting": -1, "slots": 1}}, "queue", None),
         ({"queue": {"running": 1, "waiting": 1.5, "slots": 1}}, "queue", None),
         ({"queue": {"running": True, "waiting": 1, "slots": 1}}, "queue", None),
@@ -501,6 +505,30 @@ def test_a_paired_peer_becomes_ready(tmp_path):
             assert all(signed and headers.get("x-dvai-forwarded") == "1" for _, _, headers, signed in peer.requests)
             await until(lambda: peer.count("/v1/dvai/health") > 5, "health is asked again and again")
             assert peer.count("/v1/models") == 1 and peer.count("/v1/dvai/capability") == 1
+
+    asyncio.run(run())
+
+
+def test_a_pending_pairing_is_active_once_the_peer_answers_by_it(tmp_path):
+    async def run():
+        link = PairingLink(pair_id=bytes(16), resume_psk=bytes(32), room=bytes(16), pending_until_ms=2**50)
+        async with LoopbackPeer() as peer:
+            pending = replace(build_pairing(peer.base_url), outbound_link=link, speaks_noise=True)
+            async with monitoring(tmp_path, pairings=[pending]) as monitor:
+                await until_state(monitor, PeerState.READY)
+                (kept,) = monitor.store.pairings
+                assert kept.outbound_link == replace(link, pending_until_ms=None)
+
+    asyncio.run(run())
+
+
+def test_a_paired_peer_that_has_learnt_the_secure_channel_is_remembered_so(tmp_path):
+    async def run():
+        async with LoopbackPeer() as peer:
+            peer.health["noise"] = 1
+            async with monitoring(tmp_path, pairings=[build_pairing(peer.base_url)]) as monitor:
+                await until_state(monitor, PeerState.READY)
+                assert monitor.store.has_spoken_noise("id-studio")
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import threading
 
 import pytest
@@ -24,6 +25,7 @@ from dvai_bridge import (
     AuditCaller,
     Caller,
     ChatForm,
+    ConsumerExchange,
     EngineError,
     EngineState,
     EventStreamBody,
@@ -31,6 +33,7 @@ from dvai_bridge import (
     GenerationRequest,
     Headers,
     HttpRequest,
+    Identity,
     InferenceAccount,
     InvalidRequestError,
     LocalEngine,
@@ -42,6 +45,7 @@ from dvai_bridge import (
     NoLocalBackendError,
     OffloadConfig,
     OverloadedError,
+    OwnBackend,
     Pairing,
     PeerQuotas,
     PrefillProgress,
@@ -53,14 +57,17 @@ from dvai_bridge import (
     TextForm,
     Usage,
     build_signed_headers,
+    build_static_key,
     build_tenant,
     choose_peer,
+    encode_base64url,
     find_route,
     generate_nonce,
     limit_generations,
     may_offload,
     name_guest,
     name_outcome,
+    parse_base64url,
     parse_chat_request,
     parse_completion_request,
     read_clock_ms,
@@ -712,6 +719,50 @@ def test_a_malformed_handshake(bridge, body):
 def shake_hands(bridge, answers, name):
     hello = {"peerDeviceId": name, "peerDeviceName": name, "via": "lan-handshake"}
     answers.append(ask(bridge, "POST", "/handshake", hello))
+
+
+def test_known_callers_are_told_that_it_speaks_noise(bridge):
+    assert ask(bridge, "GET", "/health")[1]["noise"] == 1
+
+
+def test_the_owner_needs_the_code_of_the_other_screen(bridge):
+    phone = Identity(device_id="phone-by-code", device_name="phone", seed="A" * 43)
+    backend = OwnBackend()
+    exchange = ConsumerExchange(
+        identity=phone,
+        app_id=None,
+        static=build_static_key(phone, backend),
+        backend=backend,
+        random=os.urandom,
+        now_ms=read_clock_ms(),
+    )
+    hello = {"peerDeviceId": phone.device_id, "peerDeviceName": "x", "noise": {"v": 1}}
+    hello["noise"]["m"] = encode_base64url(exchange.begin(read_clock_ms()))
+    status, answer = ask(bridge, "POST", "/handshake", hello)
+    assert (status, answer["paired"]) == (202, False) and "pairingKey" not in answer
+    reveal = exchange.reveal(parse_base64url(answer["noise"]["m"]), read_clock_ms())
+    hello["noise"] |= {"sid": answer["noise"]["sid"], "m": encode_base64url(reveal)}
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(ask(bridge, "POST", "/handshake", hello)))
+    asking.start()
+
+    def find_shown():
+        listed = ask(bridge, "GET", "/pairings", None, bridge.token)[1]["pending"]
+        return [each for each in listed if each["code"] == exchange.code]
+
+    (shown,) = wait_for(find_shown, 30, "the code is shown")
+    assert shown["deviceName"] == "phone", "the name inside the exchange"
+    wrong = f"{(int(exchange.code) + 1) % 1_000_000:06}"
+    for body, error in (
+        ({}, (400, "code_required")),
+        ({"code": 5}, (400, "invalid_request_error")),
+        ({"code": wrong}, (403, "pairing_denied")),
+    ):
+        given = ask(bridge, "POST", f"/pairings/{shown['id']}/approve", body, bridge.token)
+        assert get_error(given) == error
+    asking.join(60)
+    assert get_error(answers[0]) == (403, "pairing_denied")
+    assert ask(bridge, "GET", "/pairings", None, bridge.token)[1]["pairings"] == []
 
 
 def test_the_owner_approves_denies_and_revokes(bridge):

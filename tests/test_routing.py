@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dvai_bridge import (
+    DECISIONS_LIMIT,
     PEER_TRANSITIONS,
     Candidate,
     CoolDown,
@@ -18,6 +19,7 @@ from dvai_bridge import (
     PeerRoute,
     PeerState,
     PeerVia,
+    RouteChooser,
     RouteRequest,
     advance_peer,
     build_error_body,
@@ -548,7 +550,7 @@ def test_a_refusal_without_an_engine():
     ("candidate", "says"),
     [
         (make_unpaired("x"), "not paired"),
-        (make_unpaired("x", handshake=Handshake.ASKING), "waits for approval there"),
+        (make_unpaired("x", handshake=Handshake.ASKING), "waits for approval"),
         (make_unpaired("x", handshake=Handshake.REFUSED), "not paired: refused or revoked"),
         (make_unpaired("x", handshake=Handshake.FAILED), "not paired: the handshake failed"),
         (make_candidate("x", 9), "below threshold"),
@@ -630,3 +632,38 @@ def test_remote_pairings_are_counted():
 def test_never_without_an_engine(request_):
     error = build_refusal(decide(NOTHING, [MAC], **request_), "r")
     assert (error.status, error.type, error.code, error.should_retry) == (503, "no_local_backend", 503, False)
+
+
+# Decisions that are kept
+
+
+def test_a_decision_is_kept_while_the_devices_are_as_they_were():
+    chooser, request, studio = RouteChooser(ON), RouteRequest(model=M), make_candidate("studio", 50)
+    local = [LocalModel(model_id=M, score=5)]
+    kept = chooser.choose(request, local, [studio], NOW_S)
+    assert kept == decide(5, [studio])
+    assert chooser.choose(RouteRequest(model=M), [replace(local[0])], [replace(studio)], NOW_S + 1) is kept
+    changes = (
+        ([LocalModel(model_id=M, score=60)], [studio]),
+        (local, [studio, make_candidate("other", 70)]),
+        (local, [replace(studio, waiting=9)]),
+        (local, []),
+    )
+    for here, candidates in changes:
+        assert chooser.choose(request, here, candidates, NOW_S) == choose_route(ON, request, here, candidates, NOW_S)
+    other = RouteRequest(model=M, preference=OffloadPreference.NEVER)
+    assert chooser.choose(other, local, [studio], NOW_S) == choose_route(ON, other, local, [studio], NOW_S)
+
+
+def test_what_cools_down_is_looked_at_each_time():
+    chooser, request = RouteChooser(ON), RouteRequest(model=M)
+    cooling = [make_candidate("studio", 50, cool_down=CoolDown(failures=1, until_s=NOW_S + 5))]
+    for now_s in (NOW_S, NOW_S + 1, NOW_S + 5, NOW_S + 6):
+        assert chooser.choose(request, [], cooling, now_s) == choose_route(ON, request, [], cooling, now_s)
+
+
+def test_names_without_end_fill_no_memory():
+    chooser = RouteChooser(ON)
+    for number in range(2 * DECISIONS_LIMIT + 3):
+        chooser.choose(RouteRequest(model=f"m{number}"), [], [make_candidate("studio", 50)], NOW_S)
+        assert len(chooser._decisions) <= DECISIONS_LIMIT

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from dvai_bridge import CALLBACKS_LIMIT, Notifier, call_back
+from dvai_bridge import CALLBACKS_LIMIT, Notifier, call_back, close_body, pour
 
 
 def test_a_callback_may_be_of_either_kind():
@@ -71,3 +71,46 @@ def test_what_ends_a_program_is_no_error_of_a_callback(error):
 
     with pytest.raises(error):
         asyncio.run(run())
+
+
+class Sink:
+    """Takes what is poured, and is full after so many pieces until it was drained."""
+
+    def __init__(self, room):
+        self.room, self.left, self.taken = room, room, []
+
+    @property
+    def is_full(self):
+        return self.left <= 0
+
+    def write(self, data):
+        self.taken.append(data)
+        self.left -= 1
+
+    send = write
+
+    def flush(self):
+        pass
+
+    async def drain(self):
+        self.left = self.room
+
+
+def test_a_body_is_poured_piece_by_piece_or_by_its_own_way():
+    async def give():
+        for piece in (b"a", b"", b"b"):
+            yield piece
+
+    class Body:
+        async def pour_into(self, sink):
+            sink.write(b"at once")
+
+    async def run():
+        plain, own = Sink(1), Sink(1)
+        await pour(give(), plain)
+        await pour(Body(), own)
+        assert plain.taken == [b"a", b"b"] and own.taken == [b"at once"]
+        await close_body(b"")
+        await close_body(Body())
+
+    asyncio.run(run())

@@ -1,19 +1,23 @@
 """The llama engine through HTTP beside llama-server, in the same run, on a 135M-class model of random Q8_0 weights.
 
-    python tests/bench/bench_llama.py path/to/llama-server [--rounds N] [--threads N]
+    python tests/bench/bench_llama.py path/to/llama-server [--quick] [--rounds N] [--threads N] [--nice N]
 
 Needs llama-cpp-python; llama-server is to be built from the same sources with the same flags. Both servers run all
-the time, and are measured by turns; what is printed is the median of the rounds and their spread.
+the time, each in a session of its own, and are measured by turns. What is printed is the median of the rounds, the
+quartiles, and the best round. Of pairs of neighbouring rounds the ratios are formed, which a machine that others use
+distorts less than the figures themselves. A full run takes three minutes, `--quick` half a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import itertools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -34,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOTS, N_CTX, END_ID = 8, 4096, 2
 STREAMS, TOKENS, PROMPT_TOKENS = (1, 4, 8), 64, 16
 TURN_TOKENS, NEW_TOKENS, LONG_TOKENS = 1000, 40, 2000
-USUAL_TOKENS, GAP_TOKENS = 60, 1500
+USUAL_TOKENS, GAP_TOKENS = 60, 3600
 
 
 def build_model():
@@ -72,6 +76,7 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.port, self.times = port, []
         self.arrived = threading.Condition()
+        self.is_enough = threading.Event()
         biases = {str(END_ID): -100}
         body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0.8, "logit_bias": biases}
         self.body = json.dumps(body | {"seed": 1})
@@ -89,6 +94,8 @@ class Stream(threading.Thread):
                 with self.arrived:
                     self.times.append(time.perf_counter())
                     self.arrived.notify_all()
+            if self.is_enough.is_set():
+                break
         connection.close()
 
     @property
@@ -109,22 +116,26 @@ def run_streams(port, prompts, max_tokens):
     return streams
 
 
-def measure_streams(port, prompts):
-    """(tokens a second of all streams together, seconds to the first token of each)."""
-    streams = run_streams(port, prompts, TOKENS)
+def measure_streams(port, source, count, tokens=TOKENS):
+    """(tokens a second of all streams together, milliseconds to the first token in the mean)."""
+    streams = run_streams(port, [source.draw(PROMPT_TOKENS) for _ in range(count)], tokens)
     took_s = max(stream.times[-1] for stream in streams) - min(stream.times[0] for stream in streams)
-    return len(prompts) * TOKENS / took_s, statistics.mean(stream.first_token_s for stream in streams)
+    return count * tokens / took_s, statistics.mean(stream.first_token_s for stream in streams) * 1000
 
 
 def measure_turns(port, source):
     """Seconds to the first token of the second turn of a conversation, by those of the first."""
     prompt = source.draw(TURN_TOKENS)
     first = run_streams(port, [prompt], 8)[0].first_token_s
-    return run_streams(port, [prompt + source.draw(NEW_TOKENS)], 8)[0].first_token_s / first
+    return (run_streams(port, [prompt + source.draw(NEW_TOKENS)], 8)[0].first_token_s / first,)
 
 
 def measure_gaps(port, source):
-    """(p99, greatest) of a stream's gaps while a long prompt is read, by its usual gap; seconds until it is read."""
+    """A stream's gaps while a long prompt is read: (p99, greatest, p99 by the gap before, seconds until it is read).
+
+    The first two by what is usual at that length of the stream itself, which grows slower as it grows longer: between
+    the median gaps before and after the reading. The third by the median before alone.
+    """
     running = Stream(port, source.draw(PROMPT_TOKENS), GAP_TOKENS)
     running.start()
     running.wait_tokens(USUAL_TOKENS)
@@ -132,20 +143,53 @@ def measure_gaps(port, source):
     began = len(running.times)
     long.start()
     long.join()
-    times = list(running.times)
+    ended = len(running.times)
+    running.wait_tokens(ended + USUAL_TOKENS)
+    running.is_enough.set()
     running.join()
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    usual, during = statistics.median(gaps[10 : began - 1]), sorted(gaps[began - 1 :])
-    return during[int(0.99 * (len(during) - 1))] / usual, during[-1] / usual, long.first_token_s
+    gaps = [after - before for before, after in itertools.pairwise(running.times)]
+    during = gaps[began - 1 : ended]
+    before, after = statistics.median(gaps[10 : began - 1]), statistics.median(gaps[ended + 1 :])
+    usual = [before + (after - before) * index / len(during) for index in range(len(during))]
+    ratios = sorted(gap / each for gap, each in zip(during, usual, strict=True))
+    p99 = int(0.99 * (len(ratios) - 1))
+    return ratios[p99], ratios[-1], sorted(during)[p99] / before, long.first_token_s
 
 
-def show(label, values, unit=""):
-    print(f"  {label:38}{statistics.median(values):7.2f}  ({min(values):.2f} to {max(values):.2f}) {unit}", flush=True)
+def read_cpu_s(pid):
+    """Seconds of processor time that a process took so far; None where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def show(label, values, unit="", best=min):
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    spread = f"quartiles {low:.2f} to {high:.2f}, best {best(values):.2f}"
+    print(f"  {label:38}{statistics.median(values):8.2f}  ({spread}) {unit}", flush=True)
+
+
+def alternate(ports, rounds, measure):
+    """What `measure` gives of each port in every round, first one first, then the other: {name: columns}."""
+    rows = {name: [] for name in ports}
+    for number in range(rounds):
+        for name in sorted(ports, reverse=bool(number % 2)):
+            rows[name].append(measure(ports[name]))
+    return {name: list(zip(*values, strict=True)) for name, values in rows.items()}
+
+
+def show_ratio(label, ours, theirs, best):
+    show(f"{label}, ratio", [a / b for a, b in zip(ours, theirs, strict=True)], best=best)
+    print(f"  {f'{label}, ratio of the best rounds':38}{best(ours) / best(theirs):8.2f}")
 
 
 @contextlib.contextmanager
 def run_server(command, port, environ):
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
@@ -156,7 +200,7 @@ def run_server(command, port, environ):
                     break
             assert process.poll() is None, f"{command[0]} ended"
             time.sleep(0.1)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait(20)
@@ -168,53 +212,64 @@ def find_free_port():
         return probe.getsockname()[1]
 
 
-def compare(ports, rounds):
-    source = PromptSource()
+def compare_streams(ports, rounds, bridge_pid, source):
     for port in ports.values():
-        measure_streams(port, [source.draw(PROMPT_TOKENS) for _ in range(SLOTS)])
+        measure_streams(port, source, SLOTS, 8)
     for count in STREAMS:
-        rates, firsts = {name: [] for name in ports}, {name: [] for name in ports}
-        for number in range(rounds):
-            for name in sorted(ports, reverse=bool(number % 2)):
-                prompts = [source.draw(PROMPT_TOKENS) for _ in range(count)]
-                rate, first = measure_streams(ports[name], prompts)
-                rates[name].append(rate)
-                firsts[name].append(first * 1000)
+        cpu_s = read_cpu_s(bridge_pid)
+        measured = alternate(ports, rounds, functools.partial(measure_streams, source=source, count=count))
         print(f"{count} streams of {TOKENS} tokens after prompts of {PROMPT_TOKENS}")
-        for name in ports:
-            show(f"{name}, all together", rates[name], "tok/s")
-            show(f"{name}, first token", firsts[name], "ms")
-        show("rate, ratio", [a / b for a, b in zip(*rates.values(), strict=True)])
-        show("first token, ratio", [a / b for a, b in zip(*firsts.values(), strict=True)])
-    turns = {name: [measure_turns(port, source) for _ in range(rounds)] for name, port in ports.items()}
+        for name, (rates, firsts) in measured.items():
+            show(f"{name}, all together", rates, "tok/s", max)
+            show(f"{name}, first token", firsts, "ms")
+        (our_rates, our_firsts), (their_rates, their_firsts) = measured.values()
+        show_ratio("rate", our_rates, their_rates, max)
+        show_ratio("first token", our_firsts, their_firsts, min)
+        if cpu_s is not None:
+            cpu_us = (read_cpu_s(bridge_pid) - cpu_s) / (rounds * count * TOKENS) * 1e6
+            print(f"  {'bridge without its worker, CPU':38}{cpu_us:8.0f} µs a token")
+
+
+def compare_pace(ports, rounds, source):
     print(f"second turn of a conversation of {TURN_TOKENS} tokens: first token by the first turn's")
-    for name, values in turns.items():
-        show(name, values)
+    for name, (ratios,) in alternate(ports, rounds, functools.partial(measure_turns, source=source)).items():
+        show(name, ratios)
     print(f"gaps of a stream while a prompt of {LONG_TOKENS} tokens is read, by its usual gap")
-    for name, port in ports.items():
-        gaps = [measure_gaps(port, source) for _ in range(max(1, rounds // 3))]
-        for label, values in zip(("p99", "greatest", "seconds of reading"), zip(*gaps, strict=True), strict=True):
+    for name, columns in alternate(ports, max(1, rounds // 4), functools.partial(measure_gaps, source=source)).items():
+        for label, values in zip(
+            ("p99", "greatest", "p99 by the gap before", "seconds of reading"), columns, strict=True
+        ):
             show(f"{name}, {label}", values)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("llama_server", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="of each measurement; 9, or 4 with --quick")
+    parser.add_argument("--quick", action="store_true", help="streams only, few rounds")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nice", type=int, default=0, help="of llama-server; 5, as our worker has, on a busy machine")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by an exception, which ends the servers too
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         path = Path(folder, "model.gguf")
         path.write_bytes(build_model())
+        rounds = arguments.rounds or (4 if arguments.quick else 9)
         ports = {"bridge": find_free_port(), "llama-server": find_free_port()}
         common = ["-m", path, "-t", arguments.threads, "-np", SLOTS, "--port"]
         ours = [sys.executable, ROOT / "dvai_bridge.py", "serve", "--engine", "llama", "--home", folder, "-c", N_CTX]
-        theirs = [arguments.llama_server, "-c", N_CTX * SLOTS]
-        for name, command in (("bridge", ours), ("llama-server", theirs)):
-            words = list(map(str, [*command, *common, ports[name]]))
-            servers.enter_context(run_server(words, ports[name], dict(os.environ)))
+        theirs = ["nice", "-n", arguments.nice, arguments.llama_server, "-c", N_CTX * SLOTS]
+        bridge_pid, _ = (
+            servers.enter_context(
+                run_server(list(map(str, [*command, *common, ports[name]])), ports[name], dict(os.environ))
+            )
+            for name, command in (("bridge", ours), ("llama-server", theirs))
+        )
         print(f"135M-class Q8_0, {arguments.threads} threads, load of the machine {os.getloadavg()[0]:.2f}")
-        compare(ports, arguments.rounds)
+        source = PromptSource()
+        compare_streams(ports, rounds, bridge_pid, source)
+        if not arguments.quick:
+            compare_pace(ports, rounds, source)
         print(f"load of the machine at the end {os.getloadavg()[0]:.2f}")
 
 
