@@ -22604,6 +22604,9 @@ class FrameSocket(Protocol):
     async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
 
 
+_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
+
+
 class PairingEndedError(UpstreamError):
     """There is no pairing any more: this side ended it, or the provider says so, inside the tunnel."""
 
@@ -22709,10 +22712,16 @@ class ChannelLink:
 
 
 class TunnelConnection:
-    """A consumer's established channel to one provider: which request waits on which stream."""
+    """A consumer's channel to one provider: which request waits on which stream.
 
-    def __init__(self, channel: Channel, socket: FrameSocket, peer_name: str) -> None:
+    `on_revoked`: called when the provider, who has proved that it is it, says that there is no pairing any more.
+    """
+
+    def __init__(
+        self, channel: Channel, socket: FrameSocket, *, peer_name: str, on_revoked: Callable[[], None]
+    ) -> None:
         self.peer_name = peer_name
+        self._on_revoked = on_revoked
         self._link = ChannelLink(channel, self._take_in)
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[int, TunnelExchange] = {}
@@ -22868,7 +22877,9 @@ class TunnelConnection:
             self.is_established = True
             self._note_change()
         elif isinstance(event, GoAwayReceived):
-            self._is_revoked = event.code is ErrorCode.REVOKED
+            if event.code is ErrorCode.REVOKED:
+                self._is_revoked = True
+                self._on_revoked()
             self._note_change()
         elif isinstance(event, ChannelClosed):
             self._closed = event
@@ -23189,6 +23200,14 @@ class Tunnel:
         for connection in self._list_connections():
             connection.end()
 
+    def _note_revoked(self, link: PairingLink) -> None:
+        """Unless the devices have paired anew since then, which is why the old tunnels end."""
+        current = self.pairing.outbound_link
+        if current is not None and current.pair_id == link.pair_id:
+            self._store.note(self.pairing, is_marked_unauthorized=True)
+            name = display_name(self.pairing.device_name)
+            _tunnel_logger.warning("%s has ended the pairing: `pair request` asks it again", name)
+
     def _list_connections(self) -> list[TunnelConnection]:
         return [*self._earlier, *([] if self._connection is None else [self._connection])]
 
@@ -23215,7 +23234,12 @@ class Tunnel:
         now_s = asyncio.get_running_loop().time()
         handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
         channel = Channel(handshake, now=now_s, serves=False)
-        connection = TunnelConnection(channel, socket, display_name(pairing.device_name))
+        connection = TunnelConnection(
+            channel,
+            socket,
+            peer_name=display_name(pairing.device_name),
+            on_revoked=functools.partial(self._note_revoked, link),
+        )
         try:
             await connection.wait_established()
         except BaseException:
@@ -26964,8 +26988,6 @@ TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one
 TUNNEL_ATTEMPTS_LIMIT = 30  # handshakes of one address that proved nothing, each of which costs four products of keys,
 TUNNEL_ATTEMPTS_WINDOW_MS = 60_000  # in this time
 TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunnel that are not complete yet
-
-_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
 
 # What may be asked inside a tunnel.
 _TUNNEL_ROUTES = frozenset({RouteClass.INFERENCE, RouteClass.CAPABILITY, RouteClass.HEALTH})
@@ -30916,7 +30938,8 @@ def run_peers(command: Command) -> int:
 def describe_peer(peer: Mapping[str, Any]) -> list[str]:
     """A peer in two lines: who and how it stands; what it has."""
     name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
-    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({peer.get('via')}, {peer.get('deviceId')})"]
+    ways = [peer.get("via"), peer.get("deviceId"), peer.get("transport")]
+    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({', '.join(map(str, filter(None, ways)))})"]
     if peer.get("error") and state == "seen":
         lines.append(f"    does not answer: {display_name(str(peer['error']))}")
     elif not peer.get("paired"):

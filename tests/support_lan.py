@@ -5,7 +5,7 @@ import secrets
 import subprocess
 
 TIMEOUT_S = 60
-ADDRESS = {"one": "10.77.0.1", "two": "10.77.0.2"}
+ADDRESS = {"one": "10.77.0.1", "two": "10.77.0.2", "three": "10.77.0.3"}
 
 
 def run(*command):
@@ -13,11 +13,11 @@ def run(*command):
 
 
 class Lan:
-    """Namespaces `one` and `two`, each with an interface `lan` to a bridge in a third."""
+    """Namespaces, by default `one` and `two`, each with an interface `lan` to a bridge in one more, `switch`."""
 
-    def __init__(self):
+    def __init__(self, *shorts):
         tag = f"dvai-{os.getpid()}-{secrets.token_hex(3)}"
-        self.names = {short: f"{tag}-{short}" for short in ("switch", "one", "two")}
+        self.names = {short: f"{tag}-{short}" for short in ("switch", *(shorts or ("one", "two")))}
 
     def create(self):
         for name in self.names.values():
