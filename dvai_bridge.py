@@ -38,7 +38,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one sentence, instead of an erro
 import contextlib
 import importlib.util
 import os
-from types import FrameType as InterpreterFrame
+from types import FrameType as StackFrame
 
 # ---- Compiled form --------------------------------------------------------------------
 # A script that runs for long goes on from its bytecode: before everything else, since it begins anew.
@@ -78,7 +78,7 @@ def names_serve(words: list[str]) -> bool:
     return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
 
 
-def is_outermost(frame: InterpreterFrame) -> bool:
+def is_outermost(frame: StackFrame) -> bool:
     """Whether the interpreter itself runs this frame's module as a script: no debugger, no profiler, no `-m`."""
     return frame.f_back is None and frame.f_globals.get("__spec__") is None and not sys.flags.inspect
 

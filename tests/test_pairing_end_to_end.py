@@ -335,9 +335,16 @@ class Terminal:
 
     def __exit__(self, *exc_info):
         self.process.terminate()
-        while self.process.poll() is None:  # what is not read may hold it up
-            self._read()
-        os.close(self._end)
+        try:
+            wait_for(self._has_ended, 60, "it ends")
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._end)
+
+    def _has_ended(self):
+        self._read()  # what is not read may hold it up
+        return self.process.poll() is not None
 
     def _read(self):
         if select.select([self._end], [], [], 0.01)[0]:

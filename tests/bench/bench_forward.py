@@ -1,10 +1,11 @@
-"""What forwarding to a peer costs: direct, through the bridge and through nginx, in one run (Linux).
+"""What forwarding to a peer costs: direct, through nginx, through asyncio alone and through the bridge, in one run.
 
     python3 tests/bench/bench_forward.py [--requests 3000] [--seconds 5] [--bridge]
 
 A fast fake peer is asked for a short streamed answer again and again on one connection, then for streams of 100 events
-a second. The forwarder runs in a bare HTTP server and signs; with --bridge, in `serve --offload-only --peer`. Processor
-times are the kernel's own (schedstat), its work for the process included; compare them with nginx's in the same run.
+a second. `asyncio` copies bytes and knows no HTTP: the least that a Python proxy can cost. The forwarder runs in a bare
+HTTP server and signs; with --bridge, in `serve --offload-only --peer`. Linux: processor times are the kernel's own
+(schedstat), its work for the process included; compare them with nginx's in the same run.
 """
 
 import argparse
@@ -114,6 +115,43 @@ class FakePeer(asyncio.Protocol):
 
 async def run_peer():
     server = await asyncio.get_running_loop().create_server(FakePeer, "127.0.0.1", 0)
+    print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
+# -- bytes and nothing else --
+
+
+class Pipe(asyncio.Protocol):
+    """One end of a connection that is copied to another: what asyncio itself costs, knowing nothing of HTTP."""
+
+    def __init__(self, peer_port, other=None):
+        self.peer_port, self.other, self.early = peer_port, other, b""
+
+    def connection_made(self, transport):
+        self.transport = transport
+        if self.other is None:
+            connecting = asyncio.get_running_loop().create_connection(
+                lambda: Pipe(self.peer_port, self), "127.0.0.1", self.peer_port
+            )
+            self.connecting = asyncio.ensure_future(connecting)
+        else:
+            self.other.other = self
+            transport.write(self.other.early)
+
+    def data_received(self, data):
+        if self.other is None:
+            self.early += data
+        else:
+            self.other.transport.write(data)
+
+    def connection_lost(self, exc):
+        if self.other is not None:
+            self.other.transport.close()
+
+
+async def run_pipe(peer_port):
+    server = await asyncio.get_running_loop().create_server(lambda: Pipe(peer_port), "127.0.0.1", 0)
     print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
 
@@ -291,10 +329,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--bridge", action="store_true")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--pipe", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--forwarder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
         return asyncio.run(run_peer())
+    if arguments.pipe:
+        return asyncio.run(run_pipe(arguments.pipe))
     if arguments.forwarder:
         return asyncio.run(run_forwarder(arguments.forwarder))
     with (
@@ -306,6 +347,8 @@ def main():
         if shutil.which("nginx"):
             with start_nginx(folder, peer_port) as (port, pid):
                 show("nginx", port, pid, arguments, direct)
+        with start(sys.executable, str(Path(__file__).resolve()), "--pipe", str(peer_port)) as (port, pid):
+            show("asyncio", port, pid, arguments, direct)
         command = [str(Path(__file__).resolve()), "--forwarder", peer_url]
         if arguments.bridge:
             serve = (
@@ -313,7 +356,7 @@ def main():
                 "--offload-only",
                 "--no-discover-lan",
                 "--legacy-pairing",
-                "allow",
+                "allow",  # as existing hubs pair
                 "--peer",
                 peer_url,
                 "--port",
