@@ -463,6 +463,37 @@ def test_a_body_that_is_too_large_is_an_answer(tmp_path):
     run(test)
 
 
+def test_a_request_is_to_the_service_what_a_signed_one_is(tmp_path):
+    """Quotas, tenants, interceptors and the audit know a caller by these; how it came is no difference."""
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            fields = [("Content-Type", "application/json"), ("X-DVAI-Forwarded", "1"), ("X-Request-Id", "r1")]
+            accept, provider.server.identify = provider.server.handler, lambda request: provider.pairing
+
+            async def choose(request):
+                return await (accept if request.path == "/v1/dvai/tunnel" else provider.handle)(request)
+
+            provider.server.handler = choose
+            for link in ({}, {"outbound_link": None}):
+                pairing = d.replace(consumer.pairing, **link)
+                asked = consumer.client.request(pairing, "POST", provider.url, headers=fields, body=b'{"a":1}')
+                async with asked as response:
+                    assert response.status == 200
+            inside, signed = provider.requests
+            for name in ("method", "path", "raw_path", "query", "body", "caller", "client_address", "request_id"):
+                assert getattr(inside, name) == getattr(signed, name), name
+            assert inside.pairing.key == signed.pairing.key and d.name_guest(inside) == d.name_guest(signed) != ""
+            assert d.build_tenant(inside) == d.build_tenant(signed)
+            contexts = [d.build_interceptor_context(each, "m") for each in (inside, signed)]
+            assert contexts[0] == contexts[1]
+            assert inside.parse_body() == signed.parse_body()
+            for name in ("x-dvai-forwarded", "content-type"):
+                assert inside.headers.get(name, "") == signed.headers.get(name, "") != ""
+
+    run(test)
+
+
 def test_a_peer_without_a_link_is_asked_by_signed_http(tmp_path):
     async def test():
         async with run_pair(tmp_path, echo) as (consumer, provider):
