@@ -9235,7 +9235,7 @@ class PairingLink:
     resume_psk: bytes = field(repr=False)
     room: bytes = field(repr=False)
     pending_until_ms: int | None = None
-    relay_url: str | None = None
+    relay_url: str | None = field(default=None, repr=False)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -25268,7 +25268,8 @@ class RelayConnection:
         self._protocol = RelayProtocol(is_binary=socket.subprotocol == RELAY_SUBPROTOCOL)
         self._sessions: dict[str, RelaySession] = {}
         self._hangups: set[asyncio.Task[None]] = set()
-        self._has_heard = True
+        self._loop = asyncio.get_running_loop()
+        self.heard_at_s = self._loop.time()
         self.last_refusal: RelayRefused | None = None
         self.end_reason: str | None = None
 
@@ -25277,7 +25278,7 @@ class RelayConnection:
         pinging = asyncio.create_task(self._ping(), name="relay ping")
         try:
             while (message := await self._socket.receive()) is not None:
-                self._has_heard = True
+                self.heard_at_s = self._loop.time()
                 event = self._protocol.receive(message)
                 if event is not None:
                     self._take_in(event)
@@ -25354,10 +25355,10 @@ class RelayConnection:
         missed = 0
         with contextlib.suppress(ConnectionError):
             while missed <= RELAY_PINGS_MISSED_LIMIT:
-                self._has_heard = False
+                sent_at_s = self._loop.time()
                 await self.send(RelayProtocol.build_ping)
                 await asyncio.sleep(RELAY_PING_INTERVAL_S)
-                missed = 0 if self._has_heard else missed + 1
+                missed = 0 if self.heard_at_s >= sent_at_s else missed + 1
         await self._socket.close()
 
 
@@ -25407,19 +25408,31 @@ class RelayClient:
         """A session with whoever listens in a room. UpstreamConnectError says why there is none."""
         if room in self._waiting:
             raise UpstreamConnectError("this device is being dialled already")
+        began_at_s = asyncio.get_running_loop().time()
         dialled: asyncio.Future[RelaySession] = asyncio.get_running_loop().create_future()
         self._waiting[room] = dialled
+        session: RelaySession | None = None
         try:
             async with asyncio.timeout(min(limit_s, RELAY_DIAL_S)):
                 connection = await self._wait_connected()
                 await connection.send(lambda protocol: protocol.build_dial(room))
-                return await dialled
+                session = await dialled
         except TimeoutError:
+            self._doubt(began_at_s)
             raise UpstreamConnectError(f"the relay {self.shown_url} did not answer in time: {self._problem}") from None
         except ConnectionError:
             raise UpstreamConnectError(f"the relay {self.shown_url} cannot be reached: {self._problem}") from None
         finally:
             del self._waiting[room]
+            if session is None and dialled.done() and not dialled.cancelled() and dialled.exception() is None:
+                self._spawn(dialled.result().close())  # it came in the very moment when nobody wanted it any more
+        return session
+
+    def _doubt(self, since_s: float) -> None:
+        """A connection on which nothing came since then is made anew: this device may have slept, or moved."""
+        connection = self._connection
+        if connection is not None and connection.heard_at_s < since_s:
+            self._spawn(connection.close())
 
     async def close(self) -> None:
         """Leaves the relay; sessions end."""
@@ -25442,8 +25455,11 @@ class RelayClient:
                 began_s = asyncio.get_running_loop().time()
                 try:
                     await self._connect_once()
-                except (UpstreamError, ConnectionError, ValueError, UsageError) as error:
+                except (BridgeError, ConnectionError, ValueError) as error:
                     self._problem = error.message if isinstance(error, BridgeError) else str(error)
+                except Exception:
+                    self._problem = "internal error"
+                    relay_log.exception("the connection to %s failed", self.shown_url)
                 lived_s = asyncio.get_running_loop().time() - began_s
                 failures = 0 if lived_s > RELAY_BACK_OFF_LIMIT_S else failures + 1
                 relay_log.log(
@@ -25467,7 +25483,7 @@ class RelayClient:
     async def _connect_once(self) -> None:
         """Connects, listens, and reads until the connection ends."""
         connection = await open_relay(self.url, self._take_in, timeout_s=WEBSOCKET_OPEN_S, environ=self._environ)
-        self._connection = connection
+        self._connection, self._problem = connection, "it says nothing"
         reading = asyncio.create_task(connection.run(), name="relay connection")
         try:
             with contextlib.suppress(ConnectionError):
@@ -25493,6 +25509,8 @@ class RelayClient:
         connection = self._connection
         if connection is None:
             return
+        if len(self._serving) >= 2 * RELAY_SESSIONS_LIMIT:  # so many that not even hanging up gets through
+            raise RelayError("the relay begins sessions without end")
         if isinstance(event, RelayDialed):
             dialled = self._waiting.get(event.room)
             session = connection.begin_session(event.session_id)
@@ -25521,6 +25539,8 @@ class RelayClient:
     async def _serve_session(self, session: RelaySession) -> None:
         try:
             await self._serve(session)
+        except Exception:
+            relay_log.exception("internal error in a session at a relay")
         finally:
             await session.close()
 
@@ -25669,7 +25689,7 @@ qr_log = logging.getLogger("dvai_bridge.qr")
 class QrPayload:
     """What a code says. `source_key`: 32 bytes, made for this code; `k`: 32 bytes that only the picture tells."""
 
-    relay_url: str
+    relay_url: str = field(repr=False)
     session_id: str
     source_key: bytes
     device_id: str
@@ -25999,7 +26019,7 @@ class QrParty:
     def _build_message(self, *, may_serve: bool, may_use: bool) -> PairMessage:
         return PairMessage(
             device_id=self._identity.device_id,
-            name=self._identity.device_name,
+            name=self._identity.device_name[:PEER_ID_LIMIT_CHARS],
             platform=sys.platform,
             random=self._random(KEY_BYTES),
             identity_public=self._static.public,
@@ -26255,14 +26275,14 @@ class QrDesk:
         self._source = source, task
         await source.is_shown.wait()
         if task.done() or source.progress.step is QrStep.FAILED:
-            await task
+            await _join(task)
         return source.progress
 
     async def wait_paired(self) -> Pairing:
         """What becomes of the code that is shown. Whoever stops waiting ends nothing."""
         if self._source is None:
             raise PairingNotFoundError("no code is shown: `pair qr` shows one")
-        return await asyncio.shield(self._source[1])
+        return await _join(self._source[1])
 
     async def scan(self, scanned: str) -> tuple[Pairing, QrProgress]:
         """Completes the pairing of a code that was scanned on this device: its text or link."""
@@ -26273,7 +26293,7 @@ class QrDesk:
         task = asyncio.create_task(target.pair(), name="pair scan")
         task.add_done_callback(_see_result)
         self._target = target, task
-        return await asyncio.shield(task), target.progress
+        return await _join(task), target.progress
 
     def get_shown(self) -> QrProgress:
         """How far the pairing of the code is that is shown here. PairingNotFoundError."""
@@ -26305,6 +26325,16 @@ class QrDesk:
             raise PairingDisabledError(PAIRING_OFF)
         backend = await asyncio.to_thread(choose_crypto_backend)  # the package may have to be imported first
         return {"identity": self._identity, "store": self._store, "backend": backend, "environ": self._environ}
+
+
+async def _join(task: asyncio.Task[Pairing]) -> Pairing:
+    """What a pairing came to. Whoever stops waiting ends nothing."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if task.cancelled():
+            raise PairingFailedError("the code was taken back, or another one took its place") from None
+        raise
 
 
 def _see_result(task: asyncio.Task[Any]) -> None:
@@ -34341,7 +34371,7 @@ def show_pairing_code(command: Command, ask: Callable[..., Any]) -> int:
     else:
         print(build_code_screen(shown["pairUrl"], command.program), flush=True)
     try:
-        paired = follow_pairing_code(command, ask)
+        paired = follow_pairing_code(command, ask, shown["sessionId"])
     except KeyboardInterrupt:
         ask("/dvai/pair-qr", method="DELETE")
         raise
@@ -34368,11 +34398,14 @@ def render_qr(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def follow_pairing_code(command: Command, ask: Callable[..., Any]) -> dict[str, Any]:
+def follow_pairing_code(command: Command, ask: Callable[..., Any], session_id: str) -> dict[str, Any]:
     """Shows how far the pairing is, and lets the user answer; the last state. BridgeError says why it failed."""
     line, is_answered, was_connected = CountdownLine("waiting for the scan"), False, False
     while (state := ask("/dvai/pair-qr"))["state"] != QrStep.PAIRED.value:
         step = QrStep(state["state"])
+        if state["sessionId"] != session_id:
+            line.end()
+            raise BridgeError("pair qr: another code took the place of this one")
         if step is QrStep.WAITING:
             line.show((state["expiresAt"] - read_clock_ms()) // 1000)
         elif step is QrStep.FAILED:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 from dataclasses import replace
 
@@ -386,3 +387,78 @@ def test_a_hostile_relay_is_found_out_and_nothing_is_kept(relay, parties, impati
     told = "a message that is none" if case == "messages that are none" else "the relay, tampers: nothing was kept"
     assert told in ours.message + theirs.message, (ours, theirs)
     assert parties[0].store.pairings == parties[1].store.pairings == ()
+
+
+# -- in a program --
+
+
+@contextlib.asynccontextmanager
+async def run_bridge(home, **offload):
+    config = d.OffloadConfig(discover_lan=False, **offload)
+    async with d.DVAI(environ={}, home=home, port=0, offload=config) as bridge:
+        yield bridge
+
+
+def test_two_programs_pair_and_one_is_answered_by_the_other(relay, tmp_path):
+    async def run():
+        url = f"ws://127.0.0.1:{relay.port}"
+        asked = []
+
+        def confirm(request):
+            asked.append(request.code)
+            return True
+
+        source = run_bridge(tmp_path / "a", only=True, rendezvous_url=url, on_pairing_request=confirm)
+        async with source as ours, run_bridge(tmp_path / "b") as theirs:
+            shown = await ours.start_qr_pairing()
+            assert shown.step is d.QrStep.WAITING and shown.link.endswith(shown.text)
+            inbound = await theirs.complete_pair_from_qr_payload(shown.link)
+            outbound = await ours.wait_qr_paired()
+            assert outbound.outbound_link.pair_id == inbound.inbound_link.pair_id and len(asked) == 1
+            await until(lambda: any(peer.loaded_models for peer in ours.get_peers()), DEADLINE_S)
+            assert [peer.via for peer in ours.get_peers()] == [d.PeerVia.RENDEZVOUS]
+            completion = ours.completion(history=[{"role": "user", "content": "Hello"}], model_id="dvai-demo")
+            stats = await completion.stats
+            assert (stats.route, stats.served_by) == ("relay", theirs.devices.identity.device_id)
+
+    asyncio.run(asyncio.wait_for(run(), 2 * DEADLINE_S))
+
+
+def test_a_new_code_takes_the_place_of_the_old_one(relay, tmp_path):
+    async def run():
+        party = Party(tmp_path, "source")
+        url = f"ws://127.0.0.1:{relay.port}"
+        desk = d.QrDesk(
+            identity=party.identity, store=party.store, prompts=party.prompts, does_dial=True, relay_url=url
+        )
+        with pytest.raises(d.PairingNotFoundError):
+            desk.get_shown()
+        first = await desk.show()
+        waiting = asyncio.create_task(desk.wait_paired())
+        await asyncio.sleep(0)
+        second = await desk.show()
+        assert first.session_id != second.session_id and desk.get_shown() == second
+        with pytest.raises(d.PairingFailedError, match="took its place"):
+            await waiting
+        with pytest.raises(d.PairingFailedError, match="run out or was used"):
+            await Party(tmp_path, "target").scan(first.text).pair()
+        await desk.close()
+        assert desk.get_shown().step is d.QrStep.FAILED and "qrPayload" not in str(
+            d.build_qr_progress_json(desk.get_shown())
+        )
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_without_offload_or_a_relay_no_code_is_shown(tmp_path):
+    async def run():
+        party = Party(tmp_path, "source")
+        parts = {"identity": party.identity, "store": party.store, "prompts": party.prompts}
+        with pytest.raises(d.PairingDisabledError, match="--offload"):
+            await d.QrDesk(**parts, does_dial=False, relay_url="ws://127.0.0.1:1").show()
+        with pytest.raises(d.InvalidRequestError, match="--rendezvous-url"):
+            await d.QrDesk(**parts, does_dial=True, relay_url=None).show()
+        with pytest.raises(d.PairingDisabledError):
+            await d.QrDesk(**parts | {"store": None}, does_dial=True, relay_url="ws://127.0.0.1:1").show()
+
+    asyncio.run(run())

@@ -300,6 +300,53 @@ def test_a_session_whose_frames_nobody_takes_ends_and_no_other(relay):
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
+def test_a_connection_that_only_seems_to_be_one_is_made_anew(relay):
+    """As after a sleep: what is sent goes nowhere, and nobody says so."""
+
+    def swallow(message, middle, number):
+        return [] if number == 0 else [message]
+
+    async def run():
+        async with Middle(relay.port, to_relay=swallow).run() as middle:
+            client = make_client(middle.url, [], [])
+            try:
+                with pytest.raises(d.UpstreamConnectError, match="did not answer in time"):
+                    await client.dial(ROOM, 1.0)
+                async with asyncio.timeout(DEADLINE_S):
+                    while True:
+                        try:
+                            await client.dial(ROOM, 5.0)
+                        except d.UpstreamConnectError as error:
+                            if "not connected to the relay now" in error.message:  # which only the relay knows
+                                break
+                            await asyncio.sleep(0.05)
+            finally:
+                await client.close()
+            assert len(middle.sockets) >= 2
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_a_relay_that_begins_sessions_without_end_is_left(relay):
+    def flood(message, middle, number):
+        if '"listening"' not in str(message):
+            return [message]
+        return [message, *(say("incoming", sessionId=f"s{n}", room=NAMED, tag=n) for n in range(300))]
+
+    async def run():
+        async with Middle(relay.port, to_device=flood).run() as middle:
+            reached, served = [], []
+            client = make_client(middle.url, served, reached)
+            try:
+                await client.listen(frozenset([ROOM]))
+                await until(lambda: len(reached) >= 2, DEADLINE_S)  # it was left, and tried again
+                assert len(served) <= d.RELAY_SESSIONS_LIMIT * len(reached)
+            finally:
+                await client.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
 # -- tunnels through it --
 
 
