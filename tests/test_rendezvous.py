@@ -351,10 +351,10 @@ def test_a_relay_that_begins_sessions_without_end_is_left(relay):
 
 
 class Meeting:
-    """A provider and a consumer that are paired, and meet at `url` only."""
+    """A provider and a consumer that are paired, and meet at `url` only: where they paired, or as both were told."""
 
-    def __init__(self, folder, url):
-        self.url = url
+    def __init__(self, folder, url, *, is_told=False):
+        self.paired_at, self.told = (None, url) if is_told else (url, None)
         self.provider, self.consumer = Provider(folder, self.answer), Consumer(folder)
 
     async def answer(self, request):
@@ -366,16 +366,22 @@ class Meeting:
         for device, peer, is_inbound in ((provider, consumer, True), (consumer, provider, False)):
             pairing = make_pairing(peer.identity, is_inbound=is_inbound)
             name = "inbound_link" if is_inbound else "outbound_link"
-            await device.store.add(replace(pairing, **{name: replace(getattr(pairing, name), relay_url=self.url)}))
+            await device.store.add(
+                replace(pairing, **{name: replace(getattr(pairing, name), relay_url=self.paired_at)})
+            )
         self.tunnels = d.TunnelServer(
             identity=provider.identity, store=provider.store, handler=provider.handle, clock_ms=provider.read_clock
         )
         self.reachable = []
         here = d.Rendezvous(
-            provider.store, relay_url=None, does_dial=False, serve=self.tunnels.serve, on_reachable=lambda pairing: None
+            provider.store,
+            relay_url=self.told,
+            does_dial=False,
+            serve=self.tunnels.serve,
+            on_reachable=lambda pairing: None,
         )
         there = d.Rendezvous(
-            consumer.store, relay_url=None, does_dial=True, serve=self.refuse, on_reachable=self.reachable.append
+            consumer.store, relay_url=self.told, does_dial=True, serve=self.refuse, on_reachable=self.reachable.append
         )
         here.start()
         there.start()
@@ -456,6 +462,24 @@ class Recorder:
 
     async def end(self):
         self.written.append(None)
+
+
+def test_devices_that_paired_on_a_network_of_their_own_meet_where_both_are_told(relay, tmp_path):
+    async def run():
+        url = f"ws://127.0.0.1:{relay.port}"
+        async with Meeting(tmp_path, url, is_told=True).run() as meeting:
+            assert await meeting.ask_when_there(b"1") == b"answer of 1"
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_where_the_devices_of_a_pairing_meet():
+    link = d.PairingLink(pair_id=b"p" * 16, resume_psk=b"k" * 32, room=ROOM)
+    here, there = "wss://a.example", "wss://b.example"
+    assert d.list_relay_urls(link, None) == ()
+    assert d.list_relay_urls(link, here) == (here,)
+    assert d.list_relay_urls(replace(link, relay_url=there), here) == (there, here)
+    assert d.list_relay_urls(replace(link, relay_url=here), here) == (here,)
 
 
 def test_pieces_that_come_together_travel_together():
