@@ -7514,8 +7514,9 @@ CHANNEL_FRAMES_LIMIT = NOISE_FRAMES_LIMIT - 2**20  # frames of one direction und
 CHANNEL_LIFETIME_S = 86_400.0  # time under one handshake
 CHANNEL_REKEY_GRACE_S = 900.0  # streams that go on under an old handshake
 CHANNEL_RATE_PERIOD_S = 10.0  # streams opened and dropped at once, over and over: in this time,
-CHANNEL_OPENS_LIMIT = 200  # that many OPENs
-CHANNEL_RESETS_LIMIT = 100  # and that many RESETs. We stop at half: frames that were held up arrive in a bunch
+CHANNEL_OPENS_LIMIT = 4000  # that many OPENs: many small requests in turn are honest, and each costs little; what is
+# dear is what runs, of which there are CHANNEL_STREAMS_LIMIT, and what is begun in vain:
+CHANNEL_RESETS_LIMIT = 100  # that many RESETs. We stop at half: frames that were held up arrive in a bunch
 CHANNEL_RESET_MEMORY = 256  # streams that we have reset, of which frames may still be under way
 CHANNEL_PAD_BYTES = 64  # where lengths are hidden, frames are multiples of this
 
@@ -8834,6 +8835,14 @@ class Channel:
             if now >= max(self._heard_at, self._pinged_at) + CHANNEL_PING_INTERVAL_S:
                 self._send_ping(now)
 
+    def ping(self, now: float) -> None:
+        """Asks the peer for a sign of life before its silence does; what comes of it is any frame."""
+        if (
+            self.state in (ChannelState.OPEN, ChannelState.DRAINING)
+            and len(self._control) < CHANNEL_CONTROL_QUEUE_LIMIT
+        ):
+            self._send_ping(now)
+
     def shut_down(self, now: float, grace_s: float = STOP_GRACE_S) -> None:
         """Takes and opens no further streams; those that run may go on for `grace_s`."""
         if self.state in (ChannelState.OPEN, ChannelState.DRAINING):
@@ -9160,6 +9169,7 @@ PAIRING_EXPIRES_AFTER_DAYS = 30
 LAST_USE_GRAIN_MS = 3_600_000  # an SD card worn by writing every use
 PAIRINGS_REFRESH_INTERVAL_S = 5.0  # a revocation by another process, unseen for longer
 PAIRINGS_FLUSH_INTERVAL_S = 60.0  # notes lost by a crash
+HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 PENDING_LIFETIME_MS = 600_000  # a pairing of which the other side may not know
 NOISE_PEERS_LIMIT = 256  # memory taken by addresses where the secure channel was met
 DAY_MS = 86_400_000
@@ -9819,7 +9829,8 @@ class SignatureVerifier:
         """The pairing of the caller, its use noted. `path`: raw, as it stood in the request line.
 
         Raises SignatureError, always the same one, except to a caller that signed well and whose clock is off
-        (ClockSkewError) or who signs more than can be remembered (OverloadedError).
+        (ClockSkewError) or who signs more than can be remembered (OverloadedError). A caller that paired by the
+        secure channel asks inside it, and signs only to pair again.
         """
         pairing = self._store.find_inbound(signature.app_id, signature.device_id, now_ms)
         key = (pairing and pairing.inbound_key) or self._stand_in_key
@@ -9827,9 +9838,10 @@ class SignatureVerifier:
         is_signed = _is_hmac(key, message, signature.signature)
         if pairing is None or not is_signed or query:
             raise SignatureError
+        if pairing.inbound_link is not None and path != f"/v1{HANDSHAKE_PATH}":
+            raise SignatureError  # who has the secure channel asks inside it
         self._verify_freshness(pairing, signature.nonce, now_ms)
         self._store.note_use(pairing, now_ms)
-        self._store.activate(pairing, PairingDirection.INBOUND)
         return pairing
 
     def _verify_freshness(self, pairing: Pairing, nonce: str, now_ms: int) -> None:
@@ -10198,7 +10210,6 @@ HANDSHAKE_CONFIRM_DEADLINE_S = 30.0  # an answer that needs nobody's approval
 EXCHANGES_LIMIT = 16  # memory taken by exchanges that strangers begin
 TASK_END_S = 2.0  # a callback that does not let itself be cancelled
 PAIRING_OFF = "pairing is off on this device: its pairings cannot be read or kept; the log of `serve` says why"
-HANDSHAKE_PATH = "/dvai/handshake"  # below the base URL, which ends in /v1
 
 NOISE_PART_VERSION = 1
 LEGACY_INCOMING = "The key will cross the network readably."
@@ -10339,9 +10350,11 @@ def build_handshake_reply(
 
 
 class HandshakeLimiter:
-    """Counts requests to pair by address: at most HANDSHAKES_PER_ADDRESS_LIMIT in HANDSHAKES_WINDOW_MS. Pure."""
+    """Counts attempts by address: at most `limit` in `window_ms`. Pure."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limit: int = HANDSHAKES_PER_ADDRESS_LIMIT, window_ms: int = HANDSHAKES_WINDOW_MS) -> None:
+        self._limit = limit
+        self._window_ms = window_ms
         self._times_ms: dict[str, list[int]] = {}
 
     def verify_admission(self, address: str, now_ms: int) -> None:
@@ -10349,12 +10362,19 @@ class HandshakeLimiter:
         source = self._choose_source(address)
         if source not in self._times_ms and len(self._times_ms) >= HANDSHAKE_ADDRESSES_LIMIT:
             self._forget_old(now_ms)
-        times_ms = [ms for ms in self._times_ms.get(source, ()) if abs(now_ms - ms) < HANDSHAKES_WINDOW_MS]
+        times_ms = [ms for ms in self._times_ms.get(source, ()) if abs(now_ms - ms) < self._window_ms]
         has_room = source in self._times_ms or len(self._times_ms) < HANDSHAKE_ADDRESSES_LIMIT
-        if len(times_ms) >= HANDSHAKES_PER_ADDRESS_LIMIT or not has_room:
-            wait_ms = HANDSHAKES_WINDOW_MS - (now_ms - min(times_ms, default=now_ms))
-            raise PairingBusyError("too many requests to pair; try again later", retry_after_s=wait_ms // 1000 + 1)
+        if len(times_ms) >= self._limit or not has_room:
+            wait_ms = self._window_ms - (now_ms - min(times_ms, default=now_ms))
+            raise PairingBusyError("too many attempts from there; try again later", retry_after_s=wait_ms // 1000 + 1)
         self._times_ms[source] = [*times_ms, now_ms]
+
+    def forgive(self, address: str) -> None:
+        """One that was counted turned out to be good."""
+        source = self._choose_source(address)
+        times_ms = self._times_ms.pop(source, [])[:-1]
+        if times_ms:
+            self._times_ms[source] = times_ms
 
     @staticmethod
     def _choose_source(address: str) -> str:
@@ -10369,7 +10389,7 @@ class HandshakeLimiter:
         self._times_ms = {
             source: times_ms
             for source, times_ms in self._times_ms.items()
-            if abs(now_ms - times_ms[-1]) < HANDSHAKES_WINDOW_MS
+            if abs(now_ms - times_ms[-1]) < self._window_ms
         }
 
 
@@ -24030,12 +24050,14 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
 #         └───────── any other peer ───► HttpClient       on which stream       keeps the time
 #
 # A Tunnel belongs to one pairing and outlives its connections: what was lost is dialled again by the next request,
-# and the monitor's questions are requests. A connection on which nothing came while somebody waited is given up, so
-# that a device which slept, or has another address now, is reached anew instead of being waited for.
+# and the monitor's questions are requests. A connection is doubted when nothing came while somebody waited in vain,
+# or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a sign of life, and is given up
+# without. So a device that slept, or moved, is reached anew, and one that is only slow keeps what it works on.
 
 TUNNEL_SUBPROTOCOL = "dvai-noise.1"
 TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
 TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
+TUNNEL_PROOF_S = 3.0  # a provider that is asked for a sign of life and gives none
 
 
 class FrameSocket(Protocol):
@@ -24044,6 +24066,9 @@ class FrameSocket(Protocol):
     async def send_binary(self, data: bytes) -> None: ...
     async def receive(self) -> bytes | str | None: ...
     async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
+
+
+_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
 
 
 class PairingEndedError(UpstreamError):
@@ -24062,14 +24087,14 @@ class ChannelLink:
     `on_event` gets every event in order, ChannelClosed last. Whoever does something to the channel calls `advance`.
     """
 
-    def __init__(self, channel: Channel, socket: FrameSocket, on_event: Callable[[ChannelEvent], None]) -> None:
+    def __init__(self, channel: Channel, on_event: Callable[[ChannelEvent], None]) -> None:
         self.channel = channel
-        self._socket = socket
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._deadline = Deadline(self._loop, self._time_out)
         self._has_frames = asyncio.Event()
         self._has_written = asyncio.Event()
+        self._has_received = asyncio.Event()
         self._is_telling = False
         self.received_at_s = self._loop.time()  # the last sign of life
 
@@ -24078,13 +24103,14 @@ class ChannelLink:
         """Whether the channel has ended."""
         return self.channel.state is ChannelState.CLOSED
 
-    async def run(self) -> None:
+    async def run(self, socket: FrameSocket) -> None:
         """Carries frames until the channel ends; cancelling ends it."""
-        writing = asyncio.create_task(self._write(), name="tunnel writer")
+        writing = asyncio.create_task(self._write(socket), name="tunnel writer")
         try:
             self.advance()
-            while (message := await self._socket.receive()) is not None and not self.is_closed:
+            while (message := await socket.receive()) is not None and not self.is_closed:
                 self.received_at_s = self._loop.time()
+                self._has_received.set()
                 frame = message if isinstance(message, bytes) else b""  # no frame is a text
                 self.channel.receive_frame(frame, self.received_at_s)
                 self.advance()
@@ -24095,9 +24121,10 @@ class ChannelLink:
             self.channel.connection_lost()
             self.advance()
             self._deadline.close()
+            self._has_received.set()  # nothing more will come
             writing.cancel()
             await asyncio.wait({writing})
-            await self._socket.close()
+            await socket.close()
 
     def advance(self) -> None:
         """After anything that was done to the channel: tells what happened, sends what there is, sets the timer."""
@@ -24122,13 +24149,18 @@ class ChannelLink:
         self._has_written.clear()
         await self._has_written.wait()
 
-    async def _write(self) -> None:
+    async def wait_received(self) -> None:
+        """Until another frame has come than by now."""
+        self._has_received.clear()
+        await self._has_received.wait()
+
+    async def _write(self, socket: FrameSocket) -> None:
         try:
             while True:
                 self._has_frames.clear()
                 while frames := self.channel.data_to_send(self._loop.time()):
                     for frame in frames:
-                        await self._socket.send_binary(frame)
+                        await socket.send_binary(frame)
                     self._has_written.set()
                     self.advance()  # a queue may have room again
                 if self.is_closed:
@@ -24137,7 +24169,7 @@ class ChannelLink:
         except ConnectionError:
             self.channel.connection_lost()
             self.advance()
-        await self._socket.close()  # which ends the reading too
+        await socket.close()  # which ends the reading too
 
     def _time_out(self) -> None:
         self.channel.on_timeout(self._loop.time())
@@ -24145,18 +24177,25 @@ class ChannelLink:
 
 
 class TunnelConnection:
-    """A consumer's established channel to one provider: which request waits on which stream."""
+    """A consumer's channel to one provider: which request waits on which stream.
 
-    def __init__(self, channel: Channel, socket: FrameSocket, peer_name: str) -> None:
+    `on_revoked`: called when the provider, who has proved that it is it, says that there is no pairing any more.
+    """
+
+    def __init__(
+        self, channel: Channel, socket: FrameSocket, *, peer_name: str, on_revoked: Callable[[], None]
+    ) -> None:
         self.peer_name = peer_name
-        self._link = ChannelLink(channel, socket, self._take_in)
+        self._on_revoked = on_revoked
+        self._link = ChannelLink(channel, self._take_in)
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[int, TunnelExchange] = {}
         self._closed: ChannelClosed | None = None
         self._is_revoked = False
         self._changed = asyncio.Event()  # established, closed, or a stream has ended
+        self._proving: asyncio.Task[None] | None = None
         self.is_established = False
-        self._task = asyncio.create_task(self._link.run(), name="tunnel")
+        self._task = asyncio.create_task(self._link.run(socket), name="tunnel")
 
     @property
     def is_usable(self) -> bool:
@@ -24166,12 +24205,32 @@ class TunnelConnection:
     @property
     def is_closed(self) -> bool:
         """Whether nothing of it is left."""
-        return self._task.done()
+        return self._task.done() and not self.is_doubted
 
     @property
     def received_at_s(self) -> float:
         """When the provider last gave a sign of life, in loop time."""
         return self._link.received_at_s
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether it has been asked for a sign of life that has not come yet."""
+        return self._proving is not None and not self._proving.done()
+
+    def doubt(self) -> asyncio.Task[None]:
+        """Nothing may be there any more: it ends unless a sign of life comes in time. The task that waits for it."""
+        if self._proving is None or self._proving.done():
+            self._proving = asyncio.create_task(self._prove(), name="tunnel proof")
+        return self._proving
+
+    async def _prove(self) -> None:
+        self._link.channel.ping(self._loop.time())
+        self._link.advance()
+        try:
+            async with asyncio.timeout(TUNNEL_PROOF_S):
+                await self._link.wait_received()
+        except TimeoutError:
+            self.end()
 
     async def wait_established(self) -> None:
         """Until the provider has proved who it is; raises why there will be no tunnel."""
@@ -24219,8 +24278,13 @@ class TunnelConnection:
             self._note_change()
 
     def end(self) -> None:
-        """Ends it now, without waiting: nothing answers, or the pairing is over."""
+        """Ends it now, without waiting: nothing answers, or the pairing is over. `close` is still to be called."""
         self._link.channel.close()
+        self._link.advance()
+
+    def retire(self) -> None:
+        """Takes no more requests; it ends when those that run on it have, `close` or not."""
+        self._link.channel.shut_down(self._loop.time(), CHANNEL_REKEY_GRACE_S)
         self._link.advance()
 
     async def close(self) -> None:
@@ -24230,8 +24294,10 @@ class TunnelConnection:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TUNNEL_CLOSE_S):
                 await asyncio.wait({self._task})
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        tasks = {self._task} if self._proving is None else {self._task, self._proving}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
     def build_error(self) -> UpstreamError:
         """Why this tunnel serves nothing (more)."""
@@ -24276,7 +24342,9 @@ class TunnelConnection:
             self.is_established = True
             self._note_change()
         elif isinstance(event, GoAwayReceived):
-            self._is_revoked = event.code is ErrorCode.REVOKED
+            if event.code is ErrorCode.REVOKED:
+                self._is_revoked = True
+                self._on_revoked()
             self._note_change()
         elif isinstance(event, ChannelClosed):
             self._closed = event
@@ -24320,13 +24388,14 @@ class TunnelExchange:
         self._ends_at: float | None = None  # in loop time
         self._connection: TunnelConnection | None = None
         self._is_reused = False
+        self._is_repeated = False
         self._stream_id = 0
         self._sent_at = 0.0
         self._forget_answer()
 
     def _forget_answer(self) -> None:
         self._head: ResponseHead | None = None
-        self._pieces: list[bytes] = []
+        self._held = bytearray()  # joined: a hostile peer sends byte by byte, and credit counts bytes
         self._has_ended = False
         self._error: UpstreamError | None = None
         self._response: ClientResponse | None = None
@@ -24349,7 +24418,10 @@ class TunnelExchange:
         total_s = self._budgets.total_s
         self._ends_at = None if total_s is None else self._loop.time() + total_s
         try:
-            await self._send()
+            try:
+                await self._send()
+            except UpstreamLostError:
+                await self._send_again()
         except BaseException:
             self.release()
             raise
@@ -24360,10 +24432,7 @@ class TunnelExchange:
             try:
                 await self._wait_head()
             except UpstreamLostError:
-                if not self._is_reused:
-                    raise
-                self._forget_answer()
-                await self._send()
+                await self._send_again()
                 await self._wait_head()
         except BaseException:
             self.release()
@@ -24386,7 +24455,7 @@ class TunnelExchange:
 
     async def read_piece(self, limit_s: float) -> bytes:
         """What has come of the body since the last call, at least one byte; nothing at its end."""
-        while not self._pieces:
+        while not self._held:
             if self._has_ended:
                 return b""
             await self._wait(limit_s)
@@ -24400,7 +24469,7 @@ class TunnelExchange:
         self._receive = receive
         try:
             while self._receive is not None:
-                if self._pieces:  # they came when nobody was waiting
+                if self._held:  # it came when nobody was waiting
                     if not receive(self._take_held()):
                         break
                 elif self._has_ended:
@@ -24423,7 +24492,7 @@ class TunnelExchange:
         """A piece of the answer has come."""
         self._has_ended = is_last
         if data:
-            self._pieces.append(data)
+            self._held += data
             if self._receive is not None and self._waiter is not None and not self._waiter.done():
                 self._hand_on(self._receive, self._waiter)
                 if not is_last and self._receive is not None:
@@ -24445,8 +24514,8 @@ class TunnelExchange:
 
     def _take_held(self) -> bytes:
         """What has come; the provider may send as much again."""
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
+        data = bytes(self._held)
+        self._held.clear()
         if self._connection is not None:
             self._connection.consume(self._stream_id, len(data))
         return data
@@ -24470,11 +24539,19 @@ class TunnelExchange:
         except TimeoutError:
             raise UpstreamTimeoutError(f"the tunnel to {connection.peer_name} had no room for a request") from None
         sent = 0
-        while sent < len(self.body):
+        while sent < len(self.body) and not self._has_ended:  # a refusal may come before everything is sent
             count = connection.send_body(self._stream_id, self.body[sent:])
             sent += count
             if not count:
                 await self._wait(self._budgets.first_byte_s)
+
+    async def _send_again(self) -> None:
+        """After an UpstreamLostError, which is raised on if the tunnel was new: then it is the provider's fault."""
+        if not self._is_reused or self._is_repeated:
+            raise
+        self._is_repeated = True
+        self._forget_answer()
+        await self._send()
 
     async def _wait_head(self) -> None:
         while self._head is None:
@@ -24501,8 +24578,8 @@ class TunnelExchange:
         if connection is None:
             return
         self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
-        if connection.received_at_s < self._sent_at:  # not even a PONG: nobody is there any more
-            connection.end()
+        if connection.received_at_s < self._sent_at:  # for nobody else either
+            connection.doubt()
         self.wake()
 
 
@@ -24540,18 +24617,38 @@ class Tunnel:
         UpstreamConnectError says why there is none, PairingEndedError that there will be none again.
         """
         connection = self._connection
-        if connection is not None and connection.is_usable:
+        is_usable = connection is not None and connection.is_usable
+        if connection is not None and is_usable and self._leads_to(url) and not connection.is_doubted:
             return connection, True
         if self.is_over:
             raise PairingEndedError("the pairing has ended")
+        dialling = self._begin_dial(url, limit_s)
+        waiting: set[asyncio.Task[Any]] = {dialling}
+        if connection is not None and is_usable:  # it may well be alive: whichever is first
+            waiting.add(connection.doubt())
+        ends_at_s = asyncio.get_running_loop().time() + limit_s
+        while waiting and (left_s := ends_at_s - asyncio.get_running_loop().time()) > 0:
+            _, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if connection is not None and connection.is_usable and not connection.is_doubted:
+                return connection, True
+            if dialling.done() and not dialling.cancelled() and dialling.exception() is None:
+                return dialling.result(), False
+        if not dialling.done():
+            name = display_name(self.pairing.device_name)
+            raise UpstreamConnectError(f"no tunnel to {name} within {limit_s:.3g} s")
+        if dialling.cancelled():
+            raise PairingEndedError("the pairing has ended")
+        return dialling.result(), False  # raises why there is none
+
+    def _leads_to(self, url: HttpUrl) -> bool:
+        return self.url is not None and (self.url.host, self.url.port) == (url.host, url.port)
+
+    def _begin_dial(self, url: HttpUrl, limit_s: float) -> asyncio.Task[TunnelConnection]:
+        """The one dial that is under way, whoever waits for it."""
         if self._dialling is None or self._dialling.done():
             self._dialling = asyncio.create_task(self._dial(url, limit_s), name="tunnel dial")
-        try:
-            async with asyncio.timeout(limit_s):
-                return await asyncio.shield(self._dialling), False
-        except TimeoutError:
-            name = display_name(self.pairing.device_name)
-            raise UpstreamConnectError(f"no tunnel to {name} within {limit_s:.3g} s") from None
+            self._dialling.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if by nobody
+        return self._dialling
 
     async def close(self) -> None:
         """Says goodbye."""
@@ -24567,6 +24664,14 @@ class Tunnel:
             self._dialling.cancel()
         for connection in self._list_connections():
             connection.end()
+
+    def _note_revoked(self, link: PairingLink) -> None:
+        """Unless the devices have paired anew since then, which is why the old tunnels end."""
+        current = self.pairing.outbound_link
+        if current is not None and current.pair_id == link.pair_id:
+            self._store.note(self.pairing, is_marked_unauthorized=True)
+            name = display_name(self.pairing.device_name)
+            _tunnel_logger.warning("%s has ended the pairing: `pair request` asks it again", name)
 
     def _list_connections(self) -> list[TunnelConnection]:
         return [*self._earlier, *([] if self._connection is None else [self._connection])]
@@ -24594,13 +24699,20 @@ class Tunnel:
         now_s = asyncio.get_running_loop().time()
         handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
         channel = Channel(handshake, now=now_s, serves=False)
-        connection = TunnelConnection(channel, socket, display_name(pairing.device_name))
+        connection = TunnelConnection(
+            channel,
+            socket,
+            peer_name=display_name(pairing.device_name),
+            on_revoked=functools.partial(self._note_revoked, link),
+        )
         try:
             await connection.wait_established()
         except BaseException:
             connection.end()
             await connection.close()
             raise
+        if self._connection is not None:
+            self._connection.retire()
         self._earlier = [each for each in self._list_connections() if not each.is_closed]
         self._connection, self.url = connection, url
         self._store.activate(pairing, PairingDirection.OUTBOUND)
@@ -24700,9 +24812,10 @@ class PeerClient:
 
     def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
         """A pairing that is over, or was made anew, takes its tunnel with it."""
-        if before is None or (tunnel := self._tunnels.get(before.key)) is None:
+        known = after or before
+        if known is None or (tunnel := self._tunnels.get(known.key)) is None:
             return
-        if has_lost_access(before, after, PairingDirection.OUTBOUND):
+        if before is not None and has_lost_access(before, after, PairingDirection.OUTBOUND):
             tunnel.end()
         if after is not None and after.outbound_link is not None:
             tunnel.pairing, tunnel.is_over = after, False
@@ -28340,9 +28453,9 @@ class HttpServer:
 # What paired devices ask inside their tunnels, answered by the same handler as everybody's requests.
 
 TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one are those it left without a word
+TUNNEL_ATTEMPTS_LIMIT = 30  # handshakes of one address that proved nothing, each of which costs four products of keys,
+TUNNEL_ATTEMPTS_WINDOW_MS = 60_000  # in this time
 TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunnel that are not complete yet
-
-_tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
 
 # What may be asked inside a tunnel.
 _TUNNEL_ROUTES = frozenset({RouteClass.INFERENCE, RouteClass.CAPABILITY, RouteClass.HEALTH})
@@ -28429,8 +28542,9 @@ class ServedTunnel:
     def __init__(self, tunnels: TunnelServer, client_address: str) -> None:
         self._tunnels = tunnels
         self._loop = asyncio.get_running_loop()
-        self._client_address = client_address
+        self.client_address = client_address
         self._channel = tunnels.build_channel(self._loop.time())
+        self._link = ChannelLink(self._channel, self._take_in)
         self._streams: dict[int, ServedStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pair_id = b""
@@ -28438,9 +28552,8 @@ class ServedTunnel:
 
     async def run(self, socket: FrameSocket) -> None:
         """Serves until the channel ends; what still runs for it is cancelled then."""
-        self._link = ChannelLink(self._channel, socket, self._take_in)
         try:
-            await self._link.run()
+            await self._link.run(socket)
         finally:
             self._tunnels.forget(self)
             for task in self._tasks:
@@ -28477,7 +28590,7 @@ class ServedTunnel:
             self._pair_id = event.pair_id
             self.pairing_id = self._tunnels.note_established(self, event.pair_id)
         elif isinstance(event, ChannelClosed):
-            _tunnel_logger.debug("tunnel from %s: %s %s", self._client_address, event.reason.value, event.detail)
+            _tunnel_logger.debug("tunnel from %s: %s %s", self.client_address, event.reason.value, event.detail)
 
     def _open(self, opened: StreamOpened) -> None:
         stream = self._streams[opened.stream_id] = ServedStream(opened)
@@ -28512,7 +28625,7 @@ class ServedTunnel:
         except StreamGoneError:
             pass  # its consumer is
         except TimeoutError:
-            _tunnel_logger.info("a reader in a tunnel from %s took nothing: stream ended", self._client_address)
+            _tunnel_logger.info("a reader in a tunnel from %s took nothing: stream ended", self.client_address)
             self._reset(stream_id, ErrorCode.LIMIT)
         except Exception:
             _tunnel_logger.exception("internal error in a tunnel")
@@ -28560,7 +28673,7 @@ class ServedTunnel:
             query="",
             headers=headers,
             body=body,
-            client_address=self._client_address,
+            client_address=self.client_address,
             is_loopback=False,
             is_tls=True,
             caller=Caller.PAIRED,
@@ -28613,13 +28726,18 @@ class TunnelServer:
         self._clock_ms = clock_ms
         self._random = random
         self._decoy: KeyPair | None = None
+        self._limiter = HandshakeLimiter(limit=TUNNEL_ATTEMPTS_LIMIT, window_ms=TUNNEL_ATTEMPTS_WINDOW_MS)
         self._served: dict[ServedTunnel, None] = {}  # oldest first
         self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
         if store is not None:
             store.subscribe(self._note_pairing)
 
     async def accept(self, request: HttpRequest) -> HttpResponse:
-        """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is."""
+        """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is.
+
+        429 for an address from where too many did not.
+        """
+        self._limiter.verify_admission(request.client_address, self._clock_ms())
         served = ServedTunnel(self, request.client_address)
         return accept_websocket(request, served.run, subprotocols=(TUNNEL_SUBPROTOCOL,), on_stop=served.shut_down)
 
@@ -28649,6 +28767,7 @@ class TunnelServer:
             self._served[served] = None
             served.revoke()
             return None
+        self._limiter.forgive(served.client_address)
         self._store.activate(pairing, PairingDirection.INBOUND)
         others = [each for each in self._served if each.pairing_id == pairing.pairing_id]
         for each in others[: max(len(others) - TUNNELS_PER_PAIRING_LIMIT + 1, 0)]:
@@ -31815,6 +31934,9 @@ def add_audit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
+_DASHED_ID = re.compile(r"-[\w]([\w-]{10}|[\w-]{20})", re.ASCII)  # an id of 12 or 22 characters, not an option
+
+
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. A command line that begins with an option is one of `serve`."""
     words = list(argv)
@@ -31823,6 +31945,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
         if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
             raise UsageError(f"{word} is not in this version yet")
+    if words[0] == "pair" and len(words) > 2 and _DASHED_ID.fullmatch(words[2]):
+        words = ["pair", *words[3:], "--", *words[1:3]]
     arguments, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")
@@ -32356,7 +32480,8 @@ def run_peers(command: Command) -> int:
 def describe_peer(peer: Mapping[str, Any]) -> list[str]:
     """A peer in two lines: who and how it stands; what it has."""
     name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
-    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({peer.get('via')}, {peer.get('deviceId')})"]
+    ways = [peer.get("via"), peer.get("deviceId"), peer.get("transport")]
+    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({', '.join(map(str, filter(None, ways)))})"]
     if peer.get("error") and state == "seen":
         lines.append(f"    does not answer: {display_name(str(peer['error']))}")
     elif not peer.get("paired"):

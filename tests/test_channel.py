@@ -674,6 +674,18 @@ def test_we_keep_to_half_of_the_rates():
     assert consumer.streams.open_delay_s(later) == 0.0
 
 
+def test_a_sign_of_life_can_be_asked_for_at_any_time():
+    consumer, provider = ends = connect(BACKEND)
+    assert consumer.channel.data_to_send(1.0) == []
+    consumer.channel.ping(1.0)
+    pump(*ends, now=1.0)
+    assert consumer.channel.next_deadline() == 1.0 + CHANNEL_PING_INTERVAL_S, "the PONG came"
+    provider.channel.close()
+    pump(*ends, now=1.0)
+    consumer.channel.ping(2.0)
+    assert consumer.channel.data_to_send(2.0) == []
+
+
 def test_opens_wait_for_the_rate():
     consumer, provider = ends = connect(BACKEND)
     for _ in range(CHANNEL_OPENS_LIMIT // 2):

@@ -902,9 +902,10 @@ def test_both_users_see_one_code_and_then_both_sides_keep_it(tmp_path):
             assert secret.encode() not in said
         state = network.desk.store.get_state
         assert state(kept, NOW) is PairingState.PENDING
-        assert network.call().key == kept.key
-        (used,) = network.desk.store.pairings
-        assert state(used, NOW) is PairingState.ACTIVE, "the first signed request"
+        assert network.desk.store.find_link(link.pair_id, NOW) == kept
+        with pytest.raises(SignatureError):  # the key alone is good for nothing but pairing again
+            network.call()
+        assert state(network.desk.store.pairings[0], NOW) is PairingState.PENDING
 
     asyncio.run(run())
 
@@ -932,7 +933,10 @@ def test_a_legacy_pairing_becomes_one_by_code_when_the_user_asks_again(tmp_path)
         network.is_legacy = False
         by_code = await network.initiator.pair(network.target, is_explicit=True)
         assert by_code.identity_key is not None and by_code.outbound_key != legacy.outbound_key
-        assert network.call().inbound_key == by_code.outbound_key
+        found = network.desk.store.find_link(by_code.outbound_link.pair_id, network.clock())
+        assert found.inbound_key == by_code.outbound_key
+        with pytest.raises(SignatureError):
+            network.call()
 
     asyncio.run(run())
 

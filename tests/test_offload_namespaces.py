@@ -3,77 +3,20 @@
 Needs root and iproute2. Everything stands in network namespaces of its own.
 """
 
-import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, require, wait_for
-from support_lan import ADDRESS, Lan
+from support import require, wait_for
+from support_lan import ADDRESS, Lan, Machine
 from support_worker import build_byte_model
 
 if os.environ.get("DVAI_TEST_ALL") != "1":
     pytest.skip("needs network namespaces (make test-all)", allow_module_level=True)
 
 CHAT = {"model": "strong", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
-
-
-class Machine:
-    """A namespace with a bridge in it, used as its owner would: by commands."""
-
-    def __init__(self, lan, short, home):
-        self.lan, self.short, self.home = lan, short, home
-        self.log = open(home.with_suffix(".log"), "w+")  # noqa: SIM115 - closed with the machine
-        self.process = None
-
-    def start(self, *arguments):
-        self.process = subprocess.Popen(
-            self.build_command("serve", *arguments),
-            env=CLEAN_ENVIRON,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-        line = self.process.stdout.readline()
-        assert line.startswith("listening on "), line
-        self.url = line.removeprefix("listening on ").strip()
-        threading.Thread(target=self.process.stdout.read, daemon=True).start()
-
-    def build_command(self, *arguments):
-        words = [sys.executable, MODULE, *arguments, "--home", self.home]
-        return self.lan.exec(self.short, *map(str, words))
-
-    def run(self, *arguments):
-        return subprocess.run(
-            self.build_command(*arguments), env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=90
-        )
-
-    def ask(self, body):
-        """What curl prints, with the status behind it."""
-        command = ["curl", "-sS", "-N", "-m", "90", "-w", "\n%{http_code}", f"{self.url}/chat/completions"]
-        command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
-        done = subprocess.run(self.lan.exec(self.short, *command), capture_output=True, text=True, timeout=120)
-        text, _, status = done.stdout.rpartition("\n")
-        return int(status), text
-
-    def stop(self):
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            assert self.process.wait(60) == 0
-
-    def close(self):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.stop()
-        if self.process is not None:
-            self.process.kill()
-            self.process.stdout.close()
-        self.log.seek(0)
-        text = self.log.read()
-        self.log.close()
-        assert "Traceback" not in text, text
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ PAIRINGS = "/v1/dvai/pairings"
 class Between:
     """A program on the way to `target_port`. `carried`: all bytes of bodies that went through it, both ways."""
 
+    target_host = "127.0.0.1"
+
     def __init__(self, target_port):
         self.target_port = target_port
         self.carried = []
@@ -44,7 +46,7 @@ class Between:
         return f"http://127.0.0.1:{self.port}"
 
     def ask_target(self, method, path, body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.target_port, timeout=120)
+        connection = http.client.HTTPConnection(self.target_host, self.target_port, timeout=120)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -135,8 +137,8 @@ class BetweenHandler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def standing_between(between):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (BetweenHandler,), {"between": between}))
+def standing_between(between, host="127.0.0.1"):
+    server = http.server.ThreadingHTTPServer((host, 0), type("Bound", (BetweenHandler,), {"between": between}))
     between.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -26,7 +26,6 @@ from dvai_bridge import (
     PairingDisabledError,
     PairingFailedError,
     PairingInitiator,
-    PairingLink,
     PairingPolicy,
     PairingStore,
     Peer,
@@ -505,19 +504,6 @@ def test_a_paired_peer_becomes_ready(tmp_path):
             assert all(signed and headers.get("x-dvai-forwarded") == "1" for _, _, headers, signed in peer.requests)
             await until(lambda: peer.count("/v1/dvai/health") > 5, "health is asked again and again")
             assert peer.count("/v1/models") == 1 and peer.count("/v1/dvai/capability") == 1
-
-    asyncio.run(run())
-
-
-def test_a_pending_pairing_is_active_once_the_peer_answers_by_it(tmp_path):
-    async def run():
-        link = PairingLink(pair_id=bytes(16), resume_psk=bytes(32), room=bytes(16), pending_until_ms=2**50)
-        async with LoopbackPeer() as peer:
-            pending = replace(build_pairing(peer.base_url), outbound_link=link, speaks_noise=True)
-            async with monitoring(tmp_path, pairings=[pending]) as monitor:
-                await until_state(monitor, PeerState.READY)
-                (kept,) = monitor.store.pairings
-                assert kept.outbound_link == replace(link, pending_until_ms=None)
 
     asyncio.run(run())
 

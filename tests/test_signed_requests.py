@@ -449,7 +449,11 @@ class Tap:
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
                 source, _ = self._listener.accept()
-                onward = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    onward = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # the target is not there
+                    source.close()
+                    continue
                 kept = bytearray()
                 self.carried.append(kept)
                 for pair in ((source, onward, kept), (onward, source, None)):
@@ -486,17 +490,32 @@ class Tap:
 def test_a_request_reflected_to_its_sender_or_sent_again(tmp_path, model):
     """Two bridges that may use each other; what one sends is caught on the way."""
     source_home, target_home = tmp_path / "source", tmp_path / "target"
+    ports = {"source": 0, "target": 0}
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(start_target(target_home, model, "--offload", "--no-discover-lan"))
-        tap = stack.enter_context(Tap(target.port))
-        peers = ("--offload", "--no-discover-lan", "--peer", f"http://127.0.0.1:{tap.port}")
-        source = stack.enter_context(start_target(source_home, model, "--alias", "mine", *peers))
-        for asker, home, asked in ((source, source_home, tap), (target, target_home, source)):
-            peer = {"peer": f"http://127.0.0.1:{asked.port}"}
-            assert ask_owner(asker, home, "POST", "/v1/dvai/pairings", peer)[0] == 200
+        tap = stack.enter_context(Tap(0))
+
+        def start_both(stack):
+            alone = ("--offload", "--no-discover-lan", "--port")
+            target = stack.enter_context(start_target(target_home, model, *alone, ports["target"]))
+            peers = ("--alias", "mine", "--peer", f"http://127.0.0.1:{tap.port}")
+            source = stack.enter_context(start_target(source_home, model, *alone, ports["source"], *peers))
+            ports["source"], ports["target"] = source.port, target.port
+            tap.target = target.port
+            return source, target
+
+        with contextlib.ExitStack() as pairing:
+            source, target = start_both(pairing)
+            for asker, home, asked in ((source, source_home, tap), (target, target_home, source)):
+                peer = {"peer": f"http://127.0.0.1:{asked.port}"}
+                assert ask_owner(asker, home, "POST", "/v1/dvai/pairings", peer)[0] == 200
         for home, other in ((source_home, target_home), (target_home, source_home)):
-            (stored,) = json.loads((home / "data" / "pairings.json").read_text())["pairings"]
+            path = home / "data" / "pairings.json"
+            document = json.loads(path.read_text())
+            (stored,) = document["pairings"]
             assert stored["deviceId"] == read_device_id(other) and stored["inboundKey"] != stored["outboundKey"]
+            stored |= {"inboundLink": None, "outboundLink": None}  # as if paired in the legacy way: with signed HTTP
+            path.write_text(json.dumps(document))
+        source, target = start_both(stack)
         headers = {"X-DVAI-Offload": "require"}
 
         def ask():

@@ -250,6 +250,79 @@ def test_a_provider_that_has_vanished_is_given_up(tmp_path):
     run(test)
 
 
+def test_a_provider_that_is_only_slow_keeps_what_it_works_on(tmp_path):
+    """One who waits in vain doubts the connection; the provider's sign of life saves what others wait for."""
+    go_on = asyncio.Event()
+
+    async def answer(request):
+        await go_on.wait()
+        return await echo(request)
+
+    async def test():
+        async with run_pair(tmp_path, answer) as (consumer, provider):
+            waiting = asyncio.create_task(consumer.ask(provider, body=b"1").open())
+            await until(lambda: provider.requests)
+            with pytest.raises(d.UpstreamTimeoutError):
+                await consumer.ask(provider, body=b"2", budgets=d.HttpBudgets(total_s=0.1)).open()
+            another = asyncio.create_task(consumer.ask(provider, body=b"3").open())
+            await until(lambda: len(provider.requests) == 3)
+            go_on.set()
+            for task, body in ((waiting, b"1"), (another, b"3")):
+                assert await (await task).read(10) == body
+            assert [request.body for request in provider.requests] == [b"1", b"2", b"3"], "none was asked again"
+
+    run(test)
+
+
+def test_a_provider_at_another_address_is_dialled_there(tmp_path):
+    """What is left of the old connection does not hold up the new one."""
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            (connection,) = provider.server._connections
+            connection._websocket._transport.pause_reading()
+            old, provider.port = provider.server, 0
+            async with provider.run():
+                async with consumer.ask(provider, body=b"2") as response:
+                    assert await response.read(10) == b"2"
+                assert consumer.client.find_tunnel(consumer.pairing).port == provider.port
+                assert old.connection_count == 1, "it is asked for a sign of life yet"
+            await old.stop(0)
+
+    run(test)
+
+
+def test_a_wrong_address_leaves_a_good_connection_alone(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            right, provider.port = provider.port, 1
+            async with consumer.ask(provider, body=b"2") as response:
+                assert await response.read(10) == b"2"
+            provider.port = right
+            assert consumer.client.find_tunnel(consumer.pairing).port == right
+
+    run(test)
+
+
+def test_a_dial_that_nobody_waits_for_any_more_fails_unheard(tmp_path, caplog):
+    async def test():
+        silence = await asyncio.start_server(lambda *streams: None, "127.0.0.1", 0)
+        async with run_pair(tmp_path, echo) as (consumer, provider), silence:
+            provider.port = silence.sockets[0].getsockname()[1]
+            asking = asyncio.create_task(consumer.ask(provider).open())
+            await until(lambda: consumer.client._tunnels)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        assert not caplog.records
+
+    run(test)
+
+
 def test_revocation_ends_what_runs(tmp_path):
     source = Source(b"first")
 
@@ -264,6 +337,7 @@ def test_revocation_ends_what_runs(tmp_path):
                 with pytest.raises(d.PairingEndedError):
                     await response.read_piece()
             await until(lambda: source.is_closed)
+            assert consumer.pairing.is_marked_unauthorized, "it was told so by the provider itself"
             with pytest.raises(d.UpstreamConnectError, match="pair request"):
                 await consumer.ask(provider).open()
 
@@ -275,8 +349,31 @@ def test_the_consumer_ends_it_by_revoking_too(tmp_path):
         async with run_pair(tmp_path, echo) as (consumer, provider):
             async with consumer.ask(provider, body=b"1") as response:
                 await response.read(10)
-            await consumer.store.revoke(consumer.pairing.pairing_id)
+            pairing = consumer.pairing
+            await consumer.store.revoke(pairing.pairing_id)
             await until(lambda: not provider.server.connection_count)
+            with pytest.raises(d.PairingEndedError):
+                await consumer.client.request(pairing, "POST", provider.url).open()
+            await consumer.store.add(pairing)
+            async with consumer.ask(provider, body=b"2") as response:
+                assert await response.read(10) == b"2", "it is paired anew"
+
+    run(test)
+
+
+def test_a_pairing_made_anew_ends_the_old_tunnel_and_is_not_marked_for_it(tmp_path):
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            link = d.replace(make_link(), pair_id=b"q" * 16)
+            anew = {"key": "L" * 42 + "A", "paired_at_ms": NOW_MS + 1}
+            await consumer.store.add(make_pairing(provider.identity, is_inbound=False, outbound_link=link, **anew))
+            await provider.store.add(make_pairing(consumer.identity, is_inbound=True, inbound_link=link, **anew))
+            async with consumer.ask(provider, body=b"2") as response:
+                assert await response.read(10) == b"2"
+            await until(lambda: provider.server.connection_count == 1)
+            assert not consumer.pairing.is_marked_unauthorized
 
     run(test)
 
@@ -362,6 +459,37 @@ def test_a_body_that_is_too_large_is_an_answer(tmp_path):
             async with consumer.ask(provider, body=body) as response:
                 assert response.status == 413
             assert not provider.requests
+
+    run(test)
+
+
+def test_a_request_is_to_the_service_what_a_signed_one_is(tmp_path):
+    """Quotas, tenants, interceptors and the audit know a caller by these; how it came is no difference."""
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            fields = [("Content-Type", "application/json"), ("X-DVAI-Forwarded", "1"), ("X-Request-Id", "r1")]
+            accept, provider.server.identify = provider.server.handler, lambda request: provider.pairing
+
+            async def choose(request):
+                return await (accept if request.path == "/v1/dvai/tunnel" else provider.handle)(request)
+
+            provider.server.handler = choose
+            for link in ({}, {"outbound_link": None}):
+                pairing = d.replace(consumer.pairing, **link)
+                asked = consumer.client.request(pairing, "POST", provider.url, headers=fields, body=b'{"a":1}')
+                async with asked as response:
+                    assert response.status == 200
+            inside, signed = provider.requests
+            for name in ("method", "path", "raw_path", "query", "body", "caller", "client_address", "request_id"):
+                assert getattr(inside, name) == getattr(signed, name), name
+            assert inside.pairing.key == signed.pairing.key and d.name_guest(inside) == d.name_guest(signed) != ""
+            assert d.build_tenant(inside) == d.build_tenant(signed)
+            contexts = [d.build_interceptor_context(each, "m") for each in (inside, signed)]
+            assert contexts[0] == contexts[1]
+            assert inside.parse_body() == signed.parse_body()
+            for name in ("x-dvai-forwarded", "content-type"):
+                assert inside.headers.get(name, "") == signed.headers.get(name, "") != ""
 
     run(test)
 
