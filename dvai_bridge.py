@@ -24171,6 +24171,7 @@ class ChannelLink:
             self.channel.connection_lost()
             self.advance()
             self._deadline.close()
+            self._has_received.set()  # nothing more will come
             writing.cancel()
             await asyncio.wait({writing})
             await socket.close()
@@ -24254,7 +24255,7 @@ class TunnelConnection:
     @property
     def is_closed(self) -> bool:
         """Whether nothing of it is left."""
-        return self._task.done()
+        return self._task.done() and not self.is_doubted
 
     @property
     def received_at_s(self) -> float:
@@ -24444,7 +24445,7 @@ class TunnelExchange:
 
     def _forget_answer(self) -> None:
         self._head: ResponseHead | None = None
-        self._pieces: list[bytes] = []
+        self._held = bytearray()  # joined: a hostile peer sends byte by byte, and credit counts bytes
         self._has_ended = False
         self._error: UpstreamError | None = None
         self._response: ClientResponse | None = None
@@ -24504,7 +24505,7 @@ class TunnelExchange:
 
     async def read_piece(self, limit_s: float) -> bytes:
         """What has come of the body since the last call, at least one byte; nothing at its end."""
-        while not self._pieces:
+        while not self._held:
             if self._has_ended:
                 return b""
             await self._wait(limit_s)
@@ -24518,7 +24519,7 @@ class TunnelExchange:
         self._receive = receive
         try:
             while self._receive is not None:
-                if self._pieces:  # they came when nobody was waiting
+                if self._held:  # it came when nobody was waiting
                     if not receive(self._take_held()):
                         break
                 elif self._has_ended:
@@ -24541,7 +24542,7 @@ class TunnelExchange:
         """A piece of the answer has come."""
         self._has_ended = is_last
         if data:
-            self._pieces.append(data)
+            self._held += data
             if self._receive is not None and self._waiter is not None and not self._waiter.done():
                 self._hand_on(self._receive, self._waiter)
                 if not is_last and self._receive is not None:
@@ -24563,8 +24564,8 @@ class TunnelExchange:
 
     def _take_held(self) -> bytes:
         """What has come; the provider may send as much again."""
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
+        data = bytes(self._held)
+        self._held.clear()
         if self._connection is not None:
             self._connection.consume(self._stream_id, len(data))
         return data
@@ -33692,6 +33693,9 @@ def add_audit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
+_DASHED_ID = re.compile(r"-[\w]([\w-]{10}|[\w-]{20})", re.ASCII)  # an id of 12 or 22 characters, not an option
+
+
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. A command line that begins with an option is one of `serve`."""
     words = list(argv)
@@ -33700,6 +33704,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
         if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
             raise UsageError(f"{word} is not in this version yet")
+    if words[0] == "pair" and len(words) > 2 and _DASHED_ID.fullmatch(words[2]):
+        words = ["pair", *words[3:], "--", *words[1:3]]
     arguments, unknown = build_parser().parse_known_args(words)
     if words[0] == "pair" and arguments.target is None and unknown and not unknown[0].startswith("-"):
         arguments.target = unknown.pop(0)  # argparse takes what may be left out only if it stands before the options

@@ -59,6 +59,12 @@ def test_what_is_not_there_is_named(words, message):
     assert message in caught.value.message and "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("identifier", ["-7c4IqMry3re", "-7c4IqMry3resiQ1jFf2lA", "8dDy_3RqzPoS"])
+def test_ids_may_begin_with_a_dash(identifier):
+    arguments = parse_command_line(["pair", "revoke", identifier, "--json", "--home", "x"])
+    assert (arguments.action, arguments.target, arguments.json) == ("revoke", identifier, True)
+
+
 def test_planned_names_are_not_options_already():
     flags = {flag for opt in dvai_bridge.get_options(dvai_bridge.Config).values() for flag in opt.flags}
     assert not flags & set(PLANNED_OPTIONS) and not set(PLANNED_COMMANDS) & set(dvai_bridge.COMMANDS)
