@@ -16,7 +16,7 @@ The file reads from top to bottom, each section using only what stands above it 
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe
-    peers         discovery, tunnel, peers, offload, upstream engine: who is there, and who answers
+    peers         discovery, tunnel, rendezvous, QR pairing, peers, offload, upstream engine: who is there, who answers
     program       HTTP server, tunnel server, routes, bridge, command line, and the built-in model's data
 
 Who is trusted: whoever runs the command, and the files of their home. Not trusted: what arrives by HTTP, whatever web
@@ -214,6 +214,7 @@ CLIENT_LINGER_S = 2.0  # the end of an answer whose content is complete
 CLIENT_LINGER_LIMIT_BYTES = 16 * KIB  # likewise
 TUNNEL_MESSAGE_LIMIT_BYTES = 17 * KIB  # WebSocket messages that never end: tunnel
 RELAY_MESSAGE_LIMIT_BYTES = 96 * KIB  # likewise: relay
+RELAY_URL_LIMIT_CHARS = 256  # memory taken by a URL that a code names
 WEBSOCKET_QUEUE_LIMIT = 256  # messages that come faster than they are received: reading pauses there
 WEBSOCKET_QUEUE_LIMIT_BYTES = 256 * KIB  # likewise
 WEBSOCKET_OPEN_S = 10.0  # servers that take a connection and never open the WebSocket
@@ -707,6 +708,7 @@ OPTIONAL_PACKAGES = (
         extra="relay",
         gives="relay connections through HTTP and SOCKS proxies",
         without="direct connections to the relay",
+        is_used=True,
     ),
     OptionalPackage(
         module="qrcode",
@@ -714,6 +716,7 @@ OPTIONAL_PACKAGES = (
         extra="qr",
         gives="QR codes in the terminal and as SVG",
         without="the pairing link to copy",
+        is_used=True,
     ),
     OptionalPackage(
         module="jinja2",
@@ -856,6 +859,22 @@ def parse_urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def parse_relay_url(text: str) -> str:
+    """A relay's URL in its one form, `wss://host[:port][/path]`: without the `/pair` that is always there.
+
+    `https` and `http` stand for `wss` and `ws`. A query (an access token) is kept. ValueError for anything else.
+    """
+    parts = urllib.parse.urlsplit(text)
+    scheme = {"ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}.get(parts.scheme)
+    is_plain = text.isascii() and text.isprintable() and " " not in text and len(text) <= RELAY_URL_LIMIT_CHARS
+    if not is_plain or scheme is None or not parts.hostname or "@" in parts.netloc or parts.fragment:
+        raise ValueError("it must be the URL of a relay, such as wss://relay.example.org")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    port = "" if parts.port is None else f":{parts.port}"  # ValueError beyond 65535
+    path = parts.path.rstrip("/").removesuffix("/pair").rstrip("/")
+    return f"{scheme}://{host}{port}{path}" + (f"?{parts.query}" if parts.query else "")
+
+
 def is_engine_url(engine: str | None) -> TypeGuard[str]:
     """Whether `--engine` names a server, rather than an engine of ours."""
     return engine is not None and "://" in engine
@@ -931,7 +950,7 @@ class OffloadConfig:
     served here, or (`request.is_outgoing`) serve this one: yes only if it shows the same `request.code`. Without it and
     without an answer in time the answer is no. `on_offload(peer)` is told of each request
     that another device answers. `custom_discovery() -> list[Peer]` is asked for more devices now and then; they may
-    also be in their JSON form. `rendezvous_url` is refused: the internet path is not in this version.
+    also be in their JSON form.
     """
 
     enabled: bool = option(
@@ -1071,10 +1090,17 @@ class OffloadConfig:
         "pairing",
         metavar="FILE",
     )
+    rendezvous_url: str | None = option(
+        "--rendezvous-url",
+        None,
+        "relay where devices meet that share no network, such as wss://relay.example.org; `pair qr` begins there",
+        "relay",
+        parse=parse_relay_url,
+        metavar="URL",
+    )
     on_pairing_request: Callable[[Any], Any] | None = None
     on_offload: Callable[[Any], Any] | None = None
     custom_discovery: Callable[[], Any] | None = None
-    rendezvous_url: str | None = None
 
     @property
     def is_active(self) -> bool:
@@ -1384,6 +1410,7 @@ OPTION_GROUPS = {
     "access": "Who may use it",
     "offload": "Offload",
     "pairing": "Other devices",
+    "relay": "Devices elsewhere",
     "files": "Files and logs",
 }
 
@@ -1438,8 +1465,6 @@ def build_config(
 def normalize_config(config: Config) -> Config:
     """A config that a program made, its values as the other sources would give them: a Path as its text, a list as a
     tuple. UsageError names the field whose value they would not take."""
-    if config.offload.rendezvous_url is not None:
-        raise UsageError("OffloadConfig.rendezvous_url: the internet path is not in this version yet; leave it out")
     offload = replace(config.offload, **_normalize_fields(config.offload, "OffloadConfig."))
     return replace(config, **_normalize_fields(config, ""), offload=offload)
 
@@ -9203,12 +9228,14 @@ class PairingLink:
 
     `pair_id`: 16 bytes that name it to the provider; `resume_psk`: 32 bytes that both sides have; `room`: 16 bytes,
     where the provider listens at a relay. `pending_until_ms`: None once it was used; before, it ends at this time.
+    `relay_url`: the relay where the devices paired, None for those that met on a network of their own.
     """
 
     pair_id: bytes
     resume_psk: bytes = field(repr=False)
     room: bytes = field(repr=False)
     pending_until_ms: int | None = None
+    relay_url: str | None = field(default=None, repr=False)
 
 
 @record(frozen=True, kw_only=True, slots=True)
@@ -9348,6 +9375,7 @@ def _parse_link(members: Mapping[str, Any] | None) -> PairingLink | None:
         resume_psk=parse_base64url(members["resumePsk"]),
         room=parse_base64url(members["room"]),
         pending_until_ms=members["pendingUntil"],
+        relay_url=None if members.get("relayUrl") is None else parse_relay_url(members["relayUrl"]),
     )
     if (len(link.pair_id), len(link.resume_psk), len(link.room)) != (16, 32, 16):
         raise ValueError("a link of other lengths")
@@ -9364,6 +9392,7 @@ def _build_link_members(link: PairingLink | None) -> dict[str, Any] | None:
         "resumePsk": encode_base64url(link.resume_psk),
         "room": encode_base64url(link.room),
         "pendingUntil": link.pending_until_ms,
+        "relayUrl": link.relay_url,
     }
 
 
@@ -13664,6 +13693,13 @@ def parse_socket_address(sockaddr: Any) -> tuple[str, int]:
         mapped = ipaddress.IPv6Address(host).ipv4_mapped
         host = host if mapped is None else str(mapped)
     return host, int(sockaddr[1])
+
+
+async def finish_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel what still runs, and wait for its end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def call_back(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -24057,6 +24093,7 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
 TUNNEL_SUBPROTOCOL = "dvai-noise.1"
 TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
 TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
+RELAY_HOST_SUFFIX = ".relay.invalid"  # no resolver ever finds it (RFC 6761 section 6.4)
 TUNNEL_PROOF_S = 3.0  # a provider that is asked for a sign of life and gives none
 
 
@@ -24067,6 +24104,9 @@ class FrameSocket(Protocol):
     async def receive(self) -> bytes | str | None: ...
     async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None: ...
 
+
+# A session with the provider of this link; the seconds that may take. UpstreamConnectError says why there is none.
+DialRelay = Callable[[PairingLink, float], Awaitable[FrameSocket]]
 
 _tunnel_logger = logging.getLogger("dvai_bridge.tunnel")
 
@@ -24079,6 +24119,16 @@ def build_tunnel_url(url: HttpUrl) -> str:
     """Where the bridge at this address opens tunnels."""
     host = f"[{url.host.replace('%', '%25')}]" if ":" in url.host else url.host
     return f"{'wss' if url.is_tls else 'ws'}://{host}:{url.port}/v1{TUNNEL_PATH}"
+
+
+def build_relayed_base_url(link: PairingLink) -> str:
+    """What stands for the address of a device that is reached through a relay: a name that no resolver knows."""
+    return f"http://{link.pair_id.hex()}{RELAY_HOST_SUFFIX}/v1"
+
+
+def is_relayed_url(url: HttpUrl) -> bool:
+    """Whether a URL is of a device that is reached through a relay."""
+    return url.host.endswith(RELAY_HOST_SUFFIX)
 
 
 class ChannelLink:
@@ -24593,10 +24643,12 @@ class Tunnel:
         pairing: Pairing,
         *,
         backend: CryptoBackend,
+        dial_relay: DialRelay | None = None,
         random: RandomBytes = os.urandom,
     ) -> None:
         self._identity = identity
         self._store = store
+        self._dial_relay = dial_relay
         self.pairing = pairing
         self._backend = backend
         self._random = random
@@ -24681,12 +24733,7 @@ class Tunnel:
         link, identity_key = pairing.outbound_link, pairing.identity_key
         if link is None or identity_key is None:
             raise UpstreamConnectError("this pairing has no tunnel")
-        socket = await connect_websocket(
-            build_tunnel_url(url),
-            subprotocols=(TUNNEL_SUBPROTOCOL,),
-            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
-            timeout_s=limit_s,
-        )
+        socket = await self._open_socket(url, link, limit_s)
         terms = build_resume_terms(
             pair_id=link.pair_id,
             initiator_device_id=self._identity.device_id,
@@ -24698,7 +24745,8 @@ class Tunnel:
         ephemeral = build_key_pair(self._random(KEY_BYTES), self._backend)
         now_s = asyncio.get_running_loop().time()
         handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
-        channel = Channel(handshake, now=now_s, serves=False)
+        path = ChannelPath.RELAY if is_relayed_url(url) else ChannelPath.DIRECT
+        channel = Channel(handshake, now=now_s, path=path, serves=False)
         connection = TunnelConnection(
             channel,
             socket,
@@ -24718,11 +24766,24 @@ class Tunnel:
         self._store.activate(pairing, PairingDirection.OUTBOUND)
         return connection
 
+    async def _open_socket(self, url: HttpUrl, link: PairingLink, limit_s: float) -> FrameSocket:
+        if is_relayed_url(url):
+            if self._dial_relay is None:
+                raise UpstreamConnectError("this device is in touch with no relay")
+            return await self._dial_relay(link, limit_s)
+        return await connect_websocket(
+            build_tunnel_url(url),
+            subprotocols=(TUNNEL_SUBPROTOCOL,),
+            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+            timeout_s=limit_s,
+        )
+
 
 class PeerClient:
     """Asks peers: those with a secure pairing through their tunnel, paired hubs by signed HTTP, others as anybody.
 
-    Belongs to one event loop; `close` ends every tunnel. The HttpClient is the caller's.
+    A pairing has one tunnel directly and another through a relay (`dial_relay`): which of them, the URL says. Belongs
+    to one event loop; `close` ends every tunnel. The HttpClient is the caller's.
     """
 
     def __init__(
@@ -24732,16 +24793,18 @@ class PeerClient:
         identity: Identity,
         store: PairingStore | None,
         app_id: str | None,
+        dial_relay: DialRelay | None = None,
         clock_ms: Callable[[], int] = read_clock_ms,
         random: RandomBytes = os.urandom,
     ) -> None:
         self._http = http
+        self._dial_relay = dial_relay
         self._identity = identity
         self._store = store
         self._app_id = app_id
         self._clock_ms = clock_ms
         self._random = random
-        self._tunnels: dict[PairingKey, Tunnel] = {}
+        self._tunnels: dict[tuple[PairingKey, bool], Tunnel] = {}  # directly, and through a relay
         self._unsubscribe = None if store is None else store.subscribe(self._note_pairing)
 
     def request(
@@ -24755,13 +24818,15 @@ class PeerClient:
         budgets: HttpBudgets | None = None,
     ) -> ClientExchange | TunnelExchange:
         """A request, sent when the block is entered. Raises what HttpClient.request does, and PairingEndedError."""
+        if is_relayed_url(url) and (pairing is None or pairing.outbound_link is None):
+            raise PairingEndedError("devices elsewhere are reached only by those that are paired with them")
         if pairing is None:
             return self._http.request(method, url, headers=headers, body=body, budgets=budgets)
         if pairing.outbound_link is None:
             fields = [*headers, *self._sign(pairing, method, url.target, body)]
             return self._http.request(method, url, headers=fields, body=body, budgets=budgets)
         return TunnelExchange(
-            self._get_tunnel(pairing),
+            self._get_tunnel(pairing, is_relayed=is_relayed_url(url)),
             url,
             method=method,
             headers=list(headers),
@@ -24778,8 +24843,8 @@ class PeerClient:
         return self.request(pairing, method, url, **options)
 
     def find_tunnel(self, pairing: Pairing) -> HttpUrl | None:
-        """Where the tunnel to this peer was dialled, None unless one is open now."""
-        tunnel = self._tunnels.get(pairing.key)
+        """Where the direct tunnel to this peer was dialled, None unless one is open now."""
+        tunnel = self._tunnels.get((pairing.key, False))
         return tunnel.url if tunnel is not None and tunnel.is_open else None
 
     async def close(self) -> None:
@@ -24801,24 +24866,1482 @@ class PeerClient:
             random=self._random,
         )
 
-    def _get_tunnel(self, pairing: Pairing) -> Tunnel:
-        tunnel = self._tunnels.get(pairing.key)
+    def _get_tunnel(self, pairing: Pairing, *, is_relayed: bool) -> Tunnel:
+        tunnel = self._tunnels.get((pairing.key, is_relayed))
         if tunnel is None:
             assert self._store is not None  # where pairings come from
-            tunnel = self._tunnels[pairing.key] = Tunnel(
-                self._identity, self._store, pairing, backend=choose_crypto_backend(), random=self._random
+            tunnel = self._tunnels[pairing.key, is_relayed] = Tunnel(
+                self._identity,
+                self._store,
+                pairing,
+                backend=choose_crypto_backend(),
+                dial_relay=self._dial_relay,
+                random=self._random,
             )
         return tunnel
 
     def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
         """A pairing that is over, or was made anew, takes its tunnel with it."""
         known = after or before
-        if known is None or (tunnel := self._tunnels.get(known.key)) is None:
+        if known is None:
             return
-        if before is not None and has_lost_access(before, after, PairingDirection.OUTBOUND):
-            tunnel.end()
-        if after is not None and after.outbound_link is not None:
-            tunnel.pairing, tunnel.is_over = after, False
+        for is_relayed in (False, True):
+            tunnel = self._tunnels.get((known.key, is_relayed))
+            if tunnel is None:
+                continue
+            if before is not None and has_lost_access(before, after, PairingDirection.OUTBOUND):
+                tunnel.end()
+            if after is not None and after.outbound_link is not None:
+                tunnel.pairing, tunnel.is_over = after, False
+
+
+# ---- Rendezvous -----------------------------------------------------------------------
+# Devices that share no network meet at a relay: its messages, the sessions on one WebSocket, and who stays in touch.
+#
+#     Rendezvous ── one per relay ──► RelayClient ──► RelayConnection ──► RelaySession, each a FrameSocket
+#     which rooms, by the pairings    connects again  reads one WebSocket  carries the outer frames of a channel
+#
+# The provider of a pairing listens in the room that its link names, the consumer dials it. Both stay connected, so
+# whichever of the three was gone and comes back, the next request finds its way without anybody's help. Nothing here
+# trusts the relay: whatever it changes, repeats, drops or connects crosswise, the channel inside a session notices.
+
+RELAY_SUBPROTOCOL = "dvai-relay.2"
+RELAY_PATH = "/pair"
+RELAY_PING_INTERVAL_S = 25.0  # proxies that close what is silent for half a minute
+RELAY_PINGS_MISSED_LIMIT = 2  # then the relay is gone, though nobody said so
+RELAY_SESSIONS_LIMIT = 64  # sessions that a relay begins on one connection
+RELAY_SESSION_QUEUE_LIMIT_BYTES = 256 * KIB  # frames of a session that are not taken: then it ends
+RELAY_TEXT_LIMIT_CHARS = 512  # what a relay says
+RELAY_BACK_OFF_S = 1.0  # a relay that starts again, and everybody who calls it at once
+RELAY_BACK_OFF_FACTOR = 1.5
+RELAY_BACK_OFF_LIMIT_S = 60.0
+RELAY_DIAL_S = 10.0  # dialling somebody of whom the relay says nothing
+
+_TAG = struct.Struct(">I")
+
+relay_log = logging.getLogger("dvai_bridge.relay")
+
+
+class RelayError(UpstreamError):
+    """The relay said something that it may not say, or refused."""
+
+
+@record(frozen=True, slots=True)
+class RelayCreated:
+    """A session that waits for whoever scans the code. The payload is the relay's own idea of it."""
+
+    session_id: str
+    qr_payload: str
+    expires_at_ms: int
+
+
+@record(frozen=True, slots=True)
+class RelayPeerConnected:
+    """Both ends of a pairing session are there. `key`: what the relay says is the other side's ephemeral key."""
+
+    session_id: str
+    key: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayListening:
+    """We are the one who listens in this room."""
+
+    room: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayUnlistened:
+    """Somebody else listens in this room now."""
+
+    room: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayDialed:
+    """A session to whoever listens in a room."""
+
+    session_id: str
+    room: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayIncoming:
+    """Somebody dialled our room."""
+
+    session_id: str
+    room: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayFrame:
+    """An outer frame of a session."""
+
+    session_id: str
+    frame: bytes
+
+
+@record(frozen=True, slots=True)
+class RelayEnded:
+    """A session is over. `reason`: foreign text."""
+
+    session_id: str
+    reason: str
+
+
+@record(frozen=True, slots=True)
+class RelayRefused:
+    """The relay did not do something. `message`: foreign text; `room`, `session_id`: what it is about, if it says."""
+
+    code: str
+    message: str
+    room: bytes | None = None
+    session_id: str | None = None
+
+
+RelayEvent = (
+    RelayCreated
+    | RelayPeerConnected
+    | RelayListening
+    | RelayUnlistened
+    | RelayDialed
+    | RelayIncoming
+    | RelayFrame
+    | RelayEnded
+    | RelayRefused
+)
+
+
+class RelayProtocol:
+    """What a client and a relay say to each other on one WebSocket. Pure.
+
+    `receive` turns a message into an event, None for those that need no answer; RelayError ends the connection. The
+    others build messages. `is_binary`: both speak dvai-relay.2. Without it a pairing session is the only one, and its
+    messages do not name it.
+    """
+
+    def __init__(self, *, is_binary: bool) -> None:
+        self._is_binary = is_binary
+        self._tags: dict[str, int | None] = {}  # of the sessions that go on
+        self._sessions: dict[int, str] = {}  # by tag
+        self._pairing_session: str | None = None
+
+    # -- what is said --
+
+    def build_pair_source(self, introduction: Mapping[str, Any]) -> str:
+        """Asks for a session that waits for a scan."""
+        return self._build("pair-source", **introduction)
+
+    def build_pair_target(self, session_id: str, introduction: Mapping[str, Any]) -> str:
+        """Joins the session that a code names."""
+        self._pairing_session = session_id
+        return self._build("pair-target", sessionId=session_id, **introduction)
+
+    def build_listen(self, room: bytes) -> str:
+        """Wants to be dialled in a room."""
+        return self._build("listen", v=1, room=encode_base64url(room))
+
+    def build_dial(self, room: bytes) -> str:
+        """Wants a session with whoever listens in a room."""
+        return self._build("dial", v=1, room=encode_base64url(room))
+
+    def build_hangup(self, session_id: str, reason: str) -> str:
+        """Ends a session."""
+        self.forget(session_id)
+        return self._build("hangup", sessionId=session_id, reason=reason)
+
+    def build_ping(self) -> str:
+        """Shows that we are there."""
+        return self._build("ping")
+
+    def build_frame(self, session_id: str, frame: bytes) -> str | bytes:
+        """An outer frame within a session."""
+        tag = self._tags.get(session_id)
+        if tag is not None:
+            return _TAG.pack(tag) + frame
+        return self._build("relay", sessionId=session_id, payload=encode_base64url(frame))
+
+    def forget(self, session_id: str) -> None:
+        """A session is over; frames of it that are still under way mean nothing."""
+        tag = self._tags.pop(session_id, None)
+        if tag is not None:
+            del self._sessions[tag]
+
+    @staticmethod
+    def _build(kind: str, **members: Any) -> str:
+        return encode_json({"type": kind, **members}).decode()
+
+    # -- what is heard --
+
+    def receive(self, message: str | bytes) -> RelayEvent | None:
+        """What a message says. RelayError for one that no relay sends."""
+        if isinstance(message, bytes):
+            return self._receive_binary(message)
+        try:
+            document = parse_json(message.encode())
+            return self._RECEIVERS[document["type"]](self, document)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise RelayError("the relay sent a message that is none") from exc
+
+    def _receive_binary(self, message: bytes) -> RelayFrame | None:
+        if not self._is_binary or len(message) < _TAG.size:
+            raise RelayError("the relay sent a frame without a tag")
+        session_id = self._sessions.get(_TAG.unpack_from(message)[0])
+        return None if session_id is None else RelayFrame(session_id, message[_TAG.size :])
+
+    def _receive_pong(self, document: Mapping[str, Any]) -> None:
+        """The relay is there; that anything came has shown it."""
+
+    def _receive_frame(self, document: Mapping[str, Any]) -> RelayFrame | None:
+        session_id = document.get("sessionId", self._pairing_session)
+        if session_id not in self._tags:  # it has ended, and this was under way
+            return None
+        return RelayFrame(session_id, parse_base64url(document["payload"]))
+
+    def _receive_created(self, document: Mapping[str, Any]) -> RelayCreated:
+        session_id, payload, expires_at_ms = document["sessionId"], document["qrPayload"], document["expiresAt"]
+        if not is_peer_id(session_id) or not isinstance(payload, str) or as_integer(expires_at_ms) is None:
+            raise ValueError("no session")
+        self._pairing_session = session_id
+        return RelayCreated(session_id, payload, expires_at_ms)
+
+    def _receive_connected(self, document: Mapping[str, Any]) -> RelayPeerConnected:
+        session_id = self._pairing_session
+        if session_id is None or document.get("sessionId", session_id) != session_id:
+            raise ValueError("a peer in no session of ours")
+        try:
+            key = parse_base64url(document["peerEphemeralPubKey"])
+        except ValueError:
+            key = b""  # other software's, which has another alphabet
+        self._begin(session_id, document)
+        return RelayPeerConnected(session_id, key)
+
+    def _receive_listening(self, document: Mapping[str, Any]) -> RelayListening:
+        return RelayListening(_parse_room(document))
+
+    def _receive_unlistened(self, document: Mapping[str, Any]) -> RelayUnlistened:
+        return RelayUnlistened(_parse_room(document))
+
+    def _receive_dialed(self, document: Mapping[str, Any]) -> RelayDialed:
+        room = _parse_room(document)
+        return RelayDialed(self._begin(document["sessionId"], document), room)
+
+    def _receive_incoming(self, document: Mapping[str, Any]) -> RelayIncoming:
+        room = _parse_room(document)
+        return RelayIncoming(self._begin(document["sessionId"], document), room)
+
+    def _receive_ended(self, document: Mapping[str, Any]) -> RelayEnded | None:
+        session_id = document.get("sessionId", self._pairing_session)
+        if session_id not in self._tags and session_id != self._pairing_session:
+            return None
+        self.forget(session_id)
+        return RelayEnded(session_id, _parse_relay_text(document.get("reason", "")))
+
+    def _receive_error(self, document: Mapping[str, Any]) -> RelayRefused:
+        room, session_id = document.get("room"), document.get("sessionId")
+        return RelayRefused(
+            code=_parse_relay_text(document["code"]),
+            message=_parse_relay_text(document.get("message", "")),
+            room=None if room is None else _parse_room(document),
+            session_id=session_id if is_peer_id(session_id) else None,
+        )
+
+    _RECEIVERS: ClassVar[Mapping[str, Callable[[RelayProtocol, Mapping[str, Any]], RelayEvent | None]]] = {
+        "session-created": _receive_created,
+        "peer-connected": _receive_connected,
+        "relay": _receive_frame,
+        "pong": _receive_pong,
+        "listening": _receive_listening,
+        "unlistened": _receive_unlistened,
+        "dialed": _receive_dialed,
+        "incoming": _receive_incoming,
+        "hangup": _receive_ended,
+        "peer-disconnected": _receive_ended,
+        "error": _receive_error,
+    }
+
+    def _begin(self, session_id: Any, document: Mapping[str, Any]) -> str:
+        tag = document.get("tag")
+        if not is_peer_id(session_id) or session_id in self._tags:
+            raise ValueError("no session, or the same one again")
+        if self._is_binary:
+            tag = as_integer(tag)
+            if tag is None or not 0 <= tag < 2**32 or tag in self._sessions:
+                raise ValueError("a session without a tag of its own")
+            self._sessions[tag] = session_id
+        self._tags[session_id] = tag if self._is_binary else None
+        return session_id
+
+
+def _parse_room(document: Mapping[str, Any]) -> bytes:
+    room = parse_base64url(document["room"])
+    if len(room) != 16:
+        raise ValueError("not a room")
+    return room
+
+
+def _parse_relay_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value[:RELAY_TEXT_LIMIT_CHARS]
+
+
+def describe_refusal(code: str, message: str) -> str:
+    """What an error of a relay means, for people."""
+    known = {
+        "unknown_message_type": "this relay is of another kind: devices can pair there, but not find each other again",
+        "rate_limited": "the relay says that this network asks too often; it is tried again",
+        "server_at_capacity": "the relay is full",
+        "session_join_failed": "the code has run out or was used already: show a new one",
+        "session_not_found": "the session at the relay has ended",
+        "not_listening": "the other device is not connected to the relay now",
+    }
+    return known.get(code) or f"the relay refused: {display_name(message or code)}"
+
+
+class RelaySession:
+    """One session, as a FrameSocket. `end_reason`: why it is over, for people; None while it goes on."""
+
+    def __init__(self, connection: RelayConnection, session_id: str) -> None:
+        self.session_id = session_id
+        self.end_reason: str | None = None
+        self._connection = connection
+        self._frames: deque[bytes] = deque()
+        self._held_bytes = 0
+        self._changed = asyncio.Event()
+
+    async def send_binary(self, data: bytes) -> None:
+        """Sends one frame, and waits while the relay takes too little; ConnectionError once the session is over."""
+        if self.end_reason is not None:
+            raise ConnectionResetError("the session at the relay is over")
+        await self._connection.send_frame(self.session_id, data)
+
+    async def receive(self) -> bytes | str | None:
+        """The next frame, None once no more will come."""
+        while not self._frames:
+            if self.end_reason is not None:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        frame = self._frames.popleft()
+        self._held_bytes -= len(frame)
+        return frame
+
+    async def close(self, code: int = CLOSE_NORMAL, reason: str = "") -> None:
+        """Hangs up."""
+        await self._connection.hang_up(self, reason or "closed")
+
+    def take_in(self, frame: bytes) -> bool:
+        """A frame has come; False if more wait than may."""
+        self._frames.append(frame)
+        self._held_bytes += len(frame)
+        self._changed.set()
+        return self._held_bytes <= RELAY_SESSION_QUEUE_LIMIT_BYTES
+
+    def end(self, reason: str) -> None:
+        """No more frames come."""
+        if self.end_reason is None:
+            self.end_reason = reason
+        self._changed.set()
+
+
+async def open_relay(
+    url: str, on_event: Callable[[RelayEvent], None], *, timeout_s: float, environ: Mapping[str, str] | None
+) -> RelayConnection:
+    """A connection to a relay. UpstreamError says why there is none, and whether a captive portal answered instead."""
+    base, mark, query = url.partition("?")
+    socket = await connect_websocket(
+        f"{base}{RELAY_PATH}{mark}{query}",
+        subprotocols=(RELAY_SUBPROTOCOL,),
+        limit_bytes=RELAY_MESSAGE_LIMIT_BYTES,
+        timeout_s=timeout_s,
+        environ=environ,
+    )
+    return RelayConnection(socket, on_event)
+
+
+class RelayConnection:
+    """One WebSocket to a relay and the sessions on it. `run` reads until it ends; other events go to `on_event`."""
+
+    def __init__(self, socket: WebSocket, on_event: Callable[[RelayEvent], None]) -> None:
+        self._socket = socket
+        self._on_event = on_event
+        self._protocol = RelayProtocol(is_binary=socket.subprotocol == RELAY_SUBPROTOCOL)
+        self._sessions: dict[str, RelaySession] = {}
+        self._hangups: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self.heard_at_s = self._loop.time()
+        self.last_refusal: RelayRefused | None = None
+        self.end_reason: str | None = None
+
+    async def run(self) -> str:
+        """Reads until the connection ends, and tells why it did. Cancelling ends it."""
+        pinging = asyncio.create_task(self._ping(), name="relay ping")
+        try:
+            while (message := await self._socket.receive()) is not None:
+                self.heard_at_s = self._loop.time()
+                event = self._protocol.receive(message)
+                if event is not None:
+                    self._take_in(event)
+            self.end_reason = self._explain_close()
+        except RelayError as error:
+            self.end_reason = error.message
+        finally:
+            self.end_reason = self.end_reason or "the connection to the relay was closed"
+            for session in list(self._sessions.values()):
+                session.end(self.end_reason)
+            self._sessions.clear()
+            tasks = [pinging, *self._hangups]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await self._socket.close()
+        return self.end_reason
+
+    async def send(self, build: Callable[[RelayProtocol], str]) -> None:
+        """Sends the message that `build` makes. ConnectionError once the connection is closed."""
+        await self._socket.send_text(build(self._protocol))
+
+    async def send_frame(self, session_id: str, frame: bytes) -> None:
+        """Sends a frame of a session. ConnectionError once the connection is closed."""
+        message = self._protocol.build_frame(session_id, frame)
+        if isinstance(message, bytes):
+            await self._socket.send_binary(message)
+        else:
+            await self._socket.send_text(message)
+
+    async def hang_up(self, session: RelaySession, reason: str) -> None:
+        """Ends a session."""
+        session.end("hung up here")
+        if self._sessions.pop(session.session_id, None) is not None:
+            with contextlib.suppress(ConnectionError):
+                await self.send(lambda protocol: protocol.build_hangup(session.session_id, reason))
+
+    def begin_session(self, session_id: str) -> RelaySession:
+        """The session that an event told of, whose frames are kept from now on."""
+        session = self._sessions[session_id] = RelaySession(self, session_id)
+        return session
+
+    async def close(self) -> None:
+        """Ends the connection; `run` returns."""
+        await self._socket.close()
+
+    def _take_in(self, event: RelayEvent) -> None:
+        if isinstance(event, RelayFrame):
+            session = self._sessions.get(event.session_id)
+            if session is not None and not session.take_in(event.frame):
+                self._begin_hangup(session, "session_stalled")
+            return
+        if isinstance(event, RelayEnded):
+            session = self._sessions.pop(event.session_id, None)
+            if session is not None:
+                session.end(f"the other device is gone ({display_name(event.reason) or 'the relay does not say why'})")
+        if isinstance(event, RelayRefused):
+            self.last_refusal = event
+        self._on_event(event)
+
+    def _begin_hangup(self, session: RelaySession, reason: str) -> None:
+        task = asyncio.create_task(self.hang_up(session, reason), name="relay hangup")
+        self._hangups.add(task)
+        task.add_done_callback(self._hangups.discard)
+
+    def _explain_close(self) -> str:
+        refusal = self.last_refusal
+        if refusal is not None and self._socket.close_code not in (CLOSE_NORMAL, CLOSE_ABNORMAL):
+            return describe_refusal(refusal.code, refusal.message)
+        said = display_name(self._socket.close_reason)
+        return f"the relay closed the connection{f' ({said})' if said else ''}"
+
+    async def _ping(self) -> None:
+        missed = 0
+        with contextlib.suppress(ConnectionError):
+            while missed <= RELAY_PINGS_MISSED_LIMIT:
+                sent_at_s = self._loop.time()
+                await self.send(RelayProtocol.build_ping)
+                await asyncio.sleep(RELAY_PING_INTERVAL_S)
+                missed = 0 if self.heard_at_s >= sent_at_s else missed + 1
+        await self._socket.close()
+
+
+class RelayClient:
+    """Stays connected to one relay, listens there in `rooms`, and dials others. Belongs to one event loop.
+
+    `serve` gets each session that somebody dialled; `on_connected` is called when the relay is there (again).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        serve: Callable[[RelaySession], Awaitable[None]],
+        on_connected: Callable[[], None],
+        environ: Mapping[str, str] | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.url = url
+        self.rooms: frozenset[bytes] = frozenset()
+        self._serve = serve
+        self._on_connected = on_connected
+        self._environ = environ
+        self._jitter = jitter
+        self._connection: RelayConnection | None = None
+        self._problem = "it was not reached yet"
+        self._waiting: dict[bytes, asyncio.Future[RelaySession]] = {}  # dialled, by room
+        self._serving: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()  # connected, or the connection failed
+        self._hurry = asyncio.Event()  # somebody wants to dial
+        self._task = asyncio.create_task(self._run(), name="relay")
+
+    @property
+    def shown_url(self) -> str:
+        """The relay's URL without what may be a secret."""
+        return display_name(self.url.partition("?")[0])
+
+    async def listen(self, rooms: frozenset[bytes]) -> None:
+        """Listen in these rooms, now and after every reconnection. Others are given up with the connection."""
+        new, self.rooms = rooms - self.rooms, rooms
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(ConnectionError):
+                await self._listen_on(connection, new)
+
+    async def dial(self, room: bytes, limit_s: float) -> RelaySession:
+        """A session with whoever listens in a room. UpstreamConnectError says why there is none."""
+        if room in self._waiting:
+            raise UpstreamConnectError("this device is being dialled already")
+        began_at_s = asyncio.get_running_loop().time()
+        dialled: asyncio.Future[RelaySession] = asyncio.get_running_loop().create_future()
+        self._waiting[room] = dialled
+        session: RelaySession | None = None
+        try:
+            async with asyncio.timeout(min(limit_s, RELAY_DIAL_S)):
+                connection = await self._wait_connected()
+                await connection.send(lambda protocol: protocol.build_dial(room))
+                session = await dialled
+        except TimeoutError:
+            self._doubt(began_at_s)
+            raise UpstreamConnectError(f"the relay {self.shown_url} did not answer in time: {self._problem}") from None
+        except ConnectionError:
+            raise UpstreamConnectError(f"the relay {self.shown_url} cannot be reached: {self._problem}") from None
+        finally:
+            del self._waiting[room]
+            if session is None and dialled.done() and not dialled.cancelled() and dialled.exception() is None:
+                self._spawn(dialled.result().close())  # it came in the very moment when nobody wanted it any more
+        return session
+
+    def _doubt(self, since_s: float) -> None:
+        """A connection on which nothing came since then is made anew: this device may have slept, or moved."""
+        connection = self._connection
+        if connection is not None and connection.heard_at_s < since_s:
+            self._spawn(connection.close())
+
+    async def close(self) -> None:
+        """Leaves the relay; sessions end."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _wait_connected(self) -> RelayConnection:
+        self._hurry.set()
+        while self._connection is None:
+            self._changed.clear()
+            await self._changed.wait()
+            if self._connection is None:
+                raise UpstreamConnectError(f"the relay {self.shown_url} cannot be reached: {self._problem}")
+        return self._connection
+
+    async def _run(self) -> None:
+        failures = 0
+        try:
+            while True:
+                began_s = asyncio.get_running_loop().time()
+                try:
+                    await self._connect_once()
+                except (BridgeError, ConnectionError, ValueError) as error:
+                    self._problem = error.message if isinstance(error, BridgeError) else str(error)
+                except Exception:
+                    self._problem = "internal error"
+                    relay_log.exception("the connection to %s failed", self.shown_url)
+                lived_s = asyncio.get_running_loop().time() - began_s
+                failures = 0 if lived_s > RELAY_BACK_OFF_LIMIT_S else failures + 1
+                relay_log.log(
+                    logging.WARNING if failures == 1 else logging.DEBUG, "%s: %s", self.shown_url, self._problem
+                )
+                self._changed.set()
+                await self._back_off(failures)
+        finally:
+            await finish_tasks(*self._serving)
+
+    async def _back_off(self, failures: int) -> None:
+        """Waits; whoever dials meanwhile shortens that to the least there is."""
+        least_s = RELAY_BACK_OFF_S * (0.5 + self._jitter())
+        await asyncio.sleep(least_s)
+        longest_s = RELAY_BACK_OFF_S * RELAY_BACK_OFF_FACTOR ** min(failures - 1, 32) if failures else 0.0
+        self._hurry.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(longest_s, RELAY_BACK_OFF_LIMIT_S) * (0.5 + self._jitter()) - least_s):
+                await self._hurry.wait()
+
+    async def _connect_once(self) -> None:
+        """Connects, listens, and reads until the connection ends."""
+        connection = await open_relay(self.url, self._take_in, timeout_s=WEBSOCKET_OPEN_S, environ=self._environ)
+        self._connection, self._problem = connection, "it says nothing"
+        reading = asyncio.create_task(connection.run(), name="relay connection")
+        try:
+            with contextlib.suppress(ConnectionError):
+                await self._listen_on(connection, self.rooms)
+            self._changed.set()
+            self._on_connected()
+            relay_log.info("connected to the relay %s", self.shown_url)
+            self._problem = await asyncio.shield(reading)
+        finally:
+            self._connection = None
+            reading.cancel()
+            await asyncio.wait([reading])
+            for dialled in self._waiting.values():
+                if not dialled.done():
+                    dialled.set_exception(ConnectionResetError("the relay is gone"))
+                    dialled.exception()  # seen, though perhaps by nobody
+
+    async def _listen_on(self, connection: RelayConnection, rooms: Iterable[bytes]) -> None:
+        for room in rooms:
+            await connection.send(functools.partial(RelayProtocol.build_listen, room=room))
+
+    def _take_in(self, event: RelayEvent) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        if len(self._serving) >= 2 * RELAY_SESSIONS_LIMIT:  # so many that not even hanging up gets through
+            raise RelayError("the relay begins sessions without end")
+        if isinstance(event, RelayDialed):
+            dialled = self._waiting.get(event.room)
+            session = connection.begin_session(event.session_id)
+            if dialled is not None and not dialled.done():
+                dialled.set_result(session)
+            else:  # whoever dialled has stopped waiting
+                self._spawn(session.close())
+        elif isinstance(event, RelayIncoming):
+            session = connection.begin_session(event.session_id)
+            has_room = event.room in self.rooms and len(self._serving) < RELAY_SESSIONS_LIMIT
+            self._spawn(self._serve_session(session) if has_room else session.close())
+        elif isinstance(event, RelayRefused):
+            self._take_refusal(event)
+        elif isinstance(event, RelayUnlistened) and event.room in self.rooms:
+            relay_log.warning("another copy of this device listens at %s in place of this one", self.shown_url)
+
+    def _take_refusal(self, refusal: RelayRefused) -> None:
+        reason = describe_refusal(refusal.code, refusal.message)
+        dialled = None if refusal.room is None else self._waiting.get(refusal.room)
+        if dialled is not None and not dialled.done():
+            dialled.set_exception(UpstreamConnectError(reason))
+        else:
+            level = logging.DEBUG if refusal.room or refusal.session_id else logging.WARNING
+            relay_log.log(level, "%s: %s", self.shown_url, reason)
+
+    async def _serve_session(self, session: RelaySession) -> None:
+        try:
+            await self._serve(session)
+        except Exception:
+            relay_log.exception("internal error in a session at a relay")
+        finally:
+            await session.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="relay session")
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+
+def list_relay_urls(link: PairingLink, configured: str | None) -> tuple[str, ...]:
+    """The relays where a pairing's devices meet: the one where they paired, and the one of --rendezvous-url."""
+    return tuple(dict.fromkeys(url for url in (link.relay_url, configured) if url is not None))
+
+
+class Rendezvous:
+    """Who stays in touch with which relay: by the links of the pairings, at the relay of each.
+
+    A provider listens in the rooms of those who may use it; a consumer (`does_dial`) dials. `serve` gets the sessions
+    of consumers. `on_reachable` is told of each pairing whose provider may be there now.
+    """
+
+    def __init__(
+        self,
+        store: PairingStore,
+        *,
+        relay_url: str | None,
+        does_dial: bool,
+        serve: Callable[[RelaySession], Awaitable[None]],
+        on_reachable: Callable[[Pairing], None],
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._store = store
+        self._relay_url = relay_url
+        self._does_dial = does_dial
+        self._serve = serve
+        self._on_reachable = on_reachable
+        self._environ = environ
+        self._clients: dict[str, RelayClient] = {}
+        self._settling: asyncio.Task[None] | None = None
+        self._is_due = asyncio.Event()
+        self._unsubscribe: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Begin to be reachable."""
+        self._unsubscribe = self._store.subscribe(lambda before, after: self._is_due.set())
+        self._settling = asyncio.create_task(self._keep_settled(), name="rendezvous")
+        self._is_due.set()
+
+    async def close(self) -> None:
+        """Leave every relay."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        if self._settling is not None:
+            await finish_tasks(self._settling)
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
+
+    async def dial(self, link: PairingLink, limit_s: float) -> RelaySession:
+        """A session with the provider of a pairing, at the first relay where there is one. UpstreamConnectError."""
+        error = UpstreamConnectError("the two devices have no relay in common")
+        for url in list_relay_urls(link, self._relay_url):
+            client = self._clients.get(url)
+            if client is None:
+                continue
+            try:
+                return await client.dial(link.room, limit_s)
+            except UpstreamConnectError as exc:
+                error = exc
+        raise error
+
+    async def _keep_settled(self) -> None:
+        while True:
+            await self._is_due.wait()
+            self._is_due.clear()
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Brings the connections in line with the pairings."""
+        rooms: dict[str, set[bytes]] = defaultdict(set)
+        for pairing in self._store.pairings:
+            for url in self._list_urls(pairing, PairingDirection.INBOUND):
+                assert pairing.inbound_link is not None  # that has these URLs
+                rooms[url].add(pairing.inbound_link.room)
+            for url in self._list_urls(pairing, PairingDirection.OUTBOUND):
+                rooms[url].update(())
+        for url in self._clients.keys() - rooms.keys():
+            await self._clients.pop(url).close()
+        for url, named in rooms.items():
+            if url not in self._clients:
+                self._clients[url] = RelayClient(
+                    url,
+                    serve=self._serve,
+                    on_connected=functools.partial(self._tell_reachable, url),
+                    environ=self._environ,
+                )
+            await self._clients[url].listen(frozenset(named))
+            self._tell_reachable(url)
+
+    def _list_urls(self, pairing: Pairing, direction: PairingDirection) -> tuple[str, ...]:
+        link = pairing.get_link(direction)
+        if link is None or (direction is PairingDirection.OUTBOUND and not self._does_dial):
+            return ()
+        return list_relay_urls(link, self._relay_url)
+
+    def _tell_reachable(self, url: str) -> None:
+        for pairing in self._store.pairings:
+            if url in self._list_urls(pairing, PairingDirection.OUTBOUND):
+                self._on_reachable(pairing)
+
+
+# ---- QR pairing -----------------------------------------------------------------------
+# How two devices pair that only share a picture on a screen: the code, the meeting at the relay, the confirmation.
+#
+#     source, who shows the code                 relay                        target, who scans it
+#        │ pair-source, fresh key  ─────────────→ │                              │
+#        │ ←──────────────  session-created       │                              │
+#        │ ══════════ code: session, key, k (which no relay sees) ═════════════→ │
+#        │                                        │ ←──── pair-target, ephemeral │
+#        │ ←───────────────── peer-connected, to both ─────────────────────────→ │
+#        │ ←── Noise IKpsk1 with k, within relayed frames; the code of six digits ─→ │
+#        │ ←──────────────────────────────────────────────────────────────  PAIR │
+#        │ the user compares name and code; the pairing is kept as PENDING       │
+#        │ PAIR ───────────────────────────────────────────────────────────────→ │ kept as PENDING
+#        │ ←──────────────────────────────────────────────────── GOAWAY: it is kept │
+#
+# Then the source dials the room of the new pairing, and the first tunnel makes it ACTIVE on both sides. The relay has
+# neither k nor the picture: whatever it swaps, repeats, drops or holds back ends the pairing, and nothing is kept
+# before the user has seen what the handshake proved. A code is good for one pairing.
+
+QR_LIFETIME_MS = 120_000  # a code that is photographed and used later
+QR_FIRST_MESSAGE_S = 15.0  # devices that join and say nothing
+QR_FIRST_MESSAGES_LIMIT = 3  # guesses at what only the code tells
+QR_ANSWER_S = 30.0  # an answer that needs nobody's approval
+QR_CONFIRM_S = PROMPT_DEADLINE_S + QR_ANSWER_S  # of the other device's user
+QR_TEXT_LIMIT_CHARS = 4096  # memory taken by what somebody pastes
+QR_LINK_PREFIX = "dvai-bridge://pair?p="
+QR_EVENTS_LIMIT = 16  # a relay that tells and tells
+
+QR_TAMPERED = "somebody between the two devices, probably the relay, tampers: nothing was kept"
+
+_EventT = TypeVar("_EventT")
+
+qr_log = logging.getLogger("dvai_bridge.qr")
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class QrPayload:
+    """What a code says. `source_key`: 32 bytes, made for this code; `k`: 32 bytes that only the picture tells."""
+
+    relay_url: str = field(repr=False)
+    session_id: str
+    source_key: bytes
+    device_id: str
+    device_name: str
+    expires_at_ms: int
+    k: bytes = field(repr=False)
+
+
+def encode_qr_payload(payload: QrPayload) -> str:
+    """The text of a code."""
+    return encode_base64url(encode_json(_build_payload_members(payload) | {"k": encode_base64url(payload.k)}))
+
+
+def _build_payload_members(payload: QrPayload) -> dict[str, Any]:
+    return {
+        "v": 1,
+        "rendezvousUrl": payload.relay_url,
+        "sessionId": payload.session_id,
+        "sourceEphemeralPubKey": encode_base64url(payload.source_key),
+        "sourceDeviceId": payload.device_id,
+        "sourceDeviceName": payload.device_name,
+        "expiresAt": payload.expires_at_ms,
+    }
+
+
+def build_qr_link(text: str) -> str:
+    """The link that says what the code says."""
+    return QR_LINK_PREFIX + text
+
+
+def read_qr_text(scanned: str) -> str:
+    """The text of a code, of which `scanned` is that text or the link."""
+    return scanned.strip().removeprefix(QR_LINK_PREFIX)
+
+
+def parse_qr_payload(text: str) -> QrPayload:
+    """What the text of a code says. InvalidRequestError explains what is wrong with it."""
+    try:
+        if len(text) > QR_TEXT_LIMIT_CHARS:
+            raise ValueError("too long")
+        document = parse_json(parse_base64url(text))
+        version = document["v"]
+        has_k = "k" in document
+        payload = QrPayload(
+            relay_url=parse_relay_url(document["rendezvousUrl"]),
+            session_id=document["sessionId"],
+            source_key=parse_base64url(document["sourceEphemeralPubKey"]) if has_k else b"",
+            device_id=document["sourceDeviceId"],
+            device_name=document["sourceDeviceName"],
+            expires_at_ms=document["expiresAt"],
+            k=parse_base64url(document["k"]) if has_k else b"",
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise InvalidRequestError(
+            "this is no pairing code: copy the whole link, or the whole text of the code"
+        ) from exc
+    if version != 1:
+        raise InvalidRequestError("this pairing code is of a later version: update this program")
+    if not has_k:
+        raise InvalidRequestError(
+            "this pairing code is of software that lets the relay take part unseen (it has no secret of its own), "
+            "so it is refused: show the code with a DVAI Bridge of this version"
+        )
+    names = is_peer_id(payload.session_id), is_peer_id(payload.device_id), is_peer_name(payload.device_name)
+    is_sound = all(names) and as_integer(payload.expires_at_ms) is not None
+    if not is_sound or len(payload.k) != KEY_BYTES or find_x25519_fault(payload.source_key) is not None:
+        raise InvalidRequestError("this pairing code is damaged: scan or copy it again")
+    return payload
+
+
+def verify_relay_payload(payload: QrPayload, told: str) -> None:
+    """Raises PairingFailedError if the relay's own idea of a session is another one than what was said to it."""
+    try:
+        document = parse_json(parse_base64url(told))
+        members = _build_payload_members(payload)
+        names = ("sessionId", "sourceEphemeralPubKey", "sourceDeviceId", "sourceDeviceName")
+        is_same = all(document[name] == members[name] for name in names)
+    except (ValueError, TypeError, KeyError):
+        is_same = False
+    if not is_same:
+        raise PairingFailedError(f"the relay passes on another code than this device's: {QR_TAMPERED}")
+
+
+def list_pair_directions(own: PairMessage, peer: PairMessage) -> list[PairingDirection]:
+    """Who may use whom, by what both sides said."""
+    directions = []
+    if own.may_use and peer.may_serve:
+        directions.append(PairingDirection.OUTBOUND)
+    if own.may_serve and peer.may_use:
+        directions.append(PairingDirection.INBOUND)
+    return directions
+
+
+def build_met_pairing(
+    own: PairMessage, peer: PairMessage, *, handshake_hash: bytes, relay_url: str, now_ms: int
+) -> Pairing:
+    """What a side keeps of a pairing at a relay, PENDING until it is used. PairingFailedError if there is nothing."""
+    members: dict[str, Any] = {}
+    for direction in list_pair_directions(own, peer):
+        consumer, provider = (own, peer) if direction is PairingDirection.OUTBOUND else (peer, own)
+        keys = derive_pair_keys(handshake_hash, consumer.random, provider.random)
+        members[f"{direction.value}_key"] = keys.pairing_key
+        members[f"{direction.value}_link"] = PairingLink(
+            pair_id=keys.pair_id,
+            resume_psk=keys.resume_psk,
+            room=keys.build_room(provider.device_id),
+            pending_until_ms=now_ms + PENDING_LIFETIME_MS,
+            relay_url=relay_url,
+        )
+    if not members:
+        raise PairingFailedError("neither device wants to use the other: one shows the code, the other scans it")
+    return Pairing(
+        device_id=peer.device_id,
+        app_id=peer.device_id,
+        device_name=peer.name or peer.device_id,
+        via="rendezvous",
+        speaks_noise=True,
+        identity_key=encode_base64url(peer.identity_public),
+        paired_at_ms=now_ms,
+        last_used_at_ms=now_ms,
+        **members,
+    )
+
+
+def verify_pair_message(peer: PairMessage, own: PairMessage, expected_id: str | None) -> None:
+    """Raises PairingFailedError for what another device says of itself that cannot be."""
+    if peer.device_id == own.device_id or peer.identity_public == own.identity_public:
+        raise PairingFailedError("that is this bridge itself: scan the code on the other device")
+    if expected_id is not None and peer.device_id != expected_id:
+        raise PairingFailedError(f"another device answers than the one that shows the code: {QR_TAMPERED}")
+    if find_x25519_fault(peer.identity_public) is not None:
+        raise PairingFailedError("the other device has a key that is none")
+
+
+def explain_pairing_end(closed: ChannelClosed) -> BridgeError:
+    """Why a pairing at a relay went no further."""
+    if closed.reason is CloseReason.CLOSED_BY_PEER and closed.code is ErrorCode.REFUSED:
+        return PairingDeniedError("the user of the other device did not confirm the pairing")
+    if closed.reason in (CloseReason.UNPROVEN, CloseReason.FORGED, CloseReason.VIOLATION):
+        return PairingFailedError(f"{closed.reason.value}: {QR_TAMPERED}")
+    if closed.reason is CloseReason.TIMED_OUT:
+        return PairingFailedError("nothing came from the other device in time: it is gone, or the relay holds it back")
+    return PairingFailedError(f"the pairing was broken off ({closed.detail or closed.reason.value}); show a new code")
+
+
+class QrStep(enum.Enum):
+    """How far a pairing by code has come."""
+
+    WAITING = "waiting"  # for a scan
+    CONNECTED = "connected"  # both are at the relay
+    CONFIRMING = "confirming"  # there are a name and six digits for the user
+    PAIRED = "paired"
+    FAILED = "failed"
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class QrProgress:
+    """A pairing by code as its owner may see it. `text`: what the code says; `error`: why it failed, for people."""
+
+    step: QrStep
+    text: str = field(default="", repr=False)
+    session_id: str = ""
+    expires_at_ms: int = 0
+    code: str = field(default="", repr=False)
+    peer_device_id: str = ""
+    peer_device_name: str = ""
+    error: str = ""
+
+    @property
+    def link(self) -> str:
+        """The link that says what the code says."""
+        return build_qr_link(self.text)
+
+
+def build_qr_progress_json(progress: QrProgress) -> dict[str, Any]:
+    """What the routes say of a pairing by code; the text only while somebody may scan it."""
+    is_waiting = progress.step is QrStep.WAITING and bool(progress.text)
+    shown = {"qrPayload": progress.text, "pairUrl": progress.link} if is_waiting else {}
+    return {
+        "state": progress.step.value,
+        "sessionId": progress.session_id,
+        **shown,
+        "expiresAt": progress.expires_at_ms,
+        "code": progress.code,
+        "peerDeviceId": display_name(progress.peer_device_id),
+        "peerDeviceName": display_name(progress.peer_device_name),
+        **({"error": progress.error} if progress.error else {}),
+    }
+
+
+class QrMeeting:
+    """One session for pairing, on a connection of its own. A context; leaving it ends the connection."""
+
+    def __init__(self, relay_url: str, environ: Mapping[str, str] | None) -> None:
+        self._relay_url = relay_url
+        self._environ = environ
+        self._events: asyncio.Queue[RelayEvent | None] = asyncio.Queue(QR_EVENTS_LIMIT)
+        self._connection: RelayConnection
+        self._reading: asyncio.Task[None]
+        self._end_reason = ""
+        self.session: RelaySession
+
+    async def __aenter__(self) -> QrMeeting:
+        try:
+            self._connection = await open_relay(
+                self._relay_url, self._take_in, timeout_s=WEBSOCKET_OPEN_S, environ=self._environ
+            )
+        except UpstreamError as exc:
+            raise PairingFailedError(f"the relay cannot be reached: {exc.message}") from exc
+        self._reading = asyncio.create_task(self._read(), name="pairing at a relay")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._connection.close()
+        await finish_tasks(self._reading)
+
+    async def send(self, build: Callable[[RelayProtocol], str]) -> None:
+        """Sends a message to the relay; what becomes of it, `wait` tells."""
+        with contextlib.suppress(ConnectionError):
+            await self._connection.send(build)
+
+    async def wait(self, wanted: type[_EventT], limit_s: float, late: str) -> _EventT:
+        """The next event of this kind. PairingFailedError if the relay refuses or ends, or with `late`."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    event = await self._events.get()
+                    if isinstance(event, wanted):
+                        return event
+                    if isinstance(event, RelayRefused):
+                        raise PairingFailedError(describe_refusal(event.code, event.message))
+                    if event is None or isinstance(event, RelayEnded):
+                        raise PairingFailedError(self._end_reason or "the relay ended the session: show a new code")
+        except TimeoutError:
+            raise PairingFailedError(late) from None
+
+    async def _read(self) -> None:
+        self._end_reason = await self._connection.run()
+        self._take_in(None)
+
+    def _take_in(self, event: RelayEvent | None) -> None:
+        if isinstance(event, RelayPeerConnected):
+            self.session = self._connection.begin_session(event.session_id)
+        if self._events.full():
+            self._events.get_nowait()
+        self._events.put_nowait(event)
+
+
+class QrTalk:
+    """What two devices say to each other once they meet: a channel for pairing. A context; leaving it ends the talk."""
+
+    def __init__(self, channel: Channel, session: RelaySession) -> None:
+        self._events: asyncio.Queue[ChannelEvent] = asyncio.Queue()  # a channel for pairing has few
+        self._link = ChannelLink(channel, self._events.put_nowait)
+        self._session = session
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None]
+
+    async def __aenter__(self) -> QrTalk:
+        self._task = asyncio.create_task(self._link.run(self._session), name="pairing")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._link.channel.close(ErrorCode.REFUSED)
+        self._link.advance()
+        await asyncio.wait([self._task], timeout=TUNNEL_CLOSE_S)
+        await finish_tasks(self._task)
+
+    async def wait(self, wanted: type[_EventT], limit_s: float) -> _EventT:
+        """The next event of this kind. Raises why there will be none."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    event = await self._events.get()
+                    if isinstance(event, wanted):
+                        return event
+                    if isinstance(event, ChannelClosed):
+                        raise explain_pairing_end(event)
+        except TimeoutError:
+            raise PairingFailedError("the other device did not answer in time; show a new code") from None
+
+    def send_pair(self, message: PairMessage) -> None:
+        """Says who we are."""
+        try:
+            self._link.channel.send_pair(message)
+        except ValueError as exc:  # it has ended meanwhile
+            raise PairingFailedError("the other device left before the pairing was complete") from exc
+        self._link.advance()
+
+    async def finish(self) -> None:
+        """Says that all is done, and waits until that is sent."""
+        self._link.channel.shut_down(self._loop.time(), 0.0)
+        self._link.advance()
+        await asyncio.wait([self._task], timeout=TUNNEL_CLOSE_S)
+
+
+class QrParty:
+    """What the two sides have in common. `progress` is what the user may see at any time."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore,
+        backend: CryptoBackend,
+        environ: Mapping[str, str] | None = None,
+        clock_ms: Callable[[], int] = read_clock_ms,
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self.progress = QrProgress(step=QrStep.WAITING)
+        self._identity = identity
+        self._store = store
+        self._backend = backend
+        self._environ = environ
+        self._clock_ms = clock_ms
+        self._random = random
+        self._static = build_static_key(identity, backend)
+
+    def _note(self, **changes: Any) -> None:
+        self.progress = replace(self.progress, **changes)
+
+    def _introduce(self, key: bytes) -> dict[str, Any]:
+        """What the relay is told, and tells the other side; nobody relies on it."""
+        name, own_id = self._identity.device_name, self._identity.device_id
+        return {"deviceId": own_id, "deviceName": name, "capability": {}, "ephemeralPubKey": encode_base64url(key)}
+
+    def _build_message(self, *, may_serve: bool, may_use: bool) -> PairMessage:
+        return PairMessage(
+            device_id=self._identity.device_id,
+            name=self._identity.device_name[:PEER_ID_LIMIT_CHARS],
+            platform=sys.platform,
+            random=self._random(KEY_BYTES),
+            identity_public=self._static.public,
+            may_serve=may_serve,
+            may_use=may_use,
+        )
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as exc:
+            error = exc.message if isinstance(exc, BridgeError) else "the pairing was broken off"
+            self._note(step=QrStep.FAILED, error=error)
+            raise
+
+
+class QrSource(QrParty):
+    """The side that shows a code, wants to use the other, and whose user confirms."""
+
+    def __init__(self, *, relay_url: str, prompts: PairingPrompts, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._relay_url = relay_url
+        self._prompts = prompts
+        self._key = build_key_pair(self._random(KEY_BYTES), self._backend)
+        self._k = self._random(KEY_BYTES)
+        self.is_shown = asyncio.Event()  # `progress` has a code to scan, or the pairing has failed
+
+    async def pair(self) -> Pairing:
+        """Shows the code, waits for a scan and for the user, and returns what is kept.
+
+        PairingFailedError, PairingDeniedError, PairingBusyError, StorageError.
+        """
+        try:
+            with self._noting_failure():
+                async with QrMeeting(self._relay_url, self._environ) as meeting:
+                    connected = await self._wait_scanned(meeting)
+                    self._note(step=QrStep.CONNECTED)
+                    channel = await self._accept(meeting.session, connected.key)
+                    async with QrTalk(channel, meeting.session) as talk:
+                        return await self._talk(talk)
+        finally:
+            self.is_shown.set()
+
+    async def _wait_scanned(self, meeting: QrMeeting) -> RelayPeerConnected:
+        await meeting.send(lambda protocol: protocol.build_pair_source(self._introduce(self._key.public)))
+        created = await meeting.wait(RelayCreated, QR_ANSWER_S, "the relay does not answer")
+        payload = QrPayload(
+            relay_url=self._relay_url,
+            session_id=created.session_id,
+            source_key=self._key.public,
+            device_id=self._identity.device_id,
+            device_name=self._identity.device_name,
+            expires_at_ms=min(created.expires_at_ms, self._clock_ms() + QR_LIFETIME_MS),
+            k=self._k,
+        )
+        verify_relay_payload(payload, created.qr_payload)
+        text = encode_qr_payload(payload)
+        self._note(text=text, session_id=created.session_id, expires_at_ms=payload.expires_at_ms)
+        self.is_shown.set()
+        late = "nobody scanned the code while it was good: show a new one"
+        return await meeting.wait(RelayPeerConnected, QR_LIFETIME_MS / 1000, late)
+
+    async def _accept(self, session: RelaySession, relayed_key: bytes) -> Channel:
+        """The channel whose first message fits the code; others are bad luck or guesses, and few."""
+        has_failed = False
+        for _ in range(QR_FIRST_MESSAGES_LIMIT):
+            try:
+                async with asyncio.timeout(QR_FIRST_MESSAGE_S):
+                    frame = await session.receive()
+            except TimeoutError:
+                frame = None
+            if frame is None:
+                break
+            channel = self._build_channel(relayed_key)
+            channel.receive_frame(frame if isinstance(frame, bytes) else b"", asyncio.get_running_loop().time())
+            if channel.state is not ChannelState.CLOSED:
+                return channel
+            has_failed = True
+            qr_log.warning("a message that does not fit the code came from whoever joined the session")
+        if has_failed:
+            raise PairingFailedError(f"what came does not fit the code on this screen: {QR_TAMPERED}")
+        if session.end_reason is not None:
+            raise PairingFailedError("whoever scanned the code left before it was proved; show a new one")
+        raise PairingFailedError(
+            "whoever scanned the code says nothing more: other DVAI software pairs in another way, without encryption "
+            "between the devices; use a DVAI Bridge of this version there, too"
+        )
+
+    def _build_channel(self, relayed_key: bytes) -> Channel:
+        terms = build_qr_terms(qr_payload=self.progress.text, static=self._key, psk=self._k, relayed_key=relayed_key)
+        handshake = ResponderHandshake(
+            lambda mode, pair_id: terms if mode is HandshakeMode.QR else None,
+            decoy=self._key,
+            ephemeral=build_key_pair(self._random(KEY_BYTES), self._backend),
+            backend=self._backend,
+        )
+        return Channel(handshake, now=asyncio.get_running_loop().time(), path=ChannelPath.RELAY, serves=False)
+
+    async def _talk(self, talk: QrTalk) -> Pairing:
+        established = await talk.wait(ChannelEstablished, QR_ANSWER_S)
+        peer = (await talk.wait(PairReceived, QR_ANSWER_S)).message
+        own = self._build_message(may_serve=False, may_use=True)
+        verify_pair_message(peer, own, None)
+        self._note(
+            step=QrStep.CONFIRMING,
+            code=derive_confirmation_code(established.handshake_hash),
+            peer_device_id=peer.device_id,
+            peer_device_name=peer.name or peer.device_id,
+        )
+        pairing = build_met_pairing(
+            own,
+            peer,
+            handshake_hash=established.handshake_hash,
+            relay_url=self._relay_url,
+            now_ms=self._clock_ms(),
+        )
+        if not await self._ask_user(talk, pairing):
+            raise PairingDeniedError("the pairing was not confirmed on this device")
+        pairing = await self._store.add(pairing)
+        talk.send_pair(own)
+        await talk.wait(GoAwayReceived, QR_ANSWER_S)
+        self._note(step=QrStep.PAIRED)
+        qr_log.info("paired by code: this device may use %s", display_name(pairing.device_name))
+        return pairing
+
+    async def _ask_user(self, talk: QrTalk, pairing: Pairing) -> bool:
+        """Whether the user here confirms; raises why not, if the other device leaves meanwhile."""
+        known = self._store.find_record(*pairing.key)
+        question = PairingQuestion(
+            device_id=pairing.device_id,
+            device_name=pairing.device_name,
+            app_id=pairing.app_id,
+            address=self._relay_url.partition("?")[0],
+            is_outgoing=True,
+            code=self.progress.code,
+            is_known=known is not None and known.outbound_key is not None,
+            has_other_identity=known is not None and has_other_identity(known, pairing.identity_key),
+        )
+        asking = asyncio.create_task(self._prompts.decide(question), name="confirmation")
+        leaving = asyncio.create_task(talk.wait(GoAwayReceived, QR_CONFIRM_S), name="the other device leaves")
+        try:
+            await asyncio.wait((asking, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                leaving.result()
+                raise PairingFailedError("the other device left before the pairing was confirmed")
+            return asking.result()
+        finally:
+            await finish_tasks(asking, leaving)
+
+
+class QrTarget(QrParty):
+    """The side that scans a code and lets the other use it."""
+
+    def __init__(self, *, text: str, **parts: Any) -> None:
+        """`text`: of the code. InvalidRequestError says what is wrong with it."""
+        super().__init__(**parts)
+        self._text = text
+        self._payload = parse_qr_payload(text)
+        self._note(session_id=self._payload.session_id, expires_at_ms=self._payload.expires_at_ms)
+
+    async def pair(self) -> Pairing:
+        """Joins, waits for the other device's user, and returns what is kept. Errors: see QrSource.pair."""
+        payload = self._payload
+        if payload.device_id == self._identity.device_id:
+            raise InvalidRequestError("this code is this bridge's own: scan it with the other device")
+        with self._noting_failure():
+            async with QrMeeting(payload.relay_url, self._environ) as meeting:
+                ephemeral = build_key_pair(self._random(KEY_BYTES), self._backend)
+                introduction = self._introduce(ephemeral.public)
+                await meeting.send(lambda protocol: protocol.build_pair_target(payload.session_id, introduction))
+                connected = await meeting.wait(RelayPeerConnected, QR_ANSWER_S, "the relay does not answer")
+                if not hmac.compare_digest(connected.key, payload.source_key):
+                    raise PairingFailedError(f"the relay gave another key than the code has: {QR_TAMPERED}")
+                self._note(step=QrStep.CONNECTED)
+                async with QrTalk(self._build_channel(ephemeral), meeting.session) as talk:
+                    return await self._talk(talk)
+
+    def _build_channel(self, ephemeral: KeyPair) -> Channel:
+        terms = build_qr_terms(
+            qr_payload=self._text, static=self._static, psk=self._payload.k, remote_static=self._payload.source_key
+        )
+        handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
+        return Channel(handshake, now=asyncio.get_running_loop().time(), path=ChannelPath.RELAY, serves=False)
+
+    async def _talk(self, talk: QrTalk) -> Pairing:
+        established = await talk.wait(ChannelEstablished, QR_ANSWER_S)
+        self._note(
+            step=QrStep.CONFIRMING,
+            code=derive_confirmation_code(established.handshake_hash),
+            peer_device_id=self._payload.device_id,
+            peer_device_name=self._payload.device_name,
+        )
+        own = self._build_message(may_serve=True, may_use=False)
+        talk.send_pair(own)
+        peer = (await talk.wait(PairReceived, QR_CONFIRM_S)).message
+        verify_pair_message(peer, own, self._payload.device_id)
+        pairing = build_met_pairing(
+            own,
+            peer,
+            handshake_hash=established.handshake_hash,
+            relay_url=self._payload.relay_url,
+            now_ms=self._clock_ms(),
+        )
+        known = self._store.find_record(*pairing.key)
+        if known is not None and has_other_identity(known, pairing.identity_key):
+            qr_log.warning("%s has another key than before: it was set up anew", display_name(pairing.device_name))
+        pairing = await self._store.add(pairing)
+        await talk.finish()
+        self._note(step=QrStep.PAIRED)
+        qr_log.info("paired by code: %s may use this device", display_name(pairing.device_name))
+        return pairing
+
+
+class QrDesk:
+    """The pairings by code that are under way: one whose code is shown here, one whose code was scanned here.
+
+    A new one ends the one before. `does_dial`: this device uses others. `relay_url`: where codes are shown, unless
+    another relay is named.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: PairingStore | None,
+        prompts: PairingPrompts,
+        does_dial: bool,
+        relay_url: str | None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._prompts = prompts
+        self._does_dial = does_dial
+        self._relay_url = relay_url
+        self._environ = environ
+        self._source: tuple[QrSource, asyncio.Task[Pairing]] | None = None
+        self._target: tuple[QrTarget, asyncio.Task[Pairing]] | None = None
+
+    async def show(self, relay_url: str | None = None) -> QrProgress:
+        """Begins: a code to scan. PairingDisabledError, UsageError, and what QrSource.pair raises until then."""
+        if not self._does_dial:
+            raise PairingDisabledError("this bridge does not use other devices; start it with --offload")
+        url = relay_url or self._relay_url
+        if url is None:
+            raise InvalidRequestError("name a relay: --rendezvous-url wss://relay.example.org", param="rendezvousUrl")
+        await self.cancel()
+        parts = await self._build_parts()
+        source = QrSource(relay_url=url, prompts=self._prompts, **parts)
+        task = asyncio.create_task(source.pair(), name="pair qr")
+        task.add_done_callback(_see_result)
+        self._source = source, task
+        await source.is_shown.wait()
+        if task.done() or source.progress.step is QrStep.FAILED:
+            await _join(task)
+        return source.progress
+
+    async def wait_paired(self) -> Pairing:
+        """What becomes of the code that is shown. Whoever stops waiting ends nothing."""
+        if self._source is None:
+            raise PairingNotFoundError("no code is shown: `pair qr` shows one")
+        return await _join(self._source[1])
+
+    async def scan(self, scanned: str) -> tuple[Pairing, QrProgress]:
+        """Completes the pairing of a code that was scanned on this device: its text or link."""
+        parts = await self._build_parts()
+        target = QrTarget(text=read_qr_text(scanned), **parts)
+        if self._target is not None:
+            await finish_tasks(self._target[1])
+        task = asyncio.create_task(target.pair(), name="pair scan")
+        task.add_done_callback(_see_result)
+        self._target = target, task
+        return await _join(task), target.progress
+
+    def get_shown(self) -> QrProgress:
+        """How far the pairing of the code is that is shown here. PairingNotFoundError."""
+        return self._get(self._source, "no code is shown: `pair qr` shows one")
+
+    def get_scanned(self) -> QrProgress:
+        """How far the pairing of the code is that was scanned here. PairingNotFoundError."""
+        return self._get(self._target, "no code was scanned: `pair scan` takes one")
+
+    async def cancel(self) -> None:
+        """The code that is shown is good no more."""
+        if self._source is not None:
+            await finish_tasks(self._source[1])
+
+    async def close(self) -> None:
+        """Ends what is under way."""
+        await self.cancel()
+        if self._target is not None:
+            await finish_tasks(self._target[1])
+
+    @staticmethod
+    def _get(party: tuple[QrParty, asyncio.Task[Pairing]] | None, missing: str) -> QrProgress:
+        if party is None:
+            raise PairingNotFoundError(missing)
+        return party[0].progress
+
+    async def _build_parts(self) -> dict[str, Any]:
+        if self._store is None:
+            raise PairingDisabledError(PAIRING_OFF)
+        backend = await asyncio.to_thread(choose_crypto_backend)  # the package may have to be imported first
+        return {"identity": self._identity, "store": self._store, "backend": backend, "environ": self._environ}
+
+
+async def _join(task: asyncio.Task[Pairing]) -> Pairing:
+    """What a pairing came to. Whoever stops waiting ends nothing."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if task.cancelled():
+            raise PairingFailedError("the code was taken back, or another one took its place") from None
+        raise
+
+
+def _see_result(task: asyncio.Task[Any]) -> None:
+    """So that an error nobody waits for is no complaint of the loop; `progress` has it."""
+    if not task.cancelled():
+        task.exception()
 
 
 # ---- Peers ----------------------------------------------------------------------------
@@ -25181,6 +26704,15 @@ class PeerTable:
         known.ways = {url: way for url, way in known.ways.items() if way.via is not via or way.is_lasting}
         return None if known.ways else self.remove(known)
 
+    def lose_way(self, device_id: str, base_url: str) -> None:
+        """Forget one way, however lasting; the peer if nothing leads to it any more."""
+        known = self.find(device_id)
+        if known is None:
+            return
+        known.ways = {url: way for url, way in known.ways.items() if url != base_url}
+        if not known.ways:
+            self.remove(known)
+
     def remove(self, known: KnownPeer) -> KnownPeer:
         """Forget a peer."""
         self._peers = {key: each for key, each in self._peers.items() if each is not known}
@@ -25374,6 +26906,11 @@ class PeerMonitor:
         self._settle()
         if known is not None and self.table.has(known):
             self._watch(known)
+
+    def lose_way(self, device_id: str, base_url: str) -> None:
+        """One way to a peer is no more, whoever named it."""
+        self.table.lose_way(device_id, base_url)
+        self._settle()
 
     async def _discover(self, source: PeerSource) -> None:
         listed: dict[str, Peer] = {}
@@ -28453,6 +29990,10 @@ class HttpServer:
 # What paired devices ask inside their tunnels, answered by the same handler as everybody's requests.
 
 TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one are those it left without a word
+GATHER_S = 0.05  # tokens through a relay are sent together that come within this time,
+GATHER_PIECES = 16  # at most so many
+GATHER_BYTES = 8 * KIB  # of at most so many bytes
+RELAYED_ADDRESS = "relay"  # of consumers whose own nobody knows
 TUNNEL_ATTEMPTS_LIMIT = 30  # handshakes of one address that proved nothing, each of which costs four products of keys,
 TUNNEL_ATTEMPTS_WINDOW_MS = 60_000  # in this time
 TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunnel that are not complete yet
@@ -28536,14 +30077,79 @@ class StreamSink:
         self._link.advance()
 
 
+class GatheredSink:
+    """A StreamSink that sends pieces together, so that a relay sees neither each token's length nor its time."""
+
+    def __init__(self, sink: StreamSink) -> None:
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        self._held = bytearray()
+        self._pieces = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._error: StreamGoneError | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to `drain` before more is written."""
+        return self._sink.is_full
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes for at most GATHER_S; StreamGoneError once the consumer has left."""
+        if self._error is not None:
+            raise self._error
+        self._held += data
+        self._pieces += 1
+        if self._pieces >= GATHER_PIECES or len(self._held) >= GATHER_BYTES:
+            self._release()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(GATHER_S, self._release_late)
+
+    def flush(self) -> None:
+        """What is queued goes when it is due."""
+
+    def send(self, data: bytes) -> None:
+        """As `write`."""
+        self.write(data)
+
+    async def drain(self) -> None:
+        """As of a StreamSink."""
+        await self._sink.drain()
+
+    async def wait_sent(self) -> None:
+        """As of a StreamSink, with what is queued."""
+        self._release()
+        await self._sink.wait_sent()
+
+    async def end(self) -> None:
+        """The answer is complete."""
+        self._release()
+        await self._sink.end()
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        data, self._held, self._pieces = bytes(self._held), bytearray(), 0
+        if data:
+            self._sink.write(data)
+
+    def _release_late(self) -> None:
+        self._timer = None
+        try:
+            self._release()
+        except StreamGoneError as error:  # for whoever writes next
+            self._error = error
+
+
 class ServedTunnel:
     """One tunnel of a consumer: its streams become requests, each answered by a task of its own."""
 
-    def __init__(self, tunnels: TunnelServer, client_address: str) -> None:
+    def __init__(self, tunnels: TunnelServer, client_address: str, path: ChannelPath = ChannelPath.DIRECT) -> None:
         self._tunnels = tunnels
         self._loop = asyncio.get_running_loop()
         self.client_address = client_address
-        self._channel = tunnels.build_channel(self._loop.time())
+        self._path = path
+        self._channel = tunnels.build_channel(self._loop.time(), path)
         self._link = ChannelLink(self._channel, self._take_in)
         self._streams: dict[int, ServedStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -28686,7 +30292,8 @@ class ServedTunnel:
         fields = [*response.headers, ("x-request-id", request_id)]
         streams.send_head(stream_id, response.status, fields, is_last=not body)
         self._link.advance()
-        sink = StreamSink(self._link, stream)
+        direct = StreamSink(self._link, stream)
+        sink = GatheredSink(direct) if self._path is ChannelPath.RELAY else direct
         try:
             if isinstance(body, bytes):
                 sink.write(body)
@@ -28728,6 +30335,8 @@ class TunnelServer:
         self._decoy: KeyPair | None = None
         self._limiter = HandshakeLimiter(limit=TUNNEL_ATTEMPTS_LIMIT, window_ms=TUNNEL_ATTEMPTS_WINDOW_MS)
         self._served: dict[ServedTunnel, None] = {}  # oldest first
+        self._relayed: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
         self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
         if store is not None:
             store.subscribe(self._note_pairing)
@@ -28741,16 +30350,36 @@ class TunnelServer:
         served = ServedTunnel(self, request.client_address)
         return accept_websocket(request, served.run, subprotocols=(TUNNEL_SUBPROTOCOL,), on_stop=served.shut_down)
 
+    async def serve(self, session: FrameSocket) -> None:
+        """A consumer's session at a relay, on which it has to prove who it is; until it ends."""
+        if self._is_stopping:
+            return
+        task = asyncio.create_task(ServedTunnel(self, RELAYED_ADDRESS, ChannelPath.RELAY).run(session))
+        self._relayed.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._relayed.discard(task)
+            await finish_tasks(task)
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Takes no more requests; those that run may finish within `grace_s`. Direct tunnels end with the server."""
+        self._is_stopping = True
+        for served in list(self._served):
+            served.shut_down(grace_s)
+        if self._relayed:
+            await asyncio.wait(self._relayed, timeout=grace_s + TUNNEL_CLOSE_S)
+
     # -- what a tunnel calls --
 
-    def build_channel(self, now_s: float) -> Channel:
+    def build_channel(self, now_s: float, path: ChannelPath = ChannelPath.DIRECT) -> Channel:
         """The responder's channel of a new connection."""
         backend = choose_crypto_backend()
         if self._decoy is None:
             self._decoy = build_key_pair(self._random(KEY_BYTES), backend)
         ephemeral = build_key_pair(self._random(KEY_BYTES), backend)
         handshake = ResponderHandshake(self._find_terms, decoy=self._decoy, ephemeral=ephemeral, backend=backend)
-        return Channel(handshake, now=now_s)
+        return Channel(handshake, now=now_s, path=path)
 
     def find_pairing(self, pair_id: bytes) -> Pairing | None:
         """The pairing by which a consumer may ask now, its use noted."""
@@ -30123,10 +31752,12 @@ class DeviceService:
         desk: PairingDesk,
         prompts: PairingPrompts,
         store: PairingStore | None,
+        qr: QrDesk,
         monitor: PeerMonitor | None,
         clock_ms: Callable[[], int],
     ) -> None:
         self._identity = identity
+        self._qr = qr
         self._local = local
         self._upstreams = upstreams
         self._get_speeds = get_speeds
@@ -30145,6 +31776,8 @@ class DeviceService:
             "/dvai/handshake": {"POST": self.shake_hands},
             "/dvai/pairings": {"GET": self.list_pairings, "POST": self.request_pairing},
             "/dvai/pairings/*": {"POST": self.answer_pairing, "DELETE": self.revoke_pairing},
+            "/dvai/pair-qr": {"POST": self.show_code, "GET": self.look_at_shown, "DELETE": self.cancel_code},
+            "/dvai/pair-scan": {"POST": self.scan_code, "GET": self.look_at_scanned},
         }
 
     async def show_health(self, request: HttpRequest) -> HttpResponse:
@@ -30248,6 +31881,39 @@ class DeviceService:
         if pairing is None:
             raise PairingNotFoundError("there is no pairing with this id; `pair list` shows them")
         return build_json_response({"id": pairing.pairing_id, "revoked": True})
+
+    # Pairing by a code that the other device scans
+
+    async def show_code(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pair-qr {rendezvousUrl?}`: a code for another device to scan. A new one ends the old one."""
+        url = request.parse_body().get("rendezvousUrl")
+        try:
+            relay_url = None if url is None else parse_relay_url(url)
+        except (ValueError, TypeError, AttributeError) as exc:
+            raise InvalidRequestError("rendezvousUrl must be the URL of a relay", param="rendezvousUrl") from exc
+        return build_json_response(build_qr_progress_json(await self._qr.show(relay_url)))
+
+    async def look_at_shown(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/pair-qr`: what has become of it."""
+        return build_json_response(build_qr_progress_json(self._qr.get_shown()))
+
+    async def cancel_code(self, request: HttpRequest) -> HttpResponse:
+        """`DELETE /v1/dvai/pair-qr`: it is good no more."""
+        await self._qr.cancel()
+        return build_json_response({"cancelled": True})
+
+    async def scan_code(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/pair-scan {payload}`: pair with the device that shows this code; waits for its user."""
+        payload = request.parse_body().get("payload")
+        if not isinstance(payload, str):
+            raise InvalidRequestError("payload must be the text of the code, or the link", param="payload")
+        pairing, progress = await self._qr.scan(payload)
+        peer = {"peerDeviceId": pairing.device_id, "peerDeviceName": display_name(pairing.device_name)}
+        return build_json_response({"paired": True, **peer, "code": progress.code})
+
+    async def look_at_scanned(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/pair-scan`: how far it is."""
+        return build_json_response(build_qr_progress_json(self._qr.get_scanned()))
 
     def _get_store(self) -> PairingStore:
         if self._store is None:
@@ -30825,6 +32491,7 @@ class Devices:
         list_local: Callable[..., Sequence[LocalModel]],
         notifier: Notifier,
         note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
+        environ: Mapping[str, str],
     ) -> None:
         offload = config.offload
         self._notifier = notifier
@@ -30848,8 +32515,18 @@ class Devices:
             legacy_policy=legacy_policy,
             prompts=self.prompts,
         )
+        self.qr = QrDesk(
+            identity=state.identity,
+            store=state.pairings,
+            prompts=self.prompts,
+            does_dial=offload.is_active,
+            relay_url=offload.rendezvous_url,
+            environ=environ,
+        )
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
         self._offload = offload
+        self._environ = environ
+        self._rendezvous: Rendezvous | None = None
         self._server: HttpServer | None = None
         self._client: HttpClient | None = None
         self._peer_client: PeerClient | None = None
@@ -30867,7 +32544,9 @@ class Devices:
         """What uses other devices."""
         offload = self._offload
         self._client = client = HttpClient()
-        self._peer_client = PeerClient(client, identity=self.identity, store=self.store, app_id=offload.app_id)
+        self._peer_client = PeerClient(
+            client, identity=self.identity, store=self.store, app_id=offload.app_id, dial_relay=self._dial_relay
+        )
         if self.store is not None:
             self._initiator = PairingInitiator(
                 identity=self.identity,
@@ -30891,6 +32570,7 @@ class Devices:
                 enabled=True,
                 min_local_capability=offload.min_local_capability,
                 substitute_quant=offload.substitute_quant,
+                has_rendezvous=offload.rendezvous_url is not None,
             ),
             monitor=self.monitor,
             client=self._peer_client,
@@ -30943,18 +32623,56 @@ class Devices:
             now_ms=read_clock_ms(),
         )
 
-    async def start(self, server: HttpServer) -> None:
-        """Begin to look for devices, and to be found."""
+    async def start(self, server: HttpServer, serve_session: Callable[[FrameSocket], Awaitable[None]]) -> None:
+        """Begin to look for devices, and to be found. `serve_session`: for consumers that come through a relay."""
         self._server = server
         if self.store is not None:
             self.store.subscribe(self._end_revoked)
+            self.store.subscribe(self._forget_relayed)
             self._tasks.append(asyncio.create_task(self.store.maintain(), name="pairings"))
         if server.is_wildcard:
             interfaces = await asyncio.to_thread(probe_interfaces)
             self._own_hosts = tuple(each.format_address(address) for each in interfaces for address in each.addresses)
         if self.monitor is not None:
             self.monitor.start()
+        if self.store is not None:
+            self._rendezvous = Rendezvous(
+                self.store,
+                relay_url=self._offload.rendezvous_url,
+                does_dial=self.monitor is not None,
+                serve=serve_session,
+                on_reachable=self._see_relayed,
+                environ=self._environ,
+            )
+            self._rendezvous.start()
         await self._start_discovery(server)
+
+    async def _dial_relay(self, link: PairingLink, limit_s: float) -> FrameSocket:
+        if self._rendezvous is None:
+            raise UpstreamConnectError("this device is in touch with no relay")
+        return await self._rendezvous.dial(link, limit_s)
+
+    def _see_relayed(self, pairing: Pairing) -> None:
+        """A paired device may be there now, through a relay."""
+        if self.monitor is None or pairing.outbound_link is None:
+            return
+        peer = Peer(
+            device_id=pairing.device_id,
+            device_name=pairing.device_name,
+            dvai_version="",
+            base_url=build_relayed_base_url(pairing.outbound_link),
+            via=PeerVia.RENDEZVOUS,
+            last_seen_ms=0,
+        )
+        self.monitor.see(peer, is_lasting=True)
+
+    def _forget_relayed(self, before: Pairing | None, after: Pairing | None) -> None:
+        """The way through a relay ends with the link that it was for."""
+        link = None if before is None else before.outbound_link
+        new = None if after is None else after.outbound_link
+        if self.monitor is None or before is None or link is None or (new and new.pair_id == link.pair_id):
+            return
+        self.monitor.lose_way(before.device_id, build_relayed_base_url(link))
 
     async def _start_discovery(self, server: HttpServer) -> None:
         """Look for devices with offload on; announce this one where others can reach it."""
@@ -31005,6 +32723,7 @@ class Devices:
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
         self.deny_waiting()
+        await self.qr.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -31017,6 +32736,8 @@ class Devices:
             await self._initiator.close()
         if self._peer_client is not None:
             await self._peer_client.close()
+        if self._rendezvous is not None:
+            await self._rendezvous.close()
         if self._client is not None:
             await self._client.close()
         if self.store is not None:
@@ -31255,6 +32976,7 @@ class DVAI:
         self._audit = AuditLog(self.directories.data / "audit")
         self._record = RunningRecord(self.directories.data)
         self._server: HttpServer | None = None
+        self._tunnels: TunnelServer
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -31347,14 +33069,14 @@ class DVAI:
 
         It may be called at any time, also while the bridge starts, which then ends with an error.
         """
-        self._is_closed = True
+        grace_s, self._is_closed = 0.0 if self._is_closed else STOP_GRACE_S, True
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait([self._opening])
         if self.devices is not None:
             self.devices.deny_waiting()
         if self._server is not None:
-            await self._server.stop()
+            await asyncio.gather(self._server.stop(), self._tunnels.stop(grace_s))
         if self._closing is None:
             self._closing = asyncio.create_task(self._release(), name="closing")
         await asyncio.shield(self._closing)
@@ -31373,12 +33095,13 @@ class DVAI:
             list_local=self._list_local,
             notifier=self._notifier,
             note_attempt=self._metrics.note_attempt,
+            environ=self._environ,
         )
 
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
-        tunnels = TunnelServer(identity=devices.identity, store=devices.store, handler=handle)
+        self._tunnels = tunnels = TunnelServer(identity=devices.identity, store=devices.store, handler=handle)
         tables = (*self._build_routes(devices), tunnels.routes)
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
@@ -31389,7 +33112,7 @@ class DVAI:
         self.host.start(state.identity.device_id, is_measured=offload.is_active or devices.is_open)
         if self.upstreams is not None:
             self.upstreams.pool.start()
-        await devices.start(self._server)
+        await devices.start(self._server, tunnels.serve)
         self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
     def _build_routes(self, devices: Devices) -> tuple[RouteTable, ...]:
@@ -31410,6 +33133,7 @@ class DVAI:
             desk=devices.desk,
             prompts=devices.prompts,
             store=devices.store,
+            qr=devices.qr,
             monitor=devices.monitor,
             clock_ms=read_clock_ms,
         )
@@ -31466,6 +33190,27 @@ class DVAI:
         if monitor is None:
             raise PairingDisabledError("this bridge does not use other devices: OffloadConfig(enabled=True) does")
         return await monitor.pair(peer if isinstance(peer, Peer) else choose_peer(monitor.peers(), peer))
+
+    async def start_qr_pairing(self, rendezvous_url: str | None = None) -> QrProgress:
+        """A code for another device to scan, so that this one may use it: its `text`, or its `link`, for two minutes.
+
+        `rendezvous_url`: the relay to meet at, by default that of the config. Whoever decides about pairings is asked
+        to confirm. A new code ends the one before. PairingFailedError if the relay cannot be reached.
+        """
+        devices = self._get_devices()
+        return await devices.qr.show(None if rendezvous_url is None else parse_relay_url(rendezvous_url))
+
+    async def wait_qr_paired(self) -> Pairing:
+        """The pairing that comes of the code; PairingFailedError, PairingDeniedError if there is none."""
+        return await self._get_devices().qr.wait_paired()
+
+    async def complete_pair_from_qr_payload(self, payload: str) -> Pairing:
+        """Pair with the device that shows a code, given its text or link: it may use this one.
+
+        Waits for its user. InvalidRequestError for what is no code, PairingFailedError, PairingDeniedError.
+        """
+        pairing, _ = await self._get_devices().qr.scan(payload)
+        return pairing
 
     # Models, after QVAC
 
@@ -31685,6 +33430,18 @@ class BlockingDVAI:
         """See DVAI.initiate_pairing."""
         return self._wait(self._bridge.initiate_pairing(peer))
 
+    def start_qr_pairing(self, rendezvous_url: str | None = None) -> QrProgress:
+        """See DVAI.start_qr_pairing."""
+        return self._wait(self._bridge.start_qr_pairing(rendezvous_url))
+
+    def wait_qr_paired(self) -> Pairing:
+        """See DVAI.wait_qr_paired."""
+        return self._wait(self._bridge.wait_qr_paired())
+
+    def complete_pair_from_qr_payload(self, payload: str) -> Pairing:
+        """See DVAI.complete_pair_from_qr_payload."""
+        return self._wait(self._bridge.complete_pair_from_qr_payload(payload))
+
     def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
         """See DVAI.load_model."""
         return self._wait(self._bridge.load_model(model, on_progress=on_progress))
@@ -31808,13 +33565,14 @@ examples:
   python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
 # Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS = ("--rendezvous-url",)
-PLANNED_COMMANDS = ("identity", "provider", "pair qr", "pair scan")
+PLANNED_OPTIONS: tuple[str, ...] = ()
+PLANNED_COMMANDS = ("identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
 PAIR_TIMEOUT_S = HANDSHAKE_REQUEST_DEADLINE_S + 10
 PAIR_POLL_S = 0.5  # how long a code waits to be shown
+PAIR_OPEN_TIMEOUT_S = QR_ANSWER_S + 2 * WEBSOCKET_OPEN_S  # until a relay has a session
 PROGRESS_AFTER_S = 1.0
 BENCH_TOKENS = 48
 BENCH_RUNS_LIMIT = 8  # a model that stops at once is not asked for ever
@@ -31873,7 +33631,8 @@ def add_config_options(parser: argparse.ArgumentParser, groups: Collection[str])
 
 
 SELECT = ("server", "files")  # the options by which commands find a running bridge
-PAIR_ACTIONS = ("list", "request", "approve", "deny", "revoke")
+PAIR_TARGET_HELP = "request: URL, id or name of a device; scan: text or link of a code (else it is read); else an id"
+PAIR_ACTIONS = ("list", "request", "qr", "scan", "approve", "deny", "revoke")
 
 
 def build_parser() -> CommandParser:
@@ -31919,11 +33678,11 @@ def build_parser() -> CommandParser:
     peers = add("peers", "show the other devices that the running bridge knows, and how each one stands", SELECT)
     peers.add_argument("--json", action="store_true", help="print JSON")
     peers.add_argument("--diagnose", action="store_true", help="ask by multicast DNS, and say what probably blocks it")
-    pair = add("pair", "say which devices may use this one, and ask others for leave to use them", SELECT)
+    pair = add("pair", "say which devices may use this one, and ask others for leave to use them", (*SELECT, "relay"))
     pair.add_argument("action", choices=tuple(PAIR_ACTIONS), metavar="|".join(PAIR_ACTIONS), help="what to do")
-    pair.add_argument("target", nargs="?", metavar="PEER|ID", help="request: URL, id or name of a device; else an id")
+    pair.add_argument("target", nargs="?", metavar="PEER|CODE|ID", help=PAIR_TARGET_HELP)
     pair.add_argument("--code", metavar="123456", help="request, approve: the code that the other device shows")
-    pair.add_argument("--yes", action="store_true", help="request: do not compare codes (on networks of your own)")
+    pair.add_argument("--yes", action="store_true", help="request, qr, scan: do not ask, nor compare codes")
     pair.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -31948,6 +33707,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     if words[0] == "pair" and len(words) > 2 and _DASHED_ID.fullmatch(words[2]):
         words = ["pair", *words[3:], "--", *words[1:3]]
     arguments, unknown = build_parser().parse_known_args(words)
+    if words[0] == "pair" and arguments.target is None and unknown and not unknown[0].startswith("-"):
+        arguments.target = unknown.pop(0)  # argparse takes what may be left out only if it stands before the options
     if unknown:
         raise UsageError(f"there is no option {unknown[0]!r} (see {PROGRAM} {words[0]} --help)")
     return arguments
@@ -32079,13 +33840,6 @@ class StopSignals:
 
     def _count(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
-
-
-async def finish_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel what still runs, and wait for its end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_first(*tasks: asyncio.Task[Any]) -> None:
@@ -32480,8 +34234,11 @@ def run_peers(command: Command) -> int:
 def describe_peer(peer: Mapping[str, Any]) -> list[str]:
     """A peer in two lines: who and how it stands; what it has."""
     name, state = display_name(str(peer.get("deviceName"))), str(peer.get("state", "seen"))
+    place = (
+        "through the relay" if peer.get("route") == PeerRoute.RELAY.value else display_name(str(peer.get("baseUrl")))
+    )
     ways = [peer.get("via"), peer.get("deviceId"), peer.get("transport")]
-    lines = [f"{name}  {state}  {display_name(str(peer.get('baseUrl')))}  ({', '.join(map(str, filter(None, ways)))})"]
+    lines = [f"{name}  {state}  {place}  ({', '.join(map(str, filter(None, ways)))})"]
     if peer.get("error") and state == "seen":
         lines.append(f"    does not answer: {display_name(str(peer['error']))}")
     elif not peer.get("paired"):
@@ -32508,8 +34265,9 @@ def run_pair(command: Command) -> int:
         status, answer = ask_bridge(url, path, keys, body, timeout_s, method=method, control_token=token)
         return read_bridge_answer(status, answer, f"pair {action}")
 
-    if action == "request":
-        return request_pairing(command, ask)
+    own = {"request": request_pairing, "qr": show_pairing_code, "scan": scan_pairing_code}.get(action)
+    if own is not None:
+        return own(command, ask)
     listed = ask("/dvai/pairings")
     if action == "list":
         return show_pairings(command, listed["pairings"], listed["pending"])
@@ -32568,17 +34326,23 @@ def is_request_to(entry: Mapping[str, Any], target: str) -> bool:
     return bool(entry["isOutgoing"]) and target in names
 
 
-def wait_paired(command: Command, ask: Callable[..., Any], target: str) -> int:
-    """Until both users have answered: shows the code here as soon as there is one."""
-    asked: concurrent.futures.Future[Any] = concurrent.futures.Future()
+def run_in_thread(call: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """What `call` gives or raises; the program's end does not wait for it."""
+    asked: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-    def request() -> None:
+    def run() -> None:
         try:
-            asked.set_result(ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S))
-        except BridgeError as exc:
+            asked.set_result(call())
+        except BaseException as exc:
             asked.set_exception(exc)
 
-    threading.Thread(target=request, name="pair request", daemon=True).start()
+    threading.Thread(target=run, name="command", daemon=True).start()
+    return asked
+
+
+def wait_paired(command: Command, ask: Callable[..., Any], target: str) -> int:
+    """Until both users have answered: shows the code here as soon as there is one."""
+    asked = run_in_thread(lambda: ask("/dvai/pairings", {"peer": target}, timeout_s=PAIR_TIMEOUT_S))
     is_answered = command.arguments.code is not None
     while not is_answered and not concurrent.futures.wait([asked], PAIR_POLL_S).done:
         for entry in ask("/dvai/pairings")["pending"]:
@@ -32600,6 +34364,143 @@ def answer_own_request(command: Command, ask: Callable[..., Any], entry: Mapping
         ask(f"/dvai/pairings/{entry['id']}/{word}", body)
 
 
+def show_pairing_code(command: Command, ask: Callable[..., Any]) -> int:
+    """`pair qr`: a code for another device to scan; until it is paired, or nobody scanned it in time.
+
+    JSON is one object a line: what to scan, then what came of it.
+    """
+    url = command.config.offload.rendezvous_url
+    body = {} if url is None else {"rendezvousUrl": url}
+    shown = ask("/dvai/pair-qr", body, timeout_s=PAIR_OPEN_TIMEOUT_S)
+    if command.json:
+        print(json.dumps(shown, ensure_ascii=False), flush=True)
+    else:
+        print(build_code_screen(shown["pairUrl"], command.program), flush=True)
+    try:
+        paired = follow_pairing_code(command, ask, shown["sessionId"])
+    except KeyboardInterrupt:
+        ask("/dvai/pair-qr", method="DELETE")
+        raise
+    return show_paired(command, paired, "this device may use it")
+
+
+def build_code_screen(link: str, program: str) -> str:
+    """The code as a picture, where the package `qrcode` is installed, and as what to type on the other device."""
+    picture = render_qr(link) if is_package_installed("qrcode") else None
+    hint = "" if picture else "\n(the package qrcode shows it as a picture: pip install qrcode)"
+    return f"{picture or ''}Scan it on the other device, or type there:\n\n    {program} pair scan '{link}'\n{hint}"
+
+
+def render_qr(text: str) -> str:
+    """A QR code of half blocks, light on dark. Needs the package `qrcode`."""
+    code = importlib.import_module("qrcode").QRCode(border=2, error_correction=1)  # 1: ERROR_CORRECT_L, the smallest
+    code.add_data(text)
+    code.make(fit=True)
+    rows = [[bool(cell) for cell in row] for row in code.get_matrix()]
+    if len(rows) % 2:
+        rows.append([False] * len(rows[0]))
+    blocks = {(False, False): "\u2588", (False, True): "\u2580", (True, False): "\u2584", (True, True): " "}
+    lines = ("".join(blocks[pair] for pair in zip(*rows[i : i + 2], strict=True)) for i in range(0, len(rows), 2))
+    return "\n".join(lines) + "\n"
+
+
+def follow_pairing_code(command: Command, ask: Callable[..., Any], session_id: str) -> dict[str, Any]:
+    """Shows how far the pairing is, and lets the user answer; the last state. BridgeError says why it failed."""
+    line, is_answered, was_connected = CountdownLine("waiting for the scan"), False, False
+    while (state := ask("/dvai/pair-qr"))["state"] != QrStep.PAIRED.value:
+        step = QrStep(state["state"])
+        if state["sessionId"] != session_id:
+            line.end()
+            raise BridgeError("pair qr: another code took the place of this one")
+        if step is QrStep.WAITING:
+            line.show((state["expiresAt"] - read_clock_ms()) // 1000)
+        elif step is QrStep.FAILED:
+            line.end()
+            raise BridgeError(f"pair qr: {state.get('error')}")
+        elif not was_connected:
+            was_connected = True
+            line.end()
+            print("scanned; the devices are agreeing on keys", file=sys.stderr, flush=True)
+        if step is QrStep.CONFIRMING and not is_answered:
+            waiting = [each for each in ask("/dvai/pairings")["pending"] if is_question_of(each, state)]
+            for entry in waiting[:1]:
+                answer_own_request(command, ask, entry)
+                is_answered = True
+        time.sleep(PAIR_POLL_S)
+    line.end()
+    return dict(state)
+
+
+def is_question_of(entry: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether a question that waits is that of a pairing by code."""
+    return entry["isOutgoing"] and (entry["deviceId"], entry["code"]) == (state["peerDeviceId"], state["code"])
+
+
+class CountdownLine:
+    """Seconds that are left, on stderr: rewritten on a terminal, else said once."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._terminal = sys.stderr.isatty()
+        self._is_open = False
+
+    def show(self, left_s: int) -> None:
+        """So much is left."""
+        if self._terminal:
+            print(f"\r{self._what}: {max(left_s, 0):3} s left ", end="", file=sys.stderr, flush=True)
+        elif not self._is_open:
+            print(f"{self._what}, for {max(left_s, 0)} s", file=sys.stderr, flush=True)
+        self._is_open = True
+
+    def end(self) -> None:
+        """What is printed next stands below it."""
+        if self._terminal and self._is_open:
+            print(file=sys.stderr, flush=True)
+        self._is_open = False
+
+
+def scan_pairing_code(command: Command, ask: Callable[..., Any]) -> int:
+    """`pair scan`: let the device that shows a code use this one."""
+    scanned = command.arguments.target
+    if scanned is None:  # which keeps it out of the list of processes
+        scanned = input("text or link of the code: ") if is_on_terminal() else sys.stdin.readline()
+    payload = parse_qr_payload(read_qr_text(scanned))
+    name, relay = display_name(payload.device_name), payload.relay_url.partition("?")[0]
+    question = f"Let {name} (device {display_name(payload.device_id)}) use the models of this machine, through {relay}?"
+    if not command.arguments.yes:
+        if not is_on_terminal():
+            raise UsageError("pair scan --yes CODE: there is nobody here who could be asked")
+        if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+            raise BridgeError("pair scan: not paired")
+    timeout_s = QR_CONFIRM_S + PAIR_OPEN_TIMEOUT_S
+    asked = run_in_thread(lambda: ask("/dvai/pair-scan", {"payload": scanned}, timeout_s=timeout_s))
+    has_shown = False
+    while not concurrent.futures.wait([asked], PAIR_POLL_S).done:
+        code = find_scan_code(ask, payload.session_id)
+        if code and not has_shown:
+            has_shown = True
+            print(f"code {code}: {name} shows the same, and its user confirms it there", file=sys.stderr, flush=True)
+    return show_paired(command, asked.result(), "it may use this device")
+
+
+def find_scan_code(ask: Callable[..., Any], session_id: str) -> str:
+    """The six digits of the pairing that this device scanned, once there are some."""
+    with contextlib.suppress(BridgeError):  # it has not begun yet
+        state = ask("/dvai/pair-scan")
+        return str(state["code"]) if state["sessionId"] == session_id else ""
+    return ""
+
+
+def show_paired(command: Command, paired: Mapping[str, Any], what_for: str) -> int:
+    """What came of a code."""
+    shown = {"paired": True, **{name: paired[name] for name in ("peerDeviceId", "peerDeviceName", "code")}}
+    if command.json:
+        print(json.dumps(shown, ensure_ascii=False), flush=True)
+    else:
+        print(f"paired with {display_name(shown['peerDeviceName'])} (code {shown['code']}): {what_for}")
+    return 0
+
+
 def choose_pairing_id(listed: Sequence[Mapping[str, Any]], action: str, target: str | None) -> str:
     """The id that `target` (an id, or a device's id or name) means; the only one there is when it is not given."""
     if target is None and len(listed) == 1 and action != "revoke":
@@ -32618,7 +34519,8 @@ def pair_without_bridge(command: Command) -> int:
     """`pair list` and `pair revoke` upon the file."""
     action, target = command.arguments.action, command.arguments.target
     if action not in ("list", "revoke"):
-        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve --lan` starts one")
+        flag = {"qr": "--offload", "scan": "--model FILE"}.get(action, "--lan")
+        raise NotRunningError(f"no bridge runs with this state; `{command.program} serve {flag}` starts one")
     store = PairingStore(
         command.directories.data, device_id="", expire_after_days=command.config.offload.expire_after_days
     )

@@ -19,6 +19,7 @@ SKIPPED_WITHOUT_PACKAGES = {
     "needs the package numpy",
     "needs the package prometheus_client",
     "needs the package python_socks",
+    "needs the package qrcode",
     "needs the package websockets",
     "needs the templates of llama.cpp's source (DVAI_LLAMA_SOURCE)",
     "needs llama-server (DVAI_LLAMA_SERVER)",

@@ -18,6 +18,7 @@ from dvai_bridge import (
     MachineSpeed,
     ProgressLine,
     UsageError,
+    build_code_screen,
     build_program_name,
     build_survey,
     build_survey_json,
@@ -26,9 +27,11 @@ from dvai_bridge import (
     load_config,
     parse_command_line,
     parse_since,
+    render_qr,
     summarize_usages,
 )
 from dvai_bridge import Usage as EngineUsage
+from tests.support import require
 from tests.support_worker import build_byte_model
 from tests.test_bridge import found
 from tests.test_engine import INFO
@@ -325,3 +328,25 @@ def test_an_empty_audit_is_no_failure(tmp_path, capsys):
 def test_an_audit_that_somebody_edited_cannot_harm_the_terminal():
     line = describe_audit_entry({"time": "\x1b[2J", "deviceId": {"a": 1}, "route": "x\ny", "promptTokens": [1]})
     assert line.isprintable()
+
+
+# Pairing by code
+
+
+def test_a_picture_of_a_code_has_its_modules():
+    qrcode = require("qrcode")
+    link = "dvai-bridge://pair?p=" + "Ab1_-" * 80
+    lines = render_qr(link).splitlines()
+    halves = {"\u2588": (False, False), "\u2580": (False, True), "\u2584": (True, False), " ": (True, True)}
+    rows = [[halves[block][half] for block in line] for line in lines for half in (0, 1)]
+    code = qrcode.QRCode(border=2, error_correction=qrcode.ERROR_CORRECT_L)
+    code.add_data(link)
+    code.make(fit=True)
+    matrix = [[bool(cell) for cell in row] for row in code.get_matrix()]
+    assert rows[: len(matrix)] == matrix and len(lines[0]) < 80
+
+
+def test_without_the_package_the_link_is_shown(monkeypatch):
+    monkeypatch.setattr(dvai_bridge, "is_package_installed", lambda module: False)
+    screen = build_code_screen("dvai-bridge://pair?p=x", "python3 dvai_bridge.py")
+    assert "python3 dvai_bridge.py pair scan 'dvai-bridge://pair?p=x'" in screen and "pip install qrcode" in screen

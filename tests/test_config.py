@@ -107,7 +107,7 @@ def test_every_field_is_an_option_with_its_own_names():
         f"offload.{f.name}" for f in dataclasses.fields(OffloadConfig)
     }
     assert fields - set(options) == {"offload"} | {
-        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery", "rendezvous_url")
+        f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery")
     }
     flags = [flag for opt in options.values() for flag in opt.flags]
     assert len(flags) == len(set(flags))
@@ -194,7 +194,7 @@ def test_a_program_may_use_its_own_types(tmp_path):
         (Config(offload=OffloadConfig(pairing="maybe")), "OffloadConfig.pairing 'maybe': it must be one of"),
         (Config(offload=OffloadConfig(known_peers="ftp://a")), "OffloadConfig.known_peers 'ftp://a'"),
         (Config(offload=OffloadConfig(expire_after_days=1.5)), "OffloadConfig.expire_after_days '1.5'"),
-        (Config(offload=OffloadConfig(rendezvous_url="wss://relay.example")), "internet path is not in this version"),
+        (Config(offload=OffloadConfig(rendezvous_url="ftp://relay.example")), "URL of a relay"),
     ],
 )
 def test_a_wrong_value_of_a_program_names_its_field(config, words):

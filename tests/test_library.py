@@ -282,8 +282,8 @@ def test_a_bridge_that_never_started_closes(tmp_path):
 
 
 def test_options_are_checked(tmp_path):
-    with pytest.raises(UsageError, match=r"OffloadConfig\.rendezvous_url: the internet path is not in this version"):
-        build(tmp_path, {"rendezvous_url": "wss://relay.example"})
+    with pytest.raises(UsageError, match=r"OffloadConfig\.rendezvous_url '.*': it must be the URL of a relay"):
+        build(tmp_path, {"rendezvous_url": "relay.example"})
     with pytest.raises(UsageError, match="port"):
         DVAI(environ={}, home=tmp_path, port=70000)
     with pytest.raises(TypeError, match="colour"):
