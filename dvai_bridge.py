@@ -662,17 +662,13 @@ def build_error_body(error: BridgeError) -> dict[str, Any]:
 
 @record(frozen=True, kw_only=True, slots=True)
 class OptionalPackage:
-    """A package that the bridge can use. `module` is imported, `package` is what pip calls it, `extra` is ours.
-
-    `is_used` False: the part that uses it is still to come.
-    """
+    """A package that the bridge can use. `module` is imported, `package` is what pip calls it, `extra` is ours."""
 
     module: str
     package: str
     extra: str
     gives: str
     without: str
-    is_used: bool = False
 
 
 LLAMA_INSTALL_COMMAND = "pip install 'llama-cpp-python>=0.3.36'"
@@ -684,7 +680,6 @@ OPTIONAL_PACKAGES = (
         extra="llama",
         gives="native inference of GGUF models",
         without="the built-in engine for small models; else serve through peers or another engine",
-        is_used=True,
     ),
     OptionalPackage(
         module="cryptography",
@@ -692,7 +687,6 @@ OPTIONAL_PACKAGES = (
         extra="crypto",
         gives="constant-time X25519 and ChaCha20-Poly1305",
         without="our own code for both, which is not constant-time",
-        is_used=True,
     ),
     OptionalPackage(
         module="zeroconf",
@@ -700,7 +694,6 @@ OPTIONAL_PACKAGES = (
         extra="discovery",
         gives="multicast DNS where the system does not tell its networks (Windows), or with `--mdns zeroconf`",
         without="our own responder and browser, which on Windows guess the networks",
-        is_used=True,
     ),
     OptionalPackage(
         module="websockets",
@@ -708,7 +701,6 @@ OPTIONAL_PACKAGES = (
         extra="relay",
         gives="relay connections through HTTP and SOCKS proxies",
         without="direct connections to the relay",
-        is_used=True,
     ),
     OptionalPackage(
         module="qrcode",
@@ -716,7 +708,6 @@ OPTIONAL_PACKAGES = (
         extra="qr",
         gives="QR codes in the terminal and as SVG",
         without="the pairing link to copy",
-        is_used=True,
     ),
     OptionalPackage(
         module="jinja2",
@@ -724,7 +715,6 @@ OPTIONAL_PACKAGES = (
         extra="llama",
         gives="the model's own chat template, sandboxed",
         without="the well-known templates, recognised by their marks",
-        is_used=True,
     ),
 )
 
@@ -33564,8 +33554,7 @@ examples:
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
   python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
 """
-# Options that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_OPTIONS: tuple[str, ...] = ()
+# Commands that the design has and this version has not: named, so that nobody searches for a typing error.
 PLANNED_COMMANDS = ("identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
@@ -33701,9 +33690,8 @@ def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv)
     if names_serve(words) and words[:1] != ["serve"]:
         words.insert(0, "serve")
-    for word in (words[0], " ".join(words[:2]), *(word.partition("=")[0] for word in words[1:])):
-        if word in PLANNED_OPTIONS or (word in PLANNED_COMMANDS and words[0] in word):
-            raise UsageError(f"{word} is not in this version yet")
+    if words[0] in PLANNED_COMMANDS:
+        raise UsageError(f"{words[0]} is not in this version yet")
     if words[0] == "pair" and len(words) > 2 and _DASHED_ID.fullmatch(words[2]):
         words = ["pair", *words[3:], "--", *words[1:3]]
     arguments, unknown = build_parser().parse_known_args(words)
@@ -34605,9 +34593,7 @@ def probe_packages() -> list[Finding]:
     findings = []
     for optional, version in find_packages():
         verdict, mend, detail = "ok", None, version or "not installed"
-        if not optional.is_used:
-            detail += f"; this version does not use it yet (it will give {optional.gives})"
-        elif version is None:
+        if version is None:
             verdict, mend = "note", f"{sys.executable} -m pip install {optional.package}"
             detail += f"; it gives {optional.gives}. Without it: {optional.without}"
         findings.append(Finding(subject=optional.package, verdict=verdict, detail=detail, mend=mend))
