@@ -26028,13 +26028,18 @@ class QrParty:
             raise
 
 
+MeetPeer = Callable[[Pairing], Awaitable[Any]]
+
+
 class QrSource(QrParty):
     """The side that shows a code, wants to use the other, and whose user confirms."""
 
-    def __init__(self, *, relay_url: str, prompts: PairingPrompts, **parts: Any) -> None:
+    def __init__(self, *, relay_url: str, prompts: PairingPrompts, meet: MeetPeer | None = None, **parts: Any) -> None:
+        """`meet`: waits until the new peer can be asked, so that PAIRED means that it can; it may give up."""
         super().__init__(**parts)
         self._relay_url = relay_url
         self._prompts = prompts
+        self._meet = meet
         self._key = build_key_pair(self._random(KEY_BYTES), self._backend)
         self._k = self._random(KEY_BYTES)
         self.is_shown = asyncio.Event()  # `progress` has a code to scan, or the pairing has failed
@@ -26051,9 +26056,15 @@ class QrSource(QrParty):
                     self._note(step=QrStep.CONNECTED)
                     channel = await self._accept(meeting.session, connected.key)
                     async with QrTalk(channel, meeting.session) as talk:
-                        return await self._talk(talk)
+                        pairing = await self._talk(talk)
         finally:
             self.is_shown.set()
+        try:
+            if self._meet is not None:
+                await self._meet(pairing)
+        finally:
+            self._note(step=QrStep.PAIRED)
+        return pairing
 
     async def _wait_scanned(self, meeting: QrMeeting) -> RelayPeerConnected:
         await meeting.send(lambda protocol: protocol.build_pair_source(self._introduce(self._key.public)))
@@ -26133,7 +26144,6 @@ class QrSource(QrParty):
         pairing = await self._store.add(pairing)
         talk.send_pair(own)
         await talk.wait(GoAwayReceived, QR_ANSWER_S)
-        self._note(step=QrStep.PAIRED)
         qr_log.info("paired by code: this device may use %s", display_name(pairing.device_name))
         return pairing
 
@@ -26240,11 +26250,13 @@ class QrDesk:
         prompts: PairingPrompts,
         does_dial: bool,
         relay_url: str | None,
+        meet: MeetPeer | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._identity = identity
         self._store = store
         self._prompts = prompts
+        self._meet = meet
         self._does_dial = does_dial
         self._relay_url = relay_url
         self._environ = environ
@@ -26260,7 +26272,7 @@ class QrDesk:
             raise InvalidRequestError("name a relay: --rendezvous-url wss://relay.example.org", param="rendezvousUrl")
         await self.cancel()
         parts = await self._build_parts()
-        source = QrSource(relay_url=url, prompts=self._prompts, **parts)
+        source = QrSource(relay_url=url, prompts=self._prompts, meet=self._meet, **parts)
         task = asyncio.create_task(source.pair(), name="pair qr")
         task.add_done_callback(_see_result)
         self._source = source, task
@@ -26352,6 +26364,8 @@ PEER_ASKED_AT_ONCE_LIMIT = 8  # connections that strangers take at the same time
 PEER_BACK_OFF_S = 1.0
 PEER_BACK_OFF_FACTOR = 1.5
 PEER_BACK_OFF_LIMIT_S = 60.0
+PEER_MEET_S = 10.0  # a device that was paired and went away at once
+PEER_MEET_PAUSE_S = 0.1
 PEER_SLOTS_LIMIT = 4096  # queues that a peer may claim
 CUSTOM_DISCOVERY_TIMEOUT_S = 10.0
 MEASUREMENT_WEIGHT = 0.3  # of the newest request in the average of what a peer was seen to do
@@ -26980,6 +26994,15 @@ class PeerMonitor:
             await asyncio.wait({task}, timeout=timeout_s)
         known = self.table.find(peer.device_id) or self.table.find(peer.base_url)
         return known is not None and known.state in (PeerState.PAIRED, PeerState.READY)
+
+    async def meet(self, pairing: Pairing, timeout_s: float = PEER_MEET_S) -> None:
+        """Asks a device that was just paired, again and again, until it can be used; gives up after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (known := self.table.find(pairing.device_id)) is None or known.state is not PeerState.READY:
+                    if known is not None:
+                        await self._poll(known)
+                    await asyncio.sleep(PEER_MEET_PAUSE_S)
 
     async def pair(self, peer: Peer) -> Pairing:
         """The user asks for this pairing. Raises what PairingInitiator.pair raises."""
@@ -32511,6 +32534,7 @@ class Devices:
             prompts=self.prompts,
             does_dial=offload.is_active,
             relay_url=offload.rendezvous_url,
+            meet=self._meet,
             environ=environ,
         )
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
@@ -32641,6 +32665,10 @@ class Devices:
         if self._rendezvous is None:
             raise UpstreamConnectError("this device is in touch with no relay")
         return await self._rendezvous.dial(link, limit_s)
+
+    async def _meet(self, pairing: Pairing) -> None:
+        if self.monitor is not None:
+            await self.monitor.meet(pairing)
 
     def _see_relayed(self, pairing: Pairing) -> None:
         """A paired device may be there now, through a relay."""

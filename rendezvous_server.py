@@ -1256,14 +1256,6 @@ class Session:
     target: int | None = None
     offer: dict[str, Any] | None = None
 
-    def get_other(self, client_id: int) -> int | None:
-        """The other end's client."""
-        return self.target if client_id == self.source else self.source
-
-    def get_role(self, client_id: int) -> SessionRole:
-        """Which end a client is."""
-        return SessionRole.SOURCE if client_id == self.source else SessionRole.TARGET
-
 
 class SessionTable:
     """All sessions of the relay, by id: of this process. One that several processes share needs these methods only.
