@@ -890,14 +890,19 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def parse_seed(text: str) -> str:
-    """A seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
+def parse_key_text(text: str) -> str:
+    """A key or seed of 32 bytes in its one form, 43 digits of base64url; given so, or as 64 hex digits."""
     if re.fullmatch(r"[0-9A-Fa-f]{64}", text):
         return base64.urlsafe_b64encode(bytes.fromhex(text)).decode().rstrip("=")
     is_seed = re.fullmatch(r"[A-Za-z0-9_-]{43}", text)
     if not is_seed or base64.urlsafe_b64encode(base64.urlsafe_b64decode(text + "=")).decode() != text + "=":
         raise ValueError("it must be 32 bytes, as 64 hex digits or 43 digits of base64url")
     return text
+
+
+def parse_key_texts(text: str) -> tuple[str, ...]:
+    """Comma-separated keys of 32 bytes, each in its one form and only once."""
+    return tuple(dict.fromkeys(map(parse_key_text, parse_list(text))))
 
 
 def parse_models(text: str) -> str | tuple[str, ...]:
@@ -1068,8 +1073,8 @@ class OffloadConfig:
         None,
         "32 bytes (64 hex digits, or 43 of base64url) from which the key of this installation comes, instead of the "
         "stored ones; environment only",
-        "pairing",
-        parse=parse_seed,
+        "identity",
+        parse=parse_key_text,
         metavar="SEED",
         secret=True,
     )
@@ -1077,7 +1082,7 @@ class OffloadConfig:
         "--seed-file",
         None,
         "file with such a seed",
-        "pairing",
+        "identity",
         metavar="FILE",
     )
     rendezvous_url: str | None = option(
@@ -1096,6 +1101,76 @@ class OffloadConfig:
     def is_active(self) -> bool:
         """Whether requests may leave this device."""
         return self.enabled or self.only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DelegationConfig:
+    """Whose requests this device answers because of their public key, and to whom it hands its own.
+
+    `provider_public_keys`: in the order to ask them. `allow`, or `is_open` with `deny`: whom a provider admits, from
+    then on; without any of them, whom `firewall.json` does.
+    """
+
+    provider_public_keys: Sequence[str] = option(
+        "--delegate",
+        (),
+        "public key of the provider that answers what this device does not serve itself; repeated, the next one answers "
+        "where one cannot",
+        "delegation",
+        parse=parse_key_texts,
+        metavar="KEY",
+        is_repeated=True,
+    )
+    fallback_to_local: bool = option(
+        "--fallback-to-local",
+        False,
+        "with --delegate: answer without the providers what none of them answers",
+        "delegation",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    timeout: float = option(
+        "--delegate-timeout",
+        60.0,
+        "seconds within which a provider has to be found and begin to answer",
+        "delegation",
+        parse=parse_decimal_number(0.1, 3600),
+        metavar="SECONDS",
+    )
+    provides: bool = option(
+        "--provide",
+        False,
+        "answer the devices that know this one by its public key and are admitted; `provider` does so, too",
+        "delegation",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    allow: Sequence[str] = option(
+        "--allow",
+        (),
+        "public key of a device that a provider admits, and no other; may be repeated, and is remembered",
+        "delegation",
+        parse=parse_key_texts,
+        metavar="KEY",
+        is_repeated=True,
+    )
+    is_open: bool = option(
+        "--open",
+        False,
+        "a provider admits every device that knows its public key",
+        "delegation",
+        parse=parse_switch,
+        is_switch=True,
+    )
+    deny: Sequence[str] = option(
+        "--deny",
+        (),
+        "with --open: public key of a device that is not admitted; may be repeated",
+        "delegation",
+        parse=parse_key_texts,
+        metavar="KEY",
+        is_repeated=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -1385,6 +1460,7 @@ class Config:
         "-v/--verbose", False, "log every request's steps", "files", parse=parse_switch, is_switch=True
     )
     offload: OffloadConfig = field(default=OffloadConfig(), metadata={"options": OffloadConfig})
+    delegation: DelegationConfig = field(default=DelegationConfig(), metadata={"options": DelegationConfig})
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -1401,6 +1477,8 @@ OPTION_GROUPS = {
     "offload": "Offload",
     "pairing": "Other devices",
     "relay": "Devices elsewhere",
+    "delegation": "Delegation by public key",
+    "identity": "Identity",
     "files": "Files and logs",
 }
 
@@ -1448,18 +1526,23 @@ def build_config(
         found = _find_setting(name, opt, flags or {}, environ or {}, file or {})
         if found is not None:
             values[name] = _parse_setting(opt, *found)
-    offload = {name.partition(".")[2]: values.pop(name) for name in list(values) if name.startswith("offload.")}
-    return Config(**values, offload=OffloadConfig(**offload))
+    for each in dataclasses.fields(Config):
+        if "options" in each.metadata:
+            prefix = each.name + "."
+            inner = {name: values.pop(name) for name in list(values) if name.startswith(prefix)}
+            values[each.name] = each.metadata["options"](**{name.removeprefix(prefix): inner[name] for name in inner})
+    return Config(**values)
 
 
 def normalize_config(config: Config) -> Config:
     """A config that a program made, its values as the other sources would give them: a Path as its text, a list as a
     tuple. UsageError names the field whose value they would not take."""
     offload = replace(config.offload, **_normalize_fields(config.offload, "OffloadConfig."))
-    return replace(config, **_normalize_fields(config, ""), offload=offload)
+    delegation = replace(config.delegation, **_normalize_fields(config.delegation, "DelegationConfig."))
+    return replace(config, **_normalize_fields(config, ""), offload=offload, delegation=delegation)
 
 
-def _normalize_fields(config: Config | OffloadConfig, prefix: str) -> dict[str, Any]:
+def _normalize_fields(config: Config | OffloadConfig | DelegationConfig, prefix: str) -> dict[str, Any]:
     """The fields that are not at their defaults, normalized."""
     fields: dict[str, Any] = {}
     for name, opt in get_options(type(config)).items():
@@ -2005,6 +2088,15 @@ def update_file(path: Path, parse: Callable[[bytes], T], change: Callable[[T | N
         create_private_directory(path.parent)
         with hold_lock(path):
             _replace_file(path, change(_load_locked(path, parse)))
+
+
+def probe_file_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever the file is replaced; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _copy_of(path: Path) -> Path:
@@ -8025,8 +8117,8 @@ _PAIR_ID_BYTES = 16
 class HandshakeTerms:
     """What one side knows before a handshake. `static`: ours; `remote_static`: None where the peer's is learnt.
 
-    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: asked about the key that was
-    learnt, once it is proved.
+    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: a responder's, asked about the key
+    that was learnt, once it is proved.
     """
 
     mode: HandshakeMode
@@ -8185,8 +8277,6 @@ class ResponderHandshake:
     def _verify_peer(self, terms: HandshakeTerms, message: bytes) -> None:
         if terms.relayed_key is not None and not hmac.compare_digest(message[:KEY_BYTES], terms.relayed_key):
             raise _HandshakeRefusal(CloseReason.UNPROVEN, "the relay gave another key than the one used")
-        if terms.admits is not None and not terms.admits(self.noise.remote_static or b""):
-            raise _HandshakeRefusal(CloseReason.DENIED, "this public key is not admitted")
 
     def _build_decoy_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms:
         static, psk = self._decoy, bytes(KEY_BYTES)
@@ -8706,7 +8796,8 @@ class ChannelState(enum.Enum):
     HANDSHAKE ──second message (initiator)──→ OPEN ──GOAWAY, sent or received──→ DRAINING
         └──first message──→ CONFIRMING ──PING──↑
     Any of them → CLOSED: by a failure, the end of the transport, a deadline, or (DRAINING) the end of the last stream.
-    A responder is CONFIRMING until the initiator has shown, by its first frame, that its message was not a replay.
+    A responder is CONFIRMING until the initiator has shown, by its first frame, that its message was not a replay. Whom
+    it does not admit then, by its key, is told so under the ciphers: nobody else can refuse in its name.
     """
 
     HANDSHAKE = enum.auto()
@@ -8764,6 +8855,7 @@ class Channel:
         self._pinged_at = now
         self._drained_by = math.inf
         self._ping_count = 0
+        self.is_answered = False  # whether the peer has said anything under the ciphers
         self._has_sent_pair = False
         self._has_received_pair = False
         self.streams = StreamMultiplexer(
@@ -8900,9 +8992,13 @@ class Channel:
             raise _ChannelViolation(ErrorCode.PROTOCOL, "a message that is no transport frame")
         frame_type, is_last, stream_id, body = _parse_inner_frame(cipher.decrypt(frame[1:]))
         self._heard_at = now
+        self.is_answered = True
         if self.state is ChannelState.CONFIRMING:
             if frame_type != FrameType.PING:
                 raise _ChannelViolation(ErrorCode.PROTOCOL, "the first frame is not PING")
+            if not self._is_admitted():
+                self._deny()
+                return
             self._establish()
         receive = self._RECEIVERS.get(frame_type)
         if receive is not None:
@@ -8954,6 +9050,15 @@ class Channel:
     }
 
     # Life and end.
+
+    def _is_admitted(self) -> bool:
+        admits = self._handshake.terms.admits
+        return admits is None or admits(self._handshake.noise.remote_static or b"")
+
+    def _deny(self) -> None:
+        self._move(ChannelState.OPEN)  # so far, that there is somebody to tell
+        self._send_goaway(ErrorCode.REVOKED)
+        self._close(CloseReason.DENIED, CloseReason.DENIED.value, ErrorCode.REVOKED)
 
     def _establish(self) -> None:
         self._move(ChannelState.OPEN)
@@ -9535,7 +9640,7 @@ class PairingStore:
 
         `foreign_path`: the pairings of other software, taken over when there is no file of ours yet.
         """
-        self._stamp = self._probe_stamp()
+        self._stamp = probe_file_stamp(self._path)
         file = load_file(self._path, parse_pairings)
         if file is None and foreign_path is not None:
             file = self._import(foreign_path)
@@ -9678,7 +9783,7 @@ class PairingStore:
     async def refresh(self) -> None:
         """Take over what another process wrote. Errors are for `load` and `flush` to report."""
         async with self._saving:
-            stamp = await asyncio.to_thread(self._probe_stamp)
+            stamp = await asyncio.to_thread(probe_file_stamp, self._path)
             if stamp == self._stamp:
                 return
             try:
@@ -9776,14 +9881,6 @@ class PairingStore:
         except StorageError:
             self.replay.has_new_untimed = True
             raise
-
-    def _probe_stamp(self) -> tuple[int, ...] | None:
-        """What changes whenever the file is replaced; None without a file."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _import(self, path: Path) -> PairingFile | None:
         try:
@@ -11227,6 +11324,240 @@ def _as_failed(target: PairingTarget) -> Iterator[None]:
         yield
     except PairingExchangeError as exc:
         raise PairingFailedError(f"pairing with {target.shown_name} failed: {exc.message}") from exc
+
+
+# ---- Delegation -----------------------------------------------------------------------
+# Devices that know each other by public key: what a consumer demands of a provider, and whom a provider admits.
+#
+# After QVAC. Whoever knows a provider's public key finds it, by the address that is made of the key, and the provider
+# admits the consumers whose keys its firewall lets through. Nobody approves anything on a screen, and neither side
+# keeps anything of the other: the handshake of each connection proves both keys anew.
+
+FIREWALL_KEYS_LIMIT = 4096  # memory and time that a firewall takes
+PROVIDERS_LIMIT = 16  # providers of one request, and those that are kept in touch with
+DELEGATION_TIMEOUT_S = 60.0
+DELEGATION_TIMEOUT_LIMIT_S = 3600.0  # requests that wait for a provider that never comes
+
+delegation_log = logging.getLogger("dvai_bridge.delegation")
+
+
+def parse_public_key(text: str) -> bytes:
+    """The 32 bytes of a device's public key, given as 43 digits of base64url or 64 hex digits.
+
+    ValueError for what is no such text, and for a key that no private key has.
+    """
+    public_key = parse_base64url(parse_key_text(text))
+    fault = find_x25519_fault(public_key)
+    if fault is not None:
+        raise ValueError(f"this public key is {fault}")
+    return public_key
+
+
+def shorten_key(public_key: bytes) -> str:
+    """A public key as messages show it: enough to tell it from the others of one user."""
+    return f"{encode_base64url(public_key)[:8]}…"
+
+
+class FirewallMode(enum.Enum):
+    """What the keys of a firewall mean."""
+
+    ALLOW = "allow"  # only these are admitted
+    DENY = "deny"  # all but these are
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Firewall:
+    """Whom a provider admits, by the 32 bytes of their public keys. An empty ALLOW admits nobody."""
+
+    mode: FirewallMode = FirewallMode.ALLOW
+    public_keys: frozenset[bytes] = frozenset()
+
+    def admits(self, public_key: bytes) -> bool:
+        """Whether the owner of this key, who has proved it, is answered."""
+        return (public_key in self.public_keys) is (self.mode is FirewallMode.ALLOW)
+
+    def describe(self) -> str:
+        """For people."""
+        count = len(self.public_keys)
+        keys = "1 public key" if count == 1 else f"{count} public keys"
+        if self.mode is FirewallMode.DENY:
+            return f"everybody who knows the provider's key, but {keys}" if count else "everybody who knows its key"
+        return keys if count else "nobody"
+
+
+def build_firewall(mode: str, public_keys: Iterable[str]) -> Firewall:
+    """The firewall of these words. ValueError for a mode or key that is none, or too many of them."""
+    try:
+        known_mode = FirewallMode(mode)
+    except ValueError:
+        raise ValueError("the mode of a firewall is allow or deny") from None
+    keys = frozenset(map(parse_public_key, public_keys))
+    if len(keys) > FIREWALL_KEYS_LIMIT:
+        raise ValueError(f"a firewall has at most {FIREWALL_KEYS_LIMIT} keys")
+    return Firewall(mode=known_mode, public_keys=keys)
+
+
+def parse_firewall_json(value: object) -> Firewall:
+    """The firewall of `{"mode", "publicKeys"}`; ValueError says what is wrong with it."""
+    if not isinstance(value, Mapping) or not value.keys() <= {"version", "mode", "publicKeys"}:
+        raise ValueError('a firewall is {"mode": "allow" or "deny", "publicKeys": [keys]}')
+    keys = value.get("publicKeys", ())
+    if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("publicKeys must be a list of keys")
+    mode = value.get("mode", FirewallMode.ALLOW.value)
+    return build_firewall(mode if isinstance(mode, str) else "", keys)
+
+
+def build_firewall_json(firewall: Firewall) -> dict[str, Any]:
+    """What `parse_firewall_json` reads."""
+    return {"mode": firewall.mode.value, "publicKeys": sorted(map(encode_base64url, firewall.public_keys))}
+
+
+def choose_firewall(config: DelegationConfig) -> Firewall | None:
+    """The firewall that the options ask for, None if they say nothing of it. UsageError."""
+    if not (config.allow or config.deny or config.is_open):
+        return None
+    if config.allow and (config.deny or config.is_open):
+        raise UsageError("--allow admits only the keys it names: it does not go together with --open or --deny")
+    if not (config.allow or config.is_open):
+        raise UsageError("--deny leaves a provider open to all other keys: say so with --open")
+    mode = FirewallMode.ALLOW if config.allow else FirewallMode.DENY
+    try:
+        return build_firewall(mode.value, config.allow or config.deny)
+    except ValueError as exc:
+        raise UsageError(f"--{mode.value}: {exc}") from exc
+
+
+class FirewallStore:
+    """The firewall of this provider, in memory and in `firewall.json`.
+
+    `load` comes first; then it belongs to one event loop, and the disk is used in threads. The owner runs `maintain`
+    in a task: an edited file counts within seconds. One that cannot be read, or is damaged, changes nothing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.firewall = Firewall()
+        self._path = directory / "firewall.json"
+        self._stamp: tuple[int, ...] | None = None
+        self._listeners: list[Callable[[Firewall], None]] = []
+
+    def load(self, chosen: Firewall | None = None) -> None:
+        """Take `chosen`, and keep it; else what is kept. Blocks for the disk.
+
+        StorageError: it can be neither read nor kept. A provider must not go on with another firewall than was meant.
+        """
+        if chosen is not None:
+            save_file(self._path, self._encode(chosen))
+        self._stamp = probe_file_stamp(self._path)
+        self.firewall = chosen or load_file(self._path, self._parse) or Firewall()
+
+    async def save(self, firewall: Firewall) -> None:
+        """Another firewall, from now on. StorageError: it counts as long as this process runs."""
+        self._adopt(firewall)
+        await asyncio.to_thread(save_file, self._path, self._encode(firewall))
+        self._stamp = probe_file_stamp(self._path)
+
+    async def refresh(self) -> None:
+        """Take over what was written by somebody else."""
+        stamp = await asyncio.to_thread(probe_file_stamp, self._path)
+        if stamp in (self._stamp, None):
+            return
+        self._stamp = stamp
+        try:
+            found = await asyncio.to_thread(_parse_file, self._path, self._parse)
+        except (OSError, ValueError) as exc:
+            delegation_log.error("%s is no firewall (%s): the one in memory stays in force", self._path, exc)
+        else:
+            self._adopt(found)
+
+    async def maintain(self) -> NoReturn:
+        """Refresh for as long as the bridge runs."""
+        while True:
+            await asyncio.sleep(PAIRINGS_REFRESH_INTERVAL_S)
+            await self.refresh()
+
+    def subscribe(self, listener: Callable[[Firewall], None]) -> None:
+        """Call `listener` with each new firewall."""
+        self._listeners.append(listener)
+
+    def _adopt(self, firewall: Firewall) -> None:
+        if firewall != self.firewall:
+            self.firewall = firewall
+            delegation_log.info("the firewall admits %s", firewall.describe())
+            for listener in self._listeners:
+                listener(firewall)
+
+    @staticmethod
+    def _parse(data: bytes) -> Firewall:
+        return parse_firewall_json(parse_json(data))
+
+    @staticmethod
+    def _encode(firewall: Firewall) -> bytes:
+        return encode_json({"version": 1, **build_firewall_json(firewall)})
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class Delegation:
+    """Who answers a request in place of this device: the providers by their public keys, in the order to ask them.
+
+    `timeout_s`: within which one has to be found and begin to answer. `falls_back`: then the request takes the way
+    that it would take without. `is_fresh`: it is asked on a new connection.
+    """
+
+    providers: tuple[bytes, ...]
+    timeout_s: float = DELEGATION_TIMEOUT_S
+    falls_back: bool = False
+    is_fresh: bool = False
+
+
+_DELEGATION_MEMBERS = {  # after QVAC, as JSON spells them, and as Python does
+    "providerPublicKey": "provider_public_key",
+    "timeout": "timeout",
+    "fallbackToLocal": "fallback_to_local",
+    "forceNewConnection": "force_new_connection",
+}
+
+
+def parse_delegation(value: object) -> Delegation:
+    """A `delegate` as QVAC has it: `{"providerPublicKey", "timeout", "fallbackToLocal", "forceNewConnection"}`.
+
+    The key alone will do, several of them as a list; in Python the members may be spelled its way. `timeout`: in
+    milliseconds. ValueError says what is wrong.
+    """
+    members: Mapping[str, Any] = value if isinstance(value, Mapping) else {"providerPublicKey": value}
+    named = {_DELEGATION_MEMBERS.get(name, name): member for name, member in members.items()}
+    unknown = named.keys() - set(_DELEGATION_MEMBERS.values())
+    if unknown:
+        raise ValueError(f"delegate has no member {display_name(str(min(unknown, key=str)))!r}")
+    keys, timeout_ms = named.get("provider_public_key"), named.get("timeout", DELEGATION_TIMEOUT_S * 1000)
+    texts = keys if isinstance(keys, list | tuple) else (keys,)
+    if not 0 < len(texts) <= PROVIDERS_LIMIT or not all(isinstance(text, str) for text in texts):
+        raise ValueError("providerPublicKey must be a public key: 43 digits of base64url, or 64 hex digits")
+    is_number = type(timeout_ms) in (int, float) and 0 < timeout_ms <= DELEGATION_TIMEOUT_LIMIT_S * 1000
+    if not is_number:
+        raise ValueError(f"timeout must be milliseconds, at most {DELEGATION_TIMEOUT_LIMIT_S * 1000:.0f}")
+    switches = [named.get(name, False) for name in ("fallback_to_local", "force_new_connection")]
+    if not all(isinstance(switch, bool) for switch in switches):
+        raise ValueError("fallbackToLocal and forceNewConnection must be true or false")
+    return Delegation(
+        providers=tuple(dict.fromkeys(map(parse_public_key, texts))),
+        timeout_s=timeout_ms / 1000,
+        falls_back=switches[0],
+        is_fresh=switches[1],
+    )
+
+
+def choose_delegation(config: DelegationConfig) -> Delegation | None:
+    """The delegation that the options ask for, None without providers. UsageError."""
+    if not config.provider_public_keys:
+        return None
+    if len(config.provider_public_keys) > PROVIDERS_LIMIT:
+        raise UsageError(f"--delegate names at most {PROVIDERS_LIMIT} providers")
+    try:
+        providers = tuple(map(parse_public_key, config.provider_public_keys))
+    except ValueError as exc:
+        raise UsageError(f"--delegate: {exc}") from exc
+    return Delegation(providers=providers, timeout_s=config.timeout, falls_back=config.fallback_to_local)
 
 
 # ---- Models ---------------------------------------------------------------------------
@@ -24071,14 +24402,16 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
 # ---- Tunnel ---------------------------------------------------------------------------
 # Requests to paired devices inside the secure channel: many at once on one WebSocket, dialled when first needed.
 #
-#     PeerClient ─── pairing with a link ───► Tunnel ───► TunnelConnection ───► ChannelLink ───► WebSocket
-#         │                                   dials,      whose request is      reads, writes,
-#         └───────── any other peer ───► HttpClient       on which stream       keeps the time
+#     PeerClient ─── pairing with a link ──┬► Tunnel ───► TunnelConnection ───► ChannelLink ───► WebSocket
+#         │                                │  dials,      whose request is      reads, writes,
+#         │        ProviderClient ─────────┘  by a        on which stream       keeps the time
+#         └───────── any other peer ───► HttpClient       TunnelParty
 #
-# A Tunnel belongs to one pairing and outlives its connections: what was lost is dialled again by the next request,
-# and the monitor's questions are requests. A connection is doubted when nothing came while somebody waited in vain,
-# or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a sign of life, and is given up
-# without. So a device that slept, or moved, is reached anew, and one that is only slow keeps what it works on.
+# A Tunnel belongs to one provider, a TunnelParty, and outlives its connections: what was lost is dialled again by the
+# next request, and the monitor's questions are requests. A connection is doubted when nothing came while somebody
+# waited in vain, or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a sign of life, and
+# is given up without. So a device that slept, or moved, is reached anew, and one that is only slow keeps what it works
+# on.
 
 TUNNEL_SUBPROTOCOL = "dvai-noise.1"
 TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
@@ -24105,15 +24438,50 @@ class PairingEndedError(UpstreamError):
     """There is no pairing any more: this side ended it, or the provider says so, inside the tunnel."""
 
 
+class NotAdmittedError(PairingEndedError):
+    """A provider that is known by its public key says, inside the tunnel, that it does not admit ours."""
+
+    status, type, code = 503, "unavailable_error", "provider_refused"
+    should_retry = False
+
+
+class TunnelParty(Protocol):
+    """The provider that a tunnel leads to: how it is proved, and what it means when it refuses.
+
+    `name`: as messages show it. `advice`: what may be wrong when it closes a tunnel without a word.
+    """
+
+    name: str
+    advice: str
+
+    def build_terms(self, backend: CryptoBackend) -> HandshakeTerms:
+        """What is known of it before a handshake. UpstreamConnectError: too little."""
+
+    async def dial_relay(self, limit_s: float) -> FrameSocket:
+        """A session with it at a relay. UpstreamConnectError says why there is none."""
+
+    def note_established(self) -> None:
+        """It has proved who it is, and lets us in."""
+
+    def note_refused(self) -> None:
+        """It has proved who it is, and lets us in no more."""
+
+    def build_refusal(self) -> PairingEndedError:
+        """What whoever asks it is told then."""
+
+
 def build_tunnel_url(url: HttpUrl) -> str:
     """Where the bridge at this address opens tunnels."""
     host = f"[{url.host.replace('%', '%25')}]" if ":" in url.host else url.host
     return f"{'wss' if url.is_tls else 'ws'}://{host}:{url.port}/v1{TUNNEL_PATH}"
 
 
-def build_relayed_base_url(link: PairingLink) -> str:
-    """What stands for the address of a device that is reached through a relay: a name that no resolver knows."""
-    return f"http://{link.pair_id.hex()}{RELAY_HOST_SUFFIX}/v1"
+def build_relayed_base_url(identifier: bytes) -> str:
+    """What stands for the address of a device that is reached through a relay: a name that no resolver knows.
+
+    `identifier`: 16 bytes of which it is made, a pairing's pairId or a provider's address.
+    """
+    return f"http://{identifier.hex()}{RELAY_HOST_SUFFIX}/v1"
 
 
 def is_relayed_url(url: HttpUrl) -> bool:
@@ -24217,16 +24585,11 @@ class ChannelLink:
 
 
 class TunnelConnection:
-    """A consumer's channel to one provider: which request waits on which stream.
+    """A consumer's channel to one provider: which request waits on which stream."""
 
-    `on_revoked`: called when the provider, who has proved that it is it, says that there is no pairing any more.
-    """
-
-    def __init__(
-        self, channel: Channel, socket: FrameSocket, *, peer_name: str, on_revoked: Callable[[], None]
-    ) -> None:
-        self.peer_name = peer_name
-        self._on_revoked = on_revoked
+    def __init__(self, channel: Channel, socket: FrameSocket, party: TunnelParty) -> None:
+        self.peer_name = party.name
+        self._party = party
         self._link = ChannelLink(channel, self._take_in)
         self._loop = asyncio.get_running_loop()
         self._exchanges: dict[int, TunnelExchange] = {}
@@ -24235,6 +24598,7 @@ class TunnelConnection:
         self._changed = asyncio.Event()  # established, closed, or a stream has ended
         self._proving: asyncio.Task[None] | None = None
         self.is_established = False
+        self._is_by_key = False
         self._task = asyncio.create_task(self._link.run(socket), name="tunnel")
 
     @property
@@ -24273,11 +24637,16 @@ class TunnelConnection:
             self.end()
 
     async def wait_established(self) -> None:
-        """Until the provider has proved who it is; raises why there will be no tunnel."""
-        while not self.is_established:
-            if self._closed is not None:
-                raise self.build_error()
+        """Until the provider has proved who it is; raises why there will be no tunnel.
+
+        One that knows us by our key alone says next whether it admits us: nothing is asked before that.
+        """
+        while self._closed is None and not self.is_established:
             await self._wait_changed()
+        while self._closed is None and self._is_by_key and not self._link.channel.is_answered:
+            await self._link.wait_received()
+        if self._closed is not None:
+            raise self.build_error()
 
     async def open(self, exchange: TunnelExchange, method: str, path: str, fields: Sequence[tuple[str, str]]) -> int:
         """The new stream for a request, once there is room for one more. UpstreamLostError if the tunnel ends first."""
@@ -24343,13 +24712,12 @@ class TunnelConnection:
         """Why this tunnel serves nothing (more)."""
         closed = self._closed
         if self._is_revoked:
-            return PairingEndedError(f"{self.peer_name} has ended the pairing")
+            return self._party.build_refusal()
         if closed is None:
             return UpstreamLostError(f"the tunnel to {self.peer_name} takes no more requests")
         if not self.is_established:
             return UpstreamConnectError(
-                f"{self.peer_name} did not open the tunnel ({closed.reason.value}): if it does not know this device "
-                "any more, `pair request` asks it again"
+                f"{self.peer_name} did not open the tunnel ({closed.reason.value}): {self._party.advice}"
             )
         return UpstreamLostError(f"the tunnel to {self.peer_name} ended: {closed.detail or closed.reason.value}")
 
@@ -24380,11 +24748,12 @@ class TunnelConnection:
             self._note_change()
         elif isinstance(event, ChannelEstablished):
             self.is_established = True
+            self._is_by_key = event.mode is HandshakeMode.DELEGATE
             self._note_change()
         elif isinstance(event, GoAwayReceived):
             if event.code is ErrorCode.REVOKED:
                 self._is_revoked = True
-                self._on_revoked()
+                self._party.note_refused()
             self._note_change()
         elif isinstance(event, ChannelClosed):
             self._closed = event
@@ -24623,23 +24992,107 @@ class TunnelExchange:
         self.wake()
 
 
-class Tunnel:
-    """The way into one provider: its connection, dialled when there is none. `get_pairing`: the record as it is now."""
+class PairedParty:
+    """The provider of a pairing, as a TunnelParty."""
+
+    advice = "if it does not know this device any more, `pair request` asks it again"
+
+    def __init__(
+        self, identity: Identity, store: PairingStore, pairing: Pairing, *, dial_relay: DialRelay | None
+    ) -> None:
+        self.name = display_name(pairing.device_name)
+        self._identity = identity
+        self._store = store
+        self._pairing = pairing
+        self._dial_relay = dial_relay
+
+    def build_terms(self, backend: CryptoBackend) -> HandshakeTerms:
+        """As of the pairing's link."""
+        pairing = self._pairing
+        link, identity_key = pairing.outbound_link, pairing.identity_key
+        if link is None or identity_key is None:
+            raise UpstreamConnectError("this pairing has no tunnel")
+        return build_resume_terms(
+            pair_id=link.pair_id,
+            initiator_device_id=self._identity.device_id,
+            responder_device_id=pairing.device_id,
+            static=build_static_key(self._identity, backend),
+            remote_static=parse_base64url(identity_key),
+            psk=link.resume_psk,
+        )
+
+    async def dial_relay(self, limit_s: float) -> FrameSocket:
+        """Where the link says that the devices meet."""
+        if self._dial_relay is None or self._pairing.outbound_link is None:
+            raise UpstreamConnectError("this device is in touch with no relay")
+        return await self._dial_relay(self._pairing.outbound_link, limit_s)
+
+    def note_established(self) -> None:
+        """The pairing lives on."""
+        self._store.activate(self._pairing, PairingDirection.OUTBOUND)
+
+    def note_refused(self) -> None:
+        """Unless the devices have paired anew since then, which is why the old tunnels end."""
+        current = self._store.find_record(*self._pairing.key)
+        link = self._pairing.outbound_link
+        if current is None or current.outbound_link is None or link is None:
+            return
+        if current.outbound_link.pair_id == link.pair_id:
+            self._store.note(current, is_marked_unauthorized=True)
+            _tunnel_logger.warning("%s has ended the pairing: `pair request` asks it again", self.name)
+
+    def build_refusal(self) -> PairingEndedError:
+        """It is no more."""
+        return PairingEndedError(f"{self.name} has ended the pairing")
+
+
+class KeyedParty:
+    """A provider that is known by its public key, as a TunnelParty. `static`: ours, which it has to admit."""
+
+    advice = "no provider with this public key answers there"
 
     def __init__(
         self,
-        identity: Identity,
-        store: PairingStore,
-        pairing: Pairing,
+        public_key: bytes,
+        static: KeyPair,
         *,
-        backend: CryptoBackend,
-        dial_relay: DialRelay | None = None,
-        random: RandomBytes = os.urandom,
+        dial_relay: Callable[[bytes, float], Awaitable[FrameSocket]],
+        on_refused: Callable[[], None],
     ) -> None:
-        self._identity = identity
-        self._store = store
+        self.name = f"provider {shorten_key(public_key)}"
+        self._public_key = public_key
+        self._static = static
         self._dial_relay = dial_relay
-        self.pairing = pairing
+        self._on_refused = on_refused
+
+    def build_terms(self, backend: CryptoBackend) -> HandshakeTerms:
+        """As of its key."""
+        return build_delegate_terms(
+            address=build_provider_address(self._public_key), static=self._static, remote_static=self._public_key
+        )
+
+    async def dial_relay(self, limit_s: float) -> FrameSocket:
+        """At the address that is made of its key."""
+        return await self._dial_relay(self._public_key, limit_s)
+
+    def note_established(self) -> None:
+        """Nothing is kept of it."""
+
+    def note_refused(self) -> None:
+        """Whoever asks it is to know."""
+        self._on_refused()
+
+    def build_refusal(self) -> PairingEndedError:
+        """It has a firewall."""
+        own = encode_base64url(self._static.public)
+        return NotAdmittedError(f"{self.name} does not admit this device: there, `provider --allow {own}` does")
+
+
+class Tunnel:
+    """The way into one provider, `party` (as it is known now): its connection, dialled when there is none."""
+
+    def __init__(self, party: TunnelParty, *, backend: CryptoBackend, random: RandomBytes = os.urandom) -> None:
+        self.party = party
         self._backend = backend
         self._random = random
         self.url: HttpUrl | None = None  # of the connection
@@ -24676,8 +25129,7 @@ class Tunnel:
             if dialling.done() and not dialling.cancelled() and dialling.exception() is None:
                 return dialling.result(), False
         if not dialling.done():
-            name = display_name(self.pairing.device_name)
-            raise UpstreamConnectError(f"no tunnel to {name} within {limit_s:.3g} s")
+            raise UpstreamConnectError(f"no tunnel to {self.party.name} within {limit_s:.3g} s")
         if dialling.cancelled():
             raise PairingEndedError("the pairing has ended")
         return dialling.result(), False  # raises why there is none
@@ -24691,6 +25143,11 @@ class Tunnel:
             self._dialling = asyncio.create_task(self._dial(url, limit_s), name="tunnel dial")
             self._dialling.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if by nobody
         return self._dialling
+
+    def renew(self) -> None:
+        """The next request dials, whatever there is; what runs goes on where it is."""
+        if self._connection is not None:
+            self._connection.retire()
 
     async def close(self) -> None:
         """Says goodbye."""
@@ -24707,66 +25164,38 @@ class Tunnel:
         for connection in self._list_connections():
             connection.end()
 
-    def _note_revoked(self, link: PairingLink) -> None:
-        """Unless the devices have paired anew since then, which is why the old tunnels end."""
-        current = self.pairing.outbound_link
-        if current is not None and current.pair_id == link.pair_id:
-            self._store.note(self.pairing, is_marked_unauthorized=True)
-            name = display_name(self.pairing.device_name)
-            _tunnel_logger.warning("%s has ended the pairing: `pair request` asks it again", name)
-
     def _list_connections(self) -> list[TunnelConnection]:
         return [*self._earlier, *([] if self._connection is None else [self._connection])]
 
     async def _dial(self, url: HttpUrl, limit_s: float) -> TunnelConnection:
-        pairing = self.pairing
-        link, identity_key = pairing.outbound_link, pairing.identity_key
-        if link is None or identity_key is None:
-            raise UpstreamConnectError("this pairing has no tunnel")
-        socket = await self._open_socket(url, link, limit_s)
-        terms = build_resume_terms(
-            pair_id=link.pair_id,
-            initiator_device_id=self._identity.device_id,
-            responder_device_id=pairing.device_id,
-            static=build_static_key(self._identity, self._backend),
-            remote_static=parse_base64url(identity_key),
-            psk=link.resume_psk,
-        )
+        party, is_relayed = self.party, is_relayed_url(url)
+        terms = party.build_terms(self._backend)
+        socket = await (party.dial_relay(limit_s) if is_relayed else _open_tunnel_socket(url, limit_s))
         ephemeral = build_key_pair(self._random(KEY_BYTES), self._backend)
-        now_s = asyncio.get_running_loop().time()
         handshake = InitiatorHandshake(terms, ephemeral=ephemeral, backend=self._backend)
-        path = ChannelPath.RELAY if is_relayed_url(url) else ChannelPath.DIRECT
-        channel = Channel(handshake, now=now_s, path=path, serves=False)
-        connection = TunnelConnection(
-            channel,
-            socket,
-            peer_name=display_name(pairing.device_name),
-            on_revoked=functools.partial(self._note_revoked, link),
-        )
+        path = ChannelPath.RELAY if is_relayed else ChannelPath.DIRECT
+        channel = Channel(handshake, now=asyncio.get_running_loop().time(), path=path, serves=False)
+        connection = TunnelConnection(channel, socket, party)
         try:
             await connection.wait_established()
         except BaseException:
             connection.end()
             await connection.close()
             raise
-        if self._connection is not None:
-            self._connection.retire()
+        self.renew()
         self._earlier = [each for each in self._list_connections() if not each.is_closed]
         self._connection, self.url = connection, url
-        self._store.activate(pairing, PairingDirection.OUTBOUND)
+        party.note_established()
         return connection
 
-    async def _open_socket(self, url: HttpUrl, link: PairingLink, limit_s: float) -> FrameSocket:
-        if is_relayed_url(url):
-            if self._dial_relay is None:
-                raise UpstreamConnectError("this device is in touch with no relay")
-            return await self._dial_relay(link, limit_s)
-        return await connect_websocket(
-            build_tunnel_url(url),
-            subprotocols=(TUNNEL_SUBPROTOCOL,),
-            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
-            timeout_s=limit_s,
-        )
+
+async def _open_tunnel_socket(url: HttpUrl, limit_s: float) -> FrameSocket:
+    return await connect_websocket(
+        build_tunnel_url(url),
+        subprotocols=(TUNNEL_SUBPROTOCOL,),
+        limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+        timeout_s=limit_s,
+    )
 
 
 class PeerClient:
@@ -24861,19 +25290,17 @@ class PeerClient:
         if tunnel is None:
             assert self._store is not None  # where pairings come from
             tunnel = self._tunnels[pairing.key, is_relayed] = Tunnel(
-                self._identity,
-                self._store,
-                pairing,
-                backend=choose_crypto_backend(),
-                dial_relay=self._dial_relay,
-                random=self._random,
+                self._build_party(self._store, pairing), backend=choose_crypto_backend(), random=self._random
             )
         return tunnel
+
+    def _build_party(self, store: PairingStore, pairing: Pairing) -> PairedParty:
+        return PairedParty(self._identity, store, pairing, dial_relay=self._dial_relay)
 
     def _note_pairing(self, before: Pairing | None, after: Pairing | None) -> None:
         """A pairing that is over, or was made anew, takes its tunnel with it."""
         known = after or before
-        if known is None:
+        if known is None or self._store is None:
             return
         for is_relayed in (False, True):
             tunnel = self._tunnels.get((known.key, is_relayed))
@@ -24882,16 +25309,92 @@ class PeerClient:
             if before is not None and has_lost_access(before, after, PairingDirection.OUTBOUND):
                 tunnel.end()
             if after is not None and after.outbound_link is not None:
-                tunnel.pairing, tunnel.is_over = after, False
+                tunnel.party, tunnel.is_over = self._build_party(self._store, after), False
+
+
+class ProviderClient:
+    """Asks providers that are known by their public keys, each through its tunnel. Belongs to one event loop.
+
+    `static`: the key by which they know us. `dial_relay(public key, seconds)`: a session with one. A provider has one
+    tunnel directly and another through the relay: which of them, the URL says.
+    """
+
+    def __init__(
+        self,
+        static: KeyPair,
+        *,
+        dial_relay: Callable[[bytes, float], Awaitable[FrameSocket]],
+        on_refused: Callable[[bytes], None],
+        random: RandomBytes = os.urandom,
+    ) -> None:
+        self._static = static
+        self._dial_relay = dial_relay
+        self._on_refused = on_refused
+        self._random = random
+        self._tunnels: dict[tuple[bytes, bool], Tunnel] = {}
+
+    def request(
+        self,
+        public_key: bytes,
+        method: str,
+        url: HttpUrl,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> TunnelExchange:
+        """A request, sent when the block is entered. Raises what HttpClient.request does, and NotAdmittedError."""
+        return TunnelExchange(
+            self._get_tunnel(public_key, is_relayed=is_relayed_url(url)),
+            url,
+            method=method,
+            headers=list(headers),
+            body=body,
+            budgets=budgets or HttpBudgets(),
+        )
+
+    def find_tunnel(self, public_key: bytes) -> HttpUrl | None:
+        """Where the direct tunnel to this provider was dialled, None unless one is open now."""
+        tunnel = self._tunnels.get((public_key, False))
+        return tunnel.url if tunnel is not None and tunnel.is_open else None
+
+    def renew(self, public_key: bytes) -> None:
+        """The next request to this provider begins with a new handshake."""
+        for is_relayed in (False, True):
+            self._get_tunnel(public_key, is_relayed=is_relayed).renew()
+
+    async def forget(self, public_key: bytes) -> None:
+        """Ends what leads to this provider."""
+        tunnels = [self._tunnels.pop((public_key, is_relayed), None) for is_relayed in (False, True)]
+        await asyncio.gather(*(tunnel.close() for tunnel in tunnels if tunnel is not None))
+
+    async def close(self) -> None:
+        """Ends every tunnel."""
+        await asyncio.gather(*(self.forget(public_key) for public_key in {key for key, _ in self._tunnels}))
+
+    def _get_tunnel(self, public_key: bytes, *, is_relayed: bool) -> Tunnel:
+        tunnel = self._tunnels.get((public_key, is_relayed))
+        if tunnel is None:
+            party = KeyedParty(
+                public_key,
+                self._static,
+                dial_relay=self._dial_relay,
+                on_refused=functools.partial(self._on_refused, public_key),
+            )
+            tunnel = self._tunnels[public_key, is_relayed] = Tunnel(
+                party, backend=choose_crypto_backend(), random=self._random
+            )
+        return tunnel
 
 
 # ---- Rendezvous -----------------------------------------------------------------------
 # Devices that share no network meet at a relay: its messages, the sessions on one WebSocket, and who stays in touch.
 #
 #     Rendezvous ── one per relay ──► RelayClient ──► RelayConnection ──► RelaySession, each a FrameSocket
-#     which rooms, by the pairings    connects again  reads one WebSocket  carries the outer frames of a channel
+#     which places, and why           connects again  reads one WebSocket  carries the outer frames of a channel
 #
-# The provider of a pairing listens in the room that its link names, the consumer dials it. Both stay connected, so
+# The provider of a pairing listens in the room that its link names, one that is known by its public key at the address
+# that is made of the key, having proved that the key is its own; the consumer dials it there. Both stay connected, so
 # whichever of the three was gone and comes back, the next request finds its way without anybody's help. Nothing here
 # trusts the relay: whatever it changes, repeats, drops or connects crosswise, the channel inside a session notices.
 
@@ -24906,6 +25409,7 @@ RELAY_BACK_OFF_S = 1.0  # a relay that starts again, and everybody who calls it 
 RELAY_BACK_OFF_FACTOR = 1.5
 RELAY_BACK_OFF_LIMIT_S = 60.0
 RELAY_DIAL_S = 10.0  # dialling somebody of whom the relay says nothing
+RELAY_CLAIM_PAUSE_S = 60.0  # public keys that are claimed again and again
 
 _TAG = struct.Struct(">I")
 
@@ -24933,34 +25437,72 @@ class RelayPeerConnected:
     key: bytes
 
 
+class RelayPlaceKind(enum.Enum):
+    """The two tables of a relay; the value is the member of its messages."""
+
+    ROOM = "room"
+    PROVIDER = "provider"
+
+
+@record(frozen=True, slots=True)
+class RelayPlace:
+    """Where one side listens and the other dials: a pairing's room, or a provider's address. 16 bytes."""
+
+    kind: RelayPlaceKind
+    key: bytes
+
+    @property
+    def members(self) -> dict[str, str]:
+        """How messages name it."""
+        return {self.kind.value: encode_base64url(self.key)}
+
+
+def build_room_place(link: PairingLink) -> RelayPlace:
+    """Where the devices of a pairing meet."""
+    return RelayPlace(RelayPlaceKind.ROOM, link.room)
+
+
+def build_provider_place(public_key: bytes) -> RelayPlace:
+    """Where a provider is found that is known by its public key."""
+    return RelayPlace(RelayPlaceKind.PROVIDER, build_provider_address(public_key))
+
+
+@record(frozen=True, slots=True)
+class RelayChallenge:
+    """The relay wants to see that a public key is ours."""
+
+    ephemeral_public: bytes
+    nonce: bytes
+
+
 @record(frozen=True, slots=True)
 class RelayListening:
-    """We are the one who listens in this room."""
+    """We are the one who listens there."""
 
-    room: bytes
+    place: RelayPlace
 
 
 @record(frozen=True, slots=True)
 class RelayUnlistened:
-    """Somebody else listens in this room now."""
+    """Somebody else listens there now."""
 
-    room: bytes
+    place: RelayPlace
 
 
 @record(frozen=True, slots=True)
 class RelayDialed:
-    """A session to whoever listens in a room."""
+    """A session to whoever listens there."""
 
     session_id: str
-    room: bytes
+    place: RelayPlace
 
 
 @record(frozen=True, slots=True)
 class RelayIncoming:
-    """Somebody dialled our room."""
+    """Somebody dialled a place of ours."""
 
     session_id: str
-    room: bytes
+    place: RelayPlace
 
 
 @record(frozen=True, slots=True)
@@ -24981,17 +25523,18 @@ class RelayEnded:
 
 @record(frozen=True, slots=True)
 class RelayRefused:
-    """The relay did not do something. `message`: foreign text; `room`, `session_id`: what it is about, if it says."""
+    """The relay did not do something. `message`: foreign text; `place`, `session_id`: what it is about, if it says."""
 
     code: str
     message: str
-    room: bytes | None = None
+    place: RelayPlace | None = None
     session_id: str | None = None
 
 
 RelayEvent = (
     RelayCreated
     | RelayPeerConnected
+    | RelayChallenge
     | RelayListening
     | RelayUnlistened
     | RelayDialed
@@ -25027,13 +25570,21 @@ class RelayProtocol:
         self._pairing_session = session_id
         return self._build("pair-target", sessionId=session_id, **introduction)
 
-    def build_listen(self, room: bytes) -> str:
+    def build_listen(self, room: RelayPlace) -> str:
         """Wants to be dialled in a room."""
-        return self._build("listen", v=1, room=encode_base64url(room))
+        return self._build("listen", v=1, **room.members)
 
-    def build_dial(self, room: bytes) -> str:
-        """Wants a session with whoever listens in a room."""
-        return self._build("dial", v=1, room=encode_base64url(room))
+    def build_claim(self, public_key: bytes) -> str:
+        """Wants to be dialled at the address of this key; the relay challenges whoever says so."""
+        return self._build("listen", v=1, publicKey=encode_base64url(public_key))
+
+    def build_proof(self, mac: bytes) -> str:
+        """Shows that the key is ours."""
+        return self._build("proof", mac=encode_base64url(mac))
+
+    def build_dial(self, place: RelayPlace) -> str:
+        """Wants a session with whoever listens there."""
+        return self._build("dial", v=1, **place.members)
 
     def build_hangup(self, session_id: str, reason: str) -> str:
         """Ends a session."""
@@ -25106,19 +25657,25 @@ class RelayProtocol:
         self._begin(session_id, document)
         return RelayPeerConnected(session_id, key)
 
+    def _receive_challenge(self, document: Mapping[str, Any]) -> RelayChallenge:
+        ephemeral_public, nonce = (parse_base64url(document[name]) for name in ("ephemeralPubKey", "nonce"))
+        if find_x25519_fault(ephemeral_public) is not None or len(nonce) != 32:
+            raise ValueError("not a challenge")
+        return RelayChallenge(ephemeral_public, nonce)
+
     def _receive_listening(self, document: Mapping[str, Any]) -> RelayListening:
-        return RelayListening(_parse_room(document))
+        return RelayListening(_parse_place(document))
 
     def _receive_unlistened(self, document: Mapping[str, Any]) -> RelayUnlistened:
-        return RelayUnlistened(_parse_room(document))
+        return RelayUnlistened(_parse_place(document))
 
     def _receive_dialed(self, document: Mapping[str, Any]) -> RelayDialed:
-        room = _parse_room(document)
-        return RelayDialed(self._begin(document["sessionId"], document), room)
+        place = _parse_place(document)
+        return RelayDialed(self._begin(document["sessionId"], document), place)
 
     def _receive_incoming(self, document: Mapping[str, Any]) -> RelayIncoming:
-        room = _parse_room(document)
-        return RelayIncoming(self._begin(document["sessionId"], document), room)
+        place = _parse_place(document)
+        return RelayIncoming(self._begin(document["sessionId"], document), place)
 
     def _receive_ended(self, document: Mapping[str, Any]) -> RelayEnded | None:
         session_id = document.get("sessionId", self._pairing_session)
@@ -25128,11 +25685,12 @@ class RelayProtocol:
         return RelayEnded(session_id, _parse_relay_text(document.get("reason", "")))
 
     def _receive_error(self, document: Mapping[str, Any]) -> RelayRefused:
-        room, session_id = document.get("room"), document.get("sessionId")
+        is_about_place = any(kind.value in document for kind in RelayPlaceKind)
+        session_id = document.get("sessionId")
         return RelayRefused(
             code=_parse_relay_text(document["code"]),
             message=_parse_relay_text(document.get("message", "")),
-            room=None if room is None else _parse_room(document),
+            place=_parse_place(document) if is_about_place else None,
             session_id=session_id if is_peer_id(session_id) else None,
         )
 
@@ -25141,6 +25699,7 @@ class RelayProtocol:
         "peer-connected": _receive_connected,
         "relay": _receive_frame,
         "pong": _receive_pong,
+        "challenge": _receive_challenge,
         "listening": _receive_listening,
         "unlistened": _receive_unlistened,
         "dialed": _receive_dialed,
@@ -25163,11 +25722,12 @@ class RelayProtocol:
         return session_id
 
 
-def _parse_room(document: Mapping[str, Any]) -> bytes:
-    room = parse_base64url(document["room"])
-    if len(room) != 16:
-        raise ValueError("not a room")
-    return room
+def _parse_place(document: Mapping[str, Any]) -> RelayPlace:
+    (kind,) = (kind for kind in RelayPlaceKind if kind.value in document)  # ValueError for none, or both
+    key = parse_base64url(document[kind.value])
+    if len(key) != 16:
+        raise ValueError("not a room, and no address")
+    return RelayPlace(kind, key)
 
 
 def _parse_relay_text(value: Any) -> str:
@@ -25185,6 +25745,8 @@ def describe_refusal(code: str, message: str) -> str:
         "session_join_failed": "the code has run out or was used already: show a new one",
         "session_not_found": "the session at the relay has ended",
         "not_listening": "the other device is not connected to the relay now",
+        "relay_name_unset": "providers cannot be found by their public keys there: its operator has to set RENDEZVOUS_URL",
+        "proof_failed": "it does not take this device's proof of its public key: is its RENDEZVOUS_URL this URL?",
     }
     return known.get(code) or f"the relay refused: {display_name(message or code)}"
 
@@ -25353,10 +25915,25 @@ class RelayConnection:
         await self._socket.close()
 
 
-class RelayClient:
-    """Stays connected to one relay, listens there in `rooms`, and dials others. Belongs to one event loop.
+def build_relay_name(url: str) -> str:
+    """`host:port` of a relay's URL in lower case, the port always written: whom a proof of a public key is for."""
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").lower()
+    return f"{f'[{host}]' if ':' in host else host}:{parts.port or (80 if parts.scheme == 'ws' else 443)}"
 
-    `serve` gets each session that somebody dialled; `on_connected` is called when the relay is there (again).
+
+def answer_challenge(challenge: RelayChallenge, static: KeyPair, relay_name: str, backend: CryptoBackend) -> bytes:
+    """The proof that `static` is ours, good for this relay alone. CryptoError for a challenge with an unsound key."""
+    shared = backend.x25519(static.private, challenge.ephemeral_public)
+    key = derive_relay_proof_key(shared, challenge.ephemeral_public, static.public, relay_name)
+    return compute_relay_proof(key, challenge.nonce, build_provider_address(static.public))
+
+
+class RelayClient:
+    """Stays connected to one relay, listens there at `places`, and dials others. Belongs to one event loop.
+
+    `provider`: the key by whose address this device listens too. `serve` gets each session that somebody dialled;
+    `on_connected` is called when the relay is there (again).
     """
 
     def __init__(
@@ -25369,14 +25946,16 @@ class RelayClient:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.url = url
-        self.rooms: frozenset[bytes] = frozenset()
+        self.places: frozenset[RelayPlace] = frozenset()
+        self.provider: KeyPair | None = None
+        self._is_claiming = False  # its challenge is awaited; no other is answered
         self._serve = serve
         self._on_connected = on_connected
         self._environ = environ
         self._jitter = jitter
         self._connection: RelayConnection | None = None
         self._problem = "it was not reached yet"
-        self._waiting: dict[bytes, asyncio.Future[RelaySession]] = {}  # dialled, by room
+        self._waiting: dict[RelayPlace, asyncio.Future[RelaySession]] = {}  # dialled
         self._serving: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # connected, or the connection failed
         self._hurry = asyncio.Event()  # somebody wants to dial
@@ -25387,26 +25966,27 @@ class RelayClient:
         """The relay's URL without what may be a secret."""
         return display_name(self.url.partition("?")[0])
 
-    async def listen(self, rooms: frozenset[bytes]) -> None:
-        """Listen in these rooms, now and after every reconnection. Others are given up with the connection."""
-        new, self.rooms = rooms - self.rooms, rooms
+    async def listen(self, rooms: frozenset[RelayPlace], provider: KeyPair | None = None) -> None:
+        """Listen there, now and after every reconnection. Other places are given up with the connection."""
+        places = rooms if provider is None else rooms | {build_provider_place(provider.public)}
+        new, self.places, self.provider = places - self.places, places, provider
         connection = self._connection
         if connection is not None:
             with contextlib.suppress(ConnectionError):
                 await self._listen_on(connection, new)
 
-    async def dial(self, room: bytes, limit_s: float) -> RelaySession:
-        """A session with whoever listens in a room. UpstreamConnectError says why there is none."""
-        if room in self._waiting:
+    async def dial(self, place: RelayPlace, limit_s: float) -> RelaySession:
+        """A session with whoever listens there. UpstreamConnectError says why there is none."""
+        if place in self._waiting:
             raise UpstreamConnectError("this device is being dialled already")
         began_at_s = asyncio.get_running_loop().time()
         dialled: asyncio.Future[RelaySession] = asyncio.get_running_loop().create_future()
-        self._waiting[room] = dialled
+        self._waiting[place] = dialled
         session: RelaySession | None = None
         try:
             async with asyncio.timeout(min(limit_s, RELAY_DIAL_S)):
                 connection = await self._wait_connected()
-                await connection.send(lambda protocol: protocol.build_dial(room))
+                await connection.send(lambda protocol: protocol.build_dial(place))
                 session = await dialled
         except TimeoutError:
             self._doubt(began_at_s)
@@ -25414,7 +25994,7 @@ class RelayClient:
         except ConnectionError:
             raise UpstreamConnectError(f"the relay {self.shown_url} cannot be reached: {self._problem}") from None
         finally:
-            del self._waiting[room]
+            del self._waiting[place]
             if session is None and dialled.done() and not dialled.cancelled() and dialled.exception() is None:
                 self._spawn(dialled.result().close())  # it came in the very moment when nobody wanted it any more
         return session
@@ -25478,7 +26058,7 @@ class RelayClient:
         reading = asyncio.create_task(connection.run(), name="relay connection")
         try:
             with contextlib.suppress(ConnectionError):
-                await self._listen_on(connection, self.rooms)
+                await self._listen_on(connection, self.places)
             self._changed.set()
             self._on_connected()
             relay_log.info("connected to the relay %s", self.shown_url)
@@ -25492,9 +26072,35 @@ class RelayClient:
                     dialled.set_exception(ConnectionResetError("the relay is gone"))
                     dialled.exception()  # seen, though perhaps by nobody
 
-    async def _listen_on(self, connection: RelayConnection, rooms: Iterable[bytes]) -> None:
-        for room in rooms:
-            await connection.send(functools.partial(RelayProtocol.build_listen, room=room))
+    async def _listen_on(self, connection: RelayConnection, places: Iterable[RelayPlace]) -> None:
+        for place in places:
+            if place.kind is RelayPlaceKind.ROOM:
+                await connection.send(functools.partial(RelayProtocol.build_listen, room=place))
+            elif self.provider is not None:
+                self._is_claiming = True
+                await connection.send(functools.partial(RelayProtocol.build_claim, public_key=self.provider.public))
+
+    async def _prove(self, challenge: RelayChallenge) -> None:
+        """Answers for the key that was claimed."""
+        connection, provider = self._connection, self.provider
+        if connection is None or provider is None or not self._is_claiming:
+            return
+        self._is_claiming = False
+        try:
+            mac = answer_challenge(challenge, provider, build_relay_name(self.url), choose_crypto_backend())
+        except CryptoError as exc:
+            relay_log.warning("%s: its challenge cannot be answered: %s", self.shown_url, exc.message)
+            return
+        with contextlib.suppress(ConnectionError):
+            await connection.send(functools.partial(RelayProtocol.build_proof, mac=mac))
+
+    async def _claim_later(self) -> None:
+        """The relay had too many claims to look into: once more, when it has had a rest."""
+        await asyncio.sleep(RELAY_CLAIM_PAUSE_S * (0.5 + self._jitter()))
+        connection, provider = self._connection, self.provider
+        if connection is not None and provider is not None:
+            with contextlib.suppress(ConnectionError):
+                await self._listen_on(connection, [build_provider_place(provider.public)])
 
     def _take_in(self, event: RelayEvent) -> None:
         connection = self._connection
@@ -25503,7 +26109,7 @@ class RelayClient:
         if len(self._serving) >= 2 * RELAY_SESSIONS_LIMIT:  # so many that not even hanging up gets through
             raise RelayError("the relay begins sessions without end")
         if isinstance(event, RelayDialed):
-            dialled = self._waiting.get(event.room)
+            dialled = self._waiting.get(event.place)
             session = connection.begin_session(event.session_id)
             if dialled is not None and not dialled.done():
                 dialled.set_result(session)
@@ -25511,21 +26117,25 @@ class RelayClient:
                 self._spawn(session.close())
         elif isinstance(event, RelayIncoming):
             session = connection.begin_session(event.session_id)
-            has_room = event.room in self.rooms and len(self._serving) < RELAY_SESSIONS_LIMIT
-            self._spawn(self._serve_session(session) if has_room else session.close())
+            is_ours = event.place in self.places and len(self._serving) < RELAY_SESSIONS_LIMIT
+            self._spawn(self._serve_session(session) if is_ours else session.close())
+        elif isinstance(event, RelayChallenge):
+            self._spawn(self._prove(event))
         elif isinstance(event, RelayRefused):
             self._take_refusal(event)
-        elif isinstance(event, RelayUnlistened) and event.room in self.rooms:
+        elif isinstance(event, RelayUnlistened) and event.place in self.places:
             relay_log.warning("another copy of this device listens at %s in place of this one", self.shown_url)
 
     def _take_refusal(self, refusal: RelayRefused) -> None:
         reason = describe_refusal(refusal.code, refusal.message)
-        dialled = None if refusal.room is None else self._waiting.get(refusal.room)
+        dialled = None if refusal.place is None else self._waiting.get(refusal.place)
         if dialled is not None and not dialled.done():
             dialled.set_exception(UpstreamConnectError(reason))
-        else:
-            level = logging.DEBUG if refusal.room or refusal.session_id else logging.WARNING
-            relay_log.log(level, "%s: %s", self.shown_url, reason)
+            return
+        level = logging.DEBUG if refusal.place or refusal.session_id else logging.WARNING
+        relay_log.log(level, "%s: %s", self.shown_url, reason)
+        if refusal.code == "rate_limited" and refusal.place is None and self.provider is not None:
+            self._spawn(self._claim_later())
 
     async def _serve_session(self, session: RelaySession) -> None:
         try:
@@ -25547,10 +26157,12 @@ def list_relay_urls(link: PairingLink, configured: str | None) -> tuple[str, ...
 
 
 class Rendezvous:
-    """Who stays in touch with which relay: by the links of the pairings, at the relay of each.
+    """Who stays in touch with which relay: by the links of the pairings, at the relay of each; and by public keys, at
+    the one that is configured.
 
     A provider listens in the rooms of those who may use it; a consumer (`does_dial`) dials. `serve` gets the sessions
-    of consumers. `on_reachable` is told of each pairing whose provider may be there now.
+    of consumers. `on_reachable` is told of each pairing whose provider may be there now, `on_relay` when providers may
+    be that are known by their keys.
     """
 
     def __init__(
@@ -25561,6 +26173,7 @@ class Rendezvous:
         does_dial: bool,
         serve: Callable[[RelaySession], Awaitable[None]],
         on_reachable: Callable[[Pairing], None],
+        on_relay: Callable[[], None] = lambda: None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._store = store
@@ -25568,6 +26181,9 @@ class Rendezvous:
         self._does_dial = does_dial
         self._serve = serve
         self._on_reachable = on_reachable
+        self._on_relay = on_relay
+        self._provider: KeyPair | None = None
+        self._dials_providers = False
         self._environ = environ
         self._clients: dict[str, RelayClient] = {}
         self._settling: asyncio.Task[None] | None = None
@@ -25588,15 +26204,33 @@ class Rendezvous:
             await finish_tasks(self._settling)
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
+    def provide(self, provider: KeyPair | None) -> None:
+        """Be found by this public key; None: no more."""
+        self._provider = provider
+        self._is_due.set()
+
+    def seek_providers(self, does_seek: bool) -> None:
+        """Whether providers are to be dialled by their public keys."""
+        self._dials_providers = does_seek
+        self._is_due.set()
+
     async def dial(self, link: PairingLink, limit_s: float) -> RelaySession:
         """A session with the provider of a pairing, at the first relay where there is one. UpstreamConnectError."""
+        return await self._dial(build_room_place(link), list_relay_urls(link, self._relay_url), limit_s)
+
+    async def dial_provider(self, public_key: bytes, limit_s: float) -> RelaySession:
+        """A session with the provider that has proved this key. UpstreamConnectError."""
+        urls = [] if self._relay_url is None else [self._relay_url]
+        return await self._dial(build_provider_place(public_key), urls, limit_s)
+
+    async def _dial(self, place: RelayPlace, urls: Iterable[str], limit_s: float) -> RelaySession:
         error = UpstreamConnectError("the two devices have no relay in common")
-        for url in list_relay_urls(link, self._relay_url):
+        for url in urls:
             client = self._clients.get(url)
             if client is None:
                 continue
             try:
-                return await client.dial(link.room, limit_s)
+                return await client.dial(place, limit_s)
             except UpstreamConnectError as exc:
                 error = exc
         raise error
@@ -25608,14 +26242,16 @@ class Rendezvous:
             await self._settle()
 
     async def _settle(self) -> None:
-        """Brings the connections in line with the pairings."""
-        rooms: dict[str, set[bytes]] = defaultdict(set)
+        """Brings the connections in line with the pairings, and with who is to be found by a public key."""
+        rooms: dict[str, set[RelayPlace]] = defaultdict(set)
         for pairing in self._store.pairings:
             for url in self._list_urls(pairing, PairingDirection.INBOUND):
                 assert pairing.inbound_link is not None  # that has these URLs
-                rooms[url].add(pairing.inbound_link.room)
+                rooms[url].add(build_room_place(pairing.inbound_link))
             for url in self._list_urls(pairing, PairingDirection.OUTBOUND):
                 rooms[url].update(())
+        if self._relay_url is not None and (self._provider is not None or self._dials_providers):
+            rooms[self._relay_url].update(())
         for url in self._clients.keys() - rooms.keys():
             await self._clients.pop(url).close()
         for url, named in rooms.items():
@@ -25626,7 +26262,8 @@ class Rendezvous:
                     on_connected=functools.partial(self._tell_reachable, url),
                     environ=self._environ,
                 )
-            await self._clients[url].listen(frozenset(named))
+            provider = self._provider if url == self._relay_url else None
+            await self._clients[url].listen(frozenset(named), provider)
             self._tell_reachable(url)
 
     def _list_urls(self, pairing: Pairing, direction: PairingDirection) -> tuple[str, ...]:
@@ -25639,6 +26276,8 @@ class Rendezvous:
         for pairing in self._store.pairings:
             if url in self._list_urls(pairing, PairingDirection.OUTBOUND):
                 self._on_reachable(pairing)
+        if url == self._relay_url and self._dials_providers:
+            self._on_relay()
 
 
 # ---- QR pairing -----------------------------------------------------------------------
@@ -32479,7 +33118,7 @@ def load_seed(offload: OffloadConfig) -> str | None:
     if offload.seed is not None or offload.seed_file is None:
         return offload.seed
     try:
-        return parse_seed(read_option_file("--seed-file", offload.seed_file).strip())
+        return parse_key_text(read_option_file("--seed-file", offload.seed_file).strip())
     except ValueError as exc:
         raise UsageError(f"--seed-file {offload.seed_file}: {exc}") from exc
 
@@ -32678,7 +33317,7 @@ class Devices:
             device_id=pairing.device_id,
             device_name=pairing.device_name,
             dvai_version="",
-            base_url=build_relayed_base_url(pairing.outbound_link),
+            base_url=build_relayed_base_url(pairing.outbound_link.pair_id),
             via=PeerVia.RENDEZVOUS,
             last_seen_ms=0,
         )
@@ -32690,7 +33329,7 @@ class Devices:
         new = None if after is None else after.outbound_link
         if self.monitor is None or before is None or link is None or (new and new.pair_id == link.pair_id):
             return
-        self.monitor.lose_way(before.device_id, build_relayed_base_url(link))
+        self.monitor.lose_way(before.device_id, build_relayed_base_url(link.pair_id))
 
     async def _start_discovery(self, server: HttpServer) -> None:
         """Look for devices with offload on; announce this one where others can reach it."""

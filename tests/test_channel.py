@@ -212,10 +212,19 @@ def test_the_firewall_is_asked_about_the_proved_key(is_admitted, crypto_backend)
     stranger = End(Channel(keys.respond(lambda mode, pair_id: own), now=0.0))
     stranger.give([bytes(forged)])
     assert asked == [] and closed(stranger).reason is CloseReason.UNPROVEN
-    end.give([keys.initiate().first_frame])
-    assert asked == [keys.initiatorStatic.public]
-    assert (closed(end) is None) is is_admitted and len(end.take()) == is_admitted
-    assert is_admitted or closed(end).reason is CloseReason.DENIED
+    consumer = End(Channel(keys.initiate(), now=0.0))
+    end.give(consumer.take())
+    consumer.give(end.take())
+    assert asked == [] and not consumer.channel.is_answered  # so far it may be a replay
+    pump(consumer, end)
+    assert asked == [keys.initiatorStatic.public] and consumer.channel.is_answered
+    if is_admitted:
+        assert closed(end) is None and closed(consumer) is None
+        assert end.seen(ChannelEstablished)[0].remote_static == keys.initiatorStatic.public
+        return
+    assert end.seen(ChannelEstablished) == [] and closed(end).reason is CloseReason.DENIED
+    assert consumer.seen(GoAwayReceived)[0].code is ErrorCode.REVOKED  # and only the provider could say it
+    assert closed(consumer).reason is CloseReason.CLOSED_BY_PEER
 
 
 @pytest.mark.parametrize(

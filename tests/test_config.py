@@ -6,6 +6,7 @@ import pytest
 
 from dvai_bridge import (
     Config,
+    DelegationConfig,
     OffloadConfig,
     UsageError,
     build_config,
@@ -103,17 +104,19 @@ def test_switches_and_lists():
 
 def test_every_field_is_an_option_with_its_own_names():
     options = get_options(Config)
-    fields = {f.name for f in dataclasses.fields(Config)} | {
-        f"offload.{f.name}" for f in dataclasses.fields(OffloadConfig)
-    }
-    assert fields - set(options) == {"offload"} | {
+    fields = {f.name for f in dataclasses.fields(Config)}
+    for inner, config_class in (("offload", OffloadConfig), ("delegation", DelegationConfig)):
+        fields |= {f"{inner}.{f.name}" for f in dataclasses.fields(config_class)}
+    assert fields - set(options) == {"offload", "delegation"} | {
         f"offload.{name}" for name in ("on_pairing_request", "on_offload", "custom_discovery")
     }
     flags = [flag for opt in options.values() for flag in opt.flags]
     assert len(flags) == len(set(flags))
     renamed = {"offload.enabled": "offload", "offload.only": "offload_only", "offload.known_peers": "peer"}
+    renamed |= {"delegation.provider_public_keys": "delegate", "delegation.timeout": "delegate_timeout"}
+    renamed |= {"delegation.provides": "provide", "delegation.is_open": "open"}
     for name, opt in options.items():
-        assert opt.name.replace("-", "_") == renamed.get(name, name.removeprefix("offload."))
+        assert opt.name.replace("-", "_") == renamed.get(name, name.rpartition(".")[2])
 
 
 def test_offload_options_make_a_config_of_their_own():

@@ -13,6 +13,7 @@ from support_tunnel import Consumer, Provider, make_pairing, until
 import dvai_bridge as d
 
 ROOM = b"r" * 16
+PLACE = d.RelayPlace(d.RelayPlaceKind.ROOM, ROOM)
 NAMED = d.encode_base64url(ROOM)
 
 
@@ -29,8 +30,8 @@ def test_what_is_said():
     built = [
         protocol.build_pair_source(introduction),
         protocol.build_pair_target("s", introduction),
-        protocol.build_listen(ROOM),
-        protocol.build_dial(ROOM),
+        protocol.build_listen(PLACE),
+        protocol.build_dial(PLACE),
         protocol.build_ping(),
         protocol.build_hangup("s", "closed"),
         protocol.build_frame("s", b"\x10frame"),
@@ -50,16 +51,16 @@ def test_what_is_heard():
     protocol = d.RelayProtocol(is_binary=False)
     heard = [
         (say("pong"), None),
-        (say("listening", room=NAMED), d.RelayListening(ROOM)),
-        (say("unlistened", room=NAMED), d.RelayUnlistened(ROOM)),
-        (say("dialed", sessionId="s", room=NAMED), d.RelayDialed("s", ROOM)),
-        (say("incoming", sessionId="t", room=NAMED), d.RelayIncoming("t", ROOM)),
+        (say("listening", room=NAMED), d.RelayListening(PLACE)),
+        (say("unlistened", room=NAMED), d.RelayUnlistened(PLACE)),
+        (say("dialed", sessionId="s", room=NAMED), d.RelayDialed("s", PLACE)),
+        (say("incoming", sessionId="t", room=NAMED), d.RelayIncoming("t", PLACE)),
         (say("relay", sessionId="s", **{"from": "target"}, payload="EGY"), d.RelayFrame("s", b"\x10f")),
         (say("relay", sessionId="u", payload="EGY"), None),
         (say("hangup", sessionId="s", reason="gone"), d.RelayEnded("s", "gone")),
         (say("relay", sessionId="s", payload="EGY"), None),
         (say("hangup", sessionId="s", reason="gone"), None),
-        (say("error", code="not_listening", message="no", room=NAMED), d.RelayRefused("not_listening", "no", ROOM)),
+        (say("error", code="not_listening", message="no", room=NAMED), d.RelayRefused("not_listening", "no", PLACE)),
         (say("error", code="x", sessionId="t"), d.RelayRefused("x", "", None, "t")),
     ]
     assert [protocol.receive(message) for message, _ in heard] == [event for _, event in heard]
@@ -77,7 +78,7 @@ def test_a_pairing_session_as_existing_relays_have_it():
 
 def test_binary_frames_go_by_tag():
     protocol = d.RelayProtocol(is_binary=True)
-    assert protocol.receive(say("dialed", sessionId="s", room=NAMED, tag=7)) == d.RelayDialed("s", ROOM)
+    assert protocol.receive(say("dialed", sessionId="s", room=NAMED, tag=7)) == d.RelayDialed("s", PLACE)
     assert protocol.build_frame("s", b"\x10f") == b"\0\0\0\7\x10f"
     assert protocol.receive(b"\0\0\0\7\x10g") == d.RelayFrame("s", b"\x10g")
     assert protocol.receive(b"\0\0\0\x08\x10g") is None
@@ -172,7 +173,7 @@ async def run_clients(url):
     served, reached = [], []
     provider, consumer = make_client(url, served, reached), make_client(url, [], reached)
     try:
-        await provider.listen(frozenset([ROOM]))
+        await provider.listen(frozenset([PLACE]))
         await until(lambda: len(reached) == 2, DEADLINE_S)
         yield provider, consumer, served, reached
     finally:
@@ -185,7 +186,7 @@ async def dial(consumer):
     async with asyncio.timeout(DEADLINE_S):
         while True:
             try:
-                return await consumer.dial(ROOM, 5.0)
+                return await consumer.dial(PLACE, 5.0)
             except d.UpstreamConnectError:
                 await asyncio.sleep(0.02)
 
@@ -217,13 +218,13 @@ def test_who_is_not_there_is_named(relay):
         client = make_client(f"ws://127.0.0.1:{relay.port}", [], [])
         try:
             with pytest.raises(d.UpstreamConnectError, match="other device is not connected to the relay"):
-                await client.dial(ROOM, DEADLINE_S)
+                await client.dial(PLACE, DEADLINE_S)
         finally:
             await client.close()
         client = make_client("ws://127.0.0.1:1", [], [])
         try:
             with pytest.raises(d.UpstreamConnectError, match=r"127\.0\.0\.1:1 cannot be reached: cannot connect"):
-                await client.dial(ROOM, DEADLINE_S)
+                await client.dial(PLACE, DEADLINE_S)
         finally:
             await client.close()
 
@@ -260,7 +261,7 @@ def test_what_a_captive_portal_answers_is_named():
         client = make_client(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", [], [])
         try:
             with pytest.raises(d.UpstreamConnectError, match="captive portal"):
-                await client.dial(ROOM, DEADLINE_S)
+                await client.dial(PLACE, DEADLINE_S)
         finally:
             await client.close()
             server.close()
@@ -278,7 +279,7 @@ def test_a_relay_of_another_kind_is_named(relay):
             client = make_client(middle.url, [], [])
             try:
                 with pytest.raises(d.UpstreamConnectError, match="did not answer in time"):
-                    await client.dial(ROOM, 1.0)
+                    await client.dial(PLACE, 1.0)
                 assert "of another kind" in d.describe_refusal("unknown_message_type", "")
             finally:
                 await client.close()
@@ -311,11 +312,11 @@ def test_a_connection_that_only_seems_to_be_one_is_made_anew(relay):
             client = make_client(middle.url, [], [])
             try:
                 with pytest.raises(d.UpstreamConnectError, match="did not answer in time"):
-                    await client.dial(ROOM, 1.0)
+                    await client.dial(PLACE, 1.0)
                 async with asyncio.timeout(DEADLINE_S):
                     while True:
                         try:
-                            await client.dial(ROOM, 5.0)
+                            await client.dial(PLACE, 5.0)
                         except d.UpstreamConnectError as error:
                             if "not connected to the relay now" in error.message:  # which only the relay knows
                                 break
@@ -338,7 +339,7 @@ def test_a_relay_that_begins_sessions_without_end_is_left(relay):
             reached, served = [], []
             client = make_client(middle.url, served, reached)
             try:
-                await client.listen(frozenset([ROOM]))
+                await client.listen(frozenset([PLACE]))
                 await until(lambda: len(reached) >= 2, DEADLINE_S)  # it was left, and tried again
                 assert len(served) <= d.RELAY_SESSIONS_LIMIT * len(reached)
             finally:
@@ -408,7 +409,7 @@ class Meeting:
     async def ask(self, body=b"prompt", **options):
         """The answer's bytes."""
         pairing = self.consumer.pairing
-        url = d.parse_http_url(d.build_relayed_base_url(pairing.outbound_link) + "/chat/completions")
+        url = d.parse_http_url(d.build_relayed_base_url(pairing.outbound_link.pair_id) + "/chat/completions")
         async with self.client.request(pairing, "POST", url, body=body, **options) as response:
             return await response.read(d.MIB)
 
@@ -613,7 +614,7 @@ def test_a_relay_that_connects_crosswise_connects_nobody(relay, tmp_path):
                 f"ws://127.0.0.1:{relay.port}", serve=tunnels.serve, on_connected=lambda: None, jitter=lambda: 0.0
             )
             try:
-                await client.listen(frozenset([stranger_room]))
+                await client.listen(frozenset([d.RelayPlace(d.RelayPlaceKind.ROOM, stranger_room)]))
                 with pytest.raises(d.UpstreamConnectError):
                     await meeting.ask()
                 with pytest.raises(d.UpstreamConnectError):
@@ -655,8 +656,8 @@ def test_a_relayed_address_is_nobodys():
     link = make_pairing(
         d.Identity(device_id="x", device_name="X", seed=d.encode_base64url(bytes(32))), is_inbound=False
     )
-    url = d.parse_http_url(d.build_relayed_base_url(link.outbound_link))
-    assert d.is_relayed_url(url) and d.parse_base_url(d.build_relayed_base_url(link.outbound_link))
+    url = d.parse_http_url(d.build_relayed_base_url(link.outbound_link.pair_id))
+    assert d.is_relayed_url(url) and d.parse_base_url(d.build_relayed_base_url(link.outbound_link.pair_id))
     assert not d.is_relayed_url(d.parse_http_url("http://relay.invalid.example.org/v1"))
 
     async def run():
