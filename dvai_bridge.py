@@ -75,7 +75,11 @@ def build_own_program() -> tuple[str, str]:
 
 def names_serve(words: list[str]) -> bool:
     """Whether a command line starts the bridge: `serve` is what an option at the beginning belongs to."""
-    return not words or words[0] == "serve" or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
+    return (
+        not words
+        or words[0] in ("serve", "provider")
+        or (words[0][:1] == "-" and words[0] not in ("-h", "--help", "--version"))
+    )
 
 
 def is_outermost(frame: StackFrame) -> bool:
@@ -406,6 +410,19 @@ class NoLocalBackendError(BridgeError):
     """The request must not leave this device, which serves nothing itself (offload-only mode)."""
 
     status, type, code = 503, "no_local_backend", 503
+    should_retry = False
+
+
+class DelegationError(BridgeError):
+    """None of the providers that were to answer can be asked now; `extra` says what stands against each."""
+
+    status, type, code = 503, "unavailable_error", "provider_unreachable"
+
+
+class ProviderRefusedError(DelegationError):
+    """No provider that was to answer admits this device: its owner has to change that, not its client."""
+
+    code = "provider_refused"
     should_retry = False
 
 
@@ -1114,8 +1131,8 @@ class DelegationConfig:
     provider_public_keys: Sequence[str] = option(
         "--delegate",
         (),
-        "public key of the provider that answers what this device does not serve itself; repeated, the next one answers "
-        "where one cannot",
+        "public key of the provider that answers what this device does not serve itself; repeated, the next one "
+        "answers where one cannot",
         "delegation",
         parse=parse_key_texts,
         metavar="KEY",
@@ -8117,8 +8134,8 @@ _PAIR_ID_BYTES = 16
 class HandshakeTerms:
     """What one side knows before a handshake. `static`: ours; `remote_static`: None where the peer's is learnt.
 
-    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: a responder's, asked about the key
-    that was learnt, once it is proved.
+    `relayed_key`: the ephemeral key that the relay said the other side has. `admits`: a responder's, asked about the
+    key that was learnt, once it is proved.
     """
 
     mode: HandshakeMode
@@ -11358,6 +11375,23 @@ def shorten_key(public_key: bytes) -> str:
     return f"{encode_base64url(public_key)[:8]}…"
 
 
+@record(frozen=True, slots=True)
+class ProviderBond:
+    """The right to use a provider because of its public key, as a pairing is the right to use a peer."""
+
+    public_key: bytes
+
+    @property
+    def device_id(self) -> str:
+        """By which the peers of this bridge are told apart: the key itself."""
+        return encode_base64url(self.public_key)
+
+    @property
+    def transport(self) -> str:
+        """What requests travel in."""
+        return "tunnel"
+
+
 class FirewallMode(enum.Enum):
     """What the keys of a firewall mean."""
 
@@ -11399,9 +11433,9 @@ def build_firewall(mode: str, public_keys: Iterable[str]) -> Firewall:
 
 def parse_firewall_json(value: object) -> Firewall:
     """The firewall of `{"mode", "publicKeys"}`; ValueError says what is wrong with it."""
-    if not isinstance(value, Mapping) or not value.keys() <= {"version", "mode", "publicKeys"}:
+    if not isinstance(value, Mapping) or not value.keys() <= {"version", "mode", "publicKeys", "public_keys"}:
         raise ValueError('a firewall is {"mode": "allow" or "deny", "publicKeys": [keys]}')
-    keys = value.get("publicKeys", ())
+    keys = value.get("publicKeys", value.get("public_keys", ()))  # as JSON spells it, or as Python does
     if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
         raise ValueError("publicKeys must be a list of keys")
     mode = value.get("mode", FirewallMode.ALLOW.value)
@@ -11539,8 +11573,12 @@ def parse_delegation(value: object) -> Delegation:
     switches = [named.get(name, False) for name in ("fallback_to_local", "force_new_connection")]
     if not all(isinstance(switch, bool) for switch in switches):
         raise ValueError("fallbackToLocal and forceNewConnection must be true or false")
+    try:
+        providers = tuple(dict.fromkeys(map(parse_public_key, texts)))
+    except ValueError as exc:
+        raise ValueError(f"providerPublicKey: {exc}") from None
     return Delegation(
-        providers=tuple(dict.fromkeys(map(parse_public_key, texts))),
+        providers=providers,
         timeout_s=timeout_ms / 1000,
         falls_back=switches[0],
         is_fresh=switches[1],
@@ -13108,6 +13146,7 @@ COOL_DOWN_S = 5.0  # a peer that fails each request given to it
 COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
 CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
 NO_DEVICE_RETRY_AFTER_S = 30
+PROVIDER_RETRY_AFTER_S = 5
 DECISIONS_LIMIT = 64  # remembered at a time: clients may name a new model in every request
 
 
@@ -13125,7 +13164,8 @@ class Peer:
     """Another bridge, as found; says nothing of whether it may be used.
 
     `base_url` with `/v1` and without a slash behind it; `capability`: tokens per second by model id;
-    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel.
+    `last_seen_ms`: unix time; `secure`: it can speak over an encrypted channel. `provider_address`: made of the public
+    key by which it says it can be delegated to, empty unless it does.
     """
 
     device_id: str
@@ -13138,6 +13178,7 @@ class Peer:
     loaded_models: tuple[str, ...] = ()
     capability: Mapping[str, float] = field(default_factory=dict)
     secure: bool = False
+    provider_address: bytes = b""
 
 
 def parse_base_url(text: str) -> str:
@@ -13763,7 +13804,88 @@ def _advise(offers: Sequence[_Offer], floor: float) -> str:
     return "`peers` says what each of them lacks."
 
 
+# Delegation: the providers are named, and nobody else is considered.
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class ProviderDecision:
+    """Which providers to ask, in order. `checked`: each that was named, and what stands against it ("": nothing)."""
+
+    targets: tuple[RouteTarget, ...]
+    checked: tuple[tuple[str, str], ...]
+    lacks_model: bool = False
+
+
+def choose_providers(
+    model: str | None, named: Sequence[str], candidates: Sequence[Candidate], now_s: float
+) -> ProviderDecision:
+    """Who of the providers that were `named` (by id, the first choice first) is asked for a model, None: its default.
+
+    One that has just failed is asked after the others, since nobody else was named.
+    """
+    found = {each.peer.device_id: each for each in candidates}
+    obstacles = {
+        device_id: _find_provider_obstacle(found[device_id], model) if device_id in found else "not found yet"
+        for device_id in named
+    }
+    able = [found[device_id] for device_id in named if not obstacles[device_id]]
+    able.sort(key=lambda each: now_s < each.cool_down.until_s)
+    targets = []
+    for each in able:
+        model_id = None if model is None else _find_peer_model(each, model, can_differ=False) or model
+        prefill = each.prefill.get(model_id or "")
+        targets.append(RouteTarget(peer=each.peer, route=each.route, model_id=model_id, prefill_tok_per_s=prefill))
+    return ProviderDecision(
+        targets=tuple(targets),
+        checked=tuple(obstacles.items()),
+        lacks_model=bool(obstacles) and set(obstacles.values()) == {_LACKS_MODEL},
+    )
+
+
+_LACKS_MODEL = "does not have the model"
+
+
+def _find_provider_obstacle(candidate: Candidate, model: str | None) -> str:
+    if candidate.state is PeerState.SEEN:
+        return candidate.error or "still connecting"
+    if candidate.state is PeerState.REACHABLE:
+        return "not asked whether it admits this device"
+    if candidate.health is PeerHealth.DEGRADED:
+        return "its engine does not work"
+    is_known = candidate.models is not None and model is not None
+    return _LACKS_MODEL if is_known and _find_peer_model(candidate, model, can_differ=False) is None else ""
+
+
 # The refusal
+
+
+def build_delegation_refusal(
+    decision: ProviderDecision,
+    model: str | None,
+    request_id: str,
+    *,
+    refused_key: str | None,
+    failures: Mapping[str, str],
+) -> BridgeError:
+    """The answer when no provider of a delegated request answered. `failures`: of those that were asked, by id.
+
+    `refused_key`: the public key of this device if none of them admits it.
+    """
+    if decision.lacks_model:
+        return ModelNotFoundError(
+            f"the provider does not have the model {display_name(model or '')!r}; `GET /v1/models` lists what it has",
+            param="model",
+        )
+    reasons = {device_id: failures.get(device_id) or obstacle for device_id, obstacle in decision.checked}
+    shown = "; ".join(f"{device_id[:8]}…: {display_name(reason)}" for device_id, reason in reasons.items())
+    kind = DelegationError if refused_key is None else ProviderRefusedError
+    advice = "" if refused_key is None else f" There, `provider --allow {refused_key}` admits this device."
+    checked = [{"publicKey": device_id, "reason": display_name(reason)} for device_id, reason in reasons.items()]
+    return kind(
+        f"No provider can answer ({shown}).{advice}",
+        retry_after_s=PROVIDER_RETRY_AFTER_S if refused_key is None else None,
+        extra={"checked": checked, "requestId": request_id},
+    )
 
 
 def build_refusal(
@@ -23145,7 +23267,17 @@ def parse_announcement(instance: str, strings: Iterable[bytes], *, srv_port: int
         loaded_models=parse_model_ids([each.strip() for each in text("models", "loaded_models").split(",")]),
         capability=_parse_capability(text("capability")),
         secure=secure,
+        provider_address=_parse_provider_address(text("addr")),
     )
+
+
+def _parse_provider_address(text: str) -> bytes:
+    """16 bytes, or none."""
+    try:
+        address = parse_base64url(text)
+    except ValueError:
+        return b""
+    return address if len(address) == 16 else b""
 
 
 def _parse_capability(text: str) -> dict[str, float]:
@@ -25084,8 +25216,7 @@ class KeyedParty:
 
     def build_refusal(self) -> PairingEndedError:
         """It has a firewall."""
-        own = encode_base64url(self._static.public)
-        return NotAdmittedError(f"{self.name} does not admit this device: there, `provider --allow {own}` does")
+        return NotAdmittedError("it does not admit this device")
 
 
 class Tunnel:
@@ -25335,7 +25466,7 @@ class ProviderClient:
 
     def request(
         self,
-        public_key: bytes,
+        bond: ProviderBond,
         method: str,
         url: HttpUrl,
         *,
@@ -25345,7 +25476,7 @@ class ProviderClient:
     ) -> TunnelExchange:
         """A request, sent when the block is entered. Raises what HttpClient.request does, and NotAdmittedError."""
         return TunnelExchange(
-            self._get_tunnel(public_key, is_relayed=is_relayed_url(url)),
+            self._get_tunnel(bond.public_key, is_relayed=is_relayed_url(url)),
             url,
             method=method,
             headers=list(headers),
@@ -25353,9 +25484,9 @@ class ProviderClient:
             budgets=budgets or HttpBudgets(),
         )
 
-    def find_tunnel(self, public_key: bytes) -> HttpUrl | None:
+    def find_tunnel(self, bond: ProviderBond) -> HttpUrl | None:
         """Where the direct tunnel to this provider was dialled, None unless one is open now."""
-        tunnel = self._tunnels.get((public_key, False))
+        tunnel = self._tunnels.get((bond.public_key, False))
         return tunnel.url if tunnel is not None and tunnel.is_open else None
 
     def renew(self, public_key: bytes) -> None:
@@ -25745,7 +25876,7 @@ def describe_refusal(code: str, message: str) -> str:
         "session_join_failed": "the code has run out or was used already: show a new one",
         "session_not_found": "the session at the relay has ended",
         "not_listening": "the other device is not connected to the relay now",
-        "relay_name_unset": "providers cannot be found by their public keys there: its operator has to set RENDEZVOUS_URL",
+        "relay_name_unset": "nobody is found there by public key: its operator has to set RENDEZVOUS_URL",
         "proof_failed": "it does not take this device's proof of its public key: is its RENDEZVOUS_URL this URL?",
     }
     return known.get(code) or f"the relay refused: {display_name(message or code)}"
@@ -27448,20 +27579,134 @@ class PeerWatch:
     wake: asyncio.Event
 
 
+Bond = Pairing | ProviderBond  # by what right a peer is used
+
+
+class PeerBonds(Protocol):
+    """By what right this device uses which peer.
+
+    `proves_identity`: whether what a peer is asked by proves who it is; else it has to tell the id that it is known by.
+    """
+
+    proves_identity: bool
+
+    def find(self, known: KnownPeer) -> Bond | None:
+        """The bond with this peer, None for none."""
+
+    def note_word(self, bond: Bond, word: PeerWord) -> None:
+        """It answered."""
+
+    def note_refused(self, known: KnownPeer, bond: Bond) -> None:
+        """It does not know this device any more."""
+
+
+class PairingBonds:
+    """The pairings by which peers are used, as PeerBonds. `store` None: pairing is off."""
+
+    proves_identity = False
+
+    def __init__(self, store: PairingStore | None, clock_ms: Callable[[], int]) -> None:
+        self._store = store
+        self._clock_ms = clock_ms
+
+    def find(self, known: KnownPeer) -> Pairing | None:
+        """By its address only while the peer tells no id: whoever stands at the address of a paired peer and says that
+        it is another, is another."""
+        if self._store is None:
+            return None
+        base_url = known.peer.base_url if known.told_id is None else None
+        pairing = self._store.find_outbound(known.told_id, base_url, self._clock_ms())
+        return None if pairing is None or pairing.is_marked_unauthorized else pairing
+
+    def note_word(self, bond: Bond, word: PeerWord) -> None:
+        """What it can, from then on it has to."""
+        if word.speaks_noise and self._store is not None and isinstance(bond, Pairing):
+            self._store.note(bond, speaks_noise=True)
+
+    def note_refused(self, known: KnownPeer, bond: Bond) -> None:
+        """The pairing is not used any more."""
+        if self._store is not None and isinstance(bond, Pairing):
+            self._store.note(bond, is_marked_unauthorized=True)
+            peers_log.warning("%s does not know this device any more: `pair request` asks it again", known.shown_name)
+
+
+class ProviderBonds:
+    """The providers that are wanted, by their public keys, as PeerBonds. `own_key`: which they have to admit."""
+
+    proves_identity = True
+
+    def __init__(self, own_key: bytes) -> None:
+        self._own_key = encode_base64url(own_key)
+        self._bonds: dict[str, ProviderBond] = {}
+        self._refused: set[str] = set()
+
+    def add(self, public_key: bytes) -> ProviderBond:
+        """Want a provider."""
+        bond = ProviderBond(public_key)
+        return self._bonds.setdefault(bond.device_id, bond)
+
+    def remove(self, public_key: bytes) -> None:
+        """Want it no more."""
+        device_id = ProviderBond(public_key).device_id
+        self._bonds.pop(device_id, None)
+        self._refused.discard(device_id)
+
+    def find(self, known: KnownPeer) -> ProviderBond | None:
+        """By its key, which is its id here."""
+        return self._bonds.get(known.device_id)
+
+    def has_refused(self, public_key: bytes) -> bool:
+        """Whether its last word was that it does not admit this device."""
+        return ProviderBond(public_key).device_id in self._refused
+
+    def note_word(self, bond: Bond, word: PeerWord) -> None:
+        """It admits this device."""
+        self._refused.discard(bond.device_id)
+
+    def note_refused(self, known: KnownPeer, bond: Bond) -> None:
+        """Said once; it is asked again, for its firewall may be changed."""
+        if bond.device_id not in self._refused:
+            self._refused.add(bond.device_id)
+            peers_log.warning(
+                "%s does not admit this device: there, `provider --allow %s` does", known.shown_name, self._own_key
+            )
+
+
+class PeerAsker(Protocol):
+    """Who carries the questions: a PeerClient or a ProviderClient, whose bonds are of its own kind."""
+
+    def request(
+        self,
+        bond: Any,
+        /,
+        method: str,
+        url: HttpUrl,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+        budgets: HttpBudgets | None = None,
+    ) -> ClientExchange | TunnelExchange:
+        """As HttpClient.request."""
+
+    def find_tunnel(self, bond: Any, /) -> HttpUrl | None:
+        """Where the direct tunnel leads that is open now."""
+
+
 class PeerMonitor:
     """Keeps a PeerTable true: asks, pairs, learns. Belongs to one event loop; `close` ends all its tasks.
 
     `known_peers`: the user's, tried forever. `custom_discovery`: called every minute, sync or async, gives Peers or
-    their JSON form. `own_urls`: base URLs under which this bridge answers. `store` and `initiator` None: pairing is
-    off, and no peer is ever used.
+    their JSON form. `own_urls`: base URLs under which this bridge answers. `bonds`: by what right peers are used, by
+    default the pairings of `store`. `store` and `initiator` None: nobody can be paired with.
     """
 
     def __init__(
         self,
         *,
         identity: Identity,
-        client: PeerClient,
+        client: PeerAsker,
         store: PairingStore | None = None,
+        bonds: PeerBonds | None = None,
         initiator: PairingInitiator | None = None,
         known_peers: Iterable[Peer] = (),
         custom_discovery: PeerSource | None = None,
@@ -27474,6 +27719,7 @@ class PeerMonitor:
         self.table = PeerTable(identity.device_id, own_urls)
         self._client = client
         self._store = store
+        self._bonds = bonds or PairingBonds(store, clock_ms)
         self._initiator = initiator
         self._known_peers = tuple(known_peers)
         self._custom_discovery = custom_discovery
@@ -27483,6 +27729,7 @@ class PeerMonitor:
         self._jitter = jitter
         self._asking = asyncio.Semaphore(PEER_ASKED_AT_ONCE_LIMIT)
         self._watches: dict[KnownPeer, PeerWatch] = {}
+        self._questions: dict[KnownPeer, asyncio.Task[None]] = {}
         self._handshakes: dict[KnownPeer, asyncio.Task[Pairing]] = {}
         self._custom_task: asyncio.Task[None] | None = None
         self._unsubscribe: Callable[[], None] | None = None
@@ -27506,6 +27753,7 @@ class PeerMonitor:
             self._unsubscribe()
             self._unsubscribe = None
         tasks: list[asyncio.Task[Any]] = [*(watch.task for watch in self._watches.values()), *self._handshakes.values()]
+        tasks += self._questions.values()
         tasks += [self._custom_task] if self._custom_task else []
         for task in tasks:
             task.cancel()
@@ -27538,7 +27786,7 @@ class PeerMonitor:
         known = self.table.see(peer, is_lasting=is_lasting)
         self._settle()
         if known is not None:
-            known.has_pairing = self._find_pairing(known) is not None
+            known.has_pairing = self._bonds.find(known) is not None
             if known not in self._watches or known.state is PeerState.SEEN:
                 self._watch(known)
 
@@ -27691,7 +27939,7 @@ class PeerMonitor:
         if after is not None:
             self._remember(after)
         for known in self.table:
-            had_pairing, known.has_pairing = known.has_pairing, self._find_pairing(known) is not None
+            had_pairing, known.has_pairing = known.has_pairing, self._bonds.find(known) is not None
             if had_pairing and not known.has_pairing:
                 known.handshake = Handshake.REFUSED
                 known.advance(PeerEvent.UNPAIRED)
@@ -27711,20 +27959,10 @@ class PeerMonitor:
         peer = replace(build_static_peer(base_url), device_id=pairing.device_id, device_name=pairing.device_name)
         self.see(peer, is_lasting=True)
 
-    def _find_pairing(self, known: KnownPeer) -> Pairing | None:
-        """The pairing by which this peer may be used. By its address only while it tells no id: whoever stands at
-        the address of a paired peer and says that it is another, is another."""
-        if self._store is None:
-            return None
-        base_url = known.peer.base_url if known.told_id is None else None
-        pairing = self._store.find_outbound(known.told_id, base_url, self._clock_ms())
-        return None if pairing is None or pairing.is_marked_unauthorized else pairing
-
     def _mark_unauthorized(self, known: KnownPeer) -> None:
-        pairing = self._find_pairing(known)
-        if pairing is not None and self._store is not None:
-            self._store.note(pairing, is_marked_unauthorized=True)
-            peers_log.warning("%s does not know this device any more: `pair request` asks it again", known.shown_name)
+        bond = self._bonds.find(known)
+        if bond is not None:
+            self._bonds.note_refused(known, bond)
         known.has_pairing, known.handshake = False, Handshake.REFUSED
         known.advance(PeerEvent.UNPAIRED)
 
@@ -27741,6 +27979,14 @@ class PeerMonitor:
             watch = self._watches[known] = PeerWatch(task=task, wake=wake)
             task.add_done_callback(lambda _: self._watches.pop(known, None))
         watch.wake.set()
+
+    async def ask(self, known: KnownPeer) -> None:
+        """Ask a peer now, by each way; returns when it has answered, or none has led to it."""
+        task = self._questions.get(known)
+        if task is None:
+            task = self._questions[known] = asyncio.create_task(self._poll(known), name="question to a peer")
+            task.add_done_callback(lambda _: self._questions.pop(known, None))
+        await asyncio.shield(task)
 
     def _settle(self) -> None:
         """End the tasks of peers that are gone from the table."""
@@ -27764,12 +28010,12 @@ class PeerMonitor:
 
     async def _poll(self, known: KnownPeer) -> None:
         """Ask health by each way until one answers, then what else there is to know."""
-        pairing, error, is_refused = self._find_pairing(known), "no address", False
-        known.has_pairing = pairing is not None
-        known.transport = None if pairing is None else pairing.transport
-        for way in self._list_ways(known, pairing):
+        bond, error, is_refused = self._bonds.find(known), "no address", False
+        known.has_pairing = bond is not None
+        known.transport = None if bond is None else bond.transport
+        for way in self._list_ways(known, bond):
             try:
-                word = await self._ask_health(known, way, pairing)
+                word = await self._ask_health(known, way, bond)
             except PairingEndedError as exc:
                 error, is_refused = exc.message, True
             except AuthenticationError as exc:
@@ -27777,23 +28023,23 @@ class PeerMonitor:
             except (BridgeError, ValueError) as exc:
                 error = explain_silence(exc)
             else:
-                await self._take_in(known, way, word, pairing)
+                await self._take_in(known, way, word, bond)
                 return
         known.note_silence(error)
         if is_refused:
             self._mark_unauthorized(known)
 
-    def _list_ways(self, known: KnownPeer, pairing: Pairing | None) -> list[PeerWay]:
+    def _list_ways(self, known: KnownPeer, bond: Bond | None) -> list[PeerWay]:
         """The ways in the order to try them; an open tunnel goes first, whatever it was dialled by."""
         ways = known.list_ways()
-        open_at = None if pairing is None else self._client.find_tunnel(pairing)
+        open_at = None if bond is None else self._client.find_tunnel(bond)
         if open_at is not None:
             ways.sort(key=lambda way: parse_http_url(way.base_url).authority != open_at.authority)
         return ways
 
-    async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, pairing: Pairing | None) -> None:
+    async def _take_in(self, known: KnownPeer, way: PeerWay, word: PeerWord, bond: Bond | None) -> None:
         known.note_word(way, word, self._clock_ms())
-        told_id = word.device_id or (pairing.device_id if pairing else None)
+        told_id = word.device_id or (bond.device_id if bond else None)
         if known.told_id is None and told_id is not None and is_telling_id(told_id):
             remaining = self.table.identify(known, told_id)
             self._settle()
@@ -27801,42 +28047,43 @@ class PeerMonitor:
                 if remaining is not None:
                     self._watch(remaining)
                 return
-        known.advance(PeerEvent.PAIRED if pairing else PeerEvent.UNPAIRED)
-        if pairing is not None and word.speaks_noise and self._store is not None:
-            self._store.note(pairing, speaks_noise=True)
+        known.advance(PeerEvent.PAIRED if bond else PeerEvent.UNPAIRED)
+        if bond is not None:
+            self._bonds.note_word(bond, word)
         is_due = self._clock() - known.learned_at_s >= self._intervals.learn_s
-        if pairing is not None and (is_due or known.state is PeerState.PAIRED):
-            await self._learn(known, way, pairing)
+        if bond is not None and (is_due or known.state is PeerState.PAIRED):
+            await self._learn(known, way, bond)
 
-    async def _ask_health(self, known: KnownPeer, way: PeerWay, pairing: Pairing | None) -> PeerWord:
-        status, body = await self._ask(f"{way.base_url}/dvai/health", pairing)
-        if status == 401 and pairing is not None:
+    async def _ask_health(self, known: KnownPeer, way: PeerWay, bond: Bond | None) -> PeerWord:
+        status, body = await self._ask(f"{way.base_url}/dvai/health", bond)
+        if status == 401 and bond is not None:
             raise _build_refused_error(body)
         if status != 200:
             raise ValueError(f"its health route answered {status}")
         word = parse_health(body)
-        if None not in (known.told_id, word.device_id) and word.device_id != known.told_id:
+        tells_id = None not in (known.told_id, word.device_id) and not self._bonds.proves_identity
+        if tells_id and word.device_id != known.told_id:
             raise ValueError("another device answers there")
         return word
 
-    async def _learn(self, known: KnownPeer, way: PeerWay, pairing: Pairing) -> None:
+    async def _learn(self, known: KnownPeer, way: PeerWay, bond: Bond) -> None:
         """Which models it has, and what it scores; hubs may have neither route."""
         with contextlib.suppress(BridgeError, ValueError):
-            status, body = await self._ask(f"{way.base_url}/dvai/capability", pairing)
+            status, body = await self._ask(f"{way.base_url}/dvai/capability", bond)
             if status == 200:
                 known.note_scores(parse_scores_json(parse_json(body)))
         with contextlib.suppress(BridgeError, ValueError):
-            status, body = await self._ask(f"{way.base_url}/models", pairing)
+            status, body = await self._ask(f"{way.base_url}/models", bond)
             if status == 200:
                 known.models = parse_model_list(body)
                 known.learned_at_s = self._clock()
                 known.advance(PeerEvent.LEARNED)
 
-    async def _ask(self, url: str, pairing: Pairing | None) -> tuple[int, bytes]:
+    async def _ask(self, url: str, bond: Bond | None) -> tuple[int, bytes]:
         """GET as the paired device that we are to it, if so; marked as forwarded, so that a peer speaks for itself."""
         headers = [("X-DVAI-Forwarded", "1"), ("Accept", "application/json")]
         budgets = HttpBudgets(total_s=self._intervals.answer_s)
-        request = self._client.request(pairing, "GET", parse_http_url(url), headers=headers, budgets=budgets)
+        request = self._client.request(bond, "GET", parse_http_url(url), headers=headers, budgets=budgets)
         async with request as response:
             return response.status, await response.read(PEER_ANSWER_LIMIT_BYTES)
 
@@ -27967,9 +28214,12 @@ class ForwardRequest:
 
 @record(frozen=True, kw_only=True, slots=True)
 class ForwardBudgets:
-    """How long a peer may take, in seconds. `silence_s`: between two signs of life once it has begun."""
+    """How long a peer may take, in seconds. `begin_s`: until its answer's head, if that is to come sooner than content;
+    `silence_s`: between two signs of life once it has begun.
+    """
 
     connect_s: float = CONNECT_DEADLINE_S
+    begin_s: float = math.inf
     first_content_s: float = 30.0
     first_content_limit_s: float = 600.0
     silence_s: float = 60.0
@@ -28945,7 +29195,8 @@ class Forwarder:
         url = parse_http_url(target.base_url + request.form.value)
         headers = build_forward_headers(request, is_own_engine=is_own)
         budget_s = build_first_content_budget(budgets, len(body), target.prefill_tok_per_s)
-        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=budget_s, idle_s=budget_s)
+        begin_s = min(budget_s, budgets.begin_s)
+        waits = HttpBudgets(connect_s=budgets.connect_s, first_byte_s=begin_s, idle_s=budget_s)
         exchange = target.send("POST", url, headers=headers, body=body, budgets=waits)
         await exchange.start()
         return PeerExchange(
@@ -29534,7 +29785,7 @@ class Caller(enum.Enum):
 
     LOOPBACK = "this machine, with the API key if one is set"
     KEY_HOLDER = "another machine, with an API key"
-    PAIRED = "a device whose signature proves that it is paired"
+    PAIRED = "a device that has proved, by a signature or in a tunnel, that it is paired or admitted"
     STRANGER = "anybody else"
 
 
@@ -29600,6 +29851,7 @@ _ROUTE_CLASSES = {
     "/dvai/pair-qr": RouteClass.CONTROL,
     "/dvai/pair-scan": RouteClass.CONTROL,
     "/dvai/pairings": RouteClass.CONTROL,
+    "/dvai/provider": RouteClass.CONTROL,
 }
 
 
@@ -29737,7 +29989,8 @@ def _verify_media_type(head: RequestHead) -> None:
 class HttpRequest:
     """A complete request that may be answered. `path` is decoded; `raw_path` is what a signature covers.
 
-    `pairing`: of a PAIRED caller, the one whose key signed the request.
+    Of a PAIRED caller, `pairing` is the one whose key signed the request or opened the tunnel; `consumer_key` stands
+    for it where the caller was admitted by its public key (43 digits of base64url).
     """
 
     method: str
@@ -29753,6 +30006,24 @@ class HttpRequest:
     request_id: str
     http_minor: int = 1
     pairing: Pairing | None = None
+    consumer_key: str | None = None
+
+    @property
+    def device_id(self) -> str | None:
+        """The device that asks, if it has proved who it is."""
+        return self.consumer_key if self.pairing is None else self.pairing.device_id
+
+    @property
+    def app_id(self) -> str | None:
+        """The application there that paired."""
+        return None if self.pairing is None else self.pairing.app_id
+
+    @property
+    def other_device(self) -> str | None:
+        """One name for each right by which other devices ask: a pairing, or a public key. None for anybody else."""
+        if self.pairing is not None:
+            return f"pairing {self.pairing.pairing_id}"
+        return None if self.consumer_key is None else f"key {self.consumer_key}"
 
     @property
     def is_known_caller(self) -> bool:
@@ -30639,9 +30910,9 @@ class HttpServer:
 
 
 # ---- Tunnel server --------------------------------------------------------------------
-# What paired devices ask inside their tunnels, answered by the same handler as everybody's requests.
+# What other devices ask inside their tunnels, answered by the same handler as everybody's requests.
 
-TUNNELS_PER_PAIRING_LIMIT = 4  # connections of one paired device; more than one are those it left without a word
+TUNNELS_PER_DEVICE_LIMIT = 4  # connections of one device; more than one are those it left without a word
 GATHER_S = 0.05  # tokens through a relay are sent together that come within this time,
 GATHER_PIECES = 16  # at most so many
 GATHER_BYTES = 8 * KIB  # of at most so many bytes
@@ -30652,6 +30923,19 @@ TUNNEL_BODIES_LIMIT_BYTES = 2 * FOREIGN_BODY_LIMIT_BYTES  # requests of one tunn
 
 # What may be asked inside a tunnel.
 _TUNNEL_ROUTES = frozenset({RouteClass.INFERENCE, RouteClass.CAPABILITY, RouteClass.HEALTH})
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class TunnelGuest:
+    """Who asks in a tunnel: a paired device, or the owner of a public key that the firewall admits."""
+
+    pairing: Pairing | None = None
+    consumer_key: bytes = b""
+
+    @property
+    def name(self) -> str:
+        """The same for all tunnels of one device, by one right."""
+        return f"key {self.consumer_key.hex()}" if self.pairing is None else f"pairing {self.pairing.pairing_id}"
 
 
 class ServedStream:
@@ -30805,8 +31089,8 @@ class ServedTunnel:
         self._link = ChannelLink(self._channel, self._take_in)
         self._streams: dict[int, ServedStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pair_id = b""
-        self.pairing_id: str | None = None  # once the consumer has proved who it is
+        self._proof: ChannelEstablished | None = None
+        self.guest: TunnelGuest | None = None  # once the consumer has proved who it is
 
     async def run(self, socket: FrameSocket) -> None:
         """Serves until the channel ends; what still runs for it is cancelled then."""
@@ -30845,8 +31129,8 @@ class ServedTunnel:
             if stream is not None:
                 stream.wake()
         elif isinstance(event, ChannelEstablished):
-            self._pair_id = event.pair_id
-            self.pairing_id = self._tunnels.note_established(self, event.pair_id)
+            self._proof = event
+            self.guest = self._tunnels.note_established(self, event)
         elif isinstance(event, ChannelClosed):
             _tunnel_logger.debug("tunnel from %s: %s %s", self.client_address, event.reason.value, event.detail)
 
@@ -30896,9 +31180,9 @@ class ServedTunnel:
             await self._read_body(stream)
         except BridgeError as error:
             refusal = error
-        pairing = self._tunnels.find_pairing(self._pair_id)
-        request = self._build_request(stream, pairing)
-        if pairing is None:
+        guest = None if self._proof is None else self._tunnels.find_guest(self._proof)
+        request = self._build_request(stream, guest or TunnelGuest())
+        if guest is None:
             refusal = SignatureError()
         elif ACCESS_TABLE[request.caller][classify_route(request.path)] is not Access.ALLOWED or (
             classify_route(request.path) not in _TUNNEL_ROUTES
@@ -30920,7 +31204,7 @@ class ServedTunnel:
         if stream.is_refused:
             raise ContentTooLargeError(f"the body is larger than {FOREIGN_BODY_LIMIT_BYTES // MIB} MiB")
 
-    def _build_request(self, stream: ServedStream, pairing: Pairing | None) -> HttpRequest:
+    def _build_request(self, stream: ServedStream, guest: TunnelGuest) -> HttpRequest:
         opened = stream.opened
         headers = Headers((*opened.headers, ("x-dvai-forwarded", "1")))  # tunnels end here: nothing goes on from one
         body, stream.body = bytes(stream.body), bytearray()
@@ -30936,7 +31220,8 @@ class ServedTunnel:
             is_tls=True,
             caller=Caller.PAIRED,
             request_id=choose_request_id(headers),
-            pairing=pairing,
+            pairing=guest.pairing,
+            consumer_key=encode_base64url(guest.consumer_key) or None,
         )
 
     async def _send(self, stream: ServedStream, response: HttpResponse, request_id: str) -> None:
@@ -30968,13 +31253,17 @@ class ServedTunnel:
 
 
 class TunnelServer:
-    """The provider's end of all tunnels. A consumer that is not paired, or no more, learns nothing but that."""
+    """The provider's end of all tunnels. A consumer that is not paired, or no more, learns nothing but that.
+
+    Between `provide` and `withdraw` it also serves consumers that know this device by its public key, and are admitted.
+    """
 
     def __init__(
         self,
         *,
         identity: Identity,
         store: PairingStore | None,
+        firewall: FirewallStore | None = None,
         handler: Handler,
         clock_ms: Callable[[], int] = read_clock_ms,
         random: RandomBytes = os.urandom,
@@ -30985,6 +31274,8 @@ class TunnelServer:
         self._clock_ms = clock_ms
         self._random = random
         self._decoy: KeyPair | None = None
+        self._firewall = firewall
+        self.is_providing = False
         self._limiter = HandshakeLimiter(limit=TUNNEL_ATTEMPTS_LIMIT, window_ms=TUNNEL_ATTEMPTS_WINDOW_MS)
         self._served: dict[ServedTunnel, None] = {}  # oldest first
         self._relayed: set[asyncio.Task[None]] = set()
@@ -30992,6 +31283,8 @@ class TunnelServer:
         self.routes: Mapping[str, Mapping[str, Handler]] = {TUNNEL_PATH: {"GET": self.accept}}
         if store is not None:
             store.subscribe(self._note_pairing)
+        if firewall is not None:
+            firewall.subscribe(lambda _: self._end_unadmitted())
 
     async def accept(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/dvai/tunnel: the upgrade to a WebSocket, on which the consumer has to prove who it is.
@@ -31033,34 +31326,45 @@ class TunnelServer:
         handshake = ResponderHandshake(self._find_terms, decoy=self._decoy, ephemeral=ephemeral, backend=backend)
         return Channel(handshake, now=now_s, path=path)
 
-    def find_pairing(self, pair_id: bytes) -> Pairing | None:
-        """The pairing by which a consumer may ask now, its use noted."""
+    def find_guest(self, proof: ChannelEstablished) -> TunnelGuest | None:
+        """Who it is that has proved this, as far as it may ask now; a pairing's use is noted."""
+        if proof.mode is HandshakeMode.DELEGATE:
+            return TunnelGuest(consumer_key=proof.remote_static) if self._admits(proof.remote_static) else None
         now_ms = self._clock_ms()
-        pairing = None if self._store is None else self._store.find_link(pair_id, now_ms)
-        if pairing is not None and self._store is not None:
-            self._store.note_use(pairing, now_ms)
-        return pairing
+        pairing = None if self._store is None else self._store.find_link(proof.pair_id, now_ms)
+        if pairing is None or self._store is None:
+            return None
+        self._store.note_use(pairing, now_ms)
+        return TunnelGuest(pairing=pairing)
 
-    def note_established(self, served: ServedTunnel, pair_id: bytes) -> str | None:
-        """A consumer has proved who it is: the pairing is active, and its oldest tunnel makes room."""
-        pairing = self.find_pairing(pair_id)
-        if pairing is None or self._store is None:  # revoked during the handshake
+    def note_established(self, served: ServedTunnel, proof: ChannelEstablished) -> TunnelGuest | None:
+        """A consumer has proved who it is: a pairing is active, and the oldest tunnel of the device makes room."""
+        guest = self.find_guest(proof)
+        if guest is None:  # revoked during the handshake
             self._served[served] = None
             served.revoke()
             return None
         self._limiter.forgive(served.client_address)
-        self._store.activate(pairing, PairingDirection.INBOUND)
-        others = [each for each in self._served if each.pairing_id == pairing.pairing_id]
-        for each in others[: max(len(others) - TUNNELS_PER_PAIRING_LIMIT + 1, 0)]:
+        if guest.pairing is not None and self._store is not None:
+            self._store.activate(guest.pairing, PairingDirection.INBOUND)
+        others = [each for each in self._served if each.guest is not None and each.guest.name == guest.name]
+        for each in others[: max(len(others) - TUNNELS_PER_DEVICE_LIMIT + 1, 0)]:
             each.shut_down(0.0)
         self._served[served] = None
-        return pairing.pairing_id
+        return guest
 
     def forget(self, served: ServedTunnel) -> None:
         """A tunnel has ended."""
         self._served.pop(served, None)
 
+    def _admits(self, public_key: bytes) -> bool:
+        return self.is_providing and self._firewall is not None and self._firewall.firewall.admits(public_key)
+
     def _find_terms(self, mode: HandshakeMode, pair_id: bytes) -> HandshakeTerms | None:
+        if mode is HandshakeMode.DELEGATE and self.is_providing:
+            static = build_static_key(self._identity, choose_crypto_backend())
+            address = build_provider_address(static.public)
+            return build_delegate_terms(address=address, static=static, admits=self._admits)
         pairing = None if self._store is None else self._store.find_link(pair_id, self._clock_ms())
         if mode is not HandshakeMode.RESUME or pairing is None:
             return None
@@ -31081,7 +31385,32 @@ class TunnelServer:
         if before is None or not has_lost_access(before, after, PairingDirection.INBOUND):
             return
         for served in list(self._served):
-            if served.pairing_id == before.pairing_id:
+            pairing = served.guest.pairing if served.guest is not None else None
+            if pairing is not None and pairing.pairing_id == before.pairing_id:
+                served.revoke()
+
+    # Consumers that are known by their public keys
+
+    def provide(self) -> None:
+        """Serve those whom the firewall admits."""
+        self.is_providing = True
+
+    def withdraw(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Serve them no more; what runs for them may finish within `grace_s`."""
+        self.is_providing = False
+        for served in self._list_keyed():
+            served.shut_down(grace_s)
+
+    def list_consumers(self) -> list[bytes]:
+        """The public keys of those who have a tunnel now, each once."""
+        return list(dict.fromkeys(served.guest.consumer_key for served in self._list_keyed() if served.guest))
+
+    def _list_keyed(self) -> list[ServedTunnel]:
+        return [served for served in self._served if served.guest is not None and served.guest.consumer_key]
+
+    def _end_unadmitted(self) -> None:
+        for served in self._list_keyed():
+            if served.guest is not None and not self._admits(served.guest.consumer_key):
                 served.revoke()
 
 
@@ -31096,6 +31425,10 @@ PEER_SLOTS = 2  # a guest (name_guest) that takes the engine for itself: it has 
 PEER_WAITING = 8  # and so many waiting
 PEER_TOKENS_LIMIT = 8192  # answers to guests that never end
 APPROVAL_WAIT_S = 30.0  # for the user of the only device that could serve a request
+PROVIDER_PATIENCE_S = 5.0  # for a provider that has just been named, or was there a moment ago
+PROVIDER_PAUSE_S = 0.25  # between two attempts to reach it
+PROVIDER_ROUNDS = 2  # times that a request is sent, where it did not arrive
+PROVIDER_IDLE_S = 600.0  # memory and questions that a provider takes which one request named
 SERVER_FIELDS = frozenset({"connection", "content-length", "date", "keep-alive", "transfer-encoding", "x-request-id"})
 AUDIT_CALLERS = {
     Caller.LOOPBACK: AuditCaller.LOCAL,
@@ -31348,13 +31681,11 @@ def may_offload(request: HttpRequest) -> bool:
 
 
 def name_guest(request: HttpRequest) -> str | None:
-    """Under whose limits a request falls: a paired device's, or those of all strangers (--allow-anonymous-lan).
+    """Under whose limits a request falls: another device's, or those of all strangers (--allow-anonymous-lan).
 
     None: it is the owner's, and has none.
     """
-    if request.pairing is not None:
-        return f"pairing {request.pairing.pairing_id}"
-    return "strangers" if request.caller is Caller.STRANGER else None
+    return request.other_device or ("strangers" if request.caller is Caller.STRANGER else None)
 
 
 def limit_generations(generations: Sequence[GenerationRequest], guest: str | None) -> Sequence[GenerationRequest]:
@@ -31390,12 +31721,12 @@ def read_model(body: Mapping[str, Any]) -> str | None:
 
 
 def build_tenant(request: HttpRequest) -> str:
-    """Whose prompt caches a request may use: a paired device's own, else those of the same credentials (hashed).
+    """Whose prompt caches a request may use: another device's own, else those of the same credentials (hashed).
 
     Where no key is needed anybody may send any credentials, so a stranger's count for its address only.
     """
-    if request.pairing is not None:
-        return f"pairing {request.pairing.pairing_id}"
+    if request.other_device is not None:
+        return request.other_device
     credentials = request.headers.get("authorization")
     tenant = hashlib.sha256(credentials.encode("latin-1")).hexdigest()[:16] if credentials else ""
     return f"{request.client_address} {tenant}" if request.caller is Caller.STRANGER else tenant
@@ -31511,15 +31842,15 @@ class InferenceAccount:
         """The request has ended; what comes after the first end is not an end."""
         if self._record is None:
             return
-        request, pairing, record, self._record = self._request, self._request.pairing, self._record, None
+        request, record, self._record = self._request, self._record, None
         duration_s = time.monotonic() - self._started
         record(
             AuditEntry(
                 time_ms=int(time.time() * 1000),
                 request_id=request.request_id,
                 caller=AUDIT_CALLERS[request.caller],
-                device_id=pairing.device_id if pairing is not None else None,
-                app_id=pairing.app_id if pairing is not None else None,
+                device_id=request.device_id,
+                app_id=request.app_id,
                 path=request.path,
                 status=status,
                 outcome=outcome,
@@ -31865,7 +32196,7 @@ class UpstreamBackend:
 
 @record(frozen=True, kw_only=True, slots=True)
 class InterceptorContext:
-    """What an interceptor learns besides body and headers. `device_id`, `app_id`: of a paired caller.
+    """What an interceptor learns besides body and headers. `device_id`, `app_id`: of another device that asks.
 
     `model_id`: what this device serves itself, None for nothing.
     """
@@ -31884,13 +32215,12 @@ Interceptor = Callable[[dict[str, Any], InterceptorContext, dict[str, str]], Any
 
 def build_interceptor_context(request: HttpRequest, model_id: str | None) -> InterceptorContext:
     """What an interceptor is told of a request."""
-    pairing = request.pairing
     return InterceptorContext(
         request_id=request.request_id,
         client_address=request.client_address,
         caller=request.caller,
-        device_id=pairing.device_id if pairing else None,
-        app_id=pairing.app_id if pairing else None,
+        device_id=request.device_id,
+        app_id=request.app_id,
         model_id=model_id,
     )
 
@@ -31936,7 +32266,8 @@ def find_route(tables: Iterable[RouteTable], request: HttpRequest) -> Handler:
 
 
 class Service:
-    """Answers the OpenAI routes: with the engines here, the servers behind it, or through whoever `offload` finds.
+    """Answers the OpenAI routes: with the engines here, the servers behind it, or through whoever `delegating` or
+    `offload` finds.
 
     `record` takes the audit's entry of each inference request that has ended, `observe` what the metrics count of it.
     """
@@ -31947,6 +32278,7 @@ class Service:
         local: LocalModels,
         upstreams: UpstreamBackend | None = None,
         offload: Offloading | None = None,
+        delegating: Delegating | None = None,
         interceptor: Interceptor | None = None,
         record: Callable[[AuditEntry], None] = lambda entry: None,
         observe: Callable[[RequestSample], None] = lambda sample: None,
@@ -31955,6 +32287,7 @@ class Service:
         self._local = local
         self._upstreams = upstreams
         self._offload = offload
+        self._delegating = delegating
         self._interceptor = interceptor
         self._record = record
         self._observe = observe
@@ -31998,7 +32331,7 @@ class Service:
             raise self._build_timeout() from exc
 
     async def _answer(self, form: ForwardForm, request: HttpRequest, account: InferenceAccount) -> HttpResponse:
-        """The interceptor's answer, else a peer's, else that of an engine here."""
+        """The interceptor's answer, else a provider's or a peer's, else that of an engine here."""
         body = await read_json(request)
         account.model_asked = read_model(body)
         if self._interceptor is not None and form is ForwardForm.CHAT:
@@ -32006,13 +32339,12 @@ class Service:
             if answer is not None:
                 return answer
         model, headers, reason = read_model(body), LOCAL_HEADERS, ""
-        if self._offload is not None:
-            placement = await self._offload.place(form, request, body, account)
-            forwarded = placement.answer
+        placement = await self._place(form, request, body, account)
+        if placement is not None:
+            forwarded, model, reason = placement.answer, placement.model, placement.reason
             if forwarded is not None:
                 return HttpResponse(status=forwarded.status, headers=forwarded.headers, body=forwarded.body)
-            headers, model = (*LOCAL_HEADERS, ("X-DVAI-Reason", placement.reason)), placement.model
-            reason = placement.reason
+            headers = (*LOCAL_HEADERS, ("X-DVAI-Reason", reason))
         upstream = await self._find_upstream(request, model)
         if upstream is not None:
             return await self._relay(*upstream, form, request, body, account, reason)
@@ -32022,6 +32354,18 @@ class Service:
         if form is ForwardForm.EMBEDDINGS:
             return await self._embed(local, request, body, account, headers)
         return await self._generate(local, form, request, body, account, headers)
+
+    async def _place(
+        self, form: ForwardForm, request: HttpRequest, body: dict[str, Any], account: InferenceAccount
+    ) -> Placement | None:
+        """Where the request goes: to a provider, to a peer, or nowhere but here (None: nobody else is ever asked)."""
+        placement = None
+        delegation = None if self._delegating is None else self._delegating.choose(request, body)
+        if self._delegating is not None and delegation is not None:
+            placement = await self._delegating.place(delegation, form, request, body, account)
+        if self._offload is None or (placement is not None and placement.answer is not None):
+            return placement
+        return await self._offload.place(form, request, body, account)
 
     async def _intercept(
         self, interceptor: Interceptor, request: HttpRequest, body: dict[str, Any], account: InferenceAccount
@@ -32176,6 +32520,9 @@ class Service:
         if self._offload is not None and may_offload(request):
             names = {model.model_id.casefold() for model in served}
             served += [model for model in self._offload.list_models() if model.model_id.casefold() not in names]
+        if self._delegating is not None and may_offload(request):
+            names = {model.model_id.casefold() for model in served}
+            served += [model for model in self._delegating.list_models() if model.model_id.casefold() not in names]
         return [build_model(model.model_id, model.created, model.owned_by) for model in served]
 
 
@@ -32188,90 +32535,31 @@ class Placement:
     reason: str = ""
 
 
-class Offloading:
-    """Takes each request to whoever should serve it: the decision, the handshake it may need, the forwarding."""
+class PeerForwarding:
+    """Asks chosen peers for an answer, and lets the monitor learn what each attempt teaches of them."""
 
     def __init__(
         self,
-        *,
-        policy: OffloadPolicy,
         monitor: PeerMonitor,
-        client: PeerClient,
-        list_local: Callable[[], Sequence[LocalModel]],
-        find_pairing: Callable[[Peer], Pairing | None],
-        on_offload: Callable[[Peer], None] | None = None,
-        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
+        *,
+        on_offload: Callable[[Peer], None] | None,
+        note_attempt: Callable[[str, str], None],
     ) -> None:
-        self._chooser = RouteChooser(policy)
         self._monitor = monitor
-        self._list_local = list_local
-        self._find_pairing = find_pairing
         self._on_offload = on_offload
         self._count_attempt = note_attempt
-        self._client = client
 
-    def list_models(self) -> list[ServedModel]:
-        """The models of paired devices, each once under its own name."""
-        return [
-            ServedModel(model_id=model_id, created=0, owned_by=display_name(peer.device_name))
-            for model_id, peer in self._monitor.list_models()
-        ]
-
-    async def place(
-        self, form: ForwardForm, request: HttpRequest, body: Mapping[str, Any], account: InferenceAccount
-    ) -> Placement:
-        """A peer's answer, or leave to answer here. NoCapableDeviceError when nobody can serve."""
-        asked = RouteRequest(
-            model=body.get("model"),
-            preference=parse_preference(request.headers.get("x-dvai-offload")),
-            is_forwarded=not may_offload(request),
-        )
-        decision = self._decide(asked)
-        if decision.pair_with is not None:
-            self._monitor.begin_pairing(decision.pair_with)
-        if not decision.targets and decision.awaited is not None:
-            await self._monitor.wait_for_approval(decision.awaited, APPROVAL_WAIT_S)
-            decision = self._decide(asked)
-        attempts: Sequence[Attempt] = ()
-        targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
-        if targets:
-            note_end = functools.partial(self._note_end, account)
-            forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end)
-            forwarded = await forwarder.forward(
-                ForwardRequest(form=form, body=body, request_id=request.request_id), targets
-            )
-            if forwarded.answer is not None:
-                return Placement(answer=forwarded.answer)
-            attempts = forwarded.attempts
-        here = next((each for each in decision.targets if each.peer is None), None)
-        if here is None:
-            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
-            failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
-            advice = self._decide(asked).advice  # by what the attempts taught
-            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
-        reason = f"{len(attempts)} peers failed" if attempts else decision.reason
-        return Placement(model=here.model_id, reason=reason)
-
-    def _decide(self, asked: RouteRequest) -> RouteDecision:
-        monitor = self._monitor
-        return self._chooser.choose(asked, self._list_local(), monitor.candidates(), monitor.now_s())
-
-    def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
-        peer, route = target.peer, target.route
-        assert peer is not None and route is not None  # those of this device are not forwarded
-        pairing = self._find_pairing(peer)
-        return ForwardTarget(
-            device_id=peer.device_id,
-            device_name=peer.device_name,
-            base_url=peer.base_url,
-            model_id=target.model_id or "",
-            route=route.value,
-            reason=reason,
-            substituted_for=target.substituted_for,
-            prefill_tok_per_s=target.prefill_tok_per_s,
-            transport="" if pairing is None else pairing.transport,
-            send=functools.partial(self._client.request_paired, pairing),
-        )
+    async def forward(
+        self,
+        request: ForwardRequest,
+        targets: Sequence[ForwardTarget],
+        account: InferenceAccount,
+        budgets: ForwardBudgets | None = None,
+    ) -> Forwarded:
+        """The answer of the first target that gives one, its end noted in the account."""
+        note_end = functools.partial(self._note_end, account)
+        forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end, budgets=budgets)
+        return await forwarder.forward(request, targets)
 
     def _note_attempt(self, attempt: Attempt) -> None:
         """What an attempt says of its peer; of one whose answer has begun, only its end does."""
@@ -32302,6 +32590,442 @@ class Offloading:
             monitor.record_measurement(
                 target.device_id, target.model_id, report.decode_tok_per_s, report.prefill_tok_per_s
             )
+
+
+def build_forward_target(target: RouteTarget, reason: str, *, transport: str, send: SendRequest) -> ForwardTarget:
+    """The peer of a decision, as somebody to ask by `send`."""
+    peer, route = target.peer, target.route
+    assert peer is not None and route is not None  # those of this device are not forwarded
+    return ForwardTarget(
+        device_id=peer.device_id,
+        device_name=peer.device_name,
+        base_url=peer.base_url,
+        model_id=target.model_id or "",
+        route=route.value,
+        reason=reason,
+        substituted_for=target.substituted_for,
+        prefill_tok_per_s=target.prefill_tok_per_s,
+        transport=transport,
+        send=send,
+    )
+
+
+class Offloading:
+    """Takes each request to whoever should serve it: the decision, the handshake it may need, the forwarding."""
+
+    def __init__(
+        self,
+        *,
+        policy: OffloadPolicy,
+        monitor: PeerMonitor,
+        client: PeerClient,
+        list_local: Callable[[], Sequence[LocalModel]],
+        find_pairing: Callable[[Peer], Pairing | None],
+        on_offload: Callable[[Peer], None] | None = None,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
+    ) -> None:
+        self._chooser = RouteChooser(policy)
+        self._monitor = monitor
+        self._list_local = list_local
+        self._find_pairing = find_pairing
+        self._forwarding = PeerForwarding(monitor, on_offload=on_offload, note_attempt=note_attempt)
+        self._client = client
+
+    def list_models(self) -> list[ServedModel]:
+        """The models of paired devices, each once under its own name."""
+        return [
+            ServedModel(model_id=model_id, created=0, owned_by=display_name(peer.device_name))
+            for model_id, peer in self._monitor.list_models()
+        ]
+
+    async def place(
+        self, form: ForwardForm, request: HttpRequest, body: Mapping[str, Any], account: InferenceAccount
+    ) -> Placement:
+        """A peer's answer, or leave to answer here. NoCapableDeviceError when nobody can serve."""
+        asked = RouteRequest(
+            model=body.get("model"),
+            preference=parse_preference(request.headers.get("x-dvai-offload")),
+            is_forwarded=not may_offload(request),
+        )
+        decision = self._decide(asked)
+        if decision.pair_with is not None:
+            self._monitor.begin_pairing(decision.pair_with)
+        if not decision.targets and decision.awaited is not None:
+            await self._monitor.wait_for_approval(decision.awaited, APPROVAL_WAIT_S)
+            decision = self._decide(asked)
+        attempts: Sequence[Attempt] = ()
+        targets = [self._build_target(each, decision.reason) for each in decision.targets if each.peer is not None]
+        if targets:
+            forwarded = await self._forwarding.forward(
+                ForwardRequest(form=form, body=body, request_id=request.request_id), targets, account
+            )
+            if forwarded.answer is not None:
+                return Placement(answer=forwarded.answer)
+            attempts = forwarded.attempts
+        here = next((each for each in decision.targets if each.peer is None), None)
+        if here is None:
+            verify_body(form, body)  # what nobody could serve is not worth trying again elsewhere
+            failures = {attempt.target.device_id: attempt.reason for attempt in attempts}
+            advice = self._decide(asked).advice  # by what the attempts taught
+            raise build_refusal(replace(decision, advice=advice), request.request_id, failures)
+        reason = f"{len(attempts)} peers failed" if attempts else decision.reason
+        return Placement(model=here.model_id, reason=reason)
+
+    def _decide(self, asked: RouteRequest) -> RouteDecision:
+        monitor = self._monitor
+        return self._chooser.choose(asked, self._list_local(), monitor.candidates(), monitor.now_s())
+
+    def _build_target(self, target: RouteTarget, reason: str) -> ForwardTarget:
+        assert target.peer is not None  # those of this device are not forwarded
+        pairing = self._find_pairing(target.peer)
+        return build_forward_target(
+            target,
+            reason,
+            transport="" if pairing is None else pairing.transport,
+            send=functools.partial(self._client.request_paired, pairing),
+        )
+
+
+@record(frozen=True, kw_only=True, slots=True)
+class DelegatedModel:
+    """A model that `load_model` delegated: its id here, which is the provider's name of it, and who answers."""
+
+    model_id: str
+    delegation: Delegation
+
+
+class Delegating:
+    """Takes requests to the providers that are to answer them, which are known by their public keys alone.
+
+    Those of `configured` answer what this device does not serve itself, those of a delegated model what names it, and
+    those of a request's `delegate` that request. They may be at `known_urls`; `on_seek` is called when the first of
+    them is wanted: to look for providers on the local network (`note_found`, `note_lost`) and at the relay
+    (`note_relay`). A provider that only requests named is forgotten PROVIDER_IDLE_S after the last of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        static: KeyPair,
+        configured: Delegation | None,
+        known_urls: Iterable[str] = (),
+        has_local: Callable[[str], bool],
+        dial_relay: Callable[[bytes, float], Awaitable[FrameSocket]],
+        on_seek: Callable[[], None],
+        on_offload: Callable[[Peer], None] | None = None,
+        note_attempt: Callable[[str, str], None] = lambda route, outcome: None,
+        intervals: PeerIntervals | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.configured = configured
+        self._known_urls = tuple(parse_base_url(url) for url in known_urls)
+        self._has_local = has_local
+        self._on_seek = on_seek
+        self._clock = clock
+        self._models: dict[str, DelegatedModel] = {}  # by folded id
+        self._own_key = static.public
+        self._wanted: dict[bytes, float] = {}  # public key → since when
+        self._used: dict[bytes, float] = {}  # … → when it was named last
+        self._sightings: dict[str, Peer] = {}  # by base URL: what the local network says of providers
+        self._has_relay = False
+        self._is_seeking = False
+        self._changed = asyncio.Event()
+        self._forgetting: set[asyncio.Task[None]] = set()
+        self._bonds = ProviderBonds(static.public)
+        self._client = ProviderClient(static, dial_relay=dial_relay, on_refused=self._note_refused)
+        self.monitor = PeerMonitor(
+            identity=identity, client=self._client, bonds=self._bonds, intervals=intervals, clock=clock
+        )
+        self._forwarding = PeerForwarding(self.monitor, on_offload=on_offload, note_attempt=note_attempt)
+
+    def start(self) -> None:
+        """Begin to look for the providers of the config."""
+        self.monitor.start()
+        if self.configured is not None:
+            self._want(self.configured)
+
+    async def close(self) -> None:
+        """Say goodbye to every provider."""
+        await self.monitor.close()
+        await self._client.close()
+        await finish_tasks(*self._forgetting)
+
+    # Who is wanted, and where they are
+
+    def note_found(self, peer: Peer) -> None:
+        """A device on the local network, which may say that it is a provider."""
+        if not peer.provider_address or (len(self._sightings) >= PEERS_LIMIT and peer.base_url not in self._sightings):
+            return
+        self._sightings[peer.base_url] = peer
+        for public_key in self._wanted:
+            self._see_sighting(public_key, peer)
+
+    def note_lost(self, peer: Peer) -> None:
+        """It is gone."""
+        if self._sightings.pop(peer.base_url, None) is not None:
+            for public_key in self._wanted:
+                self.monitor.lose_way(ProviderBond(public_key).device_id, peer.base_url)
+
+    def note_relay(self) -> None:
+        """The relay is there (again): providers may be there, too."""
+        self._has_relay = True
+        for public_key in self._wanted:
+            self._see_at_relay(public_key)
+
+    def _want(self, delegation: Delegation) -> None:
+        now_s = self._clock()
+        for public_key in delegation.providers:
+            if public_key == self._own_key:
+                raise InvalidRequestError("this is the public key of this device itself", param="delegate")
+            if public_key not in self._wanted:
+                self._forget_idle(now_s, is_full=len(self._wanted) >= PROVIDERS_LIMIT)
+                self._add(public_key, now_s)
+            self._used[public_key] = now_s
+        if not self._is_seeking:
+            self._is_seeking = True
+            self._on_seek()
+
+    def _add(self, public_key: bytes, now_s: float) -> None:
+        self._wanted[public_key] = now_s
+        self._bonds.add(public_key)
+        for base_url in self._known_urls:
+            self._see(public_key, base_url, PeerVia.STATIC, is_lasting=True)
+        for peer in self._sightings.values():
+            self._see_sighting(public_key, peer)
+        if self._has_relay:
+            self._see_at_relay(public_key)
+
+    def _forget_idle(self, now_s: float, *, is_full: bool) -> None:
+        """Forgets whom only requests named, long ago; if that `is_full`, the one that was named first of them."""
+        kept = set(self.configured.providers if self.configured else ())
+        kept.update(key for model in self._models.values() for key in model.delegation.providers)
+        passing = sorted((used_s, key) for key, used_s in self._used.items() if key not in kept)
+        if is_full and not passing:
+            raise InvalidRequestError(f"at most {PROVIDERS_LIMIT} providers can be delegated to", param="delegate")
+        idle = [key for used_s, key in passing if now_s - used_s > PROVIDER_IDLE_S]
+        for public_key in idle or [key for _, key in passing[: int(is_full)]]:
+            self._forget(public_key)
+
+    def _forget(self, public_key: bytes) -> None:
+        del self._wanted[public_key], self._used[public_key]
+        self._bonds.remove(public_key)
+        known = self._find(public_key)
+        for base_url in () if known is None else tuple(known.ways):
+            self.monitor.lose_way(ProviderBond(public_key).device_id, base_url)
+        task = asyncio.create_task(self._client.forget(public_key), name="forgetting a provider")
+        self._forgetting.add(task)
+        task.add_done_callback(self._forgetting.discard)
+
+    def _see_sighting(self, public_key: bytes, peer: Peer) -> None:
+        if peer.provider_address == build_provider_address(public_key):
+            self._see(public_key, peer.base_url, PeerVia.MDNS, name=peer.device_name)
+
+    def _see_at_relay(self, public_key: bytes) -> None:
+        base_url = build_relayed_base_url(build_provider_address(public_key))
+        self._see(public_key, base_url, PeerVia.RENDEZVOUS, is_lasting=True)
+
+    def _see(self, public_key: bytes, base_url: str, via: PeerVia, *, name: str = "", is_lasting: bool = False) -> None:
+        known = self._find(public_key)
+        known_name = known.peer.device_name if known is not None else f"provider {shorten_key(public_key)}"
+        peer = Peer(
+            device_id=ProviderBond(public_key).device_id,
+            device_name=name or known_name,
+            dvai_version="",
+            base_url=base_url,
+            via=via,
+            last_seen_ms=0,
+        )
+        self.monitor.see(peer, is_lasting=is_lasting)
+        self._changed.set()
+
+    def _find(self, public_key: bytes) -> KnownPeer | None:
+        return self.monitor.table.find(ProviderBond(public_key).device_id)
+
+    def _note_refused(self, public_key: bytes) -> None:
+        self.monitor.note_unauthorized(ProviderBond(public_key).device_id)
+
+    # Models
+
+    async def load(self, model_id: str, delegation: Delegation) -> str:
+        """Offer a model that a provider has, once one has said so; its id. Raises what a request for it would."""
+        self._want(delegation)
+        await self._reach(delegation, self._clock() + delegation.timeout_s)
+        decision = self._choose(delegation, model_id)
+        if not decision.targets:
+            raise self._build_refusal(decision, delegation, model_id, "", {})
+        offered = decision.targets[0].model_id or model_id
+        self.offer(offered, delegation)
+        return offered
+
+    def offer(self, model_id: str, delegation: Delegation) -> None:
+        """Offer a model that a provider is said to have."""
+        self._models[model_id.casefold()] = DelegatedModel(model_id=model_id, delegation=delegation)
+
+    async def reach_configured(self) -> None:
+        """Until one of the providers of the config can be asked, or it is plain that none can for now."""
+        if self.configured is not None:
+            await self._reach(self.configured, self._clock() + self.configured.timeout_s)
+
+    async def heartbeat(self, delegation: Delegation) -> float:
+        """Seconds that the first provider of a delegation takes for a sign of life. Raises what a request would."""
+        began_s = self._clock()
+        self._want(delegation)
+        await self._reach(delegation, began_s + delegation.timeout_s)
+        decision = self._choose(delegation, None)
+        for target in decision.targets[:1]:
+            known = self._find(parse_base64url(target.peer.device_id if target.peer else ""))
+            began_s = self._clock()
+            if known is not None:
+                await self.monitor.ask(known)
+                if known.state is not PeerState.SEEN:
+                    return self._clock() - began_s
+        raise self._build_refusal(self._choose(delegation, None), delegation, None, "", {})
+
+    def unload(self, model_id: str) -> bool:
+        """Offer a delegated model no more; False if there is none of this name."""
+        return self._models.pop(model_id.casefold(), None) is not None
+
+    def list_models(self) -> list[ServedModel]:
+        """What requests may name because providers have it."""
+        names = {ProviderBond(key).device_id for key in (self.configured.providers if self.configured else ())}
+        ready = [each for each in self.monitor.candidates() if each.state is PeerState.READY]
+        found = {
+            model: each.peer.device_name
+            for each in ready
+            if each.peer.device_id in names
+            for model in each.models or ()
+        }
+        for delegated in self._models.values():
+            found.setdefault(delegated.model_id, f"provider {shorten_key(delegated.delegation.providers[0])}")
+        return [ServedModel(model_id=each, created=0, owned_by=display_name(name)) for each, name in found.items()]
+
+    # Requests
+
+    def choose(self, request: HttpRequest, body: dict[str, Any]) -> Delegation | None:
+        """Who is to answer in place of this device, None for nobody; takes `delegate` out of the body.
+
+        `delegate: false` takes the ordinary way. InvalidRequestError for what is no delegation.
+        """
+        asked = body.pop("delegate", None)
+        if asked is not None and request.caller not in OWNERS:
+            raise InvalidRequestError("who answers in place of this device is its owner's choice", param="delegate")
+        is_bound = parse_preference(request.headers.get("x-dvai-offload")) is OffloadPreference.NEVER
+        if asked is False or is_bound or not may_offload(request):
+            return None
+        if asked is not None:
+            try:
+                return parse_delegation(asked)
+            except ValueError as exc:
+                raise InvalidRequestError(str(exc), param="delegate") from exc
+        model = read_model(body)
+        delegated = None if model is None else self._models.get(model.casefold())
+        if delegated is not None:
+            return delegated.delegation
+        return None if model is not None and self._has_local(model) else self.configured
+
+    async def place(
+        self,
+        delegation: Delegation,
+        form: ForwardForm,
+        request: HttpRequest,
+        body: Mapping[str, Any],
+        account: InferenceAccount,
+    ) -> Placement:
+        """A provider's answer; none, where the delegation falls back. DelegationError, ModelNotFoundError."""
+        self._want(delegation)
+        model, ends_at_s, failures = read_model(body), self._clock() + delegation.timeout_s, dict[str, str]()
+        forwarded_request = ForwardRequest(form=form, body=body, request_id=request.request_id)
+        if delegation.is_fresh:
+            for public_key in delegation.providers:
+                self._client.renew(public_key)
+        for _ in range(PROVIDER_ROUNDS):  # once more by another way, where one leads to it
+            await self._reach(delegation, ends_at_s)
+            decision = self._choose(delegation, model)
+            forwarded = await self._forward(decision, forwarded_request, account, ends_at_s)
+            if forwarded.answer is not None:
+                return Placement(answer=forwarded.answer)
+            failures |= {attempt.target.device_id: attempt.reason for attempt in forwarded.attempts}
+            may_differ = any(attempt.outcome in _LOST_OUTCOMES for attempt in forwarded.attempts)
+            if not may_differ or self._clock() >= ends_at_s:
+                break
+        if delegation.falls_back:
+            return Placement(model=model, reason="no provider answered")
+        verify_body(form, body)  # what nobody could answer is not worth trying again
+        raise self._build_refusal(decision, delegation, model, request.request_id, failures)
+
+    async def _forward(
+        self, decision: ProviderDecision, request: ForwardRequest, account: InferenceAccount, ends_at_s: float
+    ) -> Forwarded:
+        left_s = max(ends_at_s - self._clock(), 0.001)
+        targets = []
+        for target in decision.targets:
+            assert target.peer is not None  # they are providers
+            bond = ProviderBond(parse_base64url(target.peer.device_id))
+            send = functools.partial(self._client.request, bond)
+            targets.append(build_forward_target(target, "delegated", transport=bond.transport, send=send))
+        budgets = ForwardBudgets(connect_s=min(left_s, RELAY_DIAL_S), begin_s=left_s)
+        return await self._forwarding.forward(request, targets, account, budgets)
+
+    def _choose(self, delegation: Delegation, model: str | None) -> ProviderDecision:
+        named = [ProviderBond(public_key).device_id for public_key in delegation.providers]
+        return choose_providers(model, named, self.monitor.candidates(), self.monitor.now_s())
+
+    def _build_refusal(
+        self,
+        decision: ProviderDecision,
+        delegation: Delegation,
+        model: str | None,
+        request_id: str,
+        failures: Mapping[str, str],
+    ) -> BridgeError:
+        refused_key = encode_base64url(self._own_key) if self._are_refusing(delegation) else None
+        return build_delegation_refusal(decision, model, request_id, refused_key=refused_key, failures=failures)
+
+    def _are_refusing(self, delegation: Delegation) -> bool:
+        return all(self._bonds.has_refused(public_key) for public_key in delegation.providers)
+
+    async def _reach(self, delegation: Delegation, ends_at_s: float) -> None:
+        """Until one of the providers can be asked, or there is nothing left to wait for: each that is known somewhere
+        was asked by every way, and none has been wanted, or was there, within PROVIDER_PATIENCE_S.
+        """
+        patient_until_s = min(ends_at_s, self._clock() + PROVIDER_PATIENCE_S)
+        while not self._is_any_usable(delegation):
+            self._changed.clear()
+            known = list(filter(None, map(self._find, delegation.providers)))
+            await self._ask_until_usable(delegation, known, ends_at_s)
+            is_settled = self._is_any_usable(delegation) or self._are_refusing(delegation)
+            if is_settled or not self._is_any_coming(delegation):
+                return
+            left_s = patient_until_s - self._clock()
+            if left_s <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, PROVIDER_PAUSE_S)):
+                    await self._changed.wait()
+
+    async def _ask_until_usable(self, delegation: Delegation, known: Sequence[KnownPeer], ends_at_s: float) -> None:
+        asking = {asyncio.create_task(self.monitor.ask(each), name="question to a provider") for each in known}
+        try:
+            waiting = asking
+            while waiting and not self._is_any_usable(delegation) and (left_s := ends_at_s - self._clock()) > 0:
+                _, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await finish_tasks(*asking)
+
+    def _is_any_usable(self, delegation: Delegation) -> bool:
+        known = filter(None, map(self._find, delegation.providers))
+        return any(each.state is PeerState.READY for each in known)
+
+    def _is_any_coming(self, delegation: Delegation) -> bool:
+        """Whether one may yet be found: it has not been sought for long, or was there a moment ago."""
+        if any(self._clock() - self._wanted[public_key] < PROVIDER_PATIENCE_S for public_key in delegation.providers):
+            return True
+        known, now_ms = filter(None, map(self._find, delegation.providers)), read_clock_ms()
+        return any(now_ms - each.peer.last_seen_ms < PROVIDER_PATIENCE_S * 1000 for each in known)
+
+
+_LOST_OUTCOMES = frozenset({AttemptOutcome.UNREACHABLE, AttemptOutcome.BROKEN})  # another way may lead to it
 
 
 def choose_health_word(upstreams: Sequence[UpstreamState]) -> str:
@@ -32391,7 +33115,7 @@ class DeviceService:
     """`/health` and `/v1/dvai/…`: what other devices ask of this one, and what its owner's commands ask.
 
     `get_speeds` gives the speeds of the local models, by id. `store` None: there are no pairings. `monitor` None: this
-    device uses no others.
+    device uses no others, but perhaps `providers` that it knows by their public keys.
     """
 
     def __init__(
@@ -32406,10 +33130,12 @@ class DeviceService:
         store: PairingStore | None,
         qr: QrDesk,
         monitor: PeerMonitor | None,
+        providers: PeerMonitor | None = None,
         clock_ms: Callable[[], int],
     ) -> None:
         self._identity = identity
         self._qr = qr
+        self._providers = providers
         self._local = local
         self._upstreams = upstreams
         self._get_speeds = get_speeds
@@ -32475,7 +33201,13 @@ class DeviceService:
     async def list_peers(self, request: HttpRequest) -> HttpResponse:
         """`GET /v1/dvai/peers`."""
         candidates = self._monitor.candidates() if self._monitor is not None else []
-        return build_json_response({"peers": [build_known_peer_json(each) for each in candidates]})
+        peers = [build_known_peer_json(each) for each in candidates]
+        if self._providers is not None:
+            peers += [
+                build_known_peer_json(each) | {"publicKey": each.peer.device_id}
+                for each in self._providers.candidates()
+            ]
+        return build_json_response({"peers": peers})
 
     async def probe(self, request: HttpRequest) -> HttpResponse:
         """`POST /v1/dvai/probe`: measure a model now."""
@@ -32571,6 +33303,36 @@ class DeviceService:
         if self._store is None:
             raise PairingDisabledError(PAIRING_OFF)
         return self._store
+
+
+class ProviderService:
+    """`/v1/dvai/provider`: whether this device can be delegated to, by which key, and whom it admits."""
+
+    def __init__(self, public_key: bytes, firewall: FirewallStore, tunnels: TunnelServer) -> None:
+        self._public_key = public_key
+        self._firewall = firewall
+        self._tunnels = tunnels
+        self.routes: RouteTable = {"/dvai/provider": {"GET": self.show, "POST": self.change}}
+
+    async def show(self, request: HttpRequest) -> HttpResponse:
+        """`GET /v1/dvai/provider`."""
+        return build_json_response(
+            {
+                "publicKey": encode_base64url(self._public_key),
+                "isProviding": self._tunnels.is_providing,
+                "firewall": build_firewall_json(self._firewall.firewall),
+                "consumers": [encode_base64url(key) for key in self._tunnels.list_consumers()],
+            }
+        )
+
+    async def change(self, request: HttpRequest) -> HttpResponse:
+        """`POST /v1/dvai/provider {firewall}`: another one, from now on; whom it does not admit loses what runs."""
+        try:
+            firewall = parse_firewall_json(request.parse_body().get("firewall"))
+        except ValueError as exc:
+            raise InvalidRequestError(str(exc), param="firewall") from exc
+        await self._firewall.save(firewall)
+        return await self.show(request)
 
 
 # ---- Bridge ---------------------------------------------------------------------------
@@ -32879,6 +33641,12 @@ def estimate_load_bytes(load: LoadRequest) -> int:
         raise ModelFileError(f"{load.model}: {exc.message}") from exc
 
 
+def delegates_everything(config: Config) -> bool:
+    """Whether this device has no model of its own because providers answer, and the user named none."""
+    delegation, has_models = config.delegation, config.models or config.models_dir is not None
+    return bool(delegation.provider_public_keys) and not delegation.fallback_to_local and not has_models
+
+
 class ModelHost:
     """What this device serves itself: the models of a config, their engines and speeds, and those that come later.
 
@@ -32961,12 +33729,7 @@ class ModelHost:
         on_progress: Callable[[float], None] | None,
     ) -> str:
         """See DVAI.load_model."""
-        local = self.models.get(model) or next(
-            (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
-        )
-        if local is None:
-            serving = await asyncio.to_thread(_choose_named, replace(self._config, alias=None), model, search)
-            local = self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
+        local = await self._find_named(model, search)
         self._pool.resume(local.engine)
         local.engine.on_progress = on_progress
         try:
@@ -32975,10 +33738,29 @@ class ModelHost:
             if local not in self.models:
                 await self._pool.stop(local.engine)
             raise
+        self._offer(local)
+        return local.model.model_id
+
+    async def offer(self, model: str, search: Callable[[], Sequence[FoundModel]]) -> str:
+        """As `load`, but it is loaded when it is asked for."""
+        local = await self._find_named(model, search)
+        self._pool.resume(local.engine)
+        self._offer(local)
+        return local.model.model_id
+
+    async def _find_named(self, model: str, search: Callable[[], Sequence[FoundModel]]) -> LocalEngine:
+        local = self.models.get(model) or next(
+            (each for each in self._unloaded if is_same_model(each.model.model_id, model)), None
+        )
+        if local is not None:
+            return local
+        serving = await asyncio.to_thread(_choose_named, replace(self._config, alias=None), model, search)
+        return self._find_or_make(serving, await asyncio.to_thread(build_load_request, self._config, serving))
+
+    def _offer(self, local: LocalEngine) -> None:
         if local not in self.models:
             self.models.add(local)
         self._unloaded = [each for each in self._unloaded if each is not local]
-        return local.model.model_id
 
     async def unload(self, *models: str) -> None:
         """Offer these models no more, all if none is named, and end their engines."""
@@ -33080,6 +33862,7 @@ class DeviceState:
     identity: Identity
     control_token: str = field(repr=False)
     pairings: PairingStore | None
+    firewall: FirewallStore
 
 
 def load_device_state(directories: Directories, offload: OffloadConfig, foreign_pairings: Path | None) -> DeviceState:
@@ -33088,15 +33871,16 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
     `foreign_pairings`: the file of existing software, taken over once.
     """
     hostname = offload.device_name or socket.gethostname().partition(".")[0] or "a device"
+    firewall = FirewallStore(directories.data)
     try:
         identity = load_identity(directories.data, machine_id=probe_machine_id(sys.platform), hostname=hostname)
         token = load_control_token(directories.data)
     except StorageError as exc:
         bridge_log.warning("pairing is off: %s (--home DIR names another place for the state)", exc)
         nobody = choose_identity(None, machine=None, device_name=hostname, random=os.urandom)
-        return DeviceState(
-            identity=nobody, control_token=encode_base64url(os.urandom(CONTROL_TOKEN_BYTES)), pairings=None
-        )
+        nobody = replace(nobody, seed=load_seed(offload) or nobody.seed)
+        token = encode_base64url(os.urandom(CONTROL_TOKEN_BYTES))
+        return DeviceState(identity=nobody, control_token=token, pairings=None, firewall=firewall)
     if offload.device_name is not None:
         identity = replace(identity, device_name=offload.device_name)
     identity = replace(identity, seed=load_seed(offload) or identity.seed)
@@ -33109,8 +33893,8 @@ def load_device_state(directories: Directories, offload: OffloadConfig, foreign_
         pairings.load(foreign_pairings)
     except StorageError as exc:
         bridge_log.error("pairing is off: %s", exc)
-        return DeviceState(identity=identity, control_token=token, pairings=None)
-    return DeviceState(identity=identity, control_token=token, pairings=pairings)
+        return DeviceState(identity=identity, control_token=token, pairings=None, firewall=firewall)
+    return DeviceState(identity=identity, control_token=token, pairings=pairings, firewall=firewall)
 
 
 def load_seed(offload: OffloadConfig) -> str | None:
@@ -33152,7 +33936,10 @@ class Devices:
         self._announced: Announcement | None = None
         self.identity = state.identity
         self.store = state.pairings
+        self.firewall = state.firewall
+        self.static = build_static_key(state.identity, choose_crypto_backend())
         self.is_open = config.lan or offload.advertise_lan
+        self.is_providing = False
         policy, legacy_policy = PairingPolicy(offload.pairing), PairingPolicy(offload.legacy_pairing)
         self.prompts = PairingPrompts(
             policy=policy,
@@ -33190,6 +33977,20 @@ class Devices:
         self.offloading: Offloading | None = None
         if offload.is_active:
             self._build_outbound(list_local, note_attempt)
+        self._seeks_providers = False
+        self._does_browse = False
+        self._discovery_is_due = asyncio.Event()
+        self.delegating = Delegating(
+            identity=state.identity,
+            static=self.static,
+            configured=choose_delegation(config.delegation),
+            known_urls=[each.base_url if isinstance(each, Peer) else each for each in offload.known_peers],
+            has_local=lambda model: any(is_same_model(each.model_id, model) for each in list_local()),
+            dial_relay=self._dial_provider,
+            on_seek=self._seek_providers,
+            on_offload=self._note_offload,
+            note_attempt=note_attempt,
+        )
 
     def _build_outbound(
         self, list_local: Callable[[], Sequence[LocalModel]], note_attempt: Callable[[str, str], None]
@@ -33295,15 +34096,43 @@ class Devices:
                 does_dial=self.monitor is not None,
                 serve=serve_session,
                 on_reachable=self._see_relayed,
+                on_relay=self.delegating.note_relay,
                 environ=self._environ,
             )
             self._rendezvous.start()
-        await self._start_discovery(server)
+        self.delegating.start()
+        self._tell_relay()
+        await self._settle_discovery(server)
+        self._tasks.append(asyncio.create_task(self._keep_discovery(server), name="discovery"))
 
     async def _dial_relay(self, link: PairingLink, limit_s: float) -> FrameSocket:
         if self._rendezvous is None:
             raise UpstreamConnectError("this device is in touch with no relay")
         return await self._rendezvous.dial(link, limit_s)
+
+    async def _dial_provider(self, public_key: bytes, limit_s: float) -> FrameSocket:
+        if self._rendezvous is None:
+            raise UpstreamConnectError("this device is in touch with no relay")
+        return await self._rendezvous.dial_provider(public_key, limit_s)
+
+    def _seek_providers(self) -> None:
+        """Somebody is to be found by a public key."""
+        self._seeks_providers = True
+        self._tell_relay()
+        self._discovery_is_due.set()
+
+    async def provide(self, is_providing: bool) -> None:
+        """Be found, or not any more, by the public key of this device; `firewall` says who is admitted then."""
+        if is_providing and not self.is_providing:
+            self._tasks.append(asyncio.create_task(self.firewall.maintain(), name="firewall"))
+        self.is_providing = is_providing
+        self._tell_relay()
+        self._discovery_is_due.set()
+
+    def _tell_relay(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.provide(self.static if self.is_providing else None)
+            self._rendezvous.seek_providers(self._seeks_providers)
 
     async def _meet(self, pairing: Pairing) -> None:
         if self.monitor is not None:
@@ -33331,31 +34160,45 @@ class Devices:
             return
         self.monitor.lose_way(before.device_id, build_relayed_base_url(link.pair_id))
 
-    async def _start_discovery(self, server: HttpServer) -> None:
-        """Look for devices with offload on; announce this one where others can reach it."""
-        offload, monitor = self._offload, self.monitor
-        self._announced = self._build_announcement(server)
-        does_browse = monitor is not None and offload.discover_lan
-        if not does_browse and self._announced is None:
-            return
-        self._discovery = build_discovery(
-            device_id=self.identity.device_id,
-            on_found=monitor.see if monitor is not None and does_browse else None,
-            on_lost=monitor.lose if monitor is not None and does_browse else None,
-            announcement=self._announced,
-            own_port=server.port,
-            backend=offload.mdns,
-        )
-        await self._discovery.start()
-        for line in self._discovery.describe():
-            bridge_log.info("%s", line)
-        if self._announced is not None:
-            self._tasks.append(asyncio.create_task(self._keep_announcement(server), name="announcement"))
+    async def _settle_discovery(self, server: HttpServer) -> None:
+        """Look for devices where somebody wants them; announce this one where others can reach it."""
+        announced = self._build_announcement(server)
+        does_browse = self._offload.discover_lan and (self.monitor is not None or self._seeks_providers)
+        if self._discovery is not None and does_browse == self._does_browse:
+            if announced != self._announced:
+                self._discovery.update(announced)
+        elif does_browse or announced is not None:
+            if self._discovery is not None:
+                await self._discovery.stop()
+            self._discovery = build_discovery(
+                device_id=self.identity.device_id,
+                on_found=self._note_found if does_browse else None,
+                on_lost=self._note_lost if does_browse else None,
+                announcement=announced,
+                own_port=server.port,
+                backend=self._offload.mdns,
+            )
+            await self._discovery.start()
+            for line in self._discovery.describe():
+                bridge_log.info("%s", line)
+        self._announced, self._does_browse = announced, does_browse
+
+    def _note_found(self, peer: Peer) -> None:
+        if self.monitor is not None:
+            self.monitor.see(peer)
+        self.delegating.note_found(peer)
+
+    def _note_lost(self, peer: Peer) -> None:
+        if self.monitor is not None:
+            self.monitor.lose(peer)
+        self.delegating.note_lost(peer)
 
     def _build_announcement(self, server: HttpServer) -> Announcement | None:
         """What to say of this device; None if it is not open to others, or they cannot reach it."""
-        if not self.is_open or all(is_loopback_address(host) for host, _ in server.addresses):
+        is_told = self.is_open or self.is_providing
+        if not is_told or all(is_loopback_address(host) for host, _ in server.addresses):
             return None
+        address = encode_base64url(build_provider_address(self.static.public)) if self.is_providing else None
         models = [each for each in self._list_local(may_load=False) if not each.is_demonstration]
         return Announcement(
             device_id=self.identity.device_id,
@@ -33365,17 +34208,18 @@ class Devices:
             models=tuple(each.model_id for each in models),
             capability={each.model_id: each.score for each in models if each.score is not None},
             secure=server.tls_context is not None,
+            address=address,
             has_ipv6=any(":" in host for host, _ in server.addresses),
         )
 
-    async def _keep_announcement(self, server: HttpServer) -> None:
-        """Announce again what has changed."""
-        while self._discovery is not None:
-            await asyncio.sleep(ANNOUNCEMENT_CHECK_S)
-            announced = self._build_announcement(server)
-            if announced != self._announced:
-                self._announced = announced
-                self._discovery.update(announced)
+    async def _keep_discovery(self, server: HttpServer) -> NoReturn:
+        """Announce again what has changed, and look for devices from the moment when somebody wants them."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if self._announced is None else ANNOUNCEMENT_CHECK_S):
+                    await self._discovery_is_due.wait()
+            self._discovery_is_due.clear()
+            await self._settle_discovery(server)
 
     async def close(self) -> None:
         """Say goodbye, end what was begun, write what is not yet written."""
@@ -33393,6 +34237,7 @@ class Devices:
             await self._initiator.close()
         if self._peer_client is not None:
             await self._peer_client.close()
+        await self.delegating.close()
         if self._rendezvous is not None:
             await self._rendezvous.close()
         if self._client is not None:
@@ -33617,7 +34462,7 @@ class DVAI:
             config = use_hub_model(config, list_model_places(environ, self.directories))
         self.config = config
         self.devices: Devices | None = None
-        is_elsewhere = config.offload.only or is_engine_url(config.engine)
+        is_elsewhere = config.offload.only or is_engine_url(config.engine) or delegates_everything(config)
         servings = [] if is_elsewhere else choose_servings(config, self._search_models, list_models_directory)
         scores = self.directories.cache / "capability.json"
         self.host = ModelHost(config, servings, scores=scores, on_progress=self._report_progress)
@@ -33742,6 +34587,8 @@ class DVAI:
         offload = self.config.offload
         foreign = choose_foreign_pairings_path(self._environ) if self.config.home is None else None
         state = await asyncio.to_thread(load_device_state, self.directories, offload, foreign)
+        if self.config.delegation.provides:
+            await asyncio.to_thread(state.firewall.load, choose_firewall(self.config.delegation))
         await self._leave_weak_hardware()
         self._upstream_client = client = HttpClient()
         self.upstreams = build_upstreams(self.config, client, self._environ, self._metrics.note_attempt)
@@ -33758,8 +34605,11 @@ class DVAI:
         async def handle(request: HttpRequest) -> HttpResponse:
             return await find_route(tables, request)(request)
 
-        self._tunnels = tunnels = TunnelServer(identity=devices.identity, store=devices.store, handler=handle)
-        tables = (*self._build_routes(devices), tunnels.routes)
+        self._tunnels = tunnels = TunnelServer(
+            identity=devices.identity, store=devices.store, firewall=devices.firewall, handler=handle
+        )
+        provider_service = ProviderService(devices.static.public, devices.firewall, tunnels)
+        tables = (*self._build_routes(devices), tunnels.routes, provider_service.routes)
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)
         await self._server.start()
@@ -33770,6 +34620,8 @@ class DVAI:
         if self.upstreams is not None:
             self.upstreams.pool.start()
         await devices.start(self._server, tunnels.serve)
+        if self.config.delegation.provides:
+            await self._provide(devices)
         self._tasks = [asyncio.create_task(self._claim_state(), name="running record")]
 
     def _build_routes(self, devices: Devices) -> tuple[RouteTable, ...]:
@@ -33777,6 +34629,7 @@ class DVAI:
             local=self.host.models,
             upstreams=self.upstreams,
             offload=devices.offloading,
+            delegating=devices.delegating,
             interceptor=self._interceptor,
             record=self._audit.record,
             observe=self._metrics.record,
@@ -33792,6 +34645,7 @@ class DVAI:
             store=devices.store,
             qr=devices.qr,
             monitor=devices.monitor,
+            providers=devices.delegating.monitor,
             clock_ms=read_clock_ms,
         )
         return service.routes, device_service.routes, self._build_metrics_service(devices).routes
@@ -33871,21 +34725,46 @@ class DVAI:
 
     # Models, after QVAC
 
-    async def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+    async def load_model(
+        self,
+        model: str,
+        *,
+        delegate: Mapping[str, Any] | str | None = None,
+        on_progress: Callable[[float], Any] | None = None,
+    ) -> str:
         """Load a model and offer it, and return its id, when requests may name it.
 
         `model`: a GGUF file, the id of a model that is offered already or was unloaded, or the name of one on this
         machine. `on_progress` is called with 0 to 1. Raises UsageError when there is no such model, ModelFileError when
         it cannot be loaded.
+
+        With `delegate`, `{"provider_public_key", "timeout", "fallback_to_local", "force_new_connection"}` or the key
+        alone, requests that name the model go to that provider, which calls it so; nothing is loaded here. Returns when
+        the provider has said that it has the model; raises DelegationError or ModelNotFoundError. If it falls back, the
+        model has to be here too (UsageError): it is loaded when the provider does not answer, now or later.
         """
-        self._get_devices()
+        devices = self._get_devices()
+        if delegate is not None:
+            delegation = self._parse_delegation(delegate)
+            if delegation.falls_back:
+                model = await self.host.offer(model, self._search_models)
+            try:
+                return await devices.delegating.load(model, delegation)
+            except (DelegationError, ModelNotFoundError) as exc:
+                if not delegation.falls_back:
+                    raise
+                bridge_log.warning("%s is loaded here: %s", display_name(model), exc.message)
+                devices.delegating.offer(model, delegation)
         tell = functools.partial(self._notifier.tell, on_progress) if on_progress is not None else None
         return await self.host.load(model, self._search_models, tell)
 
     async def unload_model(self, model_id: str) -> None:
-        """Offer a model no more, and end its engine; what runs on it ends with an error. ModelNotFoundError."""
-        self._get_devices()
-        await self.host.unload(model_id)
+        """Offer a model no more, and end its engine; what runs on it ends with an error. ModelNotFoundError.
+
+        A model that is delegated is no longer; one of that name that was loaded here as well is offered again.
+        """
+        if not self._get_devices().delegating.unload(model_id):
+            await self.host.unload(model_id)
 
     def completion(
         self,
@@ -33897,13 +34776,54 @@ class DVAI:
     ) -> Completion:
         """Ask a model, wherever the bridge finds it best answered; nothing is sent before the answer is read.
 
-        `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`.
+        `history`: messages with `role` and `content`; `parameters`: those of a chat completion, e.g. `max_tokens`, and
+        `delegate`, as in `load_model`, for a provider that is to answer this alone (False: none is).
         Without `stream` the token stream has one item: the whole text.
         """
         self._get_devices()
         assert self._handle is not None
         body = {"messages": list(history), **parameters} | ({} if model_id is None else {"model": model_id})
         return Completion(self._handle, body, stream=stream)
+
+    # Delegation, after QVAC
+
+    @property
+    def public_key(self) -> str:
+        """By which other devices delegate to this one, and by which a provider admits it: 43 digits of base64url."""
+        return encode_base64url(self._get_devices().static.public)
+
+    async def start_provider(self, firewall: Mapping[str, Any] | None = None) -> str:
+        """Answer the devices that know this one by its public key, which is returned, and that `firewall` admits.
+
+        `{"mode": "allow" or "deny", "public_keys": [keys]}`; None: the one that is kept, at first one that admits
+        nobody. It is kept, and may be changed by a further call. UsageError for a firewall that is none, StorageError.
+        Devices on the network reach this one if it listens for them (`lan=True` or a `host`), others at the relay of
+        the config.
+        """
+        devices = self._get_devices()
+        try:
+            chosen = None if firewall is None else parse_firewall_json(firewall)
+        except ValueError as exc:
+            raise UsageError(f"firewall: {exc}") from exc
+        if not self._tunnels.is_providing:
+            await asyncio.to_thread(devices.firewall.load, chosen)
+        elif chosen is not None:
+            await devices.firewall.save(chosen)
+        await self._provide(devices)
+        return self.public_key
+
+    async def stop_provider(self) -> None:
+        """Answer them no more; what runs for them may finish for STOP_GRACE_S."""
+        devices = self._get_devices()
+        self._tunnels.withdraw()
+        await devices.provide(False)
+
+    async def heartbeat(self, delegate: Mapping[str, Any] | str) -> float:
+        """Ask a provider for a sign of life, `delegate` as in `load_model`; the seconds until it came.
+
+        DelegationError says why none did.
+        """
+        return await self._get_devices().delegating.heartbeat(self._parse_delegation(delegate))
 
     def pairing_requests(self) -> AsyncGenerator[PairingRequest, None]:
         """Each device that asks to use this one, when it is its turn: `request.respond(True)` lets it.
@@ -33913,6 +34833,17 @@ class DVAI:
         return self._get_devices().prompts.requests()
 
     # Parts
+
+    async def _provide(self, devices: Devices) -> None:
+        self._tunnels.provide()
+        await devices.provide(True)
+
+    @staticmethod
+    def _parse_delegation(value: Mapping[str, Any] | str) -> Delegation:
+        try:
+            return parse_delegation(value)
+        except ValueError as exc:
+            raise InvalidRequestError(str(exc), param="delegate") from exc
 
     def _verify_new(self) -> None:
         if self._opening is not None or self._is_closed:
@@ -33973,7 +34904,7 @@ class DVAI:
 
     def _build_server_options(self, state: DeviceState) -> HttpServerOptions:
         config = self.config
-        host = config.host or (choose_lan_host() if config.lan else "127.0.0.1")
+        host = config.host or (choose_lan_host() if config.lan or config.delegation.provides else "127.0.0.1")
         return HttpServerOptions(
             host=host,
             port=config.port,
@@ -34099,9 +35030,32 @@ class BlockingDVAI:
         """See DVAI.complete_pair_from_qr_payload."""
         return self._wait(self._bridge.complete_pair_from_qr_payload(payload))
 
-    def load_model(self, model: str, *, on_progress: Callable[[float], Any] | None = None) -> str:
+    @property
+    def public_key(self) -> str:
+        """See DVAI.public_key."""
+        return self._call(lambda: self._bridge.public_key)
+
+    def start_provider(self, firewall: Mapping[str, Any] | None = None) -> str:
+        """See DVAI.start_provider."""
+        return self._wait(self._bridge.start_provider(firewall))
+
+    def stop_provider(self) -> None:
+        """See DVAI.stop_provider."""
+        self._wait(self._bridge.stop_provider())
+
+    def heartbeat(self, delegate: Mapping[str, Any] | str) -> float:
+        """See DVAI.heartbeat."""
+        return self._wait(self._bridge.heartbeat(delegate))
+
+    def load_model(
+        self,
+        model: str,
+        *,
+        delegate: Mapping[str, Any] | str | None = None,
+        on_progress: Callable[[float], Any] | None = None,
+    ) -> str:
         """See DVAI.load_model."""
-        return self._wait(self._bridge.load_model(model, on_progress=on_progress))
+        return self._wait(self._bridge.load_model(model, delegate=delegate, on_progress=on_progress))
 
     def unload_model(self, model_id: str) -> None:
         """See DVAI.unload_model."""
@@ -34220,9 +35174,9 @@ examples:
   python3 dvai_bridge.py models                       see what is there
   python3 dvai_bridge.py serve -hf USER/REPO:Q8_0     download a model from Hugging Face, and serve it
   python3 dvai_bridge.py serve --engine http://127.0.0.1:11434   serve the models of Ollama, or of any OpenAI server
+  python3 dvai_bridge.py provider --allow KEY         answer another device, which `identity` shows the key of
+  python3 dvai_bridge.py serve --delegate KEY         let a provider answer, whose key it prints
 """
-# Commands that the design has and this version has not: named, so that nobody searches for a typing error.
-PLANNED_COMMANDS = ("identity", "provider")
 STATUS_TIMEOUT_S = 5.0
 BRIDGE_ANSWER_LIMIT_BYTES = MIB
 AUDIT_SHOWN = 50  # of the newest entries, unless -n says otherwise
@@ -34309,9 +35263,11 @@ def build_parser() -> CommandParser:
         return command
 
     add("serve", "answer OpenAI HTTP requests (the default command)", OPTION_GROUPS)
+    add("provider", "serve the devices that know this one by its public key, or change whom it admits", OPTION_GROUPS)
     for name, help, groups in (
         ("models", "list the models and engines on this machine, each with the command that serves it", ("files",)),
         ("status", "say how a running bridge is", ("server", "files")),
+        ("identity", "show by which public key other devices know this one", ("identity", "files")),
         ("assess", "say how well this machine can run models, before any is chosen", ("files",)),
         ("probe", "let a running bridge measure its model", ("server", "files")),
         ("audit", "show who had what computed here: the last requests of this state's bridge", ("files",)),
@@ -34349,16 +35305,28 @@ def add_audit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-n", dest="last", metavar="N", help=f"the last N entries (default: {AUDIT_SHOWN}; 0: all)")
 
 
+_DASHED_KEY = re.compile(r"-[\w-]{42}", re.ASCII)  # a public key, not an option
+
+
+def join_dashed_keys(words: Sequence[str]) -> list[str]:
+    """The words, a key that begins with a dash joined to the option before it: one in 64 does."""
+    joined: list[str] = []
+    for word in words:
+        if joined and _DASHED_KEY.fullmatch(word) and joined[-1] in ("--delegate", "--allow", "--deny"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 _DASHED_ID = re.compile(r"-[\w]([\w-]{10}|[\w-]{20})", re.ASCII)  # an id of 12 or 22 characters, not an option
 
 
 def parse_command_line(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError. A command line that begins with an option is one of `serve`."""
-    words = list(argv)
-    if names_serve(words) and words[:1] != ["serve"]:
+    words = join_dashed_keys(argv)
+    if not words or (names_serve(words) and words[0].startswith("-")):
         words.insert(0, "serve")
-    if words[0] in PLANNED_COMMANDS:
-        raise UsageError(f"{words[0]} is not in this version yet")
     if words[0] == "pair" and len(words) > 2 and _DASHED_ID.fullmatch(words[2]):
         words = ["pair", *words[3:], "--", *words[1:3]]
     arguments, unknown = build_parser().parse_known_args(words)
@@ -34566,12 +35534,73 @@ def run_pull(command: Command) -> int:
 
 def run_serve(command: Command) -> int:
     """`serve`: answer until a signal asks to stop."""
+    delegation = command.config.delegation
+    if not delegation.provides and choose_firewall(delegation) is not None:
+        raise UsageError("--allow, --deny and --open say whom a provider admits: use `provider`, or add --provide")
     command = bring_hub_model(command)
     try:
         return asyncio.run(serve_until_stopped(command))
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it ends as it was asked to, however often it is asked again
+
+
+def run_provider(command: Command) -> int:
+    """`provider`: serve with --provide. Where one runs with this state already, change whom that one admits, or say."""
+    running = RunningRecord(command.directories.data).find()
+    if running is not None:
+        return change_provider(command, running)
+    delegation = replace(command.config.delegation, provides=True)
+    return run_serve(replace(command, config=replace(command.config, delegation=delegation)))
+
+
+def change_provider(command: Command, running: RunningBridge) -> int:
+    """Give the provider that runs the firewall of the command line, if it has one, and say what it has then."""
+    keys, token = load_api_keys(command.config), load_control_token(command.directories.data)
+    firewall = choose_firewall(command.config.delegation)
+    status, answer = ask_bridge(running.url, "/dvai/provider", keys, control_token=token)
+    if not read_bridge_answer(status, answer, "provider")["isProviding"]:
+        raise UsageError(
+            f"a bridge that is no provider runs with this state ({running.url}, process {running.pid}): start that one "
+            "with --provide, or give this one a --home of its own"
+        )
+    if firewall is not None:
+        body = {"firewall": build_firewall_json(firewall)}
+        status, answer = ask_bridge(running.url, "/dvai/provider", keys, body, control_token=token)
+        read_bridge_answer(status, answer, "provider")
+    shown = parse_firewall_json(answer["firewall"]).describe()
+    print(f"the provider that runs (process {running.pid}) {'now ' if firewall is not None else ''}admits {shown}")
+    print(f"provider key: {answer['publicKey']}")
+    for key in answer["consumers"]:
+        print(f"    {key} is connected")
+    return 0
+
+
+def run_identity(command: Command) -> int:
+    """`identity`: the public key of this installation, or of the seed that is given."""
+    offload, path = command.config.offload, command.directories.data / "identity.json"
+    identity = load_identity(
+        command.directories.data,
+        machine_id=probe_machine_id(sys.platform),
+        hostname=offload.device_name or socket.gethostname().partition(".")[0] or "a device",
+    )
+    seed = load_seed(offload)
+    static = build_static_key(replace(identity, seed=seed or identity.seed), choose_crypto_backend())
+    shown = {
+        "publicKey": encode_base64url(static.public),
+        "address": encode_base64url(build_provider_address(static.public)),
+        "deviceId": identity.device_id,
+        "deviceName": identity.device_name,
+        "source": "seed" if seed is not None else str(path),
+    }
+    if command.json:
+        show_json(shown)
+        return 0
+    print(f"public key   {shown['publicKey']}")
+    print(f"device       {display_name(identity.device_name)} ({identity.device_id})")
+    print(describe_key_source(command))
+    print(f"a provider admits it by:  {command.program} provider --allow {shown['publicKey']}")
+    return 0
 
 
 async def serve_until_stopped(command: Command) -> int:
@@ -34657,14 +35686,19 @@ async def wait_over(request: PairingRequest) -> None:
 
 async def introduce(bridge: DVAI, command: Command) -> None:
     """Say what is served and how to ask it; with the demonstration model also what could be served instead."""
-    serving = bridge.serving
-    for url in bridge.devices.list_lan_urls() if bridge.devices is not None and bridge.devices.is_open else ():
+    serving, devices = bridge.serving, bridge.devices
+    for url in devices.list_lan_urls() if devices is not None and (devices.is_open or devices.is_providing) else ():
         print(f"other devices reach it at {url}")
+    if devices is not None and devices.is_providing:
+        print("\n".join(describe_provider(devices, command)), flush=True)
+    if devices is not None and devices.delegating.configured is not None:
+        await devices.delegating.reach_configured()
+        print("\n".join(describe_delegation(devices.delegating)), flush=True)
     if bridge.upstreams is not None:
         await bridge.upstreams.pool.ready()
         print("\n".join(describe_upstreams(bridge.upstreams.pool)), flush=True)
     if serving is None:
-        if bridge.upstreams is None:
+        if bridge.upstreams is None and not command.config.delegation.provider_public_keys:
             print("serving no model here: paired devices answer", flush=True)
         return
     if serving.path is not None or len(bridge.host.servings) > 1:
@@ -34687,6 +35721,50 @@ async def introduce(bridge: DVAI, command: Command) -> None:
     if bridge.upstreams is not None:
         engines = []  # they were named already, as served
     print("\n".join(build_survey(models, engines, command.program)), flush=True)
+
+
+def describe_provider(devices: Devices, command: Command) -> list[str]:
+    """How other devices come to use this one by its public key."""
+    key, firewall = encode_base64url(devices.static.public), devices.firewall.firewall
+    relay, relay_words = command.config.offload.rendezvous_url, ""
+    if relay is not None:
+        relay_words = f" --rendezvous-url {relay.partition('?')[0]}"
+    is_nobody = firewall == Firewall()
+    remedy = (
+        f": `{command.program} provider --allow KEY`, as `identity` shows it on the other device" if is_nobody else ""
+    )
+    return [
+        f"provider key: {key}",
+        f"    on the other device:  {command.program} serve --delegate {key}{relay_words}",
+        f"    admitted: {firewall.describe()}{remedy}",
+        f"    {describe_key_source(command)}",
+    ]
+
+
+def describe_key_source(command: Command) -> str:
+    """How to keep the key of this installation."""
+    offload = command.config.offload
+    if offload.seed is not None or offload.seed_file is not None:
+        return f"this key comes from {offload.seed_file or 'DVAI_SEED'}: whoever has that is this device"
+    path = command.directories.data / "identity.json"
+    return f"this key stays for as long as {path} does; --seed-file FILE takes it from 32 bytes of your own instead"
+
+
+def describe_delegation(delegating: Delegating) -> list[str]:
+    """Each provider that is to answer, and how it stands."""
+    lines = []
+    found = {each.peer.device_id: each for each in delegating.monitor.candidates()}
+    for public_key in delegating.configured.providers if delegating.configured else ():
+        candidate, name = found.get(ProviderBond(public_key).device_id), f"provider {shorten_key(public_key)}"
+        if candidate is None:
+            lines.append(f"{name} is not found yet; requests wait for it")
+        elif candidate.state in (PeerState.PAIRED, PeerState.READY):
+            place = "through the relay" if candidate.route is PeerRoute.RELAY else f"at {candidate.peer.base_url}"
+            models = ", ".join(map(display_name, (candidate.models or ())[:5])) or "its default model"
+            lines.append(f"{name} answers {place}: {display_name(candidate.peer.device_name)}, serving {models}")
+        else:
+            lines.append(f"{name} cannot be asked now: {display_name(candidate.error or 'still connecting')}")
+    return lines
 
 
 def describe_upstreams(pool: UpstreamPool) -> list[str]:
@@ -35545,6 +36623,8 @@ def describe_audit_entry(entry: Mapping[str, Any]) -> str:
 
 COMMANDS: Mapping[str, Callable[[Command], int]] = {
     "serve": run_serve,
+    "provider": run_provider,
+    "identity": run_identity,
     "pull": run_pull,
     "models": run_models,
     "status": run_status,

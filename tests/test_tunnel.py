@@ -436,7 +436,7 @@ def test_stopping_lets_answers_finish(tmp_path):
 def test_old_connections_of_one_device_make_room(tmp_path):
     async def test():
         async with run_pair(tmp_path, echo) as (consumer, provider), contextlib.AsyncExitStack() as stack:
-            for number in range(d.TUNNELS_PER_PAIRING_LIMIT + 3):
+            for number in range(d.TUNNELS_PER_DEVICE_LIMIT + 3):
                 client = d.PeerClient(
                     consumer.http,
                     identity=consumer.identity,
@@ -447,7 +447,7 @@ def test_old_connections_of_one_device_make_room(tmp_path):
                 stack.push_async_callback(client.close)
                 async with client.request(consumer.pairing, "POST", provider.url, body=b"%d" % number) as response:
                     assert await response.read(10) == b"%d" % number
-            await until(lambda: provider.server.connection_count <= d.TUNNELS_PER_PAIRING_LIMIT)
+            await until(lambda: provider.server.connection_count <= d.TUNNELS_PER_DEVICE_LIMIT)
 
     run(test)
 
