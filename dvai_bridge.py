@@ -33980,11 +33980,21 @@ class Devices:
         self._seeks_providers = False
         self._does_browse = False
         self._discovery_is_due = asyncio.Event()
-        self.delegating = Delegating(
-            identity=state.identity,
+        self.delegating = self._build_delegating(config, list_local, note_attempt)
+
+    def _build_delegating(
+        self,
+        config: Config,
+        list_local: Callable[[], Sequence[LocalModel]],
+        note_attempt: Callable[[str, str], None],
+    ) -> Delegating:
+        """What uses providers that are known by their public keys."""
+        known_peers = self._offload.known_peers
+        return Delegating(
+            identity=self.identity,
             static=self.static,
             configured=choose_delegation(config.delegation),
-            known_urls=[each.base_url if isinstance(each, Peer) else each for each in offload.known_peers],
+            known_urls=[each.base_url if isinstance(each, Peer) else each for each in known_peers],
             has_local=lambda model: any(is_same_model(each.model_id, model) for each in list_local()),
             dial_relay=self._dial_provider,
             on_seek=self._seek_providers,
