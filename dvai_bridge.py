@@ -33940,32 +33940,10 @@ class Devices:
         self.static = build_static_key(state.identity, choose_crypto_backend())
         self.is_open = config.lan or offload.advertise_lan
         self.is_providing = False
-        policy, legacy_policy = PairingPolicy(offload.pairing), PairingPolicy(offload.legacy_pairing)
-        self.prompts = PairingPrompts(
-            policy=policy,
-            legacy_policy=legacy_policy,
-            on_pairing_request=offload.on_pairing_request,
-            is_operated=is_operated,
-        )
-        self.desk = PairingDesk(
-            identity=state.identity,
-            store=state.pairings if self.is_open else None,
-            policy=policy,
-            legacy_policy=legacy_policy,
-            prompts=self.prompts,
-        )
-        self.qr = QrDesk(
-            identity=state.identity,
-            store=state.pairings,
-            prompts=self.prompts,
-            does_dial=offload.is_active,
-            relay_url=offload.rendezvous_url,
-            meet=self._meet,
-            environ=environ,
-        )
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
         self._offload = offload
         self._environ = environ
+        self._build_desks(is_operated=is_operated)
         self._rendezvous: Rendezvous | None = None
         self._server: HttpServer | None = None
         self._client: HttpClient | None = None
@@ -33981,6 +33959,33 @@ class Devices:
         self._does_browse = False
         self._discovery_is_due = asyncio.Event()
         self.delegating = self._build_delegating(config, list_local, note_attempt)
+
+    def _build_desks(self, *, is_operated: bool) -> None:
+        """Where devices come to pair."""
+        offload = self._offload
+        policy, legacy_policy = PairingPolicy(offload.pairing), PairingPolicy(offload.legacy_pairing)
+        self.prompts = PairingPrompts(
+            policy=policy,
+            legacy_policy=legacy_policy,
+            on_pairing_request=offload.on_pairing_request,
+            is_operated=is_operated,
+        )
+        self.desk = PairingDesk(
+            identity=self.identity,
+            store=self.store if self.is_open else None,
+            policy=policy,
+            legacy_policy=legacy_policy,
+            prompts=self.prompts,
+        )
+        self.qr = QrDesk(
+            identity=self.identity,
+            store=self.store,
+            prompts=self.prompts,
+            does_dial=offload.is_active,
+            relay_url=offload.rendezvous_url,
+            meet=self._meet,
+            environ=self._environ,
+        )
 
     def _build_delegating(
         self,
