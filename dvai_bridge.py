@@ -12,7 +12,8 @@ The file reads from top to bottom, each section using only what stands above it 
 
     ground        compiled form, constants, records, errors, optional packages, config, encodings, storage
     formats       HTTP/1.1, server-sent events, WebSocket, DNS, GGUF, OpenAI API: bytes in, values out, no I/O
-    trust         signing, primitives, Noise, channel, identity, pairing, LAN pairing, handshake: who may use whom
+    trust         signing, primitives, Noise, channel, identity, pairing, LAN pairing, handshake, delegation: who may
+                  use whom
     decisions     models, memory, capability, audit, metrics, routing
     transport     streams, HTTP client, WebSocket client: asyncio begins here
     engines       engine, tokenizer, chat templates, built-in engine, worker, registry, downloads, probe

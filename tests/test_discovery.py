@@ -137,7 +137,13 @@ DIALECTS = {
 def test_dialects(instance, strings, port, expected):
     peer = parse_announcement(instance, strings, srv_port=port, host="192.168.1.9", now_ms=NOW_MS)
     defaults = {"dvai_version": "", "base_url": "http://192.168.1.9:38883/v1", "app_id": None, "loaded_models": ()}
-    defaults |= {"capability": {}, "secure": False, "via": PeerVia.MDNS, "last_seen_ms": NOW_MS}
+    defaults |= {
+        "capability": {},
+        "secure": False,
+        "provider_address": b"",
+        "via": PeerVia.MDNS,
+        "last_seen_ms": NOW_MS,
+    }
     if port == 2000:
         defaults["base_url"] = "http://192.168.1.9:2000/v1"
     assert dataclasses.asdict(peer) == defaults | expected
@@ -175,7 +181,9 @@ def test_hostile_capabilities(capability, expected):
 
 
 def test_what_we_announce_all_dialects_read():
-    records = build_announcement(announce(models=("a", "b"), capability={"a": 12.5}, address="xyz"), LAN.addresses)
+    own_address = "cHJvdmlkZXItYWRkcmVzcw"
+    told = announce(models=("a", "b"), capability={"a": 12.5}, address=own_address)
+    records = build_announcement(told, LAN.addresses)
     instance, host = (OTHER, *SERVICE_TYPE), (OTHER, "local")
     pointer, service, text, *addresses, enumeration = records
     assert pointer == DnsRecord(SERVICE_TYPE, PtrData(instance), 120)
@@ -185,14 +193,27 @@ def test_what_we_announce_all_dialects_read():
     assert enumeration == DnsRecord(SERVICE_ENUMERATION, PtrData(SERVICE_TYPE), 120)
     assert text.data.strings == (
         *(b"dvaiVersion=0.1.0", b"deviceId=" + OTHER.encode(), "deviceName=Büro".encode(), b"models=a,b"),
-        *(b'capability={"a":12.5}', b"port=38883", b"secure=0", b"device_id=" + OTHER.encode(), b"addr=xyz"),
+        *(
+            b'capability={"a":12.5}',
+            b"port=38883",
+            b"secure=0",
+            b"device_id=" + OTHER.encode(),
+            b"addr=" + own_address.encode(),
+        ),
     )
     peer = parse_announcement(OTHER, text.data.strings, srv_port=38883, host="fe80::9%eth0", now_ms=NOW_MS)
+    assert peer.provider_address == b"provider-address"
     assert (peer.device_id, peer.device_name, peer.loaded_models) == (OTHER, "Büro", ("a", "b"))
     assert (peer.capability, peer.base_url) == ({"a": 12.5}, "http://[fe80::9%eth0]:38883/v1")
     assert len(encode_dns_message(DnsMessage(answers=records))) < 1200
     only_ipv4 = build_announcement(announce(has_ipv6=False), LAN.addresses)
     assert [each.type for each in only_ipv4] == [DnsType.PTR, DnsType.SRV, DnsType.TXT, DnsType.A, DnsType.PTR]
+
+
+@pytest.mark.parametrize("text", ["", "xyz", "cHJvdmlkZXItYWRkcmVzcw==", "cHJvdmlkZXItYWRkcmVzc3M", "not base64url!"])
+def test_what_is_no_provider_address(text):
+    peer = parse_announcement("x", [b"addr=" + text.encode()], srv_port=5000, host="192.168.1.9", now_ms=0)
+    assert peer.provider_address == b""
 
 
 def test_an_interface_with_very_many_addresses():

@@ -15,6 +15,8 @@ import dvai_bridge as d
 ROOM = b"r" * 16
 PLACE = d.RelayPlace(d.RelayPlaceKind.ROOM, ROOM)
 NAMED = d.encode_base64url(ROOM)
+PROVIDER = d.build_key_pair(b"p" * 32, d.OwnBackend())
+ADDRESS = d.build_provider_place(PROVIDER.public)
 
 
 def say(kind, **members):
@@ -32,6 +34,9 @@ def test_what_is_said():
         protocol.build_pair_target("s", introduction),
         protocol.build_listen(PLACE),
         protocol.build_dial(PLACE),
+        protocol.build_claim(PROVIDER.public),
+        protocol.build_proof(b"m" * 32),
+        protocol.build_dial(ADDRESS),
         protocol.build_ping(),
         protocol.build_hangup("s", "closed"),
         protocol.build_frame("s", b"\x10frame"),
@@ -41,6 +46,9 @@ def test_what_is_said():
         {"type": "pair-target", "sessionId": "s", **introduction},
         {"type": "listen", "v": 1, "room": NAMED},
         {"type": "dial", "v": 1, "room": NAMED},
+        {"type": "listen", "v": 1, "publicKey": d.encode_base64url(PROVIDER.public)},
+        {"type": "proof", "mac": d.encode_base64url(b"m" * 32)},
+        {"type": "dial", "v": 1, "provider": d.encode_base64url(ADDRESS.key)},
         {"type": "ping"},
         {"type": "hangup", "sessionId": "s", "reason": "closed"},
         {"type": "relay", "sessionId": "s", "payload": d.encode_base64url(b"\x10frame")},
@@ -53,6 +61,12 @@ def test_what_is_heard():
         (say("pong"), None),
         (say("listening", room=NAMED), d.RelayListening(PLACE)),
         (say("unlistened", room=NAMED), d.RelayUnlistened(PLACE)),
+        (
+            say("challenge", ephemeralPubKey=d.encode_base64url(PROVIDER.public), nonce=d.encode_base64url(b"n" * 32)),
+            d.RelayChallenge(PROVIDER.public, b"n" * 32),
+        ),
+        (say("listening", provider=d.encode_base64url(ADDRESS.key)), d.RelayListening(ADDRESS)),
+        (say("dialed", sessionId="v", provider=d.encode_base64url(ADDRESS.key)), d.RelayDialed("v", ADDRESS)),
         (say("dialed", sessionId="s", room=NAMED), d.RelayDialed("s", PLACE)),
         (say("incoming", sessionId="t", room=NAMED), d.RelayIncoming("t", PLACE)),
         (say("relay", sessionId="s", **{"from": "target"}, payload="EGY"), d.RelayFrame("s", b"\x10f")),
@@ -98,6 +112,11 @@ def test_binary_frames_go_by_tag():
         say("something new"),
         say("listening"),
         say("listening", room="AAAA"),
+        say("listening"),
+        say("listening", room=NAMED, provider=NAMED),
+        say("challenge", ephemeralPubKey=d.encode_base64url(bytes(32)), nonce=d.encode_base64url(b"n" * 32)),
+        say("challenge", ephemeralPubKey=d.encode_base64url(PROVIDER.public), nonce="bm9uY2U"),
+        say("challenge", nonce=d.encode_base64url(b"n" * 32)),
         say("dialed", room=NAMED),
         say("dialed", sessionId="", room=NAMED),
         say("dialed", sessionId="known", room=NAMED),
@@ -189,6 +208,85 @@ async def dial(consumer):
                 return await consumer.dial(PLACE, 5.0)
             except d.UpstreamConnectError:
                 await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("ws://Relay.Example.org", "relay.example.org:80"),
+        ("wss://relay.example.org", "relay.example.org:443"),
+        ("wss://relay.example.org:8443/path?token=x", "relay.example.org:8443"),
+        ("ws://[2001:DB8::1]:80", "[2001:db8::1]:80"),
+    ],
+)
+def test_a_relay_has_one_name(url, name):
+    assert d.build_relay_name(url) == name
+
+
+@contextlib.contextmanager
+def start_named_relay():
+    """A real relay that knows by which URL clients reach it."""
+    with start_relay(**UNLIMITED) as relay:
+        port = relay.port
+    with start_relay(port=port, RENDEZVOUS_URL=f"ws://127.0.0.1:{port}", **UNLIMITED) as relay:
+        yield relay
+
+
+def test_a_provider_proves_its_key_and_is_dialled_by_it():
+    async def run(url):
+        served, reached = [], []
+        provider, consumer = make_client(url, served, reached), make_client(url, [], reached)
+        try:
+            await provider.listen(frozenset([PLACE]), PROVIDER)
+            async with asyncio.timeout(DEADLINE_S):
+                while not served:
+                    with contextlib.suppress(d.UpstreamConnectError):
+                        session = await consumer.dial(ADDRESS, 5.0)
+            await session.send_binary(b"\x10ab")
+            assert await session.receive() == b"ba\x10"
+            await provider.listen(frozenset([PLACE]))  # a provider no more, though the relay does not know
+            refused = await consumer.dial(ADDRESS, 5.0)
+            assert await refused.receive() is None
+        finally:
+            await provider.close()
+            await consumer.close()
+
+    with start_named_relay() as relay:
+        asyncio.run(asyncio.wait_for(run(f"ws://127.0.0.1:{relay.port}"), DEADLINE_S))
+
+
+@pytest.mark.parametrize(("relay_name", "code"), [("ws://other.example.org", "proof_failed"), ("", "relay_name_unset")])
+def test_a_proof_is_for_one_relay(relay_name, code, caplog):
+    async def run(url):
+        client = make_client(url, [], [])
+        try:
+            await client.listen(frozenset(), PROVIDER)
+            await until(lambda: "RENDEZVOUS_URL" in caplog.text, DEADLINE_S)
+            assert d.describe_refusal(code, "") in caplog.text
+        finally:
+            await client.close()
+
+    with start_relay(RENDEZVOUS_URL=relay_name, **UNLIMITED) as relay:
+        asyncio.run(asyncio.wait_for(run(f"ws://127.0.0.1:{relay.port}"), DEADLINE_S))
+
+
+def test_no_challenge_is_answered_that_was_not_asked_for(relay):
+    def repeat_challenge(message, middle, number):
+        return [message] * (3 if "challenge" in str(message) else 1)
+
+    async def run():
+        async with Middle(relay.port, to_device=repeat_challenge).run() as middle:
+            client = make_client(middle.url, [], [])
+            try:
+                await client.listen(frozenset(), PROVIDER)
+                await until(lambda: b'"proof"' in middle.content, DEADLINE_S)
+                await client.listen(frozenset([PLACE]), PROVIDER)
+                await until(lambda: b'"listening"' in middle.content, DEADLINE_S)  # and all that came before it
+                assert middle.content.count(b'"proof"') == 1
+            finally:
+                await client.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
 @pytest.mark.parametrize("subprotocols", [(d.RELAY_SUBPROTOCOL,), ()], ids=["binary", "json"])

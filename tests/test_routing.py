@@ -22,10 +22,12 @@ from dvai_bridge import (
     RouteChooser,
     RouteRequest,
     advance_peer,
+    build_delegation_refusal,
     build_error_body,
     build_error_response,
     build_peer_json,
     build_refusal,
+    choose_providers,
     choose_route,
     encode_json,
     parse_base_url,
@@ -667,3 +669,90 @@ def test_names_without_end_fill_no_memory():
     for number in range(2 * DECISIONS_LIMIT + 3):
         chooser.choose(RouteRequest(model=f"m{number}"), [], [make_candidate("studio", 50)], NOW_S)
         assert len(chooser._decisions) <= DECISIONS_LIMIT
+
+
+# Delegation
+
+
+def provider(name, **changes):
+    return make_candidate(name, **({"models": (M, "other")} | changes))
+
+
+PROVIDERS = {
+    "the first that was named": ([provider("a"), provider("b")], ["a", "b"], {}),
+    "however fast": ([provider("a"), provider("b", score=99.0)], ["a", "b"], {}),
+    "before its models are known": ([provider("a", models=None, state=PeerState.PAIRED)], ["a"], {}),
+    "one that loads": ([provider("a", health=PeerHealth.LOADING)], ["a"], {}),
+    "after the others where it has just failed": (
+        [provider("a", cool_down=CoolDown(failures=1, until_s=NOW_S + 5)), provider("b")],
+        ["b", "a"],
+        {},
+    ),
+    "all the same where it is alone": (
+        [provider("a", cool_down=CoolDown(failures=9, until_s=NOW_S + 300))],
+        ["a"],
+        {},
+    ),
+    "not one without the model": (
+        [provider("a", models=("x",)), provider("b")],
+        ["b"],
+        {"a": "does not have the model"},
+    ),
+    "not one that is away": (
+        [provider("a", state=PeerState.SEEN, error="no answer"), provider("b")],
+        ["b"],
+        {"a": "no answer"},
+    ),
+    "not one that is not reached yet": ([provider("a", state=PeerState.SEEN)], [], {"a": "still connecting"}),
+    "not one whose engine is down": (
+        [provider("a", health=PeerHealth.DEGRADED)],
+        [],
+        {"a": "its engine does not work"},
+    ),
+    "nobody that was not named": ([provider("c")], [], {}),
+}
+
+
+@pytest.mark.parametrize(("candidates", "chosen", "obstacles"), PROVIDERS.values(), ids=PROVIDERS)
+def test_which_providers_are_asked(candidates, chosen, obstacles):
+    named = ["id-a", "id-b"][: 1 + any(each.peer.device_name == "b" for each in candidates)]
+    decision = choose_providers(M, named, candidates, NOW_S)
+    assert [target.peer.device_name for target in decision.targets] == chosen
+    assert all(target.model_id == M and target.substituted_for is None for target in decision.targets)
+    checked = dict(decision.checked)
+    assert set(checked) == set(named)
+    assert {name: checked[f"id-{name}"] for name in obstacles} == obstacles
+    assert all(not checked[f"id-{name}"] for name in chosen)
+
+
+def test_a_provider_is_asked_by_its_own_name_of_the_model_or_for_its_default():
+    candidates = [provider("a", models=("OTHER", M))]
+    assert choose_providers("other", ["id-a"], candidates, NOW_S).targets[0].model_id == "OTHER"
+    assert choose_providers(None, ["id-a"], candidates, NOW_S).targets[0].model_id is None
+
+
+def test_what_the_client_of_absent_providers_learns():
+    decision = choose_providers(M, ["id-a", "id-b"], [provider("a", state=PeerState.SEEN, error="gone")], NOW_S)
+    error = build_delegation_refusal(decision, M, "req-1", refused_key=None, failures={})
+    body = build_error_body(error)["error"]
+    assert (error.status, body["type"], body["code"]) == (503, "unavailable_error", "provider_unreachable")
+    assert body["checked"] == [
+        {"publicKey": "id-a", "reason": "gone"},
+        {"publicKey": "id-b", "reason": "not found yet"},
+    ]
+    assert error.retry_after_s and error.should_retry is None and body["requestId"] == "req-1"
+    failed = build_delegation_refusal(decision, M, "req-1", refused_key=None, failures={"id-a": "torn\x00off"})
+    assert "torn\x00off" not in failed.message and "torn" in failed.message
+
+
+def test_what_the_client_of_a_provider_that_refuses_learns():
+    decision = choose_providers(M, ["id-a"], [provider("a", state=PeerState.SEEN, error="refused")], NOW_S)
+    error = build_delegation_refusal(decision, M, "", refused_key="MYKEY", failures={})
+    assert (error.status, error.code, error.should_retry) == (503, "provider_refused", False)
+    assert "provider --allow MYKEY" in error.message and error.retry_after_s is None
+
+
+def test_a_model_that_no_provider_has_is_a_404():
+    decision = choose_providers("nix", ["id-a"], [provider("a")], NOW_S)
+    error = build_delegation_refusal(decision, "nix", "", refused_key=None, failures={})
+    assert (error.status, error.code) == (404, "model_not_found") and "'nix'" in error.message
