@@ -32733,6 +32733,7 @@ class Delegating:
         self._is_seeking = False
         self._changed = asyncio.Event()
         self._forgetting: set[asyncio.Task[None]] = set()
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._bonds = ProviderBonds(static.public)
         self._client = ProviderClient(static, dial_relay=dial_relay, on_refused=self._note_refused)
         self.monitor = PeerMonitor(
@@ -32748,6 +32749,8 @@ class Delegating:
 
     async def close(self) -> None:
         """Say goodbye to every provider."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         await self.monitor.close()
         await self._client.close()
         await finish_tasks(*self._forgetting)
@@ -32783,6 +32786,8 @@ class Delegating:
                 self._forget_idle(now_s, is_full=len(self._wanted) >= PROVIDERS_LIMIT)
                 self._add(public_key, now_s)
             self._used[public_key] = now_s
+        if self._idle_timer is None:
+            self._idle_timer = asyncio.get_running_loop().call_later(PROVIDER_IDLE_S, self._look_for_idle)
         if not self._is_seeking:
             self._is_seeking = True
             self._on_seek()
@@ -32797,7 +32802,13 @@ class Delegating:
         if self._has_relay:
             self._see_at_relay(public_key)
 
-    def _forget_idle(self, now_s: float, *, is_full: bool) -> None:
+    def _look_for_idle(self) -> None:
+        self._idle_timer = None
+        self._forget_idle(self._clock())
+        if self._wanted:
+            self._idle_timer = asyncio.get_running_loop().call_later(PROVIDER_IDLE_S, self._look_for_idle)
+
+    def _forget_idle(self, now_s: float, *, is_full: bool = False) -> None:
         """Forgets whom only requests named, long ago; if that `is_full`, the one that was named first of them."""
         kept = set(self.configured.providers if self.configured else ())
         kept.update(key for model in self._models.values() for key in model.delegation.providers)

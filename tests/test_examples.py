@@ -20,7 +20,8 @@ PRINTED = {
     "AsyncOpenAI": r"Does \S+ show \d{6}\? \[y/N\] paired with \S+\n(.*\n)*\[\S+ answers\]",
     "def approve": r"dvai-demo on http://127\.0\.0\.1:\d+/v1\nthis machine: .+\n(.*\n)+closed: 1 thread is left\n",
     "def intercept": r"(data: .*\n\n){3}data: \[DONE\]\n\n\n\{.*\"completion_tokens\":[1-8],",
-    "dvai.completion": r"Start the bridge .+\nserved by local at [0-9.]+ tokens/s\n",
+    "stats.tokens_per_s": r"Start the bridge .+\nserved by local at [0-9.]+ tokens/s\n",
+    "start_provider": r"the provider answers in [0-9.]+ s\n.+\nanswered by the provider\n",
     "compose_signed_message": rf"\d+ tokens of {OTHER_MODEL}\n",
 }
 
