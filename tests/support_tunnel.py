@@ -65,11 +65,16 @@ class Provider(Device):
         self.handler = handler
         self.requests = []
         self.port = 0
+        self.firewall = d.FirewallStore(folder / "provider")
 
     @contextlib.asynccontextmanager
     async def run(self):
-        tunnels = d.TunnelServer(
-            identity=self.identity, store=self.store, handler=self.handle, clock_ms=self.read_clock
+        self.tunnels = tunnels = d.TunnelServer(
+            identity=self.identity,
+            store=self.store,
+            firewall=self.firewall,
+            handler=self.handle,
+            clock_ms=self.read_clock,
         )
         self.server = server = d.HttpServer(d.HttpServerOptions(port=self.port), tunnels.accept)
         await server.start()
@@ -86,6 +91,10 @@ class Provider(Device):
     @property
     def url(self):
         return d.parse_http_url(f"http://127.0.0.1:{self.port}/v1/chat/completions")
+
+    @property
+    def public_key(self):
+        return d.build_static_key(self.identity, d.OwnBackend()).public
 
 
 class Consumer(Device):
@@ -119,6 +128,38 @@ async def run_pair(folder, handler):
     await consumer.store.add(make_pairing(provider.identity, is_inbound=False))
     async with provider.run(), consumer.run():
         yield consumer, provider
+
+
+class KeyConsumer:
+    """Asks a provider by its public key. `refused`: the keys of providers that did not admit it."""
+
+    def __init__(self, name="consumer"):
+        self.static = d.build_static_key(make_identity(name), d.OwnBackend())
+        self.public_key = self.static.public
+        self.refused = []
+        self.client = d.ProviderClient(self.static, dial_relay=self.dial_relay, on_refused=self.refused.append)
+
+    async def dial_relay(self, public_key, limit_s):
+        raise d.UpstreamConnectError("no relay here")
+
+    def ask(self, provider, public_key=None, body=b"{}"):
+        bond = d.ProviderBond(public_key or provider.public_key)
+        return self.client.request(bond, "POST", provider.url, body=body)
+
+
+@contextlib.asynccontextmanager
+async def run_provider(folder, handler, *admitted):
+    """A provider that admits these consumers by their keys, and nobody else."""
+    provider = Provider(folder, handler)
+    keys = frozenset(consumer.public_key for consumer in admitted)
+    provider.firewall.load(d.Firewall(public_keys=keys))
+    async with provider.run():
+        provider.tunnels.provide()
+        try:
+            yield provider
+        finally:
+            for consumer in admitted:
+                await consumer.client.close()
 
 
 async def until(condition, timeout_s=20.0):

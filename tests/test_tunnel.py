@@ -5,7 +5,7 @@ import contextlib
 import json
 
 import pytest
-from support_tunnel import NOW_MS, make_link, make_pairing, run_pair, until
+from support_tunnel import NOW_MS, KeyConsumer, make_link, make_pairing, run_pair, run_provider, until
 
 import dvai_bridge as d
 
@@ -513,5 +513,111 @@ def test_a_peer_without_a_link_is_asked_by_signed_http(tmp_path):
                 assert response.status == 200
             assert [d.parse_signature_headers(each.headers) is not None for each in seen] == [True, False]
             assert consumer.client.find_tunnel(pairing) is None
+
+    run(test)
+
+
+# Known by a public key
+
+
+def test_an_admitted_consumer_is_known_by_its_key(tmp_path):
+    async def test():
+        consumer = KeyConsumer()
+        async with run_provider(tmp_path, echo, consumer) as provider:
+            for _ in range(2):
+                async with consumer.ask(provider, body=b"hello") as response:
+                    assert response.status == 200 and await response.read(10) == b"hello"
+            for request in provider.requests:
+                key = d.encode_base64url(consumer.public_key)
+                assert (request.caller, request.pairing, request.consumer_key) == (d.Caller.PAIRED, None, key)
+                assert (request.device_id, request.app_id, request.other_device) == (key, None, f"key {key}")
+            assert provider.tunnels.list_consumers() == [consumer.public_key]
+            assert provider.server.connection_count == 1  # the second one found the tunnel there
+
+    run(test)
+
+
+def test_who_is_not_admitted_learns_it_from_the_provider_and_asks_nothing(tmp_path):
+    async def test():
+        stranger = KeyConsumer("stranger")
+        async with run_provider(tmp_path, echo, KeyConsumer()) as provider:
+            with pytest.raises(d.NotAdmittedError):
+                await stranger.ask(provider).open()
+            assert stranger.refused == [provider.public_key] and provider.requests == []
+            await provider.firewall.save(d.Firewall(public_keys=frozenset([stranger.public_key])))
+            async with stranger.ask(provider) as response:
+                assert response.status == 200
+            await stranger.client.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("case", ["another key", "no provider", "a provider no more"])
+def test_who_is_no_such_provider_closes_without_a_word(tmp_path, case):
+    async def test():
+        consumer = KeyConsumer()
+        async with run_provider(tmp_path, echo, consumer) as provider:
+            other = KeyConsumer("other").public_key if case == "another key" else None
+            if case != "another key":
+                provider.tunnels.withdraw()
+            with pytest.raises(d.UpstreamConnectError, match="no provider with this public key") as caught:
+                await consumer.ask(provider, other).open()
+            assert not isinstance(caught.value, d.NotAdmittedError)
+            assert provider.requests == [] and consumer.refused == []
+
+    run(test)
+
+
+def test_a_firewall_that_changes_ends_what_runs(tmp_path):
+    async def test():
+        source, consumer, other = Source(b"first"), KeyConsumer(), KeyConsumer("other")
+        streaming = d.HttpResponse(headers=d.SSE_HEADERS, body=source)
+
+        async def answer(request):
+            return streaming if request.body == b"stream" else await echo(request)
+
+        async with run_provider(tmp_path, answer, consumer, other) as provider:
+            async with consumer.ask(provider, body=b"stream") as response, other.ask(provider) as bystander:
+                assert await response.read_piece() == b"first"
+                await provider.firewall.save(d.Firewall(public_keys=frozenset([other.public_key])))
+                with pytest.raises(d.NotAdmittedError):
+                    while await response.read_piece():
+                        pass
+                assert await bystander.read(10) == b"{}"
+            await until(lambda: source.is_closed)
+            assert provider.tunnels.list_consumers() == [other.public_key]
+
+    run(test)
+
+
+def test_a_provider_that_stops_finishes_what_runs(tmp_path):
+    async def test():
+        source, consumer = Source(b"first"), KeyConsumer()
+
+        async def stream(request):
+            return d.HttpResponse(headers=d.SSE_HEADERS, body=source)
+
+        async with run_provider(tmp_path, stream, consumer) as provider, consumer.ask(provider) as response:
+            assert await response.read_piece() == b"first"
+            provider.tunnels.withdraw()
+            source.queue.put_nowait(b"last")
+            source.queue.put_nowait(None)
+            assert await response.read_piece() == b"last" and await response.read_piece() == b""
+
+    run(test)
+
+
+def test_a_new_connection_when_it_is_wanted(tmp_path):
+    async def test():
+        consumer = KeyConsumer()
+        async with run_provider(tmp_path, echo, consumer) as provider:
+            proofs, note = [], provider.tunnels.note_established
+            provider.tunnels.note_established = lambda served, proof: proofs.append(proof) or note(served, proof)
+            for is_fresh in (False, False, True):
+                if is_fresh:
+                    consumer.client.renew(provider.public_key)
+                async with consumer.ask(provider) as response:
+                    assert await response.read(10) == b"{}"
+            assert len(proofs) == 2 and len({proof.handshake_hash for proof in proofs}) == 2
 
     run(test)
