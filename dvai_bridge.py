@@ -27269,6 +27269,7 @@ LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+EVENTS_BLOCK_BYTES = 4 * KIB  # streams that are looked through again and again
 FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
 
@@ -27786,38 +27787,47 @@ class AnswerAssembler:
 
 
 # The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
-_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_PLAIN_TEXT = rb'[^"\\\x00-\x1f]*+(?:\\["\\/bfnrt][^"\\\x00-\x1f]*+)*+'
+_MARKED_TEXTS = re.compile(rb"(?:\x00(?!\x01)%b\x01)+" % _PLAIN_TEXT)
 _ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
 
 
 class ChunkTemplate:
-    """Chunks that differ in one text only: how the peer writes them around it, and how we do.
+    """Chunks that differ in one text only: how the peer writes their events around it, and how we do.
 
-    A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
+    Texts of the peer's that are plain JSON strings are then copied as they stand, without parsing their chunks, as
+    many at once as have come: each `before` becomes a byte 0 and each `after` a byte 1, which no event has otherwise.
     """
 
     __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
 
     def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
-        self.before, self.after = before, after
+        self.before, self.after = b"data: " + before, after + b"\n\n"
         self.index, self.name = index, name
         self.state = normalizer.choices[index]
         event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
         self.our_before, _, self.our_after = event.rpartition(b"@")
 
-    def find_text(self, event: bytes) -> bytes:
-        """The text within `event`, empty if the event is of another form or its text not plain."""
-        if not event.startswith(self.before) or not event.endswith(self.after):
-            return b""
-        text = event[len(self.before) : len(event) - len(self.after)]
-        if not _PLAIN_STRING.fullmatch(text):
-            return b""
-        if not text.isascii():
+    def find_texts(self, events: bytes) -> tuple[bytes, bytes]:
+        """The plain texts of the events that `events` begins with, each between the bytes 0 and 1; and what is left."""
+        if not events.startswith(self.before) or b"\x00" in events or b"\x01" in events:
+            return b"", events
+        marked = events.replace(self.before, b"\x00").replace(self.after, b"\x01")
+        run = _MARKED_TEXTS.match(marked)
+        if run is None:
+            return b"", events
+        texts = run[0]
+        if not texts.isascii():
             try:
-                text.decode()
+                texts.decode()
             except UnicodeDecodeError:
-                return b""
-        return text
+                return b"", events
+        rest = marked[run.end() :]
+        return texts, rest.replace(b"\x00", self.before).replace(b"\x01", self.after) if rest else rest
+
+    def encode(self, texts: bytes) -> bytes:
+        """Our events for the texts that were found."""
+        return texts.replace(b"\x00", self.our_before).replace(b"\x01", self.our_after)
 
 
 def learn_template(
@@ -27842,7 +27852,7 @@ def learn_template(
         ours = choices[-1]
         container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
         name = texts[0] if len(texts) == 1 else ""
-        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        found = re.search(rb'"%b": ?"((?!")%b)"' % (name.encode(), _PLAIN_TEXT), event)
         if found is None or name not in (*_DELTA_TEXTS, "text") or ours["logprobs"]:
             return None
         if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
@@ -27851,6 +27861,16 @@ def learn_template(
     if b"\\" in before or b"\\" in after:
         return None
     return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+
+
+def cut_events(data: bytes) -> Iterator[bytes]:
+    """Whole events in blocks of about EVENTS_BLOCK_BYTES, so that looking for texts in what is left stays cheap."""
+    start, size = 0, len(data)
+    while start < size:
+        end = data.find(b"\n\n", start + EVENTS_BLOCK_BYTES) + 2
+        end = end if end > 1 else size
+        yield data[start:end]
+        start = end
 
 
 class PeerStream:
@@ -27874,23 +27894,39 @@ class PeerStream:
         self._fed_bytes += len(data)
         if self._assembler is not None and self._fed_bytes > FORWARD_ANSWER_LIMIT_BYTES:
             raise UpstreamError(f"the peer's answer is larger than {FORWARD_ANSWER_LIMIT_BYTES // MIB} MiB")
-        pieces = []
-        for event in self._split(data):
-            if self.is_done:
-                break
-            template = self._template
-            text = template.find_text(event) if template is not None else b""
-            if template is None or not text:
-                pieces.append(self._read_event(event))
-                continue
+        pieces: list[bytes] = []
+        if not self._has_plain_events(data):
+            for event in self._parse(data):
+                if not self.is_done and self._take_texts(b"data: %b\n\n" % event, pieces):
+                    pieces.append(self._read_event(event))
+        else:
+            for block in cut_events(data):
+                self._feed_events(block, pieces)
+        return b"".join(pieces)
+
+    def _feed_events(self, events: bytes, pieces: list[bytes]) -> None:
+        while events and not self.is_done:
+            events = self._take_texts(events, pieces)
+            if events:
+                event, _, events = events.partition(b"\n\n")
+                pieces.append(self._read_event(event[6:]))
+
+    def _take_texts(self, events: bytes, pieces: list[bytes]) -> bytes:
+        """Takes in the texts at the beginning that fit the template; what is left."""
+        template = self._template
+        if template is None:
+            return events
+        texts, rest = template.find_texts(events)
+        if texts:
             self._templates_in_vain = 0
             if not template.state.has_begun:
                 pieces.append(self._begin(template))
             if self._assembler is None:
-                pieces += (template.our_before, text, template.our_after)
+                pieces.append(template.encode(texts))
             else:
-                self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
-        return b"".join(pieces)
+                text = json.loads(b'"%b"' % texts.translate(None, b"\x00\x01"))
+                self._assembler.add_text(template.index, template.name, text)
+        return rest
 
     def _begin(self, template: ChunkTemplate) -> bytes:
         """The first text of a choice comes by a template that was guessed."""
@@ -27910,12 +27946,15 @@ class PeerStream:
         """The same for the end of a stream that has no [DONE]. UpstreamError in the middle of an answer."""
         return self._finish()
 
-    def _split(self, data: bytes) -> list[bytes]:
-        """The data of each event; quickly where whole events of one line come, as they usually do."""
-        if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
-            events = data[6:-2].split(b"\n\ndata: ")
-            if data.count(b"\n") == 2 * len(events) and b"\r" not in data and len(data) <= SSE_EVENT_LIMIT_BYTES:
-                return events
+    def _has_plain_events(self, data: bytes) -> bool:
+        """Whether whole events of one line come, as they usually do."""
+        is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n") and not self._parser.is_inside_event
+        if not is_whole or b"\r" in data or len(data) > SSE_EVENT_LIMIT_BYTES:
+            return False
+        return data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2
+
+    def _parse(self, data: bytes) -> list[bytes]:
+        """The data of each event."""
         try:
             return [event.data.encode() for event in self._parser.feed(data)]
         except SseError as exc:
