@@ -1552,10 +1552,17 @@ def parse_json(data: bytes) -> Any:
     Stricter than `json.loads`: depth and digits are bounded; NaN, Infinity, numbers beyond a float, duplicate keys
     and lone surrogates are refused (RFC 8259 leaves each of them to the reader, so readers differ).
     """
-    _verify_json_structure(data)
-    _verify_json_surrogates(data)
+    if data.count(b"[") + data.count(b"{") > JSON_DEPTH_LIMIT:
+        _verify_json_structure(data)
+    if b"\\u" in data:
+        _verify_json_surrogates(data)
     try:
-        return _JSON_DECODER.decode(data.decode())
+        text = data.decode()
+        try:
+            value, end = _scan_json(text, 0)
+        except StopIteration:  # it begins with white space, or with nothing that is JSON
+            end = -1
+        return value if end == len(text) else _JSON_DECODER.decode(text)
     except UnicodeDecodeError as exc:
         raise JsonError(f"invalid UTF-8 at byte {exc.start}") from None
     except json.JSONDecodeError as exc:
@@ -1564,8 +1571,6 @@ def parse_json(data: bytes) -> Any:
 
 def _verify_json_structure(data: bytes) -> None:
     """Bounds nesting and the number of lists and objects without recursion, at the speed of bytes methods."""
-    if data.count(b"[") + data.count(b"{") <= JSON_DEPTH_LIMIT:
-        return
     brackets = _find_json_brackets(data)
     if len(brackets) > 2 * JSON_CONTAINERS_LIMIT:
         raise JsonError(f"more than {JSON_CONTAINERS_LIMIT} lists and objects")
@@ -1596,10 +1601,9 @@ def _find_json_brackets(data: bytes) -> bytes:
 
 def _verify_json_surrogates(data: bytes) -> None:
     """Refuses escapes of half a code point, which no UTF-8 can carry further."""
-    if b"\\" in data and b"\\u" in data:
-        unescaped = data.replace(b"\\\\", b"")
-        if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", unescaped)):
-            raise JsonError("a lone surrogate in a string")
+    unescaped = data.replace(b"\\\\", b"")
+    if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", unescaped)):
+        raise JsonError("a lone surrogate in a string")
 
 
 def _verify_json_digits(text: str) -> None:
@@ -1639,6 +1643,7 @@ _JSON_DECODER = json.JSONDecoder(
     parse_constant=_parse_json_constant,
     object_pairs_hook=_build_json_object,
 )
+_scan_json = _JSON_DECODER.scan_once
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
@@ -27628,13 +27633,16 @@ class ChunkNormalizer:
         if value.get("error") or value.get("object") == "error":
             said = find_error_message(value)
             raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR, said=said)
-        self._note_model(value.get("model"))
-        self.usage = parse_peer_usage(value.get("usage")) or self.usage
-        self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
-        choices = value.get("choices")
-        if not isinstance(choices, list):
-            choices = []
-        self._has_model = self._has_model or bool(choices)
+        if not self._has_model:
+            self._note_model(value.get("model"))
+        usage, timings, choices = value.get("usage"), value.get("timings"), value.get("choices")
+        if usage:
+            self.usage = parse_peer_usage(usage) or self.usage
+        if isinstance(timings, dict):
+            self.timings = timings
+        if not choices or not isinstance(choices, list):
+            return []
+        self._has_model = True
         return [piece for choice in choices for piece in self._normalize_choice(choice)]
 
     def encode(self, choice: Mapping[str, Any]) -> bytes:
@@ -27666,11 +27674,15 @@ class ChunkNormalizer:
 
     def _note_model(self, model: Any) -> None:
         """The first name that the peer gives, with its first choice at the latest, is what served."""
-        if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
+        if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
             self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
-    def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
+    def end_choice(self, index: int, word: str) -> list[dict[str, Any]]:
+        """The same for a choice that has nothing but the peer's word for its end."""
+        return self._build_choices(index, self.choices[index], {}, word, None)
+
+    def _normalize_choice(self, choice: Any) -> list[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
         if index is None or not 0 <= index < MAX_CHOICES:
             raise UpstreamError("the peer sent a choice that is none")
@@ -27678,18 +27690,26 @@ class ChunkNormalizer:
         if state is None:
             state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
         if state.finish_reason is not None:
-            return
-        delta = self._read_delta(choice, state)
-        logprobs = choice.get("logprobs") if isinstance(choice.get("logprobs"), dict) else None
-        state.finish_reason = state.read_finish_reason(choice.get("finish_reason"))
+            return []
+        delta, logprobs = self._read_delta(choice, state), choice.get("logprobs")
+        return self._build_choices(
+            index, state, delta, choice.get("finish_reason"), logprobs if isinstance(logprobs, dict) else None
+        )
+
+    def _build_choices(
+        self, index: int, state: ChoiceState, delta: dict[str, Any], word: Any, logprobs: dict[str, Any] | None
+    ) -> list[dict[str, Any]]:
+        state.finish_reason = state.read_finish_reason(word)
+        pieces: list[dict[str, Any]] = []
         if (delta or logprobs or state.finish_reason) and not state.has_begun:
             state.has_begun = True
             if self._is_chat:
-                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
+                pieces.append(self._build_choice(index, CHAT_ROLE_DELTA, None, None))
         if delta or logprobs:
-            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
+            pieces.append(self._build_choice(index, delta or {"content": ""}, None, logprobs))
         if state.finish_reason is not None:
-            yield self._build_choice(index, {}, state.finish_reason, None)
+            pieces.append(self._build_choice(index, {}, state.finish_reason, None))
+        return pieces
 
     def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
         delta = choice.get("delta", choice.get("message"))
@@ -27697,7 +27717,13 @@ class ChunkNormalizer:
             delta = {"content": choice.get("text")}
         if not isinstance(delta, dict):
             raise UpstreamError("the peer sent a delta that is none")
-        read: dict[str, Any] = {name: text for name in _DELTA_TEXTS if (text := read_peer_text(delta.get(name)))}
+        read: dict[str, Any] = {}
+        for name in _DELTA_TEXTS:
+            text = delta.get(name)
+            if text is None or text == "":
+                continue
+            if text := read_peer_text(text):
+                read[name] = text
         calls = delta.get("tool_calls")
         if isinstance(calls, list) and calls:
             read["tool_calls"] = [state.read_tool_call(call) for call in calls]
@@ -27788,6 +27814,8 @@ class AnswerAssembler:
 
 # The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
 _PLAIN_TEXT = rb'[^"\\\x00-\x1f]*+(?:\\["\\/bfnrt][^"\\\x00-\x1f]*+)*+'
+_OPEN_END = re.compile(rb'"finish_reason": ?(null)')
+_PLAIN_ENDS = {b'"stop"': "stop", b'"length"': "length"}
 _MARKED_TEXTS = re.compile(rb"(?:\x00(?!\x01)%b\x01)+" % _PLAIN_TEXT)
 _ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
 
@@ -27799,14 +27827,32 @@ class ChunkTemplate:
     many at once as have come: each `before` becomes a byte 0 and each `after` a byte 1, which no event has otherwise.
     """
 
-    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
+    __slots__ = ("after", "before", "end_after", "end_before", "index", "name", "our_after", "our_before", "state")
 
     def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
         self.before, self.after = b"data: " + before, after + b"\n\n"
+        self.end_before = self.end_after = b""  # of an event that ends the choice and has no text, if it is known
         self.index, self.name = index, name
         self.state = normalizer.choices[index]
         event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
         self.our_before, _, self.our_after = event.rpartition(b"@")
+
+    def guess_end(self) -> None:
+        """From a chunk whose choice has a delta and no `finish_reason` yet: the last one's delta is empty."""
+        rest, _, opening = self.before[6:].rpartition(b"{")
+        if not self.after.startswith(b'"}') or not opening.startswith(b'"%b"' % self.name.encode()):
+            return
+        event = b"%b{}%b" % (rest, self.after[2:-2])
+        found = _OPEN_END.search(event)
+        if found is not None and event.count(b'"finish_reason"') == 1:
+            self.end_before, self.end_after = event[: found.start(1)], event[found.end(1) :]
+
+    def find_end(self, event: bytes) -> str:
+        """The peer's word for the end of the choice, if that is all that the event says; else ""."""
+        before, after = self.end_before, self.end_after
+        if not before or not event.startswith(before) or not event.endswith(after):
+            return ""
+        return _PLAIN_ENDS.get(event[len(before) : len(event) - len(after)], "")
 
     def find_texts(self, events: bytes) -> tuple[bytes, bytes]:
         """The plain texts of the events that `events` begins with, each between the bytes 0 and 1; and what is left."""
@@ -27860,7 +27906,10 @@ def learn_template(
         before, after = event[: found.start(1)], event[found.end(1) :]
     if b"\\" in before or b"\\" in after:
         return None
-    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+    template = ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+    if isinstance(delta, dict) and peers[0].get("finish_reason", "") is None:
+        template.guess_end()
+    return template
 
 
 def cut_events(data: bytes) -> Iterator[bytes]:
@@ -27938,7 +27987,7 @@ class PeerStream:
     def feed_whole(self, data: bytes) -> bytes:
         """The same for the answer of a peer that does not stream."""
         try:
-            return self._put_in_order(parse_json(data))[0] + self._finish()
+            return self._encode(self._normalizer.normalize(parse_json(data))) + self._finish()
         except JsonError as exc:
             raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
 
@@ -27963,25 +28012,30 @@ class PeerStream:
     def _read_event(self, event: bytes) -> bytes:
         if event == b"[DONE]":
             return self._finish()
+        template = self._template
+        word = template.find_end(event) if template is not None else ""
+        if template is not None and word:
+            self._template = None
+            return self._encode(self._normalizer.end_choice(template.index, word))
         try:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        encoded, choices = self._put_in_order(value)
+        choices = self._normalizer.normalize(value)
         self._template = None
         if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
             self._template = learn_template(event, value, choices, self._normalizer)
             self._templates_in_vain += self._template is not None
-        return encoded
+        return self._encode(choices) if choices else b""
 
-    def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
-        choices = self._normalizer.normalize(value)
+    def _encode(self, choices: list[dict[str, Any]]) -> bytes:
+        """The events of what was put in order; none with an assembler."""
         self.has_content = self.has_content or bool(choices)
         if self._assembler is None:
-            return b"".join(map(self._normalizer.encode, choices)), choices
+            return b"".join(map(self._normalizer.encode, choices))
         for choice in choices:
             self._assembler.add(choice)
-        return b"", choices
+        return b""
 
     def _finish(self) -> bytes:
         tail = self._normalizer.build_tail()
