@@ -181,6 +181,7 @@ REQUEST_LINE_LIMIT_BYTES = 8 * KIB  # endless request lines (414)
 HEADER_LINE_LIMIT_BYTES = 8 * KIB  # one endless header (431)
 HEADER_BLOCK_LIMIT_BYTES = 32 * KIB  # many long headers (431)
 HEADER_COUNT_LIMIT = 100  # many short headers (431)
+KNOWN_HEAD_LIMIT_BYTES = 4 * KIB  # memory taken by the head that a connection may send again
 CONTENT_LENGTH_LIMIT_DIGITS = 19  # integers that wrap in other software (400)
 CHUNK_SIZE_LIMIT_DIGITS = 16  # likewise, in hexadecimal (400)
 CHUNK_EXTENSIONS_LIMIT_BYTES = 4 * KIB  # endless chunk extensions, all chunks of a body together (413)
@@ -2210,6 +2211,7 @@ _STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
 _PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
+_PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([1-9][0-9]{0,14})\r\n")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
 # Fields that decide something: a second one is an attempt to be read in two ways.
@@ -2409,6 +2411,35 @@ def build_request_head(method: str, target: RequestTarget, http_minor: int, head
     return RequestHead(method, target, http_minor, headers, body_length, keep_alive, expects_continue)
 
 
+class KnownHead:
+    """A head that was parsed, to know those that follow it and differ in their Content-Length only."""
+
+    __slots__ = ("_after", "_before", "_head")
+
+    def __init__(self, block: bytes, head: RequestHead) -> None:
+        length = _PLAIN_LENGTH.search(block) if len(block) <= KNOWN_HEAD_LIMIT_BYTES else None
+        self._before, self._after = (block[: length.start(1)], block[length.end(1) :]) if length else (b"", b"")
+        self._head = head
+
+    def find(self, data: bytearray) -> tuple[RequestHead, int] | None:
+        """The head at the beginning of `data`, and where it ends; None if it is another one, or not all there."""
+        start, after = len(self._before), self._after
+        if not start or not data.startswith(self._before):
+            return None
+        end = data.find(b"\r", start, start + CONTENT_LENGTH_LIMIT_DIGITS)
+        length = data[start:end]
+        if end < 0 or not length.isdigit() or length[0] == ord("0") or not data.startswith(after, end):
+            return None
+        return self._build_head(length.decode()), end + len(after)
+
+    def _build_head(self, length: str) -> RequestHead:
+        head = self._head
+        if int(length) == head.body_length:
+            return head
+        fields = [(name, length if name == "content-length" else value) for name, value in head.headers]
+        return replace(head, headers=Headers(fields), body_length=int(length))
+
+
 class ParserState(enum.Enum):
     """What the parser reads next. Every other move than these is impossible.
 
@@ -2517,6 +2548,8 @@ class RequestParser(LineReader):
         super().__init__()
         self._body_limit_bytes = body_limit_bytes
         self._error: BridgeError | None = None
+        self._known: KnownHead | None = None
+        self.is_repeated = False  # the head that came last is the one before, but for its Content-Length
         self._start_request()
 
     def _start_request(self) -> None:
@@ -2557,6 +2590,11 @@ class RequestParser(LineReader):
 
     def _read_event(self) -> RequestHead | RequestBody | None:
         if self.state is ParserState.REQUEST_LINE:
+            found = self._known.find(self._buffer) if self._known is not None else None
+            if found is not None:
+                head, self._line_start = found
+                self._searched, self.is_repeated = self._line_start, True
+                return self._begin_body(head)
             self._read_request_line()
         if self.state is ParserState.HEADERS:
             return self._read_headers()
@@ -2580,6 +2618,10 @@ class RequestParser(LineReader):
         if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES) or self._request_line is None:
             return None
         head = build_request_head(*self._request_line, Headers(self._fields))
+        self._known, self.is_repeated = KnownHead(bytes(self._buffer[: self._line_start]), head), False
+        return self._begin_body(head)
+
+    def _begin_body(self, head: RequestHead) -> RequestHead:
         self._release()
         if head.body_length is None:
             self.state = ParserState.CHUNK_SIZE
@@ -29601,6 +29643,7 @@ class HttpConnection(asyncio.Protocol):
         self.state = ConnectionState(phase=ConnectionPhase.HEADERS, since=self._loop.time())
         self._head: RequestHead | None = None
         self._decision: AccessDecision | None = None
+        self._last_decision: AccessDecision | None = None  # of the head that came last
         self._task: asyncio.Task[None] | None = None
         self._exchange: HttpExchange | None = None
         self._websocket: WebSocketConnection | None = None
@@ -29742,9 +29785,11 @@ class HttpConnection(asyncio.Protocol):
 
     def _begin_request(self, head: RequestHead) -> None:
         """Decides access before the body is read."""
-        decision = choose_access(
-            self._server.policy, head, is_loopback=self.state.is_loopback, local_address=self._local_address
-        )
+        decision = self._last_decision
+        if decision is None or not self._parser.is_repeated:
+            decision = self._last_decision = choose_access(
+                self._server.policy, head, is_loopback=self.state.is_loopback, local_address=self._local_address
+            )
         self._head, self._decision = head, decision
         if decision.refusal is not None and head.body_length != 0:
             self._refuse(build_error_response(decision.refusal))
