@@ -13592,11 +13592,10 @@ class TransportWriter:
         self._pending_bytes += len(data)
         if not self._flush_is_due:
             self._flush_is_due = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._flush_when_due)
 
     def flush(self) -> None:
         """Hands everything queued to the transport now."""
-        self._flush_is_due = False
         if self._pending:
             self.send(b"")
 
@@ -13650,6 +13649,10 @@ class TransportWriter:
             self._watch.cancel()
             self._watch = None
         self.resume()
+
+    def _flush_when_due(self) -> None:
+        self._flush_is_due = False
+        self.flush()
 
     def _note_progress(self) -> bool:
         taken_bytes = self._written_bytes - self._transport.get_write_buffer_size()
@@ -29580,7 +29583,7 @@ class HttpExchange:
             self.keep_alive = False
         else:
             if is_chunked:
-                self._writer.write(LAST_CHUNK)
+                self._writer.send(LAST_CHUNK)
 
 
 async def answer_request(handler: Handler, request: HttpRequest) -> HttpResponse:
@@ -29822,24 +29825,31 @@ class HttpConnection(asyncio.Protocol):
                 decision = replace(decision, refusal=refusal)
         self._exchange = HttpExchange(request, head, self._writer, self._server.build_common_fields(decision.origin))
         self._exchange.keep_alive &= not self._is_stopping
-        self._task = self._server.own(self._exchange.run(_choose_handler(decision, self._server.handler)))
-        self._task.add_done_callback(self._exchange_done)
+        self._task = self._server.own(self._run(self._exchange, _choose_handler(decision, self._server.handler)))
         self._throttle()
 
-    def _exchange_done(self, task: asyncio.Task[None]) -> None:
-        exchange, self._exchange, self._task = self._exchange, None, None
-        self._head = self._decision = None
-        if self.phase is ConnectionPhase.CLOSED:
-            if not task.cancelled() and (exc := task.exception()) and not isinstance(exc, ConnectionError):
-                _http_logger.error("an exchange failed after its client left", exc_info=exc)
-            return
-        if task.cancelled() or task.exception() is not None:
-            if not task.cancelled():
-                _http_logger.error("an exchange failed", exc_info=task.exception())
+    async def _run(self, exchange: HttpExchange, handler: Handler) -> None:
+        """Runs an exchange; then the connection goes on, or ends."""
+        try:
+            await exchange.run(handler)
+        except ConnectionError:
             self._transport.abort()
-        elif exchange is not None and exchange.upgrade is not None:
+        except Exception:
+            _http_logger.exception("an exchange failed")
+            self._transport.abort()
+        except BaseException:
+            self._transport.abort()
+            raise
+        else:
+            self._go_on(exchange)
+
+    def _go_on(self, exchange: HttpExchange) -> None:
+        self._exchange = self._task = self._head = self._decision = None
+        if self.phase is ConnectionPhase.CLOSED:
+            return
+        if exchange.upgrade is not None:
             self._open_websocket(exchange, exchange.upgrade)
-        elif exchange is None or not exchange.keep_alive or self._is_stopping:
+        elif not exchange.keep_alive or self._is_stopping:
             self._finish()
         else:
             self._parser.start_next_request()
