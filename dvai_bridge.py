@@ -1666,6 +1666,7 @@ def encode_json(value: Any) -> bytes:
 
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+_BASE64URL_DIGITS = bytes.maketrans(b"+/", b"-_")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
 
 
@@ -1684,7 +1685,7 @@ def parse_base64url(text: str) -> bytes:
 
 def encode_base64url(data: bytes) -> str:
     """Unpadded base64url (RFC 4648 section 5)."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    return binascii.b2a_base64(data, newline=False).translate(_BASE64URL_DIGITS, b"=").decode("ascii")
 
 
 def parse_decimal(text: str, *, maximum: int, minimum: int = 0) -> int:
@@ -2209,7 +2210,7 @@ _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
 _STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
-_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
+_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,%d})\r\n" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
 _PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([1-9][0-9]{0,14})\r\n")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
@@ -2755,16 +2756,14 @@ class ResponseParser(LineReader):
 
     def receive(self, data: bytes) -> bytes:
         """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
-        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
-            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
-            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
-                size = int(data[:end], 16)
-                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
-                    return data[end + 2 : -2]
         if self.state is ResponseState.FAILED:
             return b""
-        self._buffer += data
         pieces: list[bytes] = []
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:
+            data = data[self._take_plain_chunks(data, 0, pieces) :]
+            if not data:
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._buffer += data
         try:
             while self._step(pieces):
                 pass
@@ -2795,7 +2794,10 @@ class ResponseParser(LineReader):
         if state is ResponseState.HEADERS:
             return self._read_headers()
         if state is ResponseState.CHUNK_SIZE:
-            return self._read_chunk_size()
+            start = self._take_plain_chunks(self._buffer, self._line_start, pieces)
+            if start > self._line_start:
+                self._line_start = self._searched = start
+            return self.state is state and self._read_chunk_size()
         if state is ResponseState.CHUNK_END:
             return self._read_chunk_end()
         if state is ResponseState.TRAILERS:
@@ -2861,6 +2863,20 @@ class ResponseParser(LineReader):
         is_chunk = self.state is ResponseState.CHUNK_DATA
         self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
         return is_chunk
+
+    def _take_plain_chunks(self, data: bytes | bytearray, start: int, pieces: list[bytes]) -> int:
+        """Reads the chunks from `start` on that are all there and have no extension, as most do; where they end."""
+        while (line := _PLAIN_CHUNK_LINE.match(data, start)) is not None:
+            begin = line.end()
+            end = begin + int(line[1], 16)
+            if data[end : end + 2] != b"\r\n":
+                break
+            start = end + 2
+            if end == begin:  # the last one, without trailers
+                self.state = ResponseState.COMPLETE
+                break
+            pieces.append(bytes(data[begin:end]))
+        return start
 
     def _read_chunk_size(self) -> bool:
         limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
@@ -6516,6 +6532,7 @@ def encode_canonical_json(value: Any) -> bytes:
 
 _EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
 _ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_DIGIT_BEGINS = re.compile("\0[0-9]")  # a key, among several behind a zero each
 _JSON_CONSTANTS = {None: "null", True: "true", False: "false"}
 
 
@@ -6524,8 +6541,10 @@ def _build_canonical_json(value: Any) -> str:
     if kind is str:
         return json.encoder.encode_basestring(value)
     if kind is dict:
+        quote = json.encoder.encode_basestring
         members = [
-            f"{json.encoder.encode_basestring(key)}:{_build_canonical_json(value[key])}" for key in _sort_keys(value)
+            f"{quote(key)}:{quote(member) if type(member) is str else _build_canonical_json(member)}"
+            for key, member in _sort_members(value)
         ]
         return "{" + ",".join(members) + "}"
     if kind is list:
@@ -6537,15 +6556,15 @@ def _build_canonical_json(value: Any) -> str:
     return _build_javascript_number(value)
 
 
-def _sort_keys(members: Mapping[str, Any]) -> Iterable[str]:
-    """Keys in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
-    if not any("0" <= key < ":" for key in members):  # none begins with a digit
-        return members
+def _sort_members(members: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Members in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
+    if not _DIGIT_BEGINS.search("\0" + "\0".join(members)):
+        return members.items()
     indices = [key for key in members if _ARRAY_INDEX.fullmatch(key) and int(key) < 2**32 - 1]
-    others = dict.fromkeys(members)
+    others = dict(members)
     for key in indices:
         del others[key]
-    return [*sorted(indices, key=int), *others]
+    return [*((key, members[key]) for key in sorted(indices, key=int)), *others.items()]
 
 
 def _build_javascript_number(value: int | float) -> str:
