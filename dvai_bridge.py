@@ -2963,9 +2963,9 @@ def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     fields = list(fields)
-    names = [name for name, _ in fields]
+    names, values = [*map(operator.itemgetter(0), fields)], map(operator.itemgetter(1), fields)
     is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
-    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join(values)):
         raise ValueError("a header field that would break out of its line")
     return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
@@ -12481,7 +12481,7 @@ class AuditLog:
         self._directory = directory
         self._batch_s = batch_s
         self._changed = threading.Condition()
-        self._lines: deque[tuple[str, bytes]] = deque(maxlen=AUDIT_LINES_LIMIT)  # (day, line)
+        self._entries: deque[AuditEntry] = deque(maxlen=AUDIT_LINES_LIMIT)
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closing = False
@@ -12496,31 +12496,30 @@ class AuditLog:
 
     def record(self, entry: AuditEntry) -> None:
         """Take down a request that has ended."""
-        line = encode_audit_line(entry)
         with self._changed:
-            self._lines.append((format_utc(entry.time_ms)[:10], line))
-            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+            self._entries.append(entry)
+            if len(self._entries) == 1:  # else it is awake, and waits for more to write at once
                 self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
         with self._writing:
             with self._changed:
-                lines = list(self._lines)
-                self._lines.clear()
+                entries = list(self._entries)
+                self._entries.clear()
             written = 0
             try:
-                for day, group in itertools.groupby(lines, key=operator.itemgetter(0)):
-                    batch = [line for _, line in group]
+                for day, group in itertools.groupby(entries, key=lambda entry: format_utc(entry.time_ms)[:10]):
+                    batch = [*map(encode_audit_line, group)]
                     self._write_day(day, batch)
                     written += len(batch)
             except OSError as exc:
-                self._put_back(lines[written:])
+                self._put_back(entries[written:])
                 if not self._has_warned:
                     audit_log.warning("the audit cannot be written to %s: %s", self._directory, exc.strerror or exc)
                 self._has_warned = True
             else:
-                if self._has_warned and lines:
+                if self._has_warned and entries:
                     audit_log.info("the audit is written again")
                     self._has_warned = False
 
@@ -12540,7 +12539,7 @@ class AuditLog:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._lines or self._is_closing)
+                self._changed.wait_for(lambda: self._entries or self._is_closing)
                 self._changed.wait_for(lambda: self._is_closing, self._batch_s)
                 if self._is_closing:
                     return
@@ -12559,11 +12558,11 @@ class AuditLog:
             (self._directory / f"{day}.jsonl").unlink(missing_ok=True)
         self._pruned_day = today
 
-    def _put_back(self, lines: Sequence[tuple[str, bytes]]) -> None:
+    def _put_back(self, entries: Sequence[AuditEntry]) -> None:
         with self._changed:
-            both = [*lines, *self._lines]
-            self._lines.clear()
-            self._lines.extend(both)  # the oldest fall out, if they are too many
+            both = [*entries, *self._entries]
+            self._entries.clear()
+            self._entries.extend(both)  # the oldest fall out, if they are too many
 
 
 def _parse_audit_line(line: bytes) -> dict[str, Any] | None:
@@ -33915,16 +33914,29 @@ def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tu
     return build_config(flags=flags, environ=environ, file=file), directories
 
 
+class LogFormatter(logging.Formatter):
+    """As the standard one, whose time is written anew once a second."""
+
+    @functools.lru_cache(maxsize=2)
+    def _format_second(self, time_s: int) -> str:
+        return time.strftime(self.default_time_format, self.converter(time_s))
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return self.default_msec_format % (self._format_second(int(record.created)), record.msecs)
+
+
 def configure_logging(config: Config, level: int) -> None:
     """Log lines on stderr, or in --log-file; --verbose shows all."""
-    try:
-        logging.basicConfig(
-            level=logging.DEBUG if config.verbose else level,
-            format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-            filename=config.log_file,
-        )
-    except OSError as exc:
-        raise UsageError(f"--log-file: {exc}") from exc
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file is not None:
+        try:
+            handler = logging.FileHandler(config.log_file, errors="backslashreplace")
+        except OSError as exc:
+            raise UsageError(f"--log-file: {exc}") from exc
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if config.verbose else level, handlers=[handler])
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line has them
+    logging._srcfile = None  # nor the place in the source
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
