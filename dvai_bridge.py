@@ -3019,6 +3019,7 @@ def encode_json_event(value: Mapping[str, Any]) -> bytes:
 
 
 PING = encode_sse_comment("ping")
+DONE_EVENT = encode_sse_event("[DONE]")
 PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
 SSE_HEADERS = (
     ("Content-Type", "text/event-stream"),
@@ -27717,8 +27718,8 @@ class ChunkNormalizer:
     def around(self) -> tuple[bytes, bytes]:
         """The bytes of every event before its choice and behind it; the peer's model is known by then."""
         if self._around is None:
-            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
-            before, _, after = event.rpartition(b"{}")
+            event = encode_json_event(build_answer(self.head, self._object, []))
+            before, after = event[: -len(b"]}\n\n")], b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
             self._around = before, after
         return self._around
 
@@ -27726,14 +27727,14 @@ class ChunkNormalizer:
         """A choice that goes on."""
         return self._build_choice(index, delta, None, None)
 
-    def build_tail(self) -> dict[str, Any] | None:
-        """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
+    def encode_tail(self) -> bytes:
+        """The event with the usage, if that was asked for and is known. UpstreamError unless every choice has ended."""
         if not self.choices or not all(state.finish_reason for state in self.choices.values()):
             raise UpstreamLostError("the peer stopped in the middle of its answer")
         if not self._include_usage or self.usage is None:
-            return None
-        timings = {} if self.timings is None else {"timings": self.timings}
-        return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
+            return b""
+        timings = b"" if self.timings is None else b',"timings":%b' % encode_json(self.timings)
+        return b'%b],"usage":%b%b}\n\n' % (self.around[0], encode_json(self.usage), timings)
 
     def _note_model(self, model: Any) -> None:
         """The first name that the peer gives, with its first choice at the latest, is what served."""
@@ -28101,9 +28102,9 @@ class PeerStream:
         return b""
 
     def _finish(self) -> bytes:
-        tail = self._normalizer.build_tail()
+        tail = self._normalizer.encode_tail()
         self.is_done = True
-        return (encode_json_event(tail) if tail is not None else b"") + encode_sse_event("[DONE]")
+        return tail + DONE_EVENT
 
 
 def encode_peer_embeddings(data: bytes, model_id: str, count: int, encoding_format: str) -> bytes:
@@ -28202,6 +28203,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._completed_at: float | None = None  # when the last of it had come
         self._content_pieces = 0  # that have come
         self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
@@ -28283,15 +28285,16 @@ class PeerExchange:
         return piece
 
     def _complete(self) -> None:
+        """The answer is whole; what else is to be done can wait until the client has it."""
         self._response.leave_rest()
-        self.end(ForwardOutcome.COMPLETED)
+        self._completed_at = self._loop.time()
 
     def _read_end(self) -> bytes:
         """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
         if not self.target.is_own_engine or not self.stream.has_content:
             raise UpstreamLostError("the peer ended its stream too early")
         piece = self.stream.feed_end()
-        self.end(ForwardOutcome.COMPLETED)
+        self._completed_at = self._loop.time()
         return piece
 
     async def read_embeddings(self) -> bytes:
@@ -28308,11 +28311,11 @@ class PeerExchange:
         return answer
 
     def end(self, outcome: ForwardOutcome) -> None:
-        """Gives up the connection and reports, the first time only."""
+        """Gives up the connection and reports, the first time only. An answer that was whole counts as completed."""
         if not self._has_ended:
             self._has_ended = True
             self._exchange.release()
-            self._on_end(self._build_report(outcome))
+            self._on_end(self._build_report(outcome if self._completed_at is None else ForwardOutcome.COMPLETED))
 
     def abandon(self) -> None:
         """Ends without a report: the answer was none."""
@@ -28326,7 +28329,8 @@ class PeerExchange:
         self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
-        now, content_at = self._loop.time(), None if self._came_whole else self._content_at
+        now = self._loop.time() if self._completed_at is None else self._completed_at
+        content_at = None if self._came_whole else self._content_at
         usage = self.normalizer.usage or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         first_content_s = None if content_at is None else content_at - self._started_at
@@ -28375,6 +28379,7 @@ class ForwardedStream:
         if self._error is not None:
             raise self._error
         if self._exchange.stream.is_done:
+            self._exchange.end(ForwardOutcome.COMPLETED)
             raise StopAsyncIteration
         try:
             return await self._exchange.read()
@@ -28508,6 +28513,7 @@ class Forwarder:
         except UpstreamError as exc:
             exchange.end(ForwardOutcome.PEER_FAILED)
             raise build_peer_failure(exchange.target, exc) from exc
+        exchange.end(ForwardOutcome.COMPLETED)
         normalizer, assembler = exchange.normalizer, exchange.assembler
         assert assembler is not None  # the client did not stream
         return encode_json(assembler.build(normalizer.head, normalizer.usage, normalizer.timings))
@@ -30844,7 +30850,7 @@ class AnswerEncoder:
         if parsed.include_usage:
             usage = combine_usage([end.usage for end in self._ends], count_choices(parsed))
             tail = encode_json_event(self._form.usage(usage))
-        return tail + encode_sse_event("[DONE]")
+        return tail + DONE_EVENT
 
 
 def build_answer_form(
@@ -31091,6 +31097,7 @@ class AccountedBody:
         self._account = account
         self._status = status
         self._place = place
+        self._outcome = "cancelled"
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -31106,18 +31113,19 @@ class AccountedBody:
             raise
 
     async def pour_into(self, sink: ByteSink) -> None:
+        """The account is closed by `aclose`, once the client has the last byte: it keeps nobody waiting."""
         try:
             await pour(self._body, sink)
         except Exception as exc:
-            self._account.close(self._status, name_outcome(exc))
+            self._outcome = name_outcome(exc)
             raise
-        self._account.close(self._status, "ok")
+        self._outcome = "ok"
 
     async def aclose(self) -> None:
-        self._account.close(self._status, "cancelled")
         try:
             await close_body(self._body)
         finally:
+            self._account.close(self._status, self._outcome)
             await self._place.aclose()
 
 
