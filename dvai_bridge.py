@@ -1644,7 +1644,7 @@ _JSON_DECODER = json.JSONDecoder(
     parse_constant=_parse_json_constant,
     object_pairs_hook=_build_json_object,
 )
-_scan_json = _JSON_DECODER.scan_once
+_scan_json: Callable[[str, int], tuple[Any, int]] = vars(_JSON_DECODER)["scan_once"]  # missing in typeshed
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
@@ -33922,15 +33922,17 @@ def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tu
     return build_config(flags=flags, environ=environ, file=file), directories
 
 
+@functools.lru_cache(maxsize=2)
+def format_local_second(time_s: int) -> str:
+    """The local time as log lines begin with it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
 class LogFormatter(logging.Formatter):
     """As the standard one, whose time is written anew once a second."""
 
-    @functools.lru_cache(maxsize=2)
-    def _format_second(self, time_s: int) -> str:
-        return time.strftime(self.default_time_format, self.converter(time_s))
-
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return self.default_msec_format % (self._format_second(int(record.created)), record.msecs)
+        return f"{format_local_second(int(record.created))},{int(record.msecs):03d}"
 
 
 def configure_logging(config: Config, level: int) -> None:

@@ -343,7 +343,8 @@ def test_a_head_that_comes_again_is_read_as_if_it_were_the_first():
 def test_only_the_length_may_differ_from_the_head_before():
     parser, found = RequestParser(body_limit_bytes=100), []
     for length, extra in ((5, b""), (5, b""), (12, b""), (12, b"A: b\r\n"), (12, b""), (0, b"")):
-        parser.receive(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n%b" % (length, HOST + extra) + b"\r\n" + b"x" * length)
+        lines = b"Content-Length: %d\r\n%b\r\n" % (length, HOST + extra)
+        parser.receive(b"POST / HTTP/1.1\r\n" + lines + b"x" * length)
         assert parser.next_event().body_length == length and len(parser.next_event().data) == length
         parser.start_next_request()
         found.append(parser.is_repeated)
