@@ -186,6 +186,7 @@ REQUEST_LINE_LIMIT_BYTES = 8 * KIB  # endless request lines (414)
 HEADER_LINE_LIMIT_BYTES = 8 * KIB  # one endless header (431)
 HEADER_BLOCK_LIMIT_BYTES = 32 * KIB  # many long headers (431)
 HEADER_COUNT_LIMIT = 100  # many short headers (431)
+KNOWN_HEAD_LIMIT_BYTES = 4 * KIB  # memory taken by the head that a connection may send again
 CONTENT_LENGTH_LIMIT_DIGITS = 19  # integers that wrap in other software (400)
 CHUNK_SIZE_LIMIT_DIGITS = 16  # likewise, in hexadecimal (400)
 CHUNK_EXTENSIONS_LIMIT_BYTES = 4 * KIB  # endless chunk extensions, all chunks of a body together (413)
@@ -1653,10 +1654,17 @@ def parse_json(data: bytes) -> Any:
     Stricter than `json.loads`: depth and digits are bounded; NaN, Infinity, numbers beyond a float, duplicate keys
     and lone surrogates are refused (RFC 8259 leaves each of them to the reader, so readers differ).
     """
-    _verify_json_structure(data)
-    _verify_json_surrogates(data)
+    if data.count(b"[") + data.count(b"{") > JSON_DEPTH_LIMIT:
+        _verify_json_structure(data)
+    if b"\\u" in data:
+        _verify_json_surrogates(data)
     try:
-        return _JSON_DECODER.decode(data.decode())
+        text = data.decode()
+        try:
+            value, end = _scan_json(text, 0)
+        except StopIteration:  # it begins with white space, or with nothing that is JSON
+            end = -1
+        return value if end == len(text) else _JSON_DECODER.decode(text)
     except UnicodeDecodeError as exc:
         raise JsonError(f"invalid UTF-8 at byte {exc.start}") from None
     except json.JSONDecodeError as exc:
@@ -1665,8 +1673,6 @@ def parse_json(data: bytes) -> Any:
 
 def _verify_json_structure(data: bytes) -> None:
     """Bounds nesting and the number of lists and objects without recursion, at the speed of bytes methods."""
-    if data.count(b"[") + data.count(b"{") <= JSON_DEPTH_LIMIT:
-        return
     brackets = _find_json_brackets(data)
     if len(brackets) > 2 * JSON_CONTAINERS_LIMIT:
         raise JsonError(f"more than {JSON_CONTAINERS_LIMIT} lists and objects")
@@ -1697,10 +1703,9 @@ def _find_json_brackets(data: bytes) -> bytes:
 
 def _verify_json_surrogates(data: bytes) -> None:
     """Refuses escapes of half a code point, which no UTF-8 can carry further."""
-    if b"\\" in data and b"\\u" in data:
-        unescaped = data.replace(b"\\\\", b"")
-        if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", unescaped)):
-            raise JsonError("a lone surrogate in a string")
+    unescaped = data.replace(b"\\\\", b"")
+    if _SURROGATE.search(_SURROGATE_PAIR.sub(b"", unescaped)):
+        raise JsonError("a lone surrogate in a string")
 
 
 def _verify_json_digits(text: str) -> None:
@@ -1740,6 +1745,7 @@ _JSON_DECODER = json.JSONDecoder(
     parse_constant=_parse_json_constant,
     object_pairs_hook=_build_json_object,
 )
+_scan_json: Callable[[str, int], tuple[Any, int]] = vars(_JSON_DECODER)["scan_once"]  # missing in typeshed
 _JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
@@ -1761,6 +1767,7 @@ def encode_json(value: Any) -> bytes:
 
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+_BASE64URL_DIGITS = bytes.maketrans(b"+/", b"-_")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
 
 
@@ -1779,7 +1786,7 @@ def parse_base64url(text: str) -> bytes:
 
 def encode_base64url(data: bytes) -> str:
     """Unpadded base64url (RFC 4648 section 5)."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    return binascii.b2a_base64(data, newline=False).translate(_BASE64URL_DIGITS, b"=").decode("ascii")
 
 
 def parse_decimal(text: str, *, maximum: int, minimum: int = 0) -> int:
@@ -2313,8 +2320,9 @@ _ORIGIN_FORM = re.compile(r"(/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*)(?:\?([!\"$-~]*))
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::[0-9]{1,5})?")
 _STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-5][0-9]{{2}})(?: {_TEXT})?")
 _CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_LIMIT_DIGITS}}})(;{_TEXT})?")
-_PLAIN_CHUNK = re.compile(rb"[0-9A-Fa-f]{1,%d}" % CHUNK_SIZE_LIMIT_DIGITS)
+_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,%d})\r\n" % CHUNK_SIZE_LIMIT_DIGITS)
 _CONTENT_LENGTH = re.compile(rf"[0-9]{{1,{CONTENT_LENGTH_LIMIT_DIGITS}}}")
+_PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([1-9][0-9]{0,14})\r\n")
 _PERCENT = re.compile(r"%(?:([0-9A-Fa-f]{2})|)")
 
 # Fields that decide something: a second one is an attempt to be read in two ways.
@@ -2514,6 +2522,35 @@ def build_request_head(method: str, target: RequestTarget, http_minor: int, head
     return RequestHead(method, target, http_minor, headers, body_length, keep_alive, expects_continue)
 
 
+class KnownHead:
+    """A head that was parsed, to know those that follow it and differ in their Content-Length only."""
+
+    __slots__ = ("_after", "_before", "_head")
+
+    def __init__(self, block: bytes, head: RequestHead) -> None:
+        length = _PLAIN_LENGTH.search(block) if len(block) <= KNOWN_HEAD_LIMIT_BYTES else None
+        self._before, self._after = (block[: length.start(1)], block[length.end(1) :]) if length else (b"", b"")
+        self._head = head
+
+    def find(self, data: bytearray) -> tuple[RequestHead, int] | None:
+        """The head at the beginning of `data`, and where it ends; None if it is another one, or not all there."""
+        start, after = len(self._before), self._after
+        if not start or not data.startswith(self._before):
+            return None
+        end = data.find(b"\r", start, start + CONTENT_LENGTH_LIMIT_DIGITS)
+        length = data[start:end]
+        if end < 0 or not length.isdigit() or length[0] == ord("0") or not data.startswith(after, end):
+            return None
+        return self._build_head(length.decode()), end + len(after)
+
+    def _build_head(self, length: str) -> RequestHead:
+        head = self._head
+        if int(length) == head.body_length:
+            return head
+        fields = [(name, length if name == "content-length" else value) for name, value in head.headers]
+        return replace(head, headers=Headers(fields), body_length=int(length))
+
+
 class ParserState(enum.Enum):
     """What the parser reads next. Every other move than these is impossible.
 
@@ -2622,6 +2659,8 @@ class RequestParser(LineReader):
         super().__init__()
         self._body_limit_bytes = body_limit_bytes
         self._error: BridgeError | None = None
+        self._known: KnownHead | None = None
+        self.is_repeated = False  # the head that came last is the one before, but for its Content-Length
         self._start_request()
 
     def _start_request(self) -> None:
@@ -2662,6 +2701,11 @@ class RequestParser(LineReader):
 
     def _read_event(self) -> RequestHead | RequestBody | None:
         if self.state is ParserState.REQUEST_LINE:
+            found = self._known.find(self._buffer) if self._known is not None else None
+            if found is not None:
+                head, self._line_start = found
+                self._searched, self.is_repeated = self._line_start, True
+                return self._begin_body(head)
             self._read_request_line()
         if self.state is ParserState.HEADERS:
             return self._read_headers()
@@ -2685,6 +2729,10 @@ class RequestParser(LineReader):
         if not self._read_fields(HEADER_BLOCK_LIMIT_BYTES) or self._request_line is None:
             return None
         head = build_request_head(*self._request_line, Headers(self._fields))
+        self._known, self.is_repeated = KnownHead(bytes(self._buffer[: self._line_start]), head), False
+        return self._begin_body(head)
+
+    def _begin_body(self, head: RequestHead) -> RequestHead:
         self._release()
         if head.body_length is None:
             self.state = ParserState.CHUNK_SIZE
@@ -2818,16 +2866,14 @@ class ResponseParser(LineReader):
 
     def receive(self, data: bytes) -> bytes:
         """The part of the body that `data` brings, empty if none; look at `head`, `is_complete` and `error` then."""
-        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:  # the usual case of a stream: just one chunk
-            end = data.find(b"\r\n", 0, CHUNK_SIZE_LIMIT_DIGITS + 2)
-            if _PLAIN_CHUNK.fullmatch(data, 0, max(end, 0)):
-                size = int(data[:end], 16)
-                if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
-                    return data[end + 2 : -2]
         if self.state is ResponseState.FAILED:
             return b""
-        self._buffer += data
         pieces: list[bytes] = []
+        if self.state is ResponseState.CHUNK_SIZE and not self._buffer:
+            data = data[self._take_plain_chunks(data, 0, pieces) :]
+            if not data:
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._buffer += data
         try:
             while self._step(pieces):
                 pass
@@ -2858,7 +2904,10 @@ class ResponseParser(LineReader):
         if state is ResponseState.HEADERS:
             return self._read_headers()
         if state is ResponseState.CHUNK_SIZE:
-            return self._read_chunk_size()
+            start = self._take_plain_chunks(self._buffer, self._line_start, pieces)
+            if start > self._line_start:
+                self._line_start = self._searched = start
+            return self.state is state and self._read_chunk_size()
         if state is ResponseState.CHUNK_END:
             return self._read_chunk_end()
         if state is ResponseState.TRAILERS:
@@ -2924,6 +2973,20 @@ class ResponseParser(LineReader):
         is_chunk = self.state is ResponseState.CHUNK_DATA
         self.state = ResponseState.CHUNK_END if is_chunk else ResponseState.COMPLETE
         return is_chunk
+
+    def _take_plain_chunks(self, data: bytes | bytearray, start: int, pieces: list[bytes]) -> int:
+        """Reads the chunks from `start` on that are all there and have no extension, as most do; where they end."""
+        while (line := _PLAIN_CHUNK_LINE.match(data, start)) is not None:
+            begin = line.end()
+            end = begin + int(line[1], 16)
+            if data[end : end + 2] != b"\r\n":
+                break
+            start = end + 2
+            if end == begin:  # the last one, without trailers
+                self.state = ResponseState.COMPLETE
+                break
+            pieces.append(bytes(data[begin:end]))
+        return start
 
     def _read_chunk_size(self) -> bool:
         limit_bytes = CHUNK_SIZE_LIMIT_DIGITS + CHUNK_EXTENSIONS_LIMIT_BYTES - self._extension_bytes
@@ -3010,9 +3073,9 @@ def encode_request_head(method: str, target: str, fields: Iterable[tuple[str, st
 
 def _encode_head(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     fields = list(fields)
-    names = [name for name, _ in fields]
+    names, values = [*map(operator.itemgetter(0), fields)], map(operator.itemgetter(1), fields)
     is_sound = _FIELD_NAME.fullmatch("".join(names) or "-") and all(names)
-    if not is_sound or not _FIELD_VALUE.fullmatch("".join([value for _, value in fields])):
+    if not is_sound or not _FIELD_VALUE.fullmatch("".join(values)):
         raise ValueError("a header field that would break out of its line")
     return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1")
 
@@ -3066,6 +3129,7 @@ def encode_json_event(value: Mapping[str, Any]) -> bytes:
 
 
 PING = encode_sse_comment("ping")
+DONE_EVENT = encode_sse_event("[DONE]")
 PING_INTERVAL_S = 15.0  # silence after which a stream whose prompt is still computed shows a sign of life
 SSE_HEADERS = (
     ("Content-Type", "text/event-stream"),
@@ -6579,6 +6643,7 @@ def encode_canonical_json(value: Any) -> bytes:
 
 _EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
 _ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
+_DIGIT_BEGINS = re.compile("\0[0-9]")  # a key, among several behind a zero each
 _JSON_CONSTANTS = {None: "null", True: "true", False: "false"}
 
 
@@ -6587,8 +6652,10 @@ def _build_canonical_json(value: Any) -> str:
     if kind is str:
         return json.encoder.encode_basestring(value)
     if kind is dict:
+        quote = json.encoder.encode_basestring
         members = [
-            f"{json.encoder.encode_basestring(key)}:{_build_canonical_json(value[key])}" for key in _sort_keys(value)
+            f"{quote(key)}:{quote(member) if type(member) is str else _build_canonical_json(member)}"
+            for key, member in _sort_members(value)
         ]
         return "{" + ",".join(members) + "}"
     if kind is list:
@@ -6600,15 +6667,15 @@ def _build_canonical_json(value: Any) -> str:
     return _build_javascript_number(value)
 
 
-def _sort_keys(members: Mapping[str, Any]) -> Iterable[str]:
-    """Keys in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
-    if not any("0" <= key < ":" for key in members):  # none begins with a digit
-        return members
+def _sort_members(members: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Members in JavaScript's order: array indices (0 to 2^32 - 2) ascending, then the others as they came."""
+    if not _DIGIT_BEGINS.search("\0" + "\0".join(members)):
+        return members.items()
     indices = [key for key in members if _ARRAY_INDEX.fullmatch(key) and int(key) < 2**32 - 1]
-    others = dict.fromkeys(members)
+    others = dict(members)
     for key in indices:
         del others[key]
-    return [*sorted(indices, key=int), *others]
+    return [*((key, members[key]) for key in sorted(indices, key=int)), *others.items()]
 
 
 def _build_javascript_number(value: int | float) -> str:
@@ -12785,7 +12852,7 @@ class AuditLog:
         self._directory = directory
         self._batch_s = batch_s
         self._changed = threading.Condition()
-        self._lines: deque[tuple[str, bytes]] = deque(maxlen=AUDIT_LINES_LIMIT)  # (day, line)
+        self._entries: deque[AuditEntry] = deque(maxlen=AUDIT_LINES_LIMIT)
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closing = False
@@ -12800,31 +12867,30 @@ class AuditLog:
 
     def record(self, entry: AuditEntry) -> None:
         """Take down a request that has ended."""
-        line = encode_audit_line(entry)
         with self._changed:
-            self._lines.append((format_utc(entry.time_ms)[:10], line))
-            if len(self._lines) == 1:  # else it is awake, and waits for more to write at once
+            self._entries.append(entry)
+            if len(self._entries) == 1:  # else it is awake, and waits for more to write at once
                 self._changed.notify()
 
     def flush(self) -> None:
         """Write what there is, now. Blocks for the disk; never raises for it."""
         with self._writing:
             with self._changed:
-                lines = list(self._lines)
-                self._lines.clear()
+                entries = list(self._entries)
+                self._entries.clear()
             written = 0
             try:
-                for day, group in itertools.groupby(lines, key=operator.itemgetter(0)):
-                    batch = [line for _, line in group]
+                for day, group in itertools.groupby(entries, key=lambda entry: format_utc(entry.time_ms)[:10]):
+                    batch = [*map(encode_audit_line, group)]
                     self._write_day(day, batch)
                     written += len(batch)
             except OSError as exc:
-                self._put_back(lines[written:])
+                self._put_back(entries[written:])
                 if not self._has_warned:
                     audit_log.warning("the audit cannot be written to %s: %s", self._directory, exc.strerror or exc)
                 self._has_warned = True
             else:
-                if self._has_warned and lines:
+                if self._has_warned and entries:
                     audit_log.info("the audit is written again")
                     self._has_warned = False
 
@@ -12844,7 +12910,7 @@ class AuditLog:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._lines or self._is_closing)
+                self._changed.wait_for(lambda: self._entries or self._is_closing)
                 self._changed.wait_for(lambda: self._is_closing, self._batch_s)
                 if self._is_closing:
                     return
@@ -12863,11 +12929,11 @@ class AuditLog:
             (self._directory / f"{day}.jsonl").unlink(missing_ok=True)
         self._pruned_day = today
 
-    def _put_back(self, lines: Sequence[tuple[str, bytes]]) -> None:
+    def _put_back(self, entries: Sequence[AuditEntry]) -> None:
         with self._changed:
-            both = [*lines, *self._lines]
-            self._lines.clear()
-            self._lines.extend(both)  # the oldest fall out, if they are too many
+            both = [*entries, *self._entries]
+            self._entries.clear()
+            self._entries.extend(both)  # the oldest fall out, if they are too many
 
 
 def _parse_audit_line(line: bytes) -> dict[str, Any] | None:
@@ -13999,11 +14065,10 @@ class TransportWriter:
         self._pending_bytes += len(data)
         if not self._flush_is_due:
             self._flush_is_due = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._flush_when_due)
 
     def flush(self) -> None:
         """Hands everything queued to the transport now."""
-        self._flush_is_due = False
         if self._pending:
             self.send(b"")
 
@@ -14057,6 +14122,10 @@ class TransportWriter:
             self._watch.cancel()
             self._watch = None
         self.resume()
+
+    def _flush_when_due(self) -> None:
+        self._flush_is_due = False
+        self.flush()
 
     def _note_progress(self) -> bool:
         taken_bytes = self._written_bytes - self._transport.get_write_buffer_size()
@@ -28156,6 +28225,7 @@ LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+EVENTS_BLOCK_BYTES = 4 * KIB  # streams that are looked through again and again
 FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
 
@@ -28517,13 +28587,16 @@ class ChunkNormalizer:
         if value.get("error") or value.get("object") == "error":
             said = find_error_message(value)
             raise AttemptError("it reported an error in its stream", AttemptOutcome.SERVER_ERROR, said=said)
-        self._note_model(value.get("model"))
-        self.usage = parse_peer_usage(value.get("usage")) or self.usage
-        self.timings = value["timings"] if isinstance(value.get("timings"), dict) else self.timings
-        choices = value.get("choices")
-        if not isinstance(choices, list):
-            choices = []
-        self._has_model = self._has_model or bool(choices)
+        if not self._has_model:
+            self._note_model(value.get("model"))
+        usage, timings, choices = value.get("usage"), value.get("timings"), value.get("choices")
+        if usage:
+            self.usage = parse_peer_usage(usage) or self.usage
+        if isinstance(timings, dict):
+            self.timings = timings
+        if not choices or not isinstance(choices, list):
+            return []
+        self._has_model = True
         return [piece for choice in choices for piece in self._normalize_choice(choice)]
 
     def encode(self, choice: Mapping[str, Any]) -> bytes:
@@ -28535,8 +28608,8 @@ class ChunkNormalizer:
     def around(self) -> tuple[bytes, bytes]:
         """The bytes of every event before its choice and behind it; the peer's model is known by then."""
         if self._around is None:
-            event = encode_json_event(build_chunk(self.head, self._object, {}, self._include_usage))
-            before, _, after = event.rpartition(b"{}")
+            event = encode_json_event(build_answer(self.head, self._object, []))
+            before, after = event[: -len(b"]}\n\n")], b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
             self._around = before, after
         return self._around
 
@@ -28544,22 +28617,26 @@ class ChunkNormalizer:
         """A choice that goes on."""
         return self._build_choice(index, delta, None, None)
 
-    def build_tail(self) -> dict[str, Any] | None:
-        """The usage chunk, if it was asked for and known. UpstreamError unless every choice has ended."""
+    def encode_tail(self) -> bytes:
+        """The event with the usage, if that was asked for and is known. UpstreamError unless every choice has ended."""
         if not self.choices or not all(state.finish_reason for state in self.choices.values()):
             raise UpstreamLostError("the peer stopped in the middle of its answer")
         if not self._include_usage or self.usage is None:
-            return None
-        timings = {} if self.timings is None else {"timings": self.timings}
-        return build_answer(self.head, self._object, []) | {"usage": self.usage} | timings
+            return b""
+        timings = b"" if self.timings is None else b',"timings":%b' % encode_json(self.timings)
+        return b'%b],"usage":%b%b}\n\n' % (self.around[0], encode_json(self.usage), timings)
 
     def _note_model(self, model: Any) -> None:
         """The first name that the peer gives, with its first choice at the latest, is what served."""
-        if not self._has_model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
+        if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARS:
             self._has_model = True
             self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
-    def _normalize_choice(self, choice: Any) -> Iterator[dict[str, Any]]:
+    def end_choice(self, index: int, word: str) -> list[dict[str, Any]]:
+        """The same for a choice that has nothing but the peer's word for its end."""
+        return self._build_choices(index, self.choices[index], {}, word, None)
+
+    def _normalize_choice(self, choice: Any) -> list[dict[str, Any]]:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
         if index is None or not 0 <= index < MAX_CHOICES:
             raise UpstreamError("the peer sent a choice that is none")
@@ -28567,18 +28644,26 @@ class ChunkNormalizer:
         if state is None:
             state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
         if state.finish_reason is not None:
-            return
-        delta = self._read_delta(choice, state)
-        logprobs = choice.get("logprobs") if isinstance(choice.get("logprobs"), dict) else None
-        state.finish_reason = state.read_finish_reason(choice.get("finish_reason"))
+            return []
+        delta, logprobs = self._read_delta(choice, state), choice.get("logprobs")
+        return self._build_choices(
+            index, state, delta, choice.get("finish_reason"), logprobs if isinstance(logprobs, dict) else None
+        )
+
+    def _build_choices(
+        self, index: int, state: ChoiceState, delta: dict[str, Any], word: Any, logprobs: dict[str, Any] | None
+    ) -> list[dict[str, Any]]:
+        state.finish_reason = state.read_finish_reason(word)
+        pieces: list[dict[str, Any]] = []
         if (delta or logprobs or state.finish_reason) and not state.has_begun:
             state.has_begun = True
             if self._is_chat:
-                yield self._build_choice(index, CHAT_ROLE_DELTA, None, None)
+                pieces.append(self._build_choice(index, CHAT_ROLE_DELTA, None, None))
         if delta or logprobs:
-            yield self._build_choice(index, delta or {"content": ""}, None, logprobs)
+            pieces.append(self._build_choice(index, delta or {"content": ""}, None, logprobs))
         if state.finish_reason is not None:
-            yield self._build_choice(index, {}, state.finish_reason, None)
+            pieces.append(self._build_choice(index, {}, state.finish_reason, None))
+        return pieces
 
     def _read_delta(self, choice: Mapping[str, Any], state: ChoiceState) -> dict[str, Any]:
         delta = choice.get("delta", choice.get("message"))
@@ -28586,7 +28671,13 @@ class ChunkNormalizer:
             delta = {"content": choice.get("text")}
         if not isinstance(delta, dict):
             raise UpstreamError("the peer sent a delta that is none")
-        read: dict[str, Any] = {name: text for name in _DELTA_TEXTS if (text := read_peer_text(delta.get(name)))}
+        read: dict[str, Any] = {}
+        for name in _DELTA_TEXTS:
+            text = delta.get(name)
+            if text is None or text == "":
+                continue
+            if text := read_peer_text(text):
+                read[name] = text
         calls = delta.get("tool_calls")
         if isinstance(calls, list) and calls:
             read["tool_calls"] = [state.read_tool_call(call) for call in calls]
@@ -28676,38 +28767,67 @@ class AnswerAssembler:
 
 
 # The inside of a JSON string but for \u escapes, whose surrogates would have to come in pairs.
-_PLAIN_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
+_PLAIN_TEXT = rb'[^"\\\x00-\x1f]*+(?:\\["\\/bfnrt][^"\\\x00-\x1f]*+)*+'
+_OPEN_END = re.compile(rb'"finish_reason": ?(null)')
+_PLAIN_ENDS = {b'"stop"': "stop", b'"length"': "length"}
+_MARKED_TEXTS = re.compile(rb"(?:\x00(?!\x01)%b\x01)+" % _PLAIN_TEXT)
 _ROLE_DELTA = re.compile(rb'\{"role":( ?)"assistant",\1"content":\1""\}')
 
 
 class ChunkTemplate:
-    """Chunks that differ in one text only: how the peer writes them around it, and how we do.
+    """Chunks that differ in one text only: how the peer writes their events around it, and how we do.
 
-    A text of the peer's that is a plain JSON string is then copied as it stands, without parsing its chunk.
+    Texts of the peer's that are plain JSON strings are then copied as they stand, without parsing their chunks, as
+    many at once as have come: each `before` becomes a byte 0 and each `after` a byte 1, which no event has otherwise.
     """
 
-    __slots__ = ("after", "before", "index", "name", "our_after", "our_before", "state")
+    __slots__ = ("after", "before", "end_after", "end_before", "index", "name", "our_after", "our_before", "state")
 
     def __init__(self, before: bytes, after: bytes, normalizer: ChunkNormalizer, index: int, name: str) -> None:
-        self.before, self.after = before, after
+        self.before, self.after = b"data: " + before, after + b"\n\n"
+        self.end_before = self.end_after = b""  # of an event that ends the choice and has no text, if it is known
         self.index, self.name = index, name
         self.state = normalizer.choices[index]
         event = normalizer.encode(normalizer.build_choice(index, {name: "@"} if name != "text" else {"content": "@"}))
         self.our_before, _, self.our_after = event.rpartition(b"@")
 
-    def find_text(self, event: bytes) -> bytes:
-        """The text within `event`, empty if the event is of another form or its text not plain."""
-        if not event.startswith(self.before) or not event.endswith(self.after):
-            return b""
-        text = event[len(self.before) : len(event) - len(self.after)]
-        if not _PLAIN_STRING.fullmatch(text):
-            return b""
-        if not text.isascii():
+    def guess_end(self) -> None:
+        """From a chunk whose choice has a delta and no `finish_reason` yet: the last one's delta is empty."""
+        rest, _, opening = self.before[6:].rpartition(b"{")
+        if not self.after.startswith(b'"}') or not opening.startswith(b'"%b"' % self.name.encode()):
+            return
+        event = b"%b{}%b" % (rest, self.after[2:-2])
+        found = _OPEN_END.search(event)
+        if found is not None and event.count(b'"finish_reason"') == 1:
+            self.end_before, self.end_after = event[: found.start(1)], event[found.end(1) :]
+
+    def find_end(self, event: bytes) -> str:
+        """The peer's word for the end of the choice, if that is all that the event says; else ""."""
+        before, after = self.end_before, self.end_after
+        if not before or not event.startswith(before) or not event.endswith(after):
+            return ""
+        return _PLAIN_ENDS.get(event[len(before) : len(event) - len(after)], "")
+
+    def find_texts(self, events: bytes) -> tuple[bytes, bytes]:
+        """The plain texts of the events that `events` begins with, each between the bytes 0 and 1; and what is left."""
+        if not events.startswith(self.before) or b"\x00" in events or b"\x01" in events:
+            return b"", events
+        marked = events.replace(self.before, b"\x00").replace(self.after, b"\x01")
+        run = _MARKED_TEXTS.match(marked)
+        if run is None:
+            return b"", events
+        texts = run[0]
+        if not texts.isascii():
             try:
-                text.decode()
+                texts.decode()
             except UnicodeDecodeError:
-                return b""
-        return text
+                return b"", events
+        rest = marked[run.end() :]
+        return texts, rest.replace(b"\x00", self.before).replace(b"\x01", self.after) if rest else rest
+
+    def encode(self, texts: bytes) -> bytes:
+        """Our events for the texts that were found."""
+        return texts.replace(b"\x00", self.our_before).replace(b"\x01", self.our_after)
 
 
 def learn_template(
@@ -28732,7 +28852,7 @@ def learn_template(
         ours = choices[-1]
         container, texts = (peers[0], ["text"]) if "text" in ours else (delta, list(ours["delta"]))
         name = texts[0] if len(texts) == 1 else ""
-        found = re.search(rb'"%b": ?"(%b)"' % (name.encode(), _PLAIN_STRING.pattern), event)
+        found = re.search(rb'"%b": ?"((?!")%b)"' % (name.encode(), _PLAIN_TEXT), event)
         if found is None or name not in (*_DELTA_TEXTS, "text") or ours["logprobs"]:
             return None
         if not isinstance(container, dict) or name not in container or event.count(b'"%b"' % name.encode()) != 1:
@@ -28740,7 +28860,20 @@ def learn_template(
         before, after = event[: found.start(1)], event[found.end(1) :]
     if b"\\" in before or b"\\" in after:
         return None
-    return ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+    template = ChunkTemplate(before, after, normalizer, as_integer(peers[0].get("index", 0)) or 0, name)
+    if isinstance(delta, dict) and peers[0].get("finish_reason", "") is None:
+        template.guess_end()
+    return template
+
+
+def cut_events(data: bytes) -> Iterator[bytes]:
+    """Whole events in blocks of about EVENTS_BLOCK_BYTES, so that looking for texts in what is left stays cheap."""
+    start, size = 0, len(data)
+    while start < size:
+        end = data.find(b"\n\n", start + EVENTS_BLOCK_BYTES) + 2
+        end = end if end > 1 else size
+        yield data[start:end]
+        start = end
 
 
 class PeerStream:
@@ -28764,23 +28897,39 @@ class PeerStream:
         self._fed_bytes += len(data)
         if self._assembler is not None and self._fed_bytes > FORWARD_ANSWER_LIMIT_BYTES:
             raise UpstreamError(f"the peer's answer is larger than {FORWARD_ANSWER_LIMIT_BYTES // MIB} MiB")
-        pieces = []
-        for event in self._split(data):
-            if self.is_done:
-                break
-            template = self._template
-            text = template.find_text(event) if template is not None else b""
-            if template is None or not text:
-                pieces.append(self._read_event(event))
-                continue
+        pieces: list[bytes] = []
+        if not self._has_plain_events(data):
+            for event in self._parse(data):
+                if not self.is_done and self._take_texts(b"data: %b\n\n" % event, pieces):
+                    pieces.append(self._read_event(event))
+        else:
+            for block in cut_events(data):
+                self._feed_events(block, pieces)
+        return b"".join(pieces)
+
+    def _feed_events(self, events: bytes, pieces: list[bytes]) -> None:
+        while events and not self.is_done:
+            events = self._take_texts(events, pieces)
+            if events:
+                event, _, events = events.partition(b"\n\n")
+                pieces.append(self._read_event(event[6:]))
+
+    def _take_texts(self, events: bytes, pieces: list[bytes]) -> bytes:
+        """Takes in the texts at the beginning that fit the template; what is left."""
+        template = self._template
+        if template is None:
+            return events
+        texts, rest = template.find_texts(events)
+        if texts:
             self._templates_in_vain = 0
             if not template.state.has_begun:
                 pieces.append(self._begin(template))
             if self._assembler is None:
-                pieces += (template.our_before, text, template.our_after)
+                pieces.append(template.encode(texts))
             else:
-                self._assembler.add_text(template.index, template.name, json.loads(b'"%b"' % text))
-        return b"".join(pieces)
+                text = json.loads(b'"%b"' % texts.translate(None, b"\x00\x01"))
+                self._assembler.add_text(template.index, template.name, text)
+        return rest
 
     def _begin(self, template: ChunkTemplate) -> bytes:
         """The first text of a choice comes by a template that was guessed."""
@@ -28792,7 +28941,7 @@ class PeerStream:
     def feed_whole(self, data: bytes) -> bytes:
         """The same for the answer of a peer that does not stream."""
         try:
-            return self._put_in_order(parse_json(data))[0] + self._finish()
+            return self._encode(self._normalizer.normalize(parse_json(data))) + self._finish()
         except JsonError as exc:
             raise UpstreamError(f"the peer sent no JSON: {exc}") from exc
 
@@ -28800,12 +28949,15 @@ class PeerStream:
         """The same for the end of a stream that has no [DONE]. UpstreamError in the middle of an answer."""
         return self._finish()
 
-    def _split(self, data: bytes) -> list[bytes]:
-        """The data of each event; quickly where whole events of one line come, as they usually do."""
-        if not self._parser.is_inside_event and data.startswith(b"data: ") and data.endswith(b"\n\n"):
-            events = data[6:-2].split(b"\n\ndata: ")
-            if data.count(b"\n") == 2 * len(events) and b"\r" not in data and len(data) <= SSE_EVENT_LIMIT_BYTES:
-                return events
+    def _has_plain_events(self, data: bytes) -> bool:
+        """Whether whole events of one line come, as they usually do."""
+        is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n") and not self._parser.is_inside_event
+        if not is_whole or b"\r" in data or len(data) > SSE_EVENT_LIMIT_BYTES:
+            return False
+        return data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2
+
+    def _parse(self, data: bytes) -> list[bytes]:
+        """The data of each event."""
         try:
             return [event.data.encode() for event in self._parser.feed(data)]
         except SseError as exc:
@@ -28814,30 +28966,35 @@ class PeerStream:
     def _read_event(self, event: bytes) -> bytes:
         if event == b"[DONE]":
             return self._finish()
+        template = self._template
+        word = template.find_end(event) if template is not None else ""
+        if template is not None and word:
+            self._template = None
+            return self._encode(self._normalizer.end_choice(template.index, word))
         try:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        encoded, choices = self._put_in_order(value)
+        choices = self._normalizer.normalize(value)
         self._template = None
         if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
             self._template = learn_template(event, value, choices, self._normalizer)
             self._templates_in_vain += self._template is not None
-        return encoded
+        return self._encode(choices) if choices else b""
 
-    def _put_in_order(self, value: Any) -> tuple[bytes, list[dict[str, Any]]]:
-        choices = self._normalizer.normalize(value)
+    def _encode(self, choices: list[dict[str, Any]]) -> bytes:
+        """The events of what was put in order; none with an assembler."""
         self.has_content = self.has_content or bool(choices)
         if self._assembler is None:
-            return b"".join(map(self._normalizer.encode, choices)), choices
+            return b"".join(map(self._normalizer.encode, choices))
         for choice in choices:
             self._assembler.add(choice)
-        return b"", choices
+        return b""
 
     def _finish(self) -> bytes:
-        tail = self._normalizer.build_tail()
+        tail = self._normalizer.encode_tail()
         self.is_done = True
-        return (encode_json_event(tail) if tail is not None else b"") + encode_sse_event("[DONE]")
+        return tail + DONE_EVENT
 
 
 def encode_peer_embeddings(data: bytes, model_id: str, count: int, encoding_format: str) -> bytes:
@@ -28936,6 +29093,7 @@ class PeerExchange:
         self._started_at = self._written_at = started_at  # all in loop time
         self._content_by = content_by
         self._content_at: float | None = None  # when the first content came
+        self._completed_at: float | None = None  # when the last of it had come
         self._content_pieces = 0  # that have come
         self._came_whole = False  # its first content tells nothing of how long prompt and answer took
         self._silence_s = silence_s
@@ -29017,15 +29175,16 @@ class PeerExchange:
         return piece
 
     def _complete(self) -> None:
+        """The answer is whole; what else is to be done can wait until the client has it."""
         self._response.leave_rest()
-        self.end(ForwardOutcome.COMPLETED)
+        self._completed_at = self._loop.time()
 
     def _read_end(self) -> bytes:
         """The body has ended without [DONE]: some engines know none, and then it counts that every choice has ended."""
         if not self.target.is_own_engine or not self.stream.has_content:
             raise UpstreamLostError("the peer ended its stream too early")
         piece = self.stream.feed_end()
-        self.end(ForwardOutcome.COMPLETED)
+        self._completed_at = self._loop.time()
         return piece
 
     async def read_embeddings(self) -> bytes:
@@ -29042,11 +29201,11 @@ class PeerExchange:
         return answer
 
     def end(self, outcome: ForwardOutcome) -> None:
-        """Gives up the connection and reports, the first time only."""
+        """Gives up the connection and reports, the first time only. An answer that was whole counts as completed."""
         if not self._has_ended:
             self._has_ended = True
             self._exchange.release()
-            self._on_end(self._build_report(outcome))
+            self._on_end(self._build_report(outcome if self._completed_at is None else ForwardOutcome.COMPLETED))
 
     def abandon(self) -> None:
         """Ends without a report: the answer was none."""
@@ -29060,7 +29219,8 @@ class PeerExchange:
         self._response.idle_s = self._silence_s
 
     def _build_report(self, outcome: ForwardOutcome) -> ForwardReport:
-        now, content_at = self._loop.time(), None if self._came_whole else self._content_at
+        now = self._loop.time() if self._completed_at is None else self._completed_at
+        content_at = None if self._came_whole else self._content_at
         usage = self.normalizer.usage or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         first_content_s = None if content_at is None else content_at - self._started_at
@@ -29109,6 +29269,7 @@ class ForwardedStream:
         if self._error is not None:
             raise self._error
         if self._exchange.stream.is_done:
+            self._exchange.end(ForwardOutcome.COMPLETED)
             raise StopAsyncIteration
         try:
             return await self._exchange.read()
@@ -29243,6 +29404,7 @@ class Forwarder:
         except UpstreamError as exc:
             exchange.end(ForwardOutcome.PEER_FAILED)
             raise build_peer_failure(exchange.target, exc) from exc
+        exchange.end(ForwardOutcome.COMPLETED)
         normalizer, assembler = exchange.normalizer, exchange.assembler
         assert assembler is not None  # the client did not stream
         return encode_json(assembler.build(normalizer.head, normalizer.usage, normalizer.timings))
@@ -30356,7 +30518,7 @@ class HttpExchange:
             self.keep_alive = False
         else:
             if is_chunked:
-                self._writer.write(LAST_CHUNK)
+                self._writer.send(LAST_CHUNK)
 
 
 async def answer_request(handler: Handler, request: HttpRequest) -> HttpResponse:
@@ -30419,6 +30581,7 @@ class HttpConnection(asyncio.Protocol):
         self.state = ConnectionState(phase=ConnectionPhase.HEADERS, since=self._loop.time())
         self._head: RequestHead | None = None
         self._decision: AccessDecision | None = None
+        self._last_decision: AccessDecision | None = None  # of the head that came last
         self._task: asyncio.Task[None] | None = None
         self._exchange: HttpExchange | None = None
         self._websocket: WebSocketConnection | None = None
@@ -30560,9 +30723,11 @@ class HttpConnection(asyncio.Protocol):
 
     def _begin_request(self, head: RequestHead) -> None:
         """Decides access before the body is read."""
-        decision = choose_access(
-            self._server.policy, head, is_loopback=self.state.is_loopback, local_address=self._local_address
-        )
+        decision = self._last_decision
+        if decision is None or not self._parser.is_repeated:
+            decision = self._last_decision = choose_access(
+                self._server.policy, head, is_loopback=self.state.is_loopback, local_address=self._local_address
+            )
         self._head, self._decision = head, decision
         if decision.refusal is not None and head.body_length != 0:
             self._refuse(build_error_response(decision.refusal))
@@ -30595,24 +30760,31 @@ class HttpConnection(asyncio.Protocol):
                 decision = replace(decision, refusal=refusal)
         self._exchange = HttpExchange(request, head, self._writer, self._server.build_common_fields(decision.origin))
         self._exchange.keep_alive &= not self._is_stopping
-        self._task = self._server.own(self._exchange.run(_choose_handler(decision, self._server.handler)))
-        self._task.add_done_callback(self._exchange_done)
+        self._task = self._server.own(self._run(self._exchange, _choose_handler(decision, self._server.handler)))
         self._throttle()
 
-    def _exchange_done(self, task: asyncio.Task[None]) -> None:
-        exchange, self._exchange, self._task = self._exchange, None, None
-        self._head = self._decision = None
-        if self.phase is ConnectionPhase.CLOSED:
-            if not task.cancelled() and (exc := task.exception()) and not isinstance(exc, ConnectionError):
-                _http_logger.error("an exchange failed after its client left", exc_info=exc)
-            return
-        if task.cancelled() or task.exception() is not None:
-            if not task.cancelled():
-                _http_logger.error("an exchange failed", exc_info=task.exception())
+    async def _run(self, exchange: HttpExchange, handler: Handler) -> None:
+        """Runs an exchange; then the connection goes on, or ends."""
+        try:
+            await exchange.run(handler)
+        except ConnectionError:
             self._transport.abort()
-        elif exchange is not None and exchange.upgrade is not None:
+        except Exception:
+            _http_logger.exception("an exchange failed")
+            self._transport.abort()
+        except BaseException:
+            self._transport.abort()
+            raise
+        else:
+            self._go_on(exchange)
+
+    def _go_on(self, exchange: HttpExchange) -> None:
+        self._exchange = self._task = self._head = self._decision = None
+        if self.phase is ConnectionPhase.CLOSED:
+            return
+        if exchange.upgrade is not None:
             self._open_websocket(exchange, exchange.upgrade)
-        elif exchange is None or not exchange.keep_alive or self._is_stopping:
+        elif not exchange.keep_alive or self._is_stopping:
             self._finish()
         else:
             self._parser.start_next_request()
@@ -31651,7 +31823,7 @@ class AnswerEncoder:
         if parsed.include_usage:
             usage = combine_usage([end.usage for end in self._ends], count_choices(parsed))
             tail = encode_json_event(self._form.usage(usage))
-        return tail + encode_sse_event("[DONE]")
+        return tail + DONE_EVENT
 
 
 def build_answer_form(
@@ -31896,6 +32068,7 @@ class AccountedBody:
         self._account = account
         self._status = status
         self._place = place
+        self._outcome = "cancelled"
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -31911,18 +32084,19 @@ class AccountedBody:
             raise
 
     async def pour_into(self, sink: ByteSink) -> None:
+        """The account is closed by `aclose`, once the client has the last byte: it keeps nobody waiting."""
         try:
             await pour(self._body, sink)
         except Exception as exc:
-            self._account.close(self._status, name_outcome(exc))
+            self._outcome = name_outcome(exc)
             raise
-        self._account.close(self._status, "ok")
+        self._outcome = "ok"
 
     async def aclose(self) -> None:
-        self._account.close(self._status, "cancelled")
         try:
             await close_body(self._body)
         finally:
+            self._account.close(self._status, self._outcome)
             await self._place.aclose()
 
 
@@ -35382,16 +35556,31 @@ def load_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tu
     return build_config(flags=flags, environ=environ, file=file), directories
 
 
+@functools.lru_cache(maxsize=2)
+def format_local_second(time_s: int) -> str:
+    """The local time as log lines begin with it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
+class LogFormatter(logging.Formatter):
+    """As the standard one, whose time is written anew once a second."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return f"{format_local_second(int(record.created))},{int(record.msecs):03d}"
+
+
 def configure_logging(config: Config, level: int) -> None:
     """Log lines on stderr, or in --log-file; --verbose shows all."""
-    try:
-        logging.basicConfig(
-            level=logging.DEBUG if config.verbose else level,
-            format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-            filename=config.log_file,
-        )
-    except OSError as exc:
-        raise UsageError(f"--log-file: {exc}") from exc
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file is not None:
+        try:
+            handler = logging.FileHandler(config.log_file, errors="backslashreplace")
+        except OSError as exc:
+            raise UsageError(f"--log-file: {exc}") from exc
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if config.verbose else level, handlers=[handler])
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line has them
+    logging._srcfile = None  # nor the place in the source
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 

@@ -310,6 +310,47 @@ def test_outcome_does_not_depend_on_segments():
             assert show(read(data, range(len(data)))) == whole, data
 
 
+def lay_open(events):
+    """Events with all that they say."""
+    return [
+        (each.method, each.target, each.http_minor, list(each.headers), each.body_length, each.keep_alive,
+         each.expects_continue, each.headers.get("content-length"))
+        if isinstance(each, RequestHead) else each
+        for each in events
+    ]  # fmt: skip
+
+
+def test_a_head_that_comes_again_is_read_as_if_it_were_the_first():
+    rng, seen = random.Random(12), set()
+    lines = b"POST /v1/a HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %b\r\nExpect: 100-continue\r\nX: y\r\n\r\n"
+    lengths = [b"5", b"15", b"1", b"0", b"05", b"999", b"1001", b"-1", b"5 ", b" 5", b"5, 5", b"", b"9" * 15, b"9" * 19]
+    for _ in range(3000):
+        extra = rng.choice([b"", b"", b"", b"A: b\r\n", b"content-length: 5\r\n", b"Connection: close\r\n"])
+        length, name = rng.choice(lengths), rng.choice([b"Content-Length", b"Content-Length", b"content-length"])
+        again = (lines % (extra, length)).replace(b"Content-Length", name)
+        if rng.random() < 0.3:
+            at = rng.randrange(len(again))
+            again = again[:at] + rng.choice([b"", b"\n", b"7", b"\x00"]) + again[at + rng.randrange(2) :]
+        body = b"x" * (int(length) if length.isdigit() and int(length) < 1000 else 5)
+        first = lines % (b"", b"5") + b"hello"
+        cuts = sorted(rng.randrange(len(first + again)) for _ in range(rng.randrange(3)))
+        alone = read(again + body)
+        assert lay_open(read(first + again + body, cuts)) == lay_open(read(first) + alone), again
+        seen |= {each[1] if isinstance(each, tuple) else type(each) for each in alone[-1:]}
+    assert seen >= {400, 413, RequestBody, RequestHead}, seen
+
+
+def test_only_the_length_may_differ_from_the_head_before():
+    parser, found = RequestParser(body_limit_bytes=100), []
+    for length, extra in ((5, b""), (5, b""), (12, b""), (12, b"A: b\r\n"), (12, b""), (0, b"")):
+        lines = b"Content-Length: %d\r\n%b\r\n" % (length, HOST + extra)
+        parser.receive(b"POST / HTTP/1.1\r\n" + lines + b"x" * length)
+        assert parser.next_event().body_length == length and len(parser.next_event().data) == length
+        parser.start_next_request()
+        found.append(parser.is_repeated)
+    assert found == [False, True, True, False, False, False]
+
+
 def test_head_says_what_matters():
     def head(lines, minor=1):
         return read(b"POST / HTTP/1.%d\r\n" % minor + HOST + lines + b"\r\n")[0]

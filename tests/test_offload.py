@@ -378,6 +378,15 @@ def test_the_quick_way_ends_with_its_choice():
     assert deltas(put_in_order(encode(*sent))) == [ROLE, *[CONTENT] * 4, STOP]
 
 
+def test_the_quick_way_takes_nothing_else_for_the_end_of_a_choice():
+    sent = [{"finish_reason": None, "choices": [{"index": 0, "delta": {"content": "x"}}]}] * 3
+    with pytest.raises(UpstreamError):
+        put_in_order(encode(*sent, {"finish_reason": "stop", "choices": [{"index": 0, "delta": {}}]}))
+    for word, shown in (("stop", "stop"), ("length", "length"), ("max_tokens", "length")):
+        events = put_in_order(encode(*[chunk({"content": "x"})] * 3, chunk({}, word)))
+        assert events[-2]["choices"][0]["finish_reason"] == shown
+
+
 @pytest.mark.parametrize("text", [b"\xff", b"\xc3", b'a"b', b"\\x", b"\\ud800", b"\x01", b"a\\"])
 def test_the_quick_way_copies_nothing_that_is_no_json(text):
     ok = encode(*[chunk({"content": "x"})] * 3, done=False)
