@@ -708,7 +708,7 @@ def run_command(*arguments, **environ):
         (["--port", "nine"], {}, 2, "--port 'nine'"),
         (["--nonsense"], {}, 2, "--nonsense"),
         ([], {"SESSION_TTL_SECONDS": "-1"}, 2, "SESSION_TTL_SECONDS"),
-        ([], {"REDIS_URL": "redis://localhost"}, 2, "REDIS_URL"),
+        ([], {"REDIS_URL": "localhost:6379"}, 2, "REDIS_URL"),
         (["--tls-cert-file", "/nowhere", "--tls-key-file", "/nowhere", "--port", "0"], {}, 2, "TLS_CERT_FILE"),
         (["--host", "192.0.2.1"], {}, 1, "cannot listen"),
     ],
