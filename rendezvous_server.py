@@ -3655,7 +3655,8 @@ class Directory:
             self._detach()
             if error is None:
                 return
-            if was_there or not has_warned:
+            is_told = not first.done() and isinstance(error, RedisError) and error.is_refusal
+            if was_there or not (has_warned or is_told):
                 logger.warning(
                     "Redis is away (%s): this process goes on alone; its sessions with other processes have ended",
                     display_name(str(error)),
@@ -3679,15 +3680,12 @@ class Directory:
                 first.set_result(None)
             rounds, messages = self._run_rounds(link, process), self._receive(link)
             tasks = [asyncio.create_task(each, name="redis") for each in (rounds, messages)]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*done)
         finally:
             for task in tasks:
                 task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await link.close()
 
     def _attach(self, link: RedisLink, process: str) -> None:

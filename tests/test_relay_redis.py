@@ -406,13 +406,14 @@ def read_rss(relays):
 
 @pytest.mark.parametrize("how", ["kill", "stop", "freeze"])
 def test_a_process_takes_only_its_own_with_it(own, how):
-    """Each of the three in turn, under load; another one takes its place, or it comes back by itself."""
+    """Each of the three in turn (one, if it takes its time), under load; another one takes its place, or it comes
+    back by itself."""
     redis, relays = own
     with load(relays):
         pass  # so that what is kept for ever is there already
     before = max(read_rss(relays))
     with contextlib.ExitStack() as replacements:
-        for number in range(3):
+        for number in range(3 if how == "kill" else 1):
             end_a_process_under_load(relays, relays[number], how)
             if how != "freeze":
                 relays[number].process.wait(DEADLINE_S)

@@ -719,6 +719,14 @@ def test_wrong_use_is_said_in_one_line(arguments, environ, code, said):
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_redis_without_its_package_is_said_in_one_line():
+    command = [sys.executable, "-S", str(RELAY), "--port", "0"]  # -S: without the packages that are installed
+    environ = CLEAN_ENVIRON | {"REDIS_URL": "redis://:hunter2@127.0.0.1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "pip install 'redis>=5'" in done.stderr and "hunter2" not in done.stderr
+
+
 def test_a_port_that_is_taken():
     with start_relay() as relay:
         done = run_command("--host", "127.0.0.1", "--port", str(relay.port))
