@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 
 import pytest
 from support import require, wait_for
@@ -117,3 +118,56 @@ def wait_until_alone(relays):
     """Waits until these processes have noticed that Redis is away."""
     for relay in relays:
         wait_for(lambda relay=relay: relay.read_health()["redis"] == "away", 20, "Redis is away")
+
+
+class Balancer:
+    """What stands before several relays: each new connection goes to the next of them that takes it."""
+
+    def __init__(self, ports):
+        self._ports = list(ports)
+        self._next = 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._sockets = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for each in (self._server, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                self._connect(client)
+
+    def _connect(self, client):
+        for _ in self._ports:
+            self._next += 1
+            try:
+                relay = socket.create_connection(("127.0.0.1", self._ports[self._next % len(self._ports)]))
+            except OSError:
+                continue
+            self._sockets += [client, relay]
+            for pair in ((client, relay), (relay, client)):
+                self._threads.append(threading.Thread(target=self._pass_on, args=pair))
+                self._threads[-1].start()
+            return
+        client.close()
+
+    @staticmethod
+    def _pass_on(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)

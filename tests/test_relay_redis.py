@@ -14,7 +14,7 @@ import time
 
 import pytest
 from support import MODULE, wait_for
-from support_redis import FREE, start_redis, start_relays, wait_until_alone, wait_until_together
+from support_redis import FREE, Balancer, start_redis, start_relays, wait_until_alone, wait_until_together
 from support_relay import (
     CLEAN_ENVIRON,
     DEADLINE_S,
@@ -26,6 +26,8 @@ from support_relay import (
     encode_text,
     start_relay,
 )
+from support_worker import build_byte_model
+from test_relay_end_to_end import HELLO, pair, read_text, start_strong, start_weak, wait_answered
 
 import rendezvous_server
 
@@ -613,3 +615,42 @@ def test_redis_behind_tls():
             wait_until_together([one, other])
             for client in open_pair_across(one, other)[:2]:
                 client.socket.close()
+
+
+# Real bridges
+
+
+def test_bridges_pair_and_ask_across_processes(tmp_path):
+    """A consumer and a provider behind a balancer, each connected to another process, and the ends of both processes."""
+    model = tmp_path / "strong.gguf"
+    model.write_bytes(build_byte_model())
+    weak_home, strong_home = tmp_path / "weak", tmp_path / "strong"
+    with start_redis() as redis, contextlib.ExitStack() as stack:
+        relays = stack.enter_context(start_relays(redis, 2))
+        balancer = stack.enter_context(Balancer(relay.port for relay in relays))
+        weak = stack.enter_context(start_weak(weak_home, f"ws://127.0.0.1:{balancer.port}"))
+        stack.enter_context(start_strong(strong_home, model))
+        pair(weak_home, strong_home)
+        text = read_text(wait_answered(weak))
+
+        def is_across():
+            counts = [relay.read_health()["activeSessions"] for relay in relays]
+            clients = ["rendezvous_clients 1\n" in relay.get("/metrics")[2].decode() for relay in relays]
+            return counts == [1, 1] and all(clients)
+
+        wait_for(is_across, DEADLINE_S, "one session, a half at each process, and a bridge at each")
+        assert read_text(wait_answered(weak)) == text
+
+        redis.kill()
+        wait_until_alone(relays)
+        status = weak.request("POST", "/v1/chat/completions", HELLO, timeout_s=DEADLINE_S)[0]
+        assert status in (200, 502, 503)  # 200: they have met at one process already
+        redis.start()
+        wait_until_together(relays)
+        assert read_text(wait_answered(weak)) == text
+        for relay in relays:
+            relay.process.kill()
+            assert weak.request("POST", "/v1/chat/completions", HELLO, timeout_s=DEADLINE_S)[0] in (200, 502, 503)
+            again = stack.enter_context(start_relay(port=relay.port, REDIS_URL=redis.url, **FREE))
+            assert read_text(wait_answered(weak)) == text
+            assert again.read_health()["redis"] == "ok"
