@@ -2361,7 +2361,7 @@ class SharedState(RelayState):
         session, far = self._find_half(process, values)
         if session is None or far is None:
             return []
-        near = self._clients[(session.target if session.source == far.id else session.source) or 0]
+        near = self._find_near(session, far)
         named = {"sessionId": session.id} if near.is_many else {}
         message = {"type": "error", "code": values["code"].value, "message": values["message"], **named}
         return [Send(near.id, message)]
@@ -2369,7 +2369,8 @@ class SharedState(RelayState):
     def _hear_hangup(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
         session, far = self._find_half(process, values)
         if session is None or far is None:
-            return self._hear_refuse(process, values | {"code": ErrorCode.PROCESSES_APART, "message": ""}, now)
+            is_pending = self._find_pending(process, values["sessionId"]) is not None
+            return self._give_up(values["sessionId"], self._build_apart()) if is_pending else []
         reason = values["reason"]
         if reason in (ErrorCode.SESSION_STALLED.value, ErrorCode.RATE_LIMITED.value):
             return self._end(session, now, reason, is_discarded=True)
@@ -2415,6 +2416,10 @@ class SharedState(RelayState):
                 return client
         return None
 
+    def _find_near(self, session: Session, far: Client) -> Client:
+        """The client of this process that has a far one at the other end."""
+        return self._clients[(session.target if session.source == far.id else session.source) or 0]
+
     def _find_half(self, process: str, values: Mapping[str, Any]) -> tuple[Session | None, Client | None]:
         """The session that a process names, and the client that it speaks for in it; None if it has none there."""
         session = self.sessions.get(values["sessionId"])
@@ -2428,8 +2433,7 @@ class SharedState(RelayState):
     def _accept(self, far: Client, session: Session, offer: Mapping[str, Any]) -> Send:
         """Tells the other process that the half here has begun, before anything else of it."""
         assert far.far is not None
-        near = self._clients[(session.target if session.source == far.id else session.source) or 0]
-        half = {"type": "accept", "tag": far.far.tag_here, "isBinary": near.is_binary}
+        half = {"type": "accept", "tag": far.far.tag_here, "isBinary": self._find_near(session, far).is_binary}
         return self._tell_far(far, session, {**offer, **half})
 
     def _tell_far(self, far: Client, session: Session, message: dict[str, Any], *, is_optional: bool = False) -> Send:

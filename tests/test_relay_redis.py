@@ -621,7 +621,7 @@ def test_redis_behind_tls():
 
 
 def test_bridges_pair_and_ask_across_processes(tmp_path):
-    """A consumer and a provider behind a balancer, each connected to another process, and the ends of both processes."""
+    """A consumer and a provider behind a balancer, each at another process; and what happens when those end."""
     model = tmp_path / "strong.gguf"
     model.write_bytes(build_byte_model())
     weak_home, strong_home = tmp_path / "weak", tmp_path / "strong"
