@@ -446,6 +446,30 @@ def end_a_process_under_load(relays, victim, how):
             wait_for(lambda: dial(others[0], room)["type"] == "dialed", NOTICE_S, "it comes back by itself")
 
 
+def test_redis_holds_little_for_a_process_that_does_not_read(own):
+    redis, relays = own
+    one, other, _ = relays
+    with contextlib.ExitStack() as stack:
+        room = build_room(next(ROOMS))
+        listener = stack.enter_context(RawClient(other))
+        assert listener.ask("listen", v=1, room=room)["type"] == "listening"
+        dialers = [stack.enter_context(RawClient(one)) for _ in range(8)]
+        sessions = [dialer.ask("dial", v=1, room=room)["sessionId"] for dialer in dialers]
+        other.process.send_signal(signal.SIGSTOP)
+        for dialer, session_id in zip(dialers, sessions, strict=True):
+            frame = encode_text({"type": "relay", "sessionId": session_id, "payload": "A" * 10_000})
+            dialer.socket.sendall(frame * 100)
+        for dialer, session_id in zip(dialers, sessions, strict=True):
+            error = dialer.receive()
+            assert (error["code"], error["sessionId"]) == ("session_stalled", session_id)
+            assert dialer.receive()["type"] == "hangup"
+        waiting = [int(part[5:]) for part in redis.ask("CLIENT", "LIST").split() if part.startswith("omem=")]
+        assert max(waiting) < 2 * rendezvous_server.TRUNK_WINDOW_BYTES
+        other.process.send_signal(signal.SIGCONT)
+        wait_until_together(relays)
+        assert dial(one, room)["type"] == "dialed"
+
+
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 def test_redis_away_and_back(own, how):
     redis, relays = own

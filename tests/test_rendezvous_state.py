@@ -775,3 +775,11 @@ def test_metrics_are_prometheus(table):
     assert "\nrendezvous_active_sessions 1\n" in text and "\nrendezvous_uptime_seconds 5\n" in text
     assert '\nrendezvous_errors_total{code="rate_limited"} 2\n' in text
     assert "\nrendezvous_queued_bytes 7\n" in text
+    assert "redis" not in text
+
+
+@pytest.mark.parametrize(("processes", "up", "count", "sessions"), [({"a": 2, "b": 1}, 1, 2, 3), ({}, 0, 1, 0)])
+def test_metrics_of_several_processes(table, processes, up, count, sessions):
+    text = relay.build_metrics(table.state, relay.Counters(), uptime_s=5, queued_bytes=7, processes=processes)
+    assert f"\nrendezvous_redis_up {up}\n" in text and f"\nrendezvous_relay_processes {count}\n" in text
+    assert f"\nrendezvous_all_sessions {sessions}\n" in text
