@@ -3612,7 +3612,8 @@ class Directory:
         self._asks: deque[Ask] = deque()
         self._asked: deque[Ask] = deque()
         self._wake = asyncio.Event()
-        self._is_heartbeat_due = True
+        self._is_heartbeat_due = False
+        self._timer: asyncio.TimerHandle | None = None
         self._is_leaving = False
         self._task: asyncio.Task[None] | None = None
         self.processes: dict[str, int] = {}
@@ -3695,12 +3696,13 @@ class Directory:
     def _attach(self, link: RedisLink, process: str) -> None:
         logger.info("Redis is there: this relay process is %s", process)
         self._link = link
-        self._is_heartbeat_due = True
-        self._wake.set()
+        self._mark_heartbeat_due()
         self._relay.apply(self._state.attach(process))
 
     def _detach(self) -> None:
         self._link = None
+        if self._timer is not None:
+            self._timer.cancel()
         self.processes = {}
         self._relay.apply(self._state.detach(self._relay.now()))
         for trunk in self._trunks.values():
@@ -3786,12 +3788,11 @@ class Directory:
         self.processes = processes
         for process in known - processes.keys():
             self.lose(process)
+        self._timer = self._relay.call_later(HEARTBEAT_INTERVAL_S, self._mark_heartbeat_due)
 
-        def mark_due() -> None:
-            self._is_heartbeat_due = True
-            self._wake.set()
-
-        self._relay.call_later(HEARTBEAT_INTERVAL_S, mark_due)
+    def _mark_heartbeat_due(self) -> None:
+        self._is_heartbeat_due = True
+        self._wake.set()
 
     # Other processes
 
