@@ -13214,6 +13214,7 @@ COOL_DOWN_LIMIT_S = 300.0  # a peer that came back and is not asked
 CHECKED_LIMIT = 33  # refusals that grow with the number of devices on the network: this one and 32 peers
 NO_DEVICE_RETRY_AFTER_S = 30
 PROVIDER_RETRY_AFTER_S = 5
+PROVIDER_REASON_LIMIT_CHARS = 256  # a refusal whose reasons have no end
 DECISIONS_LIMIT = 64  # remembered at a time: clients may name a new model in every request
 
 
@@ -13943,7 +13944,10 @@ def build_delegation_refusal(
             f"the provider does not have the model {display_name(model or '')!r}; `GET /v1/models` lists what it has",
             param="model",
         )
-    reasons = {device_id: failures.get(device_id) or obstacle for device_id, obstacle in decision.checked}
+    reasons = {
+        device_id: replace_unprintable(failures.get(device_id) or obstacle)[:PROVIDER_REASON_LIMIT_CHARS]
+        for device_id, obstacle in decision.checked
+    }
     shown = "; ".join(f"{device_id[:8]}…: {display_name(reason)}" for device_id, reason in reasons.items())
     kind = DelegationError if refused_key is None else ProviderRefusedError
     advice = "" if refused_key is None else f" There, `provider --allow {refused_key}` admits this device."

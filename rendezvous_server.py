@@ -6,24 +6,31 @@
     RENDEZVOUS_URL=wss://relay.example.org python3 rendezvous_server.py      as devices will know it
     python3 rendezvous_server.py --help                                      every option, as flag and as variable
 
-Anyone can run one: it is this one file, needs nothing but Python, keeps nothing on disk, and has no accounts. What
-devices send each other is encrypted between them. The relay sees who is connected, when, and how much goes through;
-it can refuse, delay or cut, and both ends notice; it cannot read or forge.
+Anyone can run one: it is this one file, needs nothing but Python, keeps nothing on disk, and has no accounts. Several
+processes are one relay when each has the same REDIS_URL. What devices send each other is encrypted between them. The
+relay sees who is connected, when, and how much goes through; it can refuse, delay or cut, and both ends notice; it
+cannot read or forge.
 
 The file reads from top to bottom, each section using only what stands above it (`grep -n '^# ---- '` lists them):
 
     ground        constants, encodings, settings, addresses
     formats       WebSocket, X25519, HTTP, messages: bytes in, values out, no I/O
-    decisions     provider proof, sessions, relay state, metrics: what each message does, as data
-    transport     links, connection, relay: asyncio begins here
+    decisions     provider proof, sessions, relay state, shared state, metrics: what each message does, as data
+    processes     directory: what stands in Redis, and what processes tell each other there
+    transport     links, ports, connection, trunk, Redis, relay: asyncio begins here
     program       command line
 
 A message that opens, closes or looks for a session goes through `RelayState.handle`, which touches no socket and reads
 no clock: it returns actions, and `Relay` does them. A message within a session takes one look-up in its connection's
 table of routes and no decision: that is the path that is fast.
 
-Who is trusted: the operator. Not trusted: every client and every byte of theirs; `X-Forwarded-For` of anyone but the
-proxies that the operator names; the Host field.
+With REDIS_URL a session whose clients are at different processes has a half at each. To a process the other half is one
+more client, which another process speaks for; frames cross on a `Trunk`, in which a half is named by four bytes as a
+session is in the binary subprotocol. Redis keeps who is where and how much of each limit is used, in entries that run
+out by themselves, and passes on what processes publish to each other.
+
+Who is trusted: the operator, with the Redis that the operator names and whoever may write there. Not trusted: every
+client and every byte of theirs; `X-Forwarded-For` of anyone but the proxies that the operator names; the Host field.
 """
 
 from __future__ import annotations
@@ -46,6 +53,7 @@ import dataclasses
 import enum
 import hashlib
 import hmac
+import importlib
 import ipaddress
 import json
 import logging
@@ -58,7 +66,7 @@ import struct
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -123,7 +131,19 @@ PING_INTERVAL_S = 30.0  # half-open sockets, and proxies that close what is sile
 PINGS_MISSED_LIMIT = 2  # then the client is gone
 STOP_GRACE_S = 10.0  # a stop waits this long for sessions to end
 
+# Several processes as one, through Redis.
+LEASE_S = 5.0  # what a process that froze or fell off the network keeps of the limits, and its listeners, in Redis
+HEARTBEAT_INTERVAL_S = 1.0  # how often a process renews that; a killed one is missed within this
+REDIS_DEADLINE_S = 3.0  # Redis that is frozen or half-open: what it has not answered by then, it does not answer
+REDIS_RETRY_LEAST_S = 0.25  # between attempts to reach Redis again, doubled each time
+REDIS_RETRY_MOST_S = 4.0
+ANSWER_DEADLINE_S = 5.0  # a process that does not say whether a session with it may begin
+ASKS_LIMIT = 1000  # clients that wait for Redis or another process before their session begins
+ROUND_LIMIT = 256  # commands that go to Redis at once
+TRUNK_WINDOW_BYTES = 512 * KIB  # on the way to one process, most of it in Redis, until that process has it
+
 CLOSE_SERVICE_RESTART = 1012  # IANA's registry of close codes: "come back"
+CLOSE_TRY_AGAIN_LATER = 1013
 
 
 # ---- Encodings ------------------------------------------------------------------------
@@ -735,6 +755,18 @@ def parse_relay_url(text: str) -> str:
     return text.replace("http", "ws", 1) if parts.scheme.startswith("http") else text
 
 
+def parse_redis_url(text: str) -> str:
+    """The URL of a Redis. What is wrong is said without showing it, since it may contain a password."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        has_place = bool(parts.path if parts.scheme == "unix" else parts.hostname) and parts.port != 0
+    except ValueError:
+        has_place = False
+    if not has_place or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("it must be a URL such as redis://127.0.0.1:6379/0, rediss://HOST or unix:///run/redis.sock")
+    return text
+
+
 def setting(environment: str, default: Any, help: str, **details: Any) -> Any:
     """A dataclass field that is also a setting."""
     details.setdefault("parse", parse_text)
@@ -829,6 +861,15 @@ class Settings:
         parse=parse_whole_number(0, 10**12),
         metavar="BYTES",
     )
+    redis_url: str = setting(
+        "REDIS_URL",
+        "",
+        "Redis through which several relay processes are one, as in redis://127.0.0.1:6379/0; rediss:// for TLS, a "
+        "password as in redis://:PASSWORD@HOST; needs the package redis; environment only",
+        parse=parse_redis_url,
+        metavar="URL",
+        is_secret=True,
+    )
     tls_cert_file: str = setting(
         "TLS_CERT_FILE", "", "certificate chain (PEM): serve wss without a proxy; read again at SIGHUP", metavar="FILE"
     )
@@ -846,8 +887,6 @@ def get_settings_fields() -> dict[str, Setting]:
 
 def build_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Settings:
     """Settings of flags (by field name) before environment before defaults; SettingsError names the place."""
-    if environ.get("REDIS_URL"):
-        raise SettingsError("REDIS_URL: several relay processes as one are not built yet; unset it and run one process")
     values: dict[str, Any] = {}
     for name, described in get_settings_fields().items():
         place, text = described.environment, environ.get(described.environment, "")
@@ -1065,6 +1104,7 @@ class ErrorCode(enum.Enum):
     MESSAGE_TOO_LARGE = "message_too_large"
     SESSION_STALLED = "session_stalled"
     RELAY_NAME_UNSET = "relay_name_unset"
+    PROCESSES_APART = "processes_apart"
 
 
 CLOSE_CODES: Mapping[ErrorCode, int] = {
@@ -1073,6 +1113,7 @@ CLOSE_CODES: Mapping[ErrorCode, int] = {
     ErrorCode.UNKNOWN_MESSAGE_TYPE: CLOSE_POLICY_VIOLATION,
     ErrorCode.SESSION_JOIN_FAILED: CLOSE_POLICY_VIOLATION,
     ErrorCode.SERVER_AT_CAPACITY: CLOSE_INTERNAL_ERROR,
+    ErrorCode.PROCESSES_APART: CLOSE_TRY_AGAIN_LATER,
 }
 
 
@@ -1258,7 +1299,7 @@ class Session:
 
 
 class SessionTable:
-    """All sessions of the relay, by id: of this process. One that several processes share needs these methods only.
+    """All sessions of this process, by id; one whose clients are at two processes stands in the table of both.
 
     Sessions of one state all live equally long after their deadline was set last, so that each of `_queues` is in
     the order of the deadlines, and what is due stands in front.
@@ -1271,6 +1312,10 @@ class SessionTable:
 
     def __len__(self) -> int:
         return len(self._queues[True]) + len(self._queues[False])
+
+    def __iter__(self) -> Iterator[Session]:
+        for queue in self._queues.values():
+            yield from queue.values()
 
     def get(self, session_id: str) -> Session | None:
         """The session of that id."""
@@ -1304,12 +1349,13 @@ class SessionTable:
 @dataclass(frozen=True, slots=True)
 class Send:
     """Tell a client. `session_id`: after what is still on its way to it in that session. `is_optional`: an answer
-    that may be left out for a client that does not read."""
+    that may be left out for a client that does not read. `process`: who speaks for the client, if it is not here."""
 
     client: int
     message: dict[str, Any]
     session_id: str = ""
     is_optional: bool = False
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1322,14 +1368,28 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class Far:
+    """Where a client is that another process speaks for, in its one session. `is_binary`: it speaks dvai-relay.2.
+
+    `tag_here`, `tag_there`: what frames from it, and to it, begin with between the processes.
+    """
+
+    process: str
+    tag_here: int
+    tag_there: int
+    is_binary: bool
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """One end of a session. `tag`: how it calls the session in binary frames, else None. `has_session_id`: whether
-    frames to it carry the session's id."""
+    frames to it carry the session's id. `far`: None for a client of this process."""
 
     client: int
     role: SessionRole
     tag: int | None
     has_session_id: bool
+    far: Far | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1348,7 +1408,24 @@ class Part:
     is_discarded: bool = False
 
 
-Action = Send | Close | Join | Part
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the directory before a message is obeyed. The answer, or None if none comes, goes to `SharedState.answer`.
+
+    `kind`, `values`: the message. `name`: of the entry that is looked for or made, or of whom is counted. `since`: when
+    a listener came. `session_id`: of the session that is to wait for its target.
+    """
+
+    kind: str
+    client: int
+    values: dict[str, Any]
+    address: str = ""
+    name: str = ""
+    since: int = 0
+    session_id: str = ""
+
+
+Action = Send | Close | Join | Part | Ask
 
 
 @dataclass(slots=True)
@@ -1387,6 +1464,7 @@ class Client:
     challenge: Challenge | None = None
     ended: dict[str, bool] | None = None
     last_tag: int = 0
+    far: Far | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -1459,9 +1537,10 @@ class RelayState:
         self._addresses[client.address].connections -= 1
         return [action for action in actions if not isinstance(action, Close) or action.client != client_id]
 
-    def touch(self, client_id: int, now: float) -> None:
+    def touch(self, client_id: int, now: float) -> list[Action]:
         """The client has shown that it is alive, by a ping of its own."""
         self._clients[client_id].alive_at = now
+        return []
 
     def handle(self, client_id: int, message: Mapping[str, Any], now: float) -> list[Action]:
         """What a message from `parse_control` does; a `relay` comes here only when it has no route."""
@@ -1487,15 +1566,22 @@ class RelayState:
     # Messages
 
     def _ping(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
-        client.alive_at = now
-        return [Send(client.id, {"type": "pong"}, is_optional=True)]
+        return [*self.touch(client.id, now), Send(client.id, {"type": "pong"}, is_optional=True)]
 
     def _pair_source(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
         offer = self._build_introduction(values)
         self._verify_may_open(client, now)
+        return self._show_code(client, values, offer, self._draw_session_id(), now)
+
+    def _draw_session_id(self) -> str:
+        return encode_base64url(self._random_bytes(16))
+
+    def _show_code(
+        self, client: Client, values: dict[str, Any], offer: dict[str, Any], session_id: str, now: float
+    ) -> list[Action]:
         actions = self._leave_pairing(client, now)
         lifetime_s = max(UNJOINED_SESSION_S, self._settings.session_ttl_s)
-        session = self._open(client, SessionState.WAITING, now + lifetime_s)
+        session = self._open(client, session_id, SessionState.WAITING, now + lifetime_s)
         session.source, session.offer = client.id, offer
         expires_at = int((session.deadline + self.unix_offset_s) * 1000)
         payload = {
@@ -1533,7 +1619,12 @@ class RelayState:
 
     def _listen(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
         if "room" in values:
-            return self._start_listening(client, ("room", values["room"]))
+            return self._start_listening(client, ("room", values["room"]), now)
+        self._verify_may_prove(client, now)
+        return self._challenge(client, values)
+
+    def _verify_may_prove(self, client: Client, now: float) -> None:
+        """Refusal if this client has to wait with proving an address."""
         if not self._relay_name:
             raise Refusal(ErrorCode.RELAY_NAME_UNSET, "this relay's operator has not set RENDEZVOUS_URL")
         per_minute, per_second = CHALLENGES_PER_ADDRESS_PER_MINUTE, CHALLENGES_PER_SECOND
@@ -1543,6 +1634,8 @@ class RelayState:
             and self._challenges.take(now, burst=per_second, per_second=per_second)
         ):
             raise Refusal(ErrorCode.RATE_LIMITED, "too many want to prove an address; wait a minute")
+
+    def _challenge(self, client: Client, values: dict[str, Any]) -> list[Action]:
         try:
             challenge = build_challenge(
                 values["publicKey"], self._relay_name, self._random_bytes(32), self._random_bytes(32)
@@ -1562,19 +1655,33 @@ class RelayState:
         challenge, client.challenge = client.challenge, None
         if challenge is None or not hmac.compare_digest(challenge.expected_mac, values["mac"]):
             raise Refusal(ErrorCode.PROOF_FAILED, "the proof is wrong, or nothing was to be proved")
-        return self._start_listening(client, ("provider", challenge.address))
+        return self._start_listening(client, ("provider", challenge.address), now)
 
     def _dial(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
         client.is_many = True
-        kind = "room" if "room" in values else "provider"
-        named = {kind: encode_base64url(values[kind])}
-        listener = self._clients.get(self._listeners[kind].get(values[kind], 0))
-        if listener is None or listener is client:
-            raise Refusal(ErrorCode.NOT_LISTENING, "nobody listens there now", named)
-        if max(len(listener.sessions), len(client.sessions)) >= SESSIONS_PER_SOCKET_LIMIT:
-            raise Refusal(ErrorCode.RATE_LIMITED, "too many sessions at one end", named)
+        kind, key, named = self._parse_dial(values)
+        listener = self._find_listener(kind, key, client)
         self._verify_may_open(client, now, named, is_closing=False)
-        session = self._open(client, SessionState.JOINED, now + self._settings.session_ttl_s)
+        return self._connect_dialer(client, listener, named, now)
+
+    def _parse_dial(self, values: Mapping[str, Any]) -> tuple[str, bytes, dict[str, str]]:
+        """Kind and key of what a message dials, and how messages about it name it."""
+        kind = "room" if "room" in values else "provider"
+        return kind, values[kind], {kind: encode_base64url(values[kind])}
+
+    def _find_listener(self, kind: str, key: bytes, dialer: Client | None) -> Client:
+        """Who listens there and has room for one more session; Refusal if nobody does. `dialer` None: not here."""
+        named = {kind: encode_base64url(key)}
+        listener = self._clients.get(self._listeners[kind].get(key, 0))
+        if listener is None or listener is dialer:
+            raise Refusal(ErrorCode.NOT_LISTENING, "nobody listens there now", named)
+        if max(len(listener.sessions), len(dialer.sessions) if dialer else 0) >= SESSIONS_PER_SOCKET_LIMIT:
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many sessions at one end", named)
+        return listener
+
+    def _connect_dialer(self, client: Client, listener: Client, named: Mapping[str, str], now: float) -> list[Action]:
+        deadline = now + self._settings.session_ttl_s
+        session = self._open(client, self._draw_session_id(), SessionState.JOINED, deadline)
         session.source, session.target = client.id, listener.id
         listener.sessions += (session,)
         ends = self._join(session, now)
@@ -1590,7 +1697,7 @@ class RelayState:
             return self._explain_relay(client, values["sessionId"])
         return self._end(session, now, values["reason"], leaving=client)
 
-    _HANDLERS: Mapping[str, Callable[[RelayState, Client, dict[str, Any], float], list[Action]]] = {
+    _HANDLERS: Mapping[str, Callable[[Any, Client, dict[str, Any], float], list[Action]]] = {
         "ping": _ping,
         "pair-source": _pair_source,
         "pair-target": _pair_target,
@@ -1635,7 +1742,8 @@ class RelayState:
         client = self._clients[sender]
         details = {"sessionId": session_id} if client.is_many else {}
         error = {"type": "error", "code": code.value, "message": "too much waits for the other end", **details}
-        return [Send(sender, error), *self._end(session, now, code.value, is_discarded=True)]
+        told = Send(sender, error, process=client.far.process if client.far else "")
+        return [told, *self._end(session, now, code.value, is_discarded=True)]
 
     def expire(self, now: float, used_at: Callable[[str], float]) -> list[Action]:
         """Ends the sessions that were idle for too long. `used_at(session_id)`: when its last frame came."""
@@ -1649,8 +1757,7 @@ class RelayState:
                 continue
             for client in ends:
                 if client.is_many:
-                    message = {"type": "hangup", "sessionId": session.id, "reason": "session expired"}
-                    actions.append(Send(client.id, message, session.id))
+                    actions.append(self._tell_end(client, session, "session expired"))
                 else:
                     actions.append(Close(client.id, CLOSE_NORMAL, "session expired"))
             actions.append(Part(session.id))
@@ -1695,13 +1802,17 @@ class RelayState:
             self._addresses[address] = use
         return use
 
-    def _open(self, client: Client, state: SessionState, deadline: float) -> Session:
-        session = Session(encode_base64url(self._random_bytes(16)), state, client.address, deadline)
+    def _open(self, client: Client, session_id: str, state: SessionState, deadline: float) -> Session:
+        session = Session(session_id, state, client.address, deadline)
         self.sessions.put(session)
         self.sessions_opened += 1
-        self._addresses[client.address].sessions += 1
+        self._count(client.address, 1)
         client.sessions += (session,)
         return session
+
+    def _count(self, address: str, change: int) -> None:
+        """Notes that an address has so many sessions more, or fewer."""
+        self._addresses[address].sessions += change
 
     def _join(self, session: Session, now: float) -> tuple[End, End]:
         """The session's ends, source first, now that it has both."""
@@ -1712,7 +1823,8 @@ class RelayState:
         for client_id, role in ((session.source, SessionRole.SOURCE), (session.target, SessionRole.TARGET)):
             client = self._clients[client_id or 0]
             client.last_tag += client.is_binary
-            ends.append(End(client.id, role, client.last_tag if client.is_binary else None, client.is_many))
+            tag = client.last_tag if client.is_binary else None
+            ends.append(End(client.id, role, tag, client.is_many, client.far))
         return ends[0], ends[1]
 
     def _end(
@@ -1722,11 +1834,7 @@ class RelayState:
         actions: list[Action] = []
         ends = [self._clients[end] for end in (session.source, session.target) if end is not None]
         staying = [client for client in ends if client is not leaving]
-        for client in staying:
-            message = {"type": "peer-disconnected", "reason": reason}
-            if client.is_many:
-                message = {"type": "hangup", "sessionId": session.id, "reason": reason}
-            actions.append(Send(client.id, message, session.id))
+        actions += (self._tell_end(client, session, reason) for client in staying)
         if session.state is SessionState.JOINED:
             actions.insert(0 if is_discarded else len(actions), Part(session.id, is_discarded))
         if leaving and session.state is SessionState.JOINED and not staying[0].is_many:
@@ -1735,6 +1843,12 @@ class RelayState:
             self.sessions.put(session)
             return actions + (self._close_idle([leaving]) if self.is_stopping else [])
         return actions + self._forget(session)
+
+    def _tell_end(self, client: Client, session: Session, reason: str) -> Send:
+        message = {"type": "peer-disconnected", "reason": reason}
+        if client.is_many:
+            message = {"type": "hangup", "sessionId": session.id, "reason": reason}
+        return Send(client.id, message, session.id, process=client.far.process if client.far else "")
 
     def _leave(self, session: Session, client: Client) -> None:
         client.sessions = tuple(other for other in client.sessions if other is not session)
@@ -1753,7 +1867,7 @@ class RelayState:
         for client in ends:
             self._leave(session, client)
         self.sessions.remove(session)
-        self._addresses[session.address].sessions -= 1
+        self._count(session.address, -1)
         return self._close_idle(ends) if self.is_stopping else []
 
     def _close_idle(self, clients: Iterable[Client]) -> list[Action]:
@@ -1788,7 +1902,7 @@ class RelayState:
 
     # Listeners
 
-    def _start_listening(self, client: Client, listen: tuple[str, bytes]) -> list[Action]:
+    def _start_listening(self, client: Client, listen: tuple[str, bytes], now: float) -> list[Action]:
         kind, key = listen
         named = {kind: encode_base64url(key)}
         if self.is_stopping or len(client.listens) >= LISTENS_PER_SOCKET_LIMIT:
@@ -1811,6 +1925,831 @@ class RelayState:
             del self._listeners[kind][key]
 
 
+# ---- Shared state ---------------------------------------------------------------------
+# What changes where several processes are one relay: sessions with a half elsewhere, and a directory to ask. Pure.
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+
+
+class Verdict(enum.Enum):
+    """What the directory answers."""
+
+    OK = "ok"
+    NOT_FOUND = "not_found"
+    CAPACITY = "capacity"
+    ADDRESS = "address"
+    MINUTE = "minute"
+    SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`process`: where that is what was looked for; empty if nothing was, or it is not to be had."""
+
+    verdict: Verdict
+    process: str = ""
+
+
+@dataclass(slots=True)
+class Pending:
+    """A client that waits for another process to begin its half. `address`: whom the session counts against already."""
+
+    kind: str
+    client: int
+    values: dict[str, Any]
+    process: str
+    tag: int
+    address: str
+    deadline: float
+
+
+def build_listen_entry(kind: str, key: bytes) -> str:
+    """The name under which the directory knows a listener."""
+    return f"{kind}:{encode_base64url(key)}"
+
+
+def build_address_entry(address: str) -> str:
+    """The name under which the directory counts an address: of fixed size, whatever an address looks like."""
+    return "address:" + encode_base64url(hashlib.sha256(address.encode()).digest()[:16])
+
+
+def build_session_entry(session_id: str) -> str:
+    """The name under which the directory knows a session that waits for its target."""
+    return f"session:{session_id}"
+
+
+SESSIONS_ENTRY = "sessions"  # how many a process counts
+
+
+def _check_session_id(value: Any) -> str:
+    if not isinstance(value, str) or not _SESSION_ID.fullmatch(value):
+        raise ValueError("a session's id")
+    return value
+
+
+def _check_tag(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise ValueError("4 bytes")
+    return value
+
+
+def _check_is_binary(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+_HALF = {"sessionId": _check_session_id, "tag": _check_tag, "isBinary": _check_is_binary}
+_INTRODUCTION = {  # of `peer-connected`
+    "peerEphemeralPubKey": _NAME,
+    "peerDeviceId": _NAME,
+    "peerDeviceName": _NAME,
+    "peerCapability": _check_object,
+}
+
+# What processes say to each other about a session, each sent by the half that it names to the half that it is for:
+#
+#     join, dial  → accept | refuse        a session begins: with a target for a code that the other one shows, or
+#                                          between a dialer and a listener of the other one
+#     alive                                a client has pinged
+#     error                                for the client: its frames do not get through
+#     hangup                               the session is over
+_DIAL = {"room": _check_bytes(16), "provider": _check_bytes(16)}  # one of them
+PROCESS_FIELDS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
+    "join": _HALF | _INTRODUCTION,
+    "dial": _HALF | _DIAL,
+    "accept": _HALF | _INTRODUCTION,
+    "refuse": {"sessionId": _check_session_id, "code": ErrorCode, "message": _check_text(REASON_LIMIT_CHARS)},
+    "alive": {"sessionId": _check_session_id},
+    "error": {"sessionId": _check_session_id, "code": ErrorCode, "message": _check_text(REASON_LIMIT_CHARS)},
+    "hangup": {"sessionId": _check_session_id, "reason": _check_text(REASON_LIMIT_CHARS)},
+}
+
+_MAY_LACK: Mapping[str, tuple[set[str], ...]] = {
+    "dial": ({"room"}, {"provider"}),
+    "accept": (set(), set(_INTRODUCTION)),
+}
+
+
+def parse_process_message(message: Any) -> dict[str, Any]:
+    """The fields of what another process says; ValueError if there is no sense in it.
+
+    An `accept` has an introduction if it answers a `join`, and none if it answers a `dial`.
+    """
+    kind = message.get("type") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in PROCESS_FIELDS:
+        raise ValueError("a process says what is not known here")
+    values = {name: check(message[name]) for name, check in PROCESS_FIELDS[kind].items() if name in message}
+    if PROCESS_FIELDS[kind].keys() - values.keys() not in _MAY_LACK.get(kind, (set(),)):
+        raise ValueError(f"a process says {kind} with too little, or too much")
+    return values
+
+
+class SharedState(RelayState):
+    """The clients of this process, and the halves that it has of all sessions of the relay.
+
+    The client at the other end of such a half is a `Client` whose `far` says which process speaks for it: it lives as
+    long as the half. What the half here has to tell it goes to that process and is told there, and the other way, so
+    that each process decides about its own clients, by the rules of `RelayState`.
+
+    `process` is the name under which others know this one: it is given by `attach` and ends with `detach`, and all
+    far clients end with it. Without a name the state decides alone, as `RelayState` does, and refuses what may be
+    elsewhere (`processes_apart`). With one, a new session or proof is first asked for in the directory: messages
+    become an `Ask`, and `answer` goes on. Listeners and limits: who listened last is listened to; limits that this
+    process knows to be reached are refused without asking.
+
+    Invariants: a far client has one session. `_changes`: the entries of the directory that have to follow the state.
+    `_since` has when each listener of this process came, in Unix milliseconds. A session counts against an address at
+    the process of its source; its half elsewhere has no `address`.
+    """
+
+    def __init__(self, settings: Settings, random_bytes: Callable[[int], bytes], unix_offset_s: float = 0.0) -> None:
+        super().__init__(settings, random_bytes, unix_offset_s)
+        self.process = ""
+        self._counted = 0
+        self._changes: dict[str, str] = {}
+        self._since: dict[tuple[str, bytes], int] = {}
+        self._pending: dict[str, Pending] = {}
+        self._asked = 0
+        self._fars: dict[str, dict[int, None]] = {}
+        self._last_tag = 0
+
+    @property
+    def clients_count(self) -> int:
+        """Connected clients of this process."""
+        return len(self._clients) - sum(map(len, self._fars.values()))
+
+    # The directory
+
+    def attach(self, process: str) -> list[Action]:
+        """The directory is there, and knows nothing of this process: asks it to list what there is."""
+        self.process = process
+        self._changes = {SESSIONS_ENTRY: str(self._counted)}
+        for address, use in self._addresses.items():
+            if use.sessions:
+                self._changes[build_address_entry(address)] = str(use.sessions)
+        for session in self.sessions:
+            if session.state is SessionState.WAITING:
+                self._changes[build_session_entry(session.id)] = "1"
+        self._asked += len(self._since)
+        return [Ask("listening", 0, {}, "", build_listen_entry(*each), since) for each, since in self._since.items()]
+
+    def detach(self, now: float) -> list[Action]:
+        """The directory is away, and with it every other process."""
+        self.process = ""
+        self._changes.clear()
+        reason = "the relay's processes have lost each other: try again"
+        actions = [action for process in list(self._fars) for action in self.lose(process, now, reason)]
+        for session_id in list(self._pending):
+            actions += self._give_up(session_id, self._build_apart())
+        return actions
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether the directory does not say any more how things are here."""
+        return bool(self._changes)
+
+    def take_changes(self) -> dict[str, str]:
+        """The entries that have changed since the last time, by name; an empty value: it is to go."""
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def answer(self, ask: Ask, answer: Answer | None, now: float) -> list[Action]:
+        """What follows from the directory's answer. None: it is away, and this process is alone."""
+        self._asked -= 1
+        if ask.kind == "listening":
+            return self._settle_listen(ask, answer)
+        if ask.address:
+            self._note_use(ask.address)
+        client = self._clients.get(ask.client)
+        if client is None:
+            if ask.session_id:
+                self._note(build_session_entry(ask.session_id), "")
+            return []
+        try:
+            if answer is None:
+                return self._HANDLERS[ask.kind](self, client, ask.values, now)
+            return self._ANSWERS[ask.kind](self, client, ask, answer, now)
+        except Refusal as refusal:
+            return self.refuse(client.id, refusal)
+
+    def _ask(self, kind: str, client: Client, values: dict[str, Any], **details: Any) -> list[Action]:
+        if self._asked + len(self._pending) >= ASKS_LIMIT:
+            raise Refusal(ErrorCode.RATE_LIMITED, "too much begins at once; wait a second", is_closing=False)
+        self._asked += 1
+        return [Ask(kind, client.id, values, **details)]
+
+    def _note(self, name: str, value: str) -> None:
+        if self.process:
+            self._changes[name] = value
+
+    def _note_use(self, address: str) -> None:
+        """What stands in the directory of an address follows, also if it has counted what came to nothing."""
+        use = self._addresses.get(address)
+        self._note(build_address_entry(address), str(use.sessions or "") if use else "")
+        self._note(SESSIONS_ENTRY, str(self._counted))
+
+    def _build_apart(self, details: Mapping[str, str] | None = None, *, is_closing: bool = True) -> Refusal:
+        message = "the relay's processes do not reach each other now: try again in a few seconds"
+        return Refusal(ErrorCode.PROCESSES_APART, message, details, is_closing=is_closing)
+
+    def _verify_admitted(self, answer: Answer, details: Mapping[str, str] | None = None, **closing: bool) -> None:
+        """Refusal if all processes together have reached a limit, or this one has begun to stop."""
+        if self.is_stopping or answer.verdict is Verdict.CAPACITY:
+            raise Refusal(ErrorCode.SERVER_AT_CAPACITY, "the relay has as many sessions as it can", details, **closing)
+        if answer.verdict is Verdict.ADDRESS:
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many sessions from your address", details)
+        if answer.verdict is Verdict.MINUTE:
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many from your address; wait a minute", details)
+
+    # Messages of clients, and how they go on
+
+    def touch(self, client_id: int, now: float) -> list[Action]:
+        """The client is alive, which other processes that have halves of its sessions learn, too."""
+        actions = super().touch(client_id, now)
+        for session in self._clients[client_id].sessions:
+            far = self._find_far(session)
+            if far is not None:
+                actions.append(self._tell_far(far, session, {"type": "alive"}, is_optional=True))
+        return actions
+
+    def _pair_source(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
+        if not self.process:
+            return super()._pair_source(client, values, now)
+        self._build_introduction(values)
+        self._verify_may_open(client, now)
+        return self._ask("pair-source", client, values, address=client.address, session_id=self._draw_session_id())
+
+    def _go_on_source(self, client: Client, ask: Ask, answer: Answer, now: float) -> list[Action]:
+        self._verify_admitted(answer)
+        return self._show_code(client, ask.values, self._build_introduction(ask.values), ask.session_id, now)
+
+    def _pair_target(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
+        session_id = values["sessionId"]
+        if self.sessions.get(session_id) or not _SESSION_ID.fullmatch(session_id):
+            return super()._pair_target(client, values, now)
+        self._build_introduction(values)
+        if not self.process:
+            raise self._build_apart()
+        return self._ask("pair-target", client, values, name=build_session_entry(session_id))
+
+    def _go_on_target(self, client: Client, ask: Ask, answer: Answer, now: float) -> list[Action]:
+        session_id = ask.values["sessionId"]
+        if not answer.process or session_id in self._pending or self.sessions.get(session_id):
+            raise Refusal(ErrorCode.SESSION_JOIN_FAILED, "there is no such session, or it has expired")
+        introduction = self._build_introduction(ask.values)
+        return self._request(client, ask, answer.process, session_id, introduction | {"type": "join"}, now)
+
+    def _listen(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
+        if "room" in values or not self.process:
+            return super()._listen(client, values, now)
+        self._verify_may_prove(client, now)
+        client.is_many = True
+        return self._ask("listen", client, values, name=build_address_entry(client.address))
+
+    def _go_on_listen(self, client: Client, ask: Ask, answer: Answer, now: float) -> list[Action]:
+        self._verify_admitted(answer, is_closing=False)
+        return self._challenge(client, ask.values)
+
+    def _dial(self, client: Client, values: dict[str, Any], now: float) -> list[Action]:
+        kind, key, named = self._parse_dial(values)
+        is_here = self._listeners[kind].get(key) is not None
+        if not self.process and is_here:
+            return super()._dial(client, values, now)
+        client.is_many = True
+        if not self.process:
+            raise self._build_apart(named, is_closing=False)
+        if is_here:
+            self._find_listener(kind, key, client)
+        elif len(client.sessions) >= SESSIONS_PER_SOCKET_LIMIT:
+            raise Refusal(ErrorCode.RATE_LIMITED, "too many sessions at one end", named)
+        self._verify_may_open(client, now, named, is_closing=False)
+        name = "" if is_here else build_listen_entry(kind, key)
+        return self._ask("dial", client, values, address=client.address, name=name)
+
+    def _go_on_dial(self, client: Client, ask: Ask, answer: Answer, now: float) -> list[Action]:
+        kind, key, named = self._parse_dial(ask.values)
+        self._verify_admitted(answer, named, is_closing=False)
+        if not answer.process:
+            return self._connect_dialer(client, self._find_listener(kind, key, client), named, now)
+        session_id = self._draw_session_id()
+        self._count(client.address, 1)
+        return self._request(client, ask, answer.process, session_id, named | {"type": "dial"}, now)
+
+    _HANDLERS: Mapping[str, Callable[[Any, Client, dict[str, Any], float], list[Action]]] = {
+        **RelayState._HANDLERS,
+        "pair-source": _pair_source,
+        "pair-target": _pair_target,
+        "listen": _listen,
+        "dial": _dial,
+    }
+    _ANSWERS: Mapping[str, Callable[[SharedState, Client, Ask, Answer, float], list[Action]]] = {
+        "pair-source": _go_on_source,
+        "pair-target": _go_on_target,
+        "listen": _go_on_listen,
+        "dial": _go_on_dial,
+    }
+
+    def expire(self, now: float, used_at: Callable[[str], float]) -> list[Action]:
+        """Ends idle sessions, and waiting for processes that do not answer."""
+        actions = super().expire(now, used_at)
+        for session_id in [key for key, pending in self._pending.items() if pending.deadline <= now]:
+            actions += self._give_up(session_id, self._build_apart())
+        return actions
+
+    # Other processes
+
+    def hear(self, process: str, message: Any, now: float) -> list[Action]:
+        """What another process says, in the order in which it says it; ValueError if there is no sense in it."""
+        values = parse_process_message(message)
+        try:
+            return self._HEARERS[message["type"]](self, process, values, now)
+        except Refusal as refusal:
+            refuse = {"type": "refuse", "code": refusal.code.value, "message": refusal.message}
+            return [Send(0, refuse | {"sessionId": values["sessionId"]}, process=process)]
+
+    def lose(self, process: str, now: float, reason: str = "the other device's relay process is gone") -> list[Action]:
+        """Another process is gone: with it the other halves, and what was asked of it."""
+        actions: list[Action] = []
+        for client_id in list(self._fars.get(process, ())):
+            far = self._clients[client_id]
+            actions += self._end(far.sessions[0], now, reason, leaving=far)
+        for session_id in [key for key, pending in self._pending.items() if pending.process == process]:
+            is_dial = self._pending[session_id].kind == "dial"
+            code = ErrorCode.NOT_LISTENING if is_dial else ErrorCode.SESSION_JOIN_FAILED
+            actions += self._give_up(session_id, Refusal(code, "the other device has just lost the relay"))
+        return actions
+
+    def take_over(self, name: str, since: int) -> list[Action]:
+        """A client of another process listens there since then: the one that has done so here does no more."""
+        kind, _, key_text = name.partition(":")
+        listen = kind, parse_base64url(key_text)
+        client = self._clients.get(self._listeners[kind].get(listen[1], 0))
+        if client is None or self._since[listen] > since:
+            return []
+        self._drop_listen(client, listen)
+        return [Send(client.id, {"type": "unlistened", kind: key_text})]
+
+    def _request(
+        self, client: Client, ask: Ask, process: str, session_id: str, message: dict[str, Any], now: float
+    ) -> list[Action]:
+        """Asks another process to begin its half."""
+        tag = self._take_tag()
+        self._pending[session_id] = Pending(
+            ask.kind, client.id, ask.values, process, tag, ask.address, now + ANSWER_DEADLINE_S
+        )
+        half = {"sessionId": session_id, "tag": tag, "isBinary": client.is_binary}
+        return [Send(0, message | half, process=process)]
+
+    def _hear_dial(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        kind, key, named = self._parse_dial(values)
+        listener = self._find_listener(kind, key, None)
+        if self.sessions.get(values["sessionId"]):
+            raise Refusal(ErrorCode.SESSION_JOIN_FAILED, "the session is here already")
+        far = self._connect_far(process, values, self._take_tag(), now)
+        session = self._add_half(values["sessionId"], far, listener, now)
+        ends = self._join(session, now)
+        incoming = {"type": "incoming", **self._describe_session(session, ends[1]), **named}
+        return [self._accept(far, session, {}), Send(listener.id, incoming), Join(session.id, ends)]
+
+    def _hear_join(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        session = self.sessions.get(values["sessionId"])
+        if session is None or session.state is not SessionState.WAITING or session.source is None:
+            raise Refusal(ErrorCode.SESSION_JOIN_FAILED, "the session has expired, or has a target already")
+        introduction = {"type": "peer-connected"} | {name: values[name] for name in _INTRODUCTION}
+        far = self._connect_far(process, values, self._take_tag(), now)
+        session.target, far.sessions = far.id, (session,)
+        offer, session.offer = session.offer or {}, None
+        ends = self._join(session, now)
+        told = Send(ends[0].client, introduction | self._describe_session(session, ends[0]))
+        return [self._accept(far, session, offer), told, Join(session.id, ends)]
+
+    def _hear_accept(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        session_id = values["sessionId"]
+        pending = self._find_pending(process, session_id)
+        client = self._clients.get(pending.client) if pending else None
+        is_dial = pending is not None and pending.kind == "dial"
+        is_odd = is_dial is (_INTRODUCTION.keys() <= values.keys())
+        if pending is None or client is None or is_odd or len(client.sessions) >= SESSIONS_PER_SOCKET_LIMIT:
+            hangup = {"type": "hangup", "sessionId": session_id, "reason": "peer closed connection"}
+            return [Send(0, hangup, process=process), *self._hear_hangup(process, hangup, now)]
+        actions = self._leave_pairing(client, now)
+        del self._pending[session_id]
+        far = self._connect_far(process, values, pending.tag, now)
+        if is_dial:
+            session = self._add_half(session_id, client, far, now, address=client.address)
+            near_end, *_ = ends = self._join(session, now)
+            told = {"type": "dialed"} | self._parse_dial(pending.values)[2]
+        else:
+            session = self._add_half(session_id, far, client, now)
+            _, near_end = ends = self._join(session, now)
+            told = {"type": "peer-connected"} | {name: values[name] for name in _INTRODUCTION}
+        return [*actions, Send(client.id, told | self._describe_session(session, near_end)), Join(session.id, ends)]
+
+    def _hear_refuse(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        if self._find_pending(process, values["sessionId"]) is None:
+            return []
+        return self._give_up(values["sessionId"], Refusal(values["code"], values["message"]))
+
+    def _hear_alive(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        far = self._find_half(process, values)[1]
+        if far is not None:
+            far.alive_at = now
+        return []
+
+    def _hear_error(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        session, far = self._find_half(process, values)
+        if session is None or far is None:
+            return []
+        near = self._find_near(session, far)
+        named = {"sessionId": session.id} if near.is_many else {}
+        message = {"type": "error", "code": values["code"].value, "message": values["message"], **named}
+        return [Send(near.id, message)]
+
+    def _hear_hangup(self, process: str, values: dict[str, Any], now: float) -> list[Action]:
+        session, far = self._find_half(process, values)
+        if session is None or far is None:
+            is_pending = self._find_pending(process, values["sessionId"]) is not None
+            return self._give_up(values["sessionId"], self._build_apart()) if is_pending else []
+        reason = values["reason"]
+        if reason in (ErrorCode.SESSION_STALLED.value, ErrorCode.RATE_LIMITED.value):
+            return self._end(session, now, reason, is_discarded=True)
+        return self._end(session, now, reason, leaving=far)
+
+    _HEARERS: Mapping[str, Callable[[SharedState, str, dict[str, Any], float], list[Action]]] = {
+        "join": _hear_join,
+        "dial": _hear_dial,
+        "accept": _hear_accept,
+        "refuse": _hear_refuse,
+        "alive": _hear_alive,
+        "error": _hear_error,
+        "hangup": _hear_hangup,
+    }
+
+    # Halves
+
+    def _take_tag(self) -> int:
+        self._last_tag = self._last_tag % (2**32 - 1) + 1
+        return self._last_tag
+
+    def _connect_far(self, process: str, values: Mapping[str, Any], tag: int, now: float) -> Client:
+        """The client at the other end of a half; `tag`: what its frames begin with on their way here."""
+        far = Far(process, tag, values["tag"], values["isBinary"])
+        self._last_client += 1
+        client = Client(self._last_client, "", False, True, now, Allowance(0, now), far=far)
+        self._clients[client.id] = client
+        self._fars.setdefault(process, {})[client.id] = None
+        return client
+
+    def _add_half(self, session_id: str, source: Client, target: Client, now: float, address: str = "") -> Session:
+        deadline = now + self._settings.session_ttl_s
+        session = Session(session_id, SessionState.JOINED, address, deadline, source.id, target.id)
+        self.sessions_opened += 1
+        source.sessions += (session,)
+        target.sessions += (session,)
+        return session
+
+    def _find_far(self, session: Session) -> Client | None:
+        for client_id in (session.source, session.target):
+            client = self._clients.get(client_id or 0)
+            if client is not None and client.far is not None:
+                return client
+        return None
+
+    def _find_near(self, session: Session, far: Client) -> Client:
+        """The client of this process that has a far one at the other end."""
+        return self._clients[(session.target if session.source == far.id else session.source) or 0]
+
+    def _find_half(self, process: str, values: Mapping[str, Any]) -> tuple[Session | None, Client | None]:
+        """The session that a process names, and the client that it speaks for in it; None if it has none there."""
+        session = self.sessions.get(values["sessionId"])
+        far = self._find_far(session) if session else None
+        return session, far if far and far.far and far.far.process == process else None
+
+    def _find_pending(self, process: str, session_id: str) -> Pending | None:
+        pending = self._pending.get(session_id)
+        return pending if pending and pending.process == process else None
+
+    def _accept(self, far: Client, session: Session, offer: Mapping[str, Any]) -> Send:
+        """Tells the other process that the half here has begun, before anything else of it."""
+        assert far.far is not None
+        half = {"type": "accept", "tag": far.far.tag_here, "isBinary": self._find_near(session, far).is_binary}
+        return self._tell_far(far, session, {**offer, **half})
+
+    def _tell_far(self, far: Client, session: Session, message: dict[str, Any], *, is_optional: bool = False) -> Send:
+        assert far.far is not None
+        return Send(far.id, message | {"sessionId": session.id}, session.id, is_optional, far.far.process)
+
+    def _give_up(self, session_id: str, refusal: Refusal) -> list[Action]:
+        """A session does not begin: the client that waits for it is told why."""
+        pending = self._pending.pop(session_id, None)
+        if pending is None:
+            return []
+        if pending.address:
+            self._count(pending.address, -1)
+        if pending.client not in self._clients:
+            return []
+        if pending.kind == "dial":
+            named = self._parse_dial(pending.values)[2]
+            refusal = Refusal(refusal.code, refusal.message, named, is_closing=False)
+        return self.refuse(pending.client, refusal)
+
+    # What the directory has to follow
+
+    def stop(self) -> list[Action]:
+        """Nothing new begins, and nobody is sent here any more."""
+        for listen in self._since:
+            self._note(build_listen_entry(*listen), "")
+        self._since.clear()
+        for session in self.sessions:
+            self._note(build_session_entry(session.id), "")
+        return super().stop()
+
+    def _open(self, client: Client, session_id: str, state: SessionState, deadline: float) -> Session:
+        session = super()._open(client, session_id, state, deadline)
+        if state is SessionState.WAITING:
+            self._note(build_session_entry(session.id), "1")
+        return session
+
+    def _join(self, session: Session, now: float) -> tuple[End, End]:
+        if session.state is SessionState.WAITING:
+            self._note(build_session_entry(session.id), "")
+        return super()._join(session, now)
+
+    def _forget(self, session: Session) -> list[Action]:
+        if session.state is SessionState.WAITING:
+            self._note(build_session_entry(session.id), "")
+        return super()._forget(session)
+
+    def _leave(self, session: Session, client: Client) -> None:
+        super()._leave(session, client)
+        if client.far is not None:
+            del self._clients[client.id]
+            fars = self._fars[client.far.process]
+            del fars[client.id]
+            if not fars:
+                del self._fars[client.far.process]
+
+    def _count(self, address: str, change: int) -> None:
+        if address:
+            super()._count(address, change)
+            self._counted += change
+            self._note_use(address)
+
+    def _start_listening(self, client: Client, listen: tuple[str, bytes], now: float) -> list[Action]:
+        actions = super()._start_listening(client, listen, now)
+        self._since[listen] = since = int((now + self.unix_offset_s) * 1000)
+        if not self.process:
+            return actions
+        self._asked += 1
+        return [*actions[:-1], Ask("listening", client.id, {}, "", build_listen_entry(*listen), since)]
+
+    def _settle_listen(self, ask: Ask, answer: Answer | None) -> list[Action]:
+        """`listening` is said when others can find the listener, or nobody can be asked."""
+        kind, _, key_text = ask.name.partition(":")
+        listen = kind, parse_base64url(key_text)
+        if listen not in self._since:
+            self._note(ask.name, "")
+            return []
+        if answer is not None and answer.verdict is Verdict.SUPERSEDED:
+            return self.take_over(ask.name, ask.since)
+        is_current = self._listeners[kind].get(listen[1]) == ask.client
+        return [Send(ask.client, {"type": "listening", kind: key_text})] if is_current else []
+
+    def _drop_listen(self, client: Client, listen: tuple[str, bytes]) -> None:
+        super()._drop_listen(client, listen)
+        if listen[1] not in self._listeners[listen[0]] and self._since.pop(listen, None) is not None:
+            self._note(build_listen_entry(*listen), "")
+
+
+# ---- Directory ------------------------------------------------------------------------
+# What stands in Redis, who asks what there, and what processes publish to each other. Pure: arguments and bytes.
+#
+#     dvai-relay:1:processes      sorted set: every process, scored by the Unix milliseconds when its lease ends
+#     dvai-relay:1:process:ID     hash: what a process has; runs out with its lease
+#         sessions                    how many sessions it counts
+#         address:HASH                how many of them are of this address
+#         session:ID                  a session of it waits for its target
+#         room:ID, provider:ID        a client of it listens there, since these Unix milliseconds
+#     dvai-relay:1:rate:KIND:HASH hash: an address's allowance, of all processes; runs out when it is full again
+#     dvai-relay:1:channel:ID     channel: what is told to a process
+#
+# A process is there while its lease lasts and it is subscribed to its channel: then who was killed is gone at once,
+# and who is frozen or cut off is gone when the lease ends. Since each process's entries are a hash of its own, a limit
+# is the sum over those that are there, and nothing has to be tidied up after one that is not.
+
+DIRECTORY_PREFIX = "dvai-relay:1:"
+_LUA_NAMES = (
+    f"local PREFIX, LEASE = '{DIRECTORY_PREFIX}', {int(LEASE_S * 1000)}"
+    + """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local me, PROCESSES = ARGV[1], PREFIX .. 'processes'
+local function entries(process) return PREFIX .. 'process:' .. process end
+local function channel(process) return PREFIX .. 'channel:' .. process end
+local function get(process, name) return tonumber(redis.call('HGET', entries(process), name) or 0) end
+"""
+)
+_LUA_HEAD = (
+    _LUA_NAMES
+    + """
+local function find_live()
+  local live = {}
+  for _, process in ipairs(redis.call('ZRANGEBYSCORE', PROCESSES, now, '+inf')) do
+    if redis.call('PUBSUB', 'NUMSUB', channel(process))[2] > 0 then live[#live + 1] = process end
+  end
+  return live
+end
+local function find(live, name)
+  local found, since = '', 0
+  for _, process in ipairs(live) do
+    local value = process ~= me and get(process, name) or 0
+    if value > since then found, since = process, value end
+  end
+  return found
+end
+local function take(name, burst)
+  local key = PREFIX .. 'rate:' .. name
+  local had = redis.call('HMGET', key, 'left', 'at')
+  local grown = (tonumber(had[1]) or burst) + (now - (tonumber(had[2]) or now)) * burst / 60000
+  local left = math.min(burst, grown)
+  if left < 1 then return false end
+  redis.call('HSET', key, 'left', tostring(left - 1), 'at', now)
+  redis.call('PEXPIRE', key, 60000)
+  return true
+end
+if (tonumber(redis.call('ZSCORE', PROCESSES, me)) or 0) < now then
+  return redis.error_reply('LAPSED the lease of this process has run out')
+end
+"""
+)
+
+SCRIPTS: Mapping[str, str] = {
+    # me → 1: the process is there
+    "register": _LUA_NAMES
+    + """
+redis.call('ZADD', PROCESSES, now + LEASE, me)
+redis.call('HSET', entries(me), 'sessions', 0)
+redis.call('PEXPIRE', entries(me), LEASE)
+return 1
+""",
+    # me → process, its sessions, … of all that are there; publishes to itself, which proves the way back
+    "heartbeat": _LUA_HEAD
+    + """
+redis.call('ZADD', PROCESSES, now + LEASE, me)
+redis.call('ZREMRANGEBYSCORE', PROCESSES, '-inf', now)
+redis.call('PEXPIRE', PROCESSES, LEASE)
+redis.call('PEXPIRE', entries(me), LEASE)
+redis.call('PUBLISH', channel(me), 'H')
+local found = {}
+for _, process in ipairs(find_live()) do
+  found[#found + 1] = process
+  found[#found + 1] = get(process, 'sessions')
+end
+return found
+""",
+    # me, name, value, … → 1: the entries are so
+    "note": _LUA_HEAD
+    + """
+for i = 2, #ARGV, 2 do
+  if ARGV[i + 1] == '' then redis.call('HDEL', entries(me), ARGV[i])
+  else redis.call('HSET', entries(me), ARGV[i], ARGV[i + 1]) end
+end
+redis.call('PEXPIRE', entries(me), LEASE)
+return 1
+""",
+    # me, name or '', address entry, sessions in all, per address, per address and minute, entry to make or ''
+    #   → verdict, process
+    "open": _LUA_HEAD
+    + """
+local live, found, total, used = find_live(), '', 0, 0
+if ARGV[2] ~= '' then
+  found = find(live, ARGV[2])
+  if found == '' then return {'not_found', ''} end
+end
+for _, process in ipairs(live) do
+  total = total + get(process, 'sessions')
+  used = used + get(process, ARGV[3])
+end
+local per_address, per_minute = tonumber(ARGV[5]), tonumber(ARGV[6])
+if total >= tonumber(ARGV[4]) then return {'capacity', ''} end
+if per_address > 0 and used >= per_address then return {'address', ''} end
+if per_minute > 0 and not take('open:' .. ARGV[3], per_minute) then return {'minute', ''} end
+redis.call('HINCRBY', entries(me), 'sessions', 1)
+redis.call('HINCRBY', entries(me), ARGV[3], 1)
+if ARGV[7] ~= '' then redis.call('HSET', entries(me), ARGV[7], 1) end
+redis.call('PEXPIRE', entries(me), LEASE)
+return {'ok', found}
+""",
+    # me, name → verdict, process
+    "find": _LUA_HEAD
+    + """
+local found = find(find_live(), ARGV[2])
+return {found == '' and 'not_found' or 'ok', found}
+""",
+    # me, address entry, challenges per minute → verdict, ''
+    "prove": _LUA_HEAD
+    + """
+return {take('prove:' .. ARGV[2], tonumber(ARGV[3])) and 'ok' or 'minute', ''}
+""",
+    # me, name, since → verdict, ''; who has listened there for longer is told to stop
+    "listen": _LUA_HEAD
+    + """
+local name, since, live = ARGV[2], tonumber(ARGV[3]), find_live()
+for _, process in ipairs(live) do
+  if process ~= me and get(process, name) > since then return {'superseded', ''} end
+end
+for _, process in ipairs(live) do
+  if process ~= me and get(process, name) > 0 then
+    redis.call('HDEL', entries(process), name)
+    redis.call('PUBLISH', channel(process), 'U' .. ARGV[3] .. ' ' .. name)
+  end
+end
+redis.call('HSET', entries(me), name, ARGV[3])
+redis.call('PEXPIRE', entries(me), LEASE)
+return {'ok', ''}
+""",
+    # me → 1: the process is gone, in an orderly way
+    "leave": _LUA_HEAD
+    + """
+redis.call('ZREM', PROCESSES, me)
+redis.call('DEL', entries(me))
+return 1
+""",
+}
+
+
+def build_script_arguments(ask: Ask, settings: Settings) -> tuple[str, list[str]]:
+    """The script that answers, and what it is told after the name of this process."""
+    if ask.kind == "listening":
+        return "listen", [ask.name, str(ask.since)]
+    if ask.kind == "listen":
+        return "prove", [ask.name, str(CHALLENGES_PER_ADDRESS_PER_MINUTE)]
+    if ask.kind == "pair-target":
+        return "find", [ask.name]
+    per_minute = settings.sessions_per_address_per_minute
+    limits = (settings.max_sessions, settings.sessions_per_address, per_minute)
+    made = build_session_entry(ask.session_id) if ask.session_id else ""
+    return "open", [ask.name, build_address_entry(ask.address), *map(str, limits), made]
+
+
+def parse_answer(reply: Any) -> Answer:
+    """What a script has answered to an Ask; ValueError if it is none of its answers."""
+    if not isinstance(reply, list) or len(reply) != 2:
+        raise ValueError("not an answer")
+    return Answer(Verdict(reply[0].decode()), reply[1].decode())
+
+
+def parse_heartbeat(reply: Any) -> dict[str, int]:
+    """Every process that is there, and how many sessions it counts."""
+    return {process.decode(): int(count) for process, count in zip(reply[::2], reply[1::2], strict=True)}
+
+
+def build_channel(process: str) -> str:
+    """Where a process hears what others tell it."""
+    return f"{DIRECTORY_PREFIX}channel:{process}"
+
+
+class TrunkError(Exception):
+    """What came from another process is not what it sent: something is missing, or is no frame."""
+
+
+# A batch: what one process has for another since the last one.
+#
+#     'T'  id of its sender, 22 bytes  u64 number of the batch, from 0  u64 bytes of frames received so far
+#     frames as a WebSocket server sends them: binary ones are of sessions, a tag of 4 bytes and what the session's
+#     client gets after its own head; text is JSON, see PROCESS_FIELDS
+_BATCH_HEAD = struct.Struct("!c22sQQ")
+
+
+def encode_batch_head(sender: str, number: int, received_bytes: int) -> bytes:
+    """How a batch begins."""
+    return _BATCH_HEAD.pack(b"T", sender.encode(), number, received_bytes)
+
+
+def parse_batch_head(data: bytes) -> tuple[str, int, int]:
+    """Sender, number, and bytes that it has received, of a batch whose frames begin at BATCH_HEAD_BYTES."""
+    try:
+        kind, sender, number, received_bytes = _BATCH_HEAD.unpack_from(data)
+        if kind == b"T":
+            return sender.decode("ascii"), number, received_bytes
+    except (struct.error, UnicodeDecodeError):
+        pass
+    raise TrunkError("a message that is no batch")
+
+
+BATCH_HEAD_BYTES = _BATCH_HEAD.size
+
+
+def parse_superseded(data: bytes) -> tuple[str, int]:
+    """Name and time of who listens in a process's place; ValueError if that is not said."""
+    since, _, name = data[1:].decode("ascii").partition(" ")
+    kind, _, key = name.partition(":")
+    if kind not in ("room", "provider") or len(parse_base64url(key)) != 16:
+        raise ValueError("not a listener")
+    return name, int(since)
+
+
 # ---- Metrics --------------------------------------------------------------------------
 # What /metrics says, in Prometheus' text format 0.0.4. Pure.
 
@@ -1826,8 +2765,16 @@ class Counters:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-def build_metrics(state: RelayState, counters: Counters, *, uptime_s: int, queued_bytes: int) -> str:
-    """The body of /metrics."""
+def build_metrics(
+    state: RelayState,
+    counters: Counters,
+    *,
+    uptime_s: int,
+    queued_bytes: int,
+    processes: Mapping[str, int] | None = None,
+) -> str:
+    """The body of /metrics. `processes`: the sessions that each process of the relay counts, empty while Redis is away;
+    None if there is to be this one only."""
     rows: list[tuple[str, str, str, Mapping[str, float] | float]] = [
         ("active_sessions", "gauge", "Sessions, joined or waiting", len(state.sessions)),
         ("uptime_seconds", "counter", "Seconds since the start", uptime_s),
@@ -1841,6 +2788,12 @@ def build_metrics(state: RelayState, counters: Counters, *, uptime_s: int, queue
         ("bytes_total", "counter", "Bytes passed on within sessions", counters.bytes),
         ("errors_total", "counter", "Errors told to clients", counters.errors),
     ]
+    if processes is not None:
+        rows += [
+            ("redis_up", "gauge", "Whether this process is among the others through Redis", int(bool(processes))),
+            ("relay_processes", "gauge", "Relay processes that are one, by this one's account", len(processes) or 1),
+            ("all_sessions", "gauge", "Sessions of all these processes", sum(processes.values())),
+        ]
     lines = []
     for name, kind, help_text, value in rows:
         lines += [f"# HELP rendezvous_{name} {help_text}", f"# TYPE rendezvous_{name} {kind}"]
@@ -1876,6 +2829,22 @@ def build_text_head(session_id: str, role: SessionRole) -> bytes:
 _SHARED_HEADS = {role: build_text_head("", role) for role in SessionRole}
 
 
+def build_route_key(end: End, session_id: str) -> bytes:
+    """How frames that this end sends begin."""
+    if end.far is not None:
+        return end.far.tag_here.to_bytes(_TAG_BYTES, "big")
+    return build_text_key(session_id) if end.tag is None else end.tag.to_bytes(_TAG_BYTES, "big")
+
+
+def build_route_head(end: End, session_id: str, sender: SessionRole) -> bytes:
+    """How frames that this end gets begin."""
+    if end.far is not None:
+        return end.far.tag_there.to_bytes(_TAG_BYTES, "big")
+    if end.tag is not None:
+        return end.tag.to_bytes(_TAG_BYTES, "big")
+    return build_text_head(session_id, sender) if end.has_session_id else _SHARED_HEADS[sender]
+
+
 class Link:
     """Both directions of a joined session.
 
@@ -1905,17 +2874,36 @@ class Link:
 
 
 class Route:
-    """One direction: from whom, recognised by which first bytes, to whom, and with which first bytes there."""
+    """One direction: from whom, recognised by which first bytes, to whom, and with which first bytes there.
 
-    __slots__ = ("head", "is_converting", "key", "link", "queue", "queued_bytes", "receiver", "sender")
+    `sender_id`: the client whose frames these are. `is_converting`: they are put into what the receiving client
+    speaks (`is_to_binary`), which the process of the sending client does.
+    """
 
-    def __init__(self, link: Link, sender: Connection, key: bytes, receiver: Connection, head: bytes) -> None:
+    __slots__ = (
+        "head",
+        "is_converting",
+        "is_to_binary",
+        "key",
+        "link",
+        "queue",
+        "queued_bytes",
+        "receiver",
+        "sender",
+        "sender_id",
+    )
+
+    def __init__(self, link: Link, sender: Port, receiver: Port, ends: tuple[End, End]) -> None:
+        """`ends`: of who sends and who receives, which may be behind other processes."""
+        sending, receiving = ends
         self.link = link
         self.sender = sender
-        self.key = key
+        self.sender_id = sending.client
+        self.key = build_route_key(sending, link.session_id)
         self.receiver = receiver
-        self.head = head
-        self.is_converting = sender.is_binary != receiver.is_binary
+        self.head = build_route_head(receiving, link.session_id, sending.role)
+        self.is_to_binary = receiving.far.is_binary if receiving.far else receiver.is_binary
+        self.is_converting = sending.far is None and sender.is_binary != self.is_to_binary
         self.queue: deque[bytes] | None = None
         self.queued_bytes = 0
 
@@ -1942,27 +2930,124 @@ class Route:
 
         `payload`: what followed the sender's key. ValueError if it is not base64url.
         """
-        if self.receiver.is_binary:
+        if self.is_to_binary:
             return parse_base64url(payload[: -len(_TEXT_END)].decode())
         return encode_base64url(payload).encode() + _TEXT_END
 
 
-def build_route_key(end: End, session_id: str) -> bytes:
-    """How frames that this end sends begin."""
-    return build_text_key(session_id) if end.tag is None else end.tag.to_bytes(_TAG_BYTES, "big")
+# ---- Ports ----------------------------------------------------------------------------
+# Where frames come in and go out: what a client's connection and the way to another process have in common.
+
+_pack_long_head = struct.Struct("!BBH").pack
 
 
-def build_route_head(end: End, session_id: str, sender: SessionRole) -> bytes:
-    """How frames that this end gets begin."""
-    if end.tag is not None:
-        return end.tag.to_bytes(_TAG_BYTES, "big")
-    return build_text_head(session_id, sender) if end.has_session_id else _SHARED_HEADS[sender]
+class Port:
+    """Whoever sends and receives frames of sessions.
+
+    `_out` is what this pass of the loop sends. While the receiver takes no more (`is_paused`), sessions wait in
+    `_waiting`, each route with a queue of its own; `is_held`: either of these. `routes`: where frames from here go.
+    """
+
+    __slots__ = ("_out", "_relay", "_waiting", "is_binary", "is_held", "is_paused", "routes")
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._out: list[bytes] = []
+        self._waiting: dict[Route, None] | None = None
+        self.routes: dict[bytes, Route] = {}
+        self.is_binary = self.is_paused = self.is_held = False
+
+    def _forward(self, route: Route, payload: bytes, now: float) -> bool:
+        """Passes a frame on, without its sender's key; False if its receiver could not be told it."""
+        head = route.head
+        if route.is_converting:
+            try:
+                payload = route.convert(payload)
+            except ValueError:
+                return False
+        receiver, link = route.receiver, route.link
+        size = len(head) + len(payload)
+        first = 0x82 if receiver.is_binary else 0x81
+        if size < 126:
+            frame = bytes((first, size)) + head + payload
+        elif size < 0x10000:
+            frame = _pack_long_head(first, 126, size) + head + payload
+        else:
+            frame = encode_websocket_frame(first & 15, head + payload)
+        link.used_at = now
+        link.allowance_bytes -= size
+        counters = self._relay.counters
+        counters.frames += 1
+        counters.bytes += size
+        if receiver.is_held or link.allowance_bytes < 0:
+            self._relay.hold(route, frame, now)
+        else:
+            receiver.send(frame)
+        return True
+
+    def send(self, data: bytes) -> None:
+        """Sends with this pass of the loop."""
+        if not self._out:
+            self._relay.schedule_flush(self)
+        self._out.append(data)
+
+    def flush(self) -> None:
+        """Passes on what this pass has gathered."""
+        raise NotImplementedError
+
+    def send_control(self, frame: bytes, *, is_optional: bool = False) -> None:
+        """Sends what is not a frame of a session."""
+        raise NotImplementedError
+
+    def hold(self, route: Route, frame: bytes) -> None:
+        """Has a frame wait until the receiver, or its session, may go on."""
+        if self._waiting is None:
+            self._waiting = {}
+        self._waiting[route] = None
+        self.is_held = True
+        route.push(frame)
+        self._relay.queued_bytes += len(frame)
+
+    def discard(self, route: Route) -> None:
+        """Forgets what waits in a route."""
+        if self._waiting and route in self._waiting:
+            self._relay.queued_bytes -= route.queued_bytes
+            del self._waiting[route]
+            self.is_held = self.is_paused or bool(self._waiting)
+
+    def _drop_waiting(self) -> None:
+        for route in self._waiting or ():
+            self._relay.queued_bytes -= route.queued_bytes
+        self._waiting = None
+
+    def drain(self) -> None:
+        """Sends what waits, a frame of each session in turn, as far as the receiver and the sessions' allowances go."""
+        room_bytes, has_progress = WRITE_BUFFER_LIMIT_BYTES, True
+        while self._waiting and not self.is_paused and room_bytes > 0 and has_progress:
+            has_progress = False
+            for route in list(self._waiting):
+                if self.is_paused:
+                    break
+                if not self._relay.may_release(route.link):
+                    self._relay.schedule_refill(self)
+                    continue
+                frame = route.pop()
+                self._relay.queued_bytes -= len(frame)
+                self.send(frame)
+                room_bytes -= len(frame)
+                has_progress = True
+                del self._waiting[route]
+                if route.queue is not None:
+                    self._waiting[route] = None  # behind those that have not had their turn
+        if not self._waiting:
+            self._waiting = None
+        elif has_progress and not self.is_paused:
+            self._relay.call_soon(self.drain)
+        self.is_held = self.is_paused or self._waiting is not None
 
 
 # ---- Connection -----------------------------------------------------------------------
 # One client's socket: HTTP, then WebSocket. Frames within a session pass here, everything else goes to the relay.
-
-_pack_long_head = struct.Struct("!BBH").pack
 
 
 class Phase(enum.Enum):
@@ -1974,15 +3059,14 @@ class Phase(enum.Enum):
     CLOSED = enum.auto()
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(Port, asyncio.BufferedProtocol):
     """A client's socket.
 
     Reading: `_held` is the start of a frame (or of the HTTP head) that is not all there. Whole unfragmented data
     frames are read here; for anything else there is a `_parser`, for as long as it takes. `_skip_bytes` of a message
     that is too large are still to come.
 
-    Writing: `_out` is what this pass of the loop sends. While the socket takes no more (`is_paused`), sessions wait
-    in `_waiting`, each route with a queue of its own; `is_held`: either of these.
+    Writing: what the socket does not take waits, see `Port`.
     """
 
     __slots__ = (
@@ -1990,38 +3074,27 @@ class Connection(asyncio.BufferedProtocol):
         "_has_spoken",
         "_held",
         "_key_bytes",
-        "_out",
         "_parser",
-        "_relay",
         "_skip_bytes",
         "_timer",
         "_transport",
-        "_waiting",
         "client_id",
-        "is_binary",
-        "is_held",
-        "is_paused",
         "missed_pings",
         "phase",
         "pinged_at",
-        "routes",
     )
 
     def __init__(self, relay: Relay) -> None:
-        self._relay = relay
+        super().__init__(relay)
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         self._timer: asyncio.TimerHandle | None = None
         self._held = b""
         self._parser: WebSocketParser | None = None
         self._skip_bytes = 0
         self._key_bytes = TEXT_KEY_BYTES
-        self._out: list[bytes] = []
-        self._waiting: dict[Route, None] | None = None
         self._control_bytes = 0
         self._has_spoken = False
-        self.routes: dict[bytes, Route] = {}
         self.client_id = 0
-        self.is_binary = self.is_paused = self.is_held = False
         self.missed_pings = 0
         self.pinged_at = 0.0
         self.phase = Phase.HEAD
@@ -2155,34 +3228,6 @@ class Connection(asyncio.BufferedProtocol):
                 return
         self._held = data[position:]
 
-    def _forward(self, route: Route, payload: bytes, now: float) -> bool:
-        """Passes a frame on, without its sender's key; False if its receiver could not be told it."""
-        head = route.head
-        if route.is_converting:
-            try:
-                payload = route.convert(payload)
-            except ValueError:
-                return False
-        receiver, link = route.receiver, route.link
-        size = len(head) + len(payload)
-        first = 0x82 if receiver.is_binary else 0x81
-        if size < 126:
-            frame = bytes((first, size)) + head + payload
-        elif size < 0x10000:
-            frame = _pack_long_head(first, 126, size) + head + payload
-        else:
-            frame = encode_websocket_frame(first & 15, head + payload)
-        link.used_at = now
-        link.allowance_bytes -= size
-        counters = self._relay.counters
-        counters.frames += 1
-        counters.bytes += size
-        if receiver.is_held or link.allowance_bytes < 0:
-            self._relay.hold(route, frame, now)
-        else:
-            receiver.send(frame)
-        return True
-
     def _receive_slowly(self, data: bytes) -> None:
         """Frames of every other kind, and messages that are too large."""
         if self._skip_bytes:
@@ -2277,12 +3322,6 @@ class Connection(asyncio.BufferedProtocol):
 
     # Writing
 
-    def send(self, data: bytes) -> None:
-        """Sends with this pass of the loop."""
-        if not self._out:
-            self._relay.schedule_flush(self)
-        self._out.append(data)
-
     def flush(self) -> None:
         """Gives the socket what this pass has gathered."""
         if self._out and self.phase in (Phase.OPEN, Phase.HEAD):
@@ -2299,49 +3338,6 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.abort()
                 return
         self.send(frame)
-
-    def hold(self, route: Route, frame: bytes) -> None:
-        """Has a frame wait until the socket, or its session, may go on."""
-        if self._waiting is None:
-            self._waiting = {}
-        self._waiting[route] = None
-        self.is_held = True
-        route.push(frame)
-        self._relay.queued_bytes += len(frame)
-
-    def discard(self, route: Route) -> None:
-        """Forgets what waits in a route."""
-        if self._waiting and route in self._waiting:
-            self._relay.queued_bytes -= route.queued_bytes
-            del self._waiting[route]
-            self.is_held = self.is_paused or bool(self._waiting)
-
-    def _drop_waiting(self) -> None:
-        for route in self._waiting or ():
-            self._relay.queued_bytes -= route.queued_bytes
-        self._waiting = None
-
-    def drain(self) -> None:
-        """Sends what waits, a frame of each session in turn, as far as the socket and the sessions' allowances go."""
-        room_bytes, has_progress = WRITE_BUFFER_LIMIT_BYTES, True
-        while self._waiting and not self.is_paused and room_bytes > 0 and has_progress:
-            has_progress = False
-            for route in list(self._waiting):
-                if not self._relay.may_release(route.link):
-                    self._relay.schedule_refill(self)
-                    continue
-                frame = route.pop()
-                self._relay.queued_bytes -= len(frame)
-                self.send(frame)
-                room_bytes -= len(frame)
-                has_progress = True
-                if route.queue is None:
-                    del self._waiting[route]
-        if not self._waiting:
-            self._waiting = None
-        elif has_progress and not self.is_paused:
-            self._relay.call_soon(self.drain)
-        self.is_held = self.is_paused or self._waiting is not None
 
     # Closing
 
@@ -2379,6 +3375,457 @@ class Connection(asyncio.BufferedProtocol):
         self._timer = self._relay.call_later(delay_s, callback) if callback else None
 
 
+# ---- Trunk ----------------------------------------------------------------------------
+# The way between two processes: frames of all their common sessions, in batches, in order, and none missing.
+
+
+class Trunk(Port):
+    """The way to another process and back.
+
+    It is a port like a client's of the binary subprotocol, but batches go through Redis instead of a socket: it takes
+    no more (`is_paused`) while TRUNK_WINDOW_BYTES are on their way, which are `_sent_bytes` less what the other process
+    says to have (`_arrived_bytes`). Nothing is sent twice: a batch that is missing is an error, which ends everything
+    that this process has with others.
+    """
+
+    __slots__ = (
+        "_arrived_bytes",
+        "_batch",
+        "_number_in",
+        "_number_out",
+        "_received_bytes",
+        "_sent_bytes",
+        "_told_bytes",
+        "process",
+    )
+
+    def __init__(self, relay: Relay, process: str) -> None:
+        super().__init__(relay)
+        self.is_binary = True
+        self.process = process
+        self._batch: list[bytes] = []
+        self._number_out = self._number_in = 0
+        self._sent_bytes = self._arrived_bytes = 0
+        self._received_bytes = self._told_bytes = 0
+
+    # Sending
+
+    def send(self, data: bytes) -> None:
+        """Sends with this pass of the loop."""
+        super().send(data)
+        self._sent_bytes += len(data)
+        if self._sent_bytes - self._arrived_bytes >= TRUNK_WINDOW_BYTES:
+            self.is_paused = self.is_held = True
+
+    def send_control(self, frame: bytes, *, is_optional: bool = False) -> None:
+        """Sends what processes say to each other: there is little of it, so that it does not wait for the window."""
+        if not (is_optional and self.is_paused):
+            self.send(frame)
+
+    def flush(self) -> None:
+        """Has the next batch include what this pass has gathered."""
+        self._batch += self._out
+        self._out.clear()
+        self._relay.wake_redis()
+
+    def take_batch(self, sender: str) -> bytes | None:
+        """The next batch to publish, if there is reason for one."""
+        if not self._batch and not self._is_receipt_due:
+            return None
+        batch = b"".join((encode_batch_head(sender, self._number_out, self._received_bytes), *self._batch))
+        self._batch.clear()
+        self._number_out += 1
+        self._told_bytes = self._received_bytes
+        return batch
+
+    def close(self) -> None:
+        """Forgets what waits: the other process is gone."""
+        self._drop_waiting()
+        self._out.clear()
+        self._batch.clear()
+
+    @property
+    def _is_receipt_due(self) -> bool:
+        return self._received_bytes - self._told_bytes >= TRUNK_WINDOW_BYTES // 4
+
+    # Receiving
+
+    def receive(self, number: int, arrived_bytes: int, data: bytes) -> None:
+        """Passes on the frames of a batch; TrunkError if another one should have come first, or in a broken one."""
+        if number != self._number_in or not self._arrived_bytes <= arrived_bytes <= self._sent_bytes:
+            raise TrunkError("a batch is missing")
+        self._number_in += 1
+        self._arrived_bytes = arrived_bytes
+        if self.is_paused and self._sent_bytes - arrived_bytes < TRUNK_WINDOW_BYTES:
+            self.is_paused = False
+            self.drain()
+        try:
+            self._receive_frames(data)
+        except (IndexError, UnicodeDecodeError):
+            raise TrunkError("a batch that ends too early") from None
+        self._received_bytes += len(data) - BATCH_HEAD_BYTES
+        if self._is_receipt_due:
+            self._relay.wake_redis()
+
+    def _receive_frames(self, data: bytes) -> None:
+        position, end, now, routes = BATCH_HEAD_BYTES, len(data), self._relay.now(), self.routes
+        while position < end:
+            first, size, start = data[position], data[position + 1], position + 2
+            if size == 126:
+                size, start = data[position + 2] << 8 | data[position + 3], position + 4
+            elif size == 127:
+                size, start = int.from_bytes(data[position + 2 : position + 10], "big"), position + 10
+            position = start + size
+            if position > end:
+                raise TrunkError("a batch that ends too early")
+            if first == 0x81:
+                self._relay.hear(self.process, data[start:position].decode())
+                continue
+            route = routes.get(data[start : start + _TAG_BYTES])
+            if route is not None:  # else its session has ended here, which the other process is being told
+                self._forward(route, data[start + _TAG_BYTES : position], now)
+
+
+# ---- Redis ----------------------------------------------------------------------------
+# The edge towards Redis: two connections, what goes over them, and what is to be done without them.
+
+
+class RedisError(Exception):
+    """Redis does not answer, or does not let us. `is_refusal`: it is there, and will say the same next time."""
+
+    def __init__(self, message: str, *, is_refusal: bool = False) -> None:
+        super().__init__(message)
+        self.is_refusal = is_refusal
+
+
+def load_redis(url: str) -> Callable[[], Any]:
+    """A maker of connections to this Redis, of the package redis; SettingsError without it, or if it finds fault."""
+    try:
+        module = importlib.import_module("redis.asyncio")
+        retry = importlib.import_module("redis.asyncio.retry").Retry
+        no_backoff = importlib.import_module("redis.backoff").NoBackoff
+    except ImportError:
+        message = "REDIS_URL needs the package redis, which is not installed: python3 -m pip install 'redis>=5'"
+        raise SettingsError(message) from None
+    options = {
+        "socket_timeout": REDIS_DEADLINE_S,
+        "socket_connect_timeout": REDIS_DEADLINE_S,
+        "health_check_interval": 0,
+        "retry": retry(no_backoff(), 0),  # what has been lost must not be made up for in silence
+        "protocol": 2,
+        "decode_responses": False,
+    }
+    try:
+        pool = module.ConnectionPool.from_url(url, **options)
+        pool.connection_kwargs |= options  # over those of the URL
+        make_connection: Callable[[], Any] = pool.make_connection
+        make_connection()
+    except Exception:
+        raise SettingsError("REDIS_URL: the package redis finds fault with it") from None
+    return make_connection
+
+
+class RedisLink:
+    """One stay at Redis: a connection for commands, and one that is subscribed to a channel.
+
+    A fault of either is the end of both: nothing is repeated and no connection is made anew within a stay.
+    """
+
+    def __init__(self, make_connection: Callable[[], Any], channel: str) -> None:
+        self._commands = make_connection()
+        self._messages = make_connection()
+        self._channel = channel
+        self._scripts: dict[str, bytes] = {}
+
+    async def open(self) -> None:
+        """Connects, subscribes, and gives Redis the scripts. RedisError."""
+        async with self._translate():
+            await self._commands.connect()
+            await self._messages.connect()
+            await self._messages.send_command("SUBSCRIBE", self._channel)
+            await self._messages.read_response()
+        replies = await self.run([("SCRIPT", "LOAD", source) for source in SCRIPTS.values()])
+        self._scripts = dict(zip(SCRIPTS, replies, strict=True))
+
+    async def close(self) -> None:
+        """Ends both connections."""
+        for connection in (self._commands, self._messages):
+            with contextlib.suppress(Exception):  # of whatever kind: it is given up
+                await asyncio.wait_for(connection.disconnect(nowait=True), 1)
+
+    def build_call(self, script: str, *arguments: str) -> tuple[Any, ...]:
+        """The command that runs one of SCRIPTS."""
+        return "EVALSHA", self._scripts[script], 0, *arguments
+
+    async def run(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The replies to commands, which are sent at once. RedisError, also if Redis refuses one of them."""
+        async with self._translate():
+            await self._commands.send_packed_command(self._commands.pack_commands(commands))
+            return [await self._commands.read_response() for _ in commands]
+
+    async def receive(self) -> bytes:
+        """The next message of the channel. RedisError, also if none comes for as long as heartbeats never take."""
+        while True:
+            async with self._translate():
+                reply = await self._messages.read_response()
+            if isinstance(reply, list) and len(reply) == 3 and reply[0] == b"message":
+                return bytes(reply[2])
+
+    @contextlib.asynccontextmanager
+    async def _translate(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(REDIS_DEADLINE_S):
+                yield
+        except (TimeoutError, OSError, EOFError) as exc:
+            raise RedisError(str(exc) or f"no answer within {REDIS_DEADLINE_S:.0f} s") from exc
+        except Exception as exc:
+            exceptions = importlib.import_module("redis.exceptions")
+            if not isinstance(exc, exceptions.RedisError):
+                raise
+            is_refusal = isinstance(exc, exceptions.AuthenticationError | exceptions.ResponseError)
+            raise RedisError(str(exc), is_refusal=is_refusal) from exc
+
+
+class Directory:
+    """This process among the others of the relay. `start` it; it reaches Redis again by itself until `close`.
+
+    Everything that goes to Redis goes in rounds, one at a time: a heartbeat if one is due, entries that have changed,
+    questions, and for each other process what has been gathered for it since the round before. So there is one order,
+    and the busier it is, the more a round takes along.
+
+    ALONE ── connected, subscribed, registered ─→ AMONG OTHERS (`link`, `process`)
+        ↑                                              │
+        └── a fault of either connection, silence, a missing batch, or a lease that has run out
+
+    Each time it has another name, and the state forgets all that it had with other processes: what may have been lost
+    in between needs no thought.
+    """
+
+    def __init__(self, relay: Relay, state: SharedState, settings: Settings) -> None:
+        """SettingsError without the package redis."""
+        self._relay = relay
+        self._state = state
+        self._settings = settings
+        self._make_connection = load_redis(settings.redis_url)
+        self._link: RedisLink | None = None
+        self._trunks: dict[str, Trunk] = {}
+        self._asks: deque[Ask] = deque()
+        self._asked: deque[Ask] = deque()
+        self._wake = asyncio.Event()
+        self._is_heartbeat_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_leaving = False
+        self._task: asyncio.Task[None] | None = None
+        self.processes: dict[str, int] = {}
+
+    @property
+    def process(self) -> str:
+        """The name of this process among the others; empty while it is alone."""
+        return self._state.process
+
+    # Running
+
+    async def start(self) -> None:
+        """Tries to reach Redis, and goes on trying. SettingsError if it is there and will not have us."""
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(first), name="redis")
+        try:
+            await first
+        except RedisError as error:
+            if error.is_refusal:
+                await self.close()
+                raise SettingsError(f"REDIS_URL: Redis says: {display_name(str(error))}") from None
+
+    async def close(self) -> None:
+        """Tells the others what is to be told, and leaves."""
+        self._is_leaving = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=CLOSE_LINGER_S if self.process else 0)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self, first: asyncio.Future[None]) -> None:
+        delay_s, has_warned = REDIS_RETRY_LEAST_S, False
+        while not self._is_leaving:
+            error: Exception | None = None
+            try:
+                await self._stay(first)
+            except (RedisError, TrunkError) as exc:
+                error = exc
+            except Exception as exc:  # our bug: said in full, but the process goes on
+                logger.exception("an error among the relay processes")
+                error = exc
+            was_there = bool(self.process)
+            self._detach()
+            if error is None:
+                return
+            is_told = not first.done() and isinstance(error, RedisError) and error.is_refusal
+            if was_there or not (has_warned or is_told):
+                logger.warning(
+                    "Redis is away (%s): this process goes on alone; its sessions with other processes have ended",
+                    display_name(str(error)),
+                )
+            has_warned = True
+            if not first.done():
+                first.set_exception(error)
+            delay_s = REDIS_RETRY_LEAST_S if was_there else min(2 * delay_s, REDIS_RETRY_MOST_S)
+            await asyncio.sleep(delay_s * (0.5 + int.from_bytes(os.urandom(2), "big") / 65536))
+
+    async def _stay(self, first: asyncio.Future[None]) -> None:
+        """From a connection to its end: RedisError or TrunkError says which, unless this process leaves."""
+        process = encode_base64url(os.urandom(16))
+        link = RedisLink(self._make_connection, build_channel(process))
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await link.open()
+            await link.run([link.build_call("register", process)])
+            self._attach(link, process)
+            if not first.done():
+                first.set_result(None)
+            rounds, messages = self._run_rounds(link, process), self._receive(link)
+            tasks = [asyncio.create_task(each, name="redis") for each in (rounds, messages)]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*done)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await link.close()
+
+    def _attach(self, link: RedisLink, process: str) -> None:
+        logger.info("Redis is there: this relay process is %s", process)
+        self._link = link
+        self._mark_heartbeat_due()
+        self._relay.apply(self._state.attach(process))
+
+    def _detach(self) -> None:
+        self._link = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.processes = {}
+        self._relay.apply(self._state.detach(self._relay.now()))
+        for trunk in self._trunks.values():
+            trunk.close()
+        self._trunks.clear()
+        asks = [*self._asked, *self._asks]
+        self._asked.clear()
+        self._asks.clear()
+        for ask in asks:
+            self._settle(ask, None)
+
+    # Rounds
+
+    def wake(self) -> None:
+        """There is something for the next round."""
+        self._wake.set()
+
+    def follow(self) -> None:
+        """Has the directory follow the state, if that has changed."""
+        if self._state.has_changes:
+            self._wake.set()
+
+    def ask(self, ask: Ask) -> None:
+        """Has a question answered, at once if there is nobody to ask."""
+        if self._link is None:
+            self._settle(ask, None)
+            return
+        self._asks.append(ask)
+        self._wake.set()
+
+    def _settle(self, ask: Ask, answer: Answer | None) -> None:
+        self._relay.apply(self._state.answer(ask, answer, self._relay.now()))
+
+    async def _run_rounds(self, link: RedisLink, process: str) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            commands = self._gather(link, process)
+            if commands:
+                replies = await link.run([command for command, _ in commands])
+                for reply, (_, take) in zip(replies, commands, strict=True):
+                    take(reply)
+            elif self._is_leaving:
+                await link.run([link.build_call("leave", process)])
+                return
+            if self._asks or self._is_leaving:
+                self._wake.set()
+
+    def _gather(self, link: RedisLink, process: str) -> list[tuple[tuple[Any, ...], Callable[[Any], None]]]:
+        """The commands of a round, and what takes the reply to each."""
+        commands: list[tuple[tuple[Any, ...], Callable[[Any], None]]] = []
+        if self._is_heartbeat_due:
+            self._is_heartbeat_due = False
+            known = set(self._trunks)
+            beat = link.build_call("heartbeat", process)
+            commands.append((beat, lambda reply: self._take_heartbeat(parse_heartbeat(reply), known)))
+        changes = [text for change in self._state.take_changes().items() for text in change]
+        for at in range(0, len(changes), 2 * ROUND_LIMIT):
+            part = changes[at : at + 2 * ROUND_LIMIT]
+            commands.append((link.build_call("note", process, *part), lambda reply: None))
+        for _ in range(min(len(self._asks), ROUND_LIMIT)):
+            ask = self._asks.popleft()
+            self._asked.append(ask)
+            script, arguments = build_script_arguments(ask, self._settings)
+            commands.append((link.build_call(script, process, *arguments), self._take_answer))
+        for name, trunk in self._trunks.items():
+            batch = trunk.take_batch(process)
+            if batch is not None:
+                commands.append((("PUBLISH", build_channel(name), batch), self._build_take_count(name)))
+        return commands
+
+    def _build_take_count(self, process: str) -> Callable[[Any], None]:
+        def take(subscribers: Any) -> None:
+            if not subscribers:
+                self.lose(process)
+
+        return take
+
+    def _take_answer(self, reply: Any) -> None:
+        self._settle(self._asked.popleft(), parse_answer(reply))
+
+    def _take_heartbeat(self, processes: dict[str, int], known: set[str]) -> None:
+        self.processes = processes
+        for process in known - processes.keys():
+            self.lose(process)
+        self._timer = self._relay.call_later(HEARTBEAT_INTERVAL_S, self._mark_heartbeat_due)
+
+    def _mark_heartbeat_due(self) -> None:
+        self._is_heartbeat_due = True
+        self._wake.set()
+
+    # Other processes
+
+    def get_trunk(self, process: str) -> Trunk:
+        """The way to another process."""
+        if process not in self._trunks:
+            self._trunks[process] = Trunk(self._relay, process)
+        return self._trunks[process]
+
+    def lose(self, process: str) -> None:
+        """Another process is gone: nobody hears what is told to it, or its lease has run out."""
+        trunk = self._trunks.pop(process, None)
+        if trunk is not None:
+            logger.warning("relay process %s is gone, and what it had with this one", process)
+            self._relay.apply(self._state.lose(process, self._relay.now()))
+            trunk.close()
+
+    async def _receive(self, link: RedisLink) -> None:
+        while True:
+            self._take_message(await link.receive())
+
+    def _take_message(self, data: bytes) -> None:
+        if data.startswith(b"T"):
+            process, number, arrived_bytes = parse_batch_head(data)
+            if process in self._trunks or number == 0:
+                self.get_trunk(process).receive(number, arrived_bytes, data)
+        elif data.startswith(b"U"):
+            try:
+                self._relay.apply(self._state.take_over(*parse_superseded(data)))
+            except ValueError:
+                logger.warning("a message in Redis that no relay of this version has written")
+
+
 # ---- Relay ----------------------------------------------------------------------------
 # The server: it does what the state decides, keeps time, listens and stops.
 
@@ -2387,19 +3834,20 @@ class Relay:
     """A running relay. `start` it, wait for `run_until_stopped`; `stop` may be called from the loop at any time."""
 
     def __init__(self, settings: Settings) -> None:
+        """SettingsError if there is to be a Redis, and no package for it."""
         self.settings = settings
         self.counters = Counters()
         self.read_buffer = memoryview(bytearray(READ_BYTES))
         self.queued_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._started_at = self.now()
-        self._state = RelayState(settings, os.urandom, time.time() - self._started_at)
+        self._state, self._directory = self._build_state(time.time() - self._started_at)
         self._connections: dict[int, Connection] = {}  # those that are open, in the order of their last ping
         self._others: set[Connection] = set()  # those that are no WebSocket yet, or no more
         self._limit = settings.max_sessions * CONNECTIONS_PER_SESSION + CONNECTIONS_LEAST
         self._links: dict[str, Link] = {}
-        self._to_flush: list[Connection] = []
-        self._to_refill: set[Connection] = set()
+        self._to_flush: list[Port] = []
+        self._to_refill: set[Port] = set()
         self._server: asyncio.Server | None = None
         self._tls: ssl.SSLContext | None = None
         self._ticks = 0
@@ -2407,14 +3855,23 @@ class Relay:
         self._is_empty = asyncio.Event()
         self._has_warned_of_proxy = False
 
+    def _build_state(self, unix_offset_s: float) -> tuple[RelayState, Directory | None]:
+        if not self.settings.redis_url:
+            return RelayState(self.settings, os.urandom, unix_offset_s), None
+        state = SharedState(self.settings, os.urandom, unix_offset_s)
+        return state, Directory(self, state, self.settings)
+
     # Running
 
     async def start(self) -> str:
-        """Listens; the URL. OSError if it cannot, ssl.SSLError or OSError for files that are no certificate."""
+        """Listens; the URL. OSError if it cannot, ssl.SSLError or OSError for files that are no certificate;
+        SettingsError if Redis will not have us."""
         if self.settings.tls_cert_file:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.load_certificate()
         self._limit = min(self._limit, raise_descriptor_limit() - DESCRIPTORS_RESERVE)
+        if self._directory is not None:
+            await self._directory.start()
         self._server = await self._loop.create_server(
             lambda: Connection(self),
             self.settings.host,
@@ -2457,7 +3914,7 @@ class Relay:
         self._server.close()
         for connection in [c for c in self._others if c.phase is Phase.HEAD]:
             connection.abort()
-        self._apply(self._state.stop())
+        self.apply(self._state.stop())
         await self._wait_until_empty(STOP_GRACE_S)
         for connection in list(self._connections.values()):
             connection.close(CLOSE_SERVICE_RESTART, "the relay is stopping: connect again")
@@ -2465,6 +3922,8 @@ class Relay:
         for connection in list(self._others):
             connection.abort()
         await asyncio.sleep(0)
+        if self._directory is not None:
+            await self._directory.close()
 
     async def _wait_until_empty(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -2488,7 +3947,7 @@ class Relay:
         self.call_later(TICK_S, self._tick)
         now = self.now()
         self._state.unix_offset_s = time.time() - now
-        self._apply(self._state.expire(now, self._get_used_at))
+        self.apply(self._state.expire(now, self._get_used_at))
         self._ticks += 1
         if self._ticks % 60 == 0:
             self._state.forget_addresses(now)
@@ -2567,7 +4026,7 @@ class Relay:
         if self._connections.pop(connection.client_id, None) is not None:
             self._others.add(connection)
             logger.debug("client %d disconnected", connection.client_id)
-            self._apply(self._state.disconnect(connection.client_id, self.now()))
+            self.apply(self._state.disconnect(connection.client_id, self.now()))
 
     def answer(self, request: HttpRequest) -> bytes:
         """The answer to a request that is not for a WebSocket."""
@@ -2576,7 +4035,11 @@ class Relay:
             raise HttpError(405, "only GET here", [("Allow", "GET, HEAD")])
         if request.path == "/metrics" and self.settings.has_metrics:
             text = build_metrics(
-                self._state, self.counters, uptime_s=self._get_uptime_s(), queued_bytes=self.queued_bytes
+                self._state,
+                self.counters,
+                uptime_s=self._get_uptime_s(),
+                queued_bytes=self.queued_bytes,
+                processes=self._directory.processes if self._directory else None,
             )
             return encode_response(200, text.encode(), "text/plain; version=0.0.4", is_head=is_head)
         if request.path == "/pair":
@@ -2588,6 +4051,7 @@ class Relay:
                 "activeSessions": len(self._state.sessions),
                 "uptimeSec": self._get_uptime_s(),
                 "version": __version__,
+                **self._describe_processes(),
             }
         elif request.path == "/":
             body = {
@@ -2601,6 +4065,18 @@ class Relay:
             raise HttpError(404, "there is no such page here")
         return encode_response(200, encode_json(body), "application/json", is_head=is_head)
 
+    def _describe_processes(self) -> dict[str, Any]:
+        """What /health says of this process among others; while Redis is away, it counts itself only."""
+        if self._directory is None:
+            return {}
+        processes = self._directory.processes
+        return {
+            "redis": "ok" if self._directory.process else "away",
+            "process": self._directory.process,
+            "relayProcesses": len(processes) or 1,
+            "allSessions": sum(processes.values()) if processes else len(self._state.sessions),
+        }
+
     def _get_uptime_s(self) -> int:
         return int(self.now() - self._started_at)
 
@@ -2608,21 +4084,37 @@ class Relay:
 
     def handle(self, connection: Connection, message: dict[str, Any]) -> None:
         """A JSON message without a route."""
-        self._apply(self._state.handle(connection.client_id, message, self.now()))
+        self.apply(self._state.handle(connection.client_id, message, self.now()))
 
     def refuse(self, connection: Connection, refusal: Refusal) -> None:
         """A message that is none."""
-        self._apply(self._state.refuse(connection.client_id, refusal))
+        self.apply(self._state.refuse(connection.client_id, refusal))
 
     def explain_tag(self, connection: Connection, tag: int | None) -> None:
         """A binary message without a route; `tag` None: too short for one."""
-        self._apply(self._state.explain_tag(connection.client_id, tag))
+        self.apply(self._state.explain_tag(connection.client_id, tag))
 
     def touch(self, connection: Connection) -> None:
         """A client has sent a ping."""
-        self._state.touch(connection.client_id, self.now())
+        self.apply(self._state.touch(connection.client_id, self.now()))
 
-    def _apply(self, actions: Iterable[Action]) -> None:
+    def hear(self, process: str, text: str) -> None:
+        """What another process says."""
+        assert isinstance(self._state, SharedState)
+        try:
+            actions = self._state.hear(process, parse_json(text), self.now())
+        except ValueError as error:
+            logger.warning("relay process %s is of another version: %s", process, error)
+            return
+        self.apply(actions)
+
+    def wake_redis(self) -> None:
+        """There is something for other processes."""
+        if self._directory is not None:
+            self._directory.wake()
+
+    def apply(self, actions: Iterable[Action]) -> None:
+        """Does what the state has decided."""
         for action in actions:
             if isinstance(action, Send):
                 self._tell(action)
@@ -2631,39 +4123,45 @@ class Relay:
                     self._connections[action.client].close(action.code, action.reason)
             elif isinstance(action, Join):
                 self._join(action)
-            else:
+            elif isinstance(action, Part):
                 self._part(action)
+            elif self._directory is not None:
+                self._directory.ask(action)
+        if self._directory is not None:
+            self._directory.follow()
 
     def _tell(self, action: Send) -> None:
-        connection = self._connections.get(action.client)
-        if connection is None:
+        port = self._get_port(action.client, action.process)
+        if port is None:
             return
-        if action.message["type"] == "error":
+        if action.message["type"] == "error" and not action.process:
             code = action.message["code"]
             self.counters.errors[code] = self.counters.errors.get(code, 0) + 1
         frame = encode_websocket_frame(OPCODE_TEXT, encode_json(action.message))
         link = self._links.get(action.session_id)
         for route in link.routes if link else ():
-            if route.receiver is connection and route.queue:
-                connection.hold(route, frame)
+            if route.receiver is port and route.queue:
+                port.hold(route, frame)
                 return
-        connection.send_control(frame, is_optional=action.is_optional)
+        port.send_control(frame, is_optional=action.is_optional)
+
+    def _get_port(self, client_id: int, process: str) -> Port | None:
+        """Through which a client is told something: its connection, or the way to the process that speaks for it."""
+        if process and self._directory is not None:
+            return self._directory.get_trunk(process)
+        return self._connections.get(client_id)
 
     def _join(self, action: Join) -> None:
         link = Link(action.session_id, self.settings.bytes_per_second, self.now())
         source, target = action.ends
-        routes = []
-        for sender, receiver in ((source, target), (target, source)):
-            route = Route(
-                link,
-                self._connections[sender.client],
-                build_route_key(sender, action.session_id),
-                self._connections[receiver.client],
-                build_route_head(receiver, action.session_id, sender.role),
-            )
+        ports = [self._get_port(end.client, end.far.process if end.far else "") for end in action.ends]
+        assert ports[0] is not None and ports[1] is not None
+        link.routes = (
+            Route(link, ports[0], ports[1], (source, target)),
+            Route(link, ports[1], ports[0], (target, source)),
+        )
+        for route in link.routes:
             route.sender.routes[route.key] = route
-            routes.append(route)
-        link.routes = tuple(routes)
         self._links[action.session_id] = link
         logger.info("session joined; %d are open", len(self._state.sessions))
         logger.debug("clients %d and %d joined", source.client, target.client)
@@ -2680,16 +4178,16 @@ class Relay:
 
     # Frames under way
 
-    def schedule_flush(self, connection: Connection) -> None:
-        """A connection has something to send at the end of this pass of the loop."""
+    def schedule_flush(self, port: Port) -> None:
+        """A port has something to send at the end of this pass of the loop."""
         if not self._to_flush:
             self._loop.call_soon(self._flush)
-        self._to_flush.append(connection)
+        self._to_flush.append(port)
 
     def _flush(self) -> None:
-        connections, self._to_flush = self._to_flush, []
-        for connection in connections:
-            connection.flush()
+        ports, self._to_flush = self._to_flush, []
+        for port in ports:
+            port.flush()
 
     def may_release(self, link: Link) -> bool:
         """Whether the session may go on, after all."""
@@ -2709,22 +4207,22 @@ class Relay:
         is_full = route.queued_bytes + len(frame) > SESSION_QUEUE_LIMIT_BYTES
         if is_full or self.queued_bytes + len(frame) > TOTAL_QUEUE_LIMIT_BYTES:
             code = ErrorCode.SESSION_STALLED if receiver.is_paused else ErrorCode.RATE_LIMITED
-            self._apply(self._state.stall(link.session_id, route.sender.client_id, code, now))
+            self.apply(self._state.stall(link.session_id, route.sender_id, code, now))
             return
         receiver.hold(route, frame)
         if is_late:
             self.schedule_refill(receiver)
 
-    def schedule_refill(self, connection: Connection) -> None:
-        """A connection has sessions that wait for their allowance."""
+    def schedule_refill(self, port: Port) -> None:
+        """A port has sessions that wait for their allowance."""
         if not self._to_refill:
             self.call_later(REFILL_INTERVAL_S, self._refill)
-        self._to_refill.add(connection)
+        self._to_refill.add(port)
 
     def _refill(self) -> None:
-        connections, self._to_refill = self._to_refill, set()
-        for connection in connections:
-            connection.drain()
+        ports, self._to_refill = self._to_refill, set()
+        for port in ports:
+            port.drain()
 
 
 def raise_descriptor_limit() -> int:
@@ -2812,6 +4310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(_serve(settings))
     except KeyboardInterrupt:
         return 0
+    except SettingsError as error:
+        print(f"rendezvous_server: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         where = (
             "TLS_CERT_FILE or TLS_KEY_FILE" if isinstance(error, ssl.SSLError | FileNotFoundError) else "cannot listen"

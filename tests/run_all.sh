@@ -18,7 +18,7 @@ install_programs() {
     local missing=()
     for program in curl openssl cmake; do command -v $program >/dev/null || missing+=($program); done
     for pair in node:nodejs npm:npm ip:iproute2 nft:nftables chromium:chromium avahi-daemon:avahi-daemon \
-        avahi-browse:avahi-utils dbus-daemon:dbus; do
+        avahi-browse:avahi-utils dbus-daemon:dbus redis-server:redis-server; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done
     if ((${#missing[@]})); then

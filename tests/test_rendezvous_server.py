@@ -708,7 +708,7 @@ def run_command(*arguments, **environ):
         (["--port", "nine"], {}, 2, "--port 'nine'"),
         (["--nonsense"], {}, 2, "--nonsense"),
         ([], {"SESSION_TTL_SECONDS": "-1"}, 2, "SESSION_TTL_SECONDS"),
-        ([], {"REDIS_URL": "redis://localhost"}, 2, "REDIS_URL"),
+        ([], {"REDIS_URL": "localhost:6379"}, 2, "REDIS_URL"),
         (["--tls-cert-file", "/nowhere", "--tls-key-file", "/nowhere", "--port", "0"], {}, 2, "TLS_CERT_FILE"),
         (["--host", "192.0.2.1"], {}, 1, "cannot listen"),
     ],
@@ -717,6 +717,14 @@ def test_wrong_use_is_said_in_one_line(arguments, environ, code, said):
     done = run_command(*arguments, **environ)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_redis_without_its_package_is_said_in_one_line():
+    command = [sys.executable, "-S", str(RELAY), "--port", "0"]  # -S: without the packages that are installed
+    environ = CLEAN_ENVIRON | {"REDIS_URL": "redis://:hunter2@127.0.0.1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "pip install 'redis>=5'" in done.stderr and "hunter2" not in done.stderr
 
 
 def test_a_port_that_is_taken():

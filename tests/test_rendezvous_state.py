@@ -746,7 +746,10 @@ def test_settings_of_environment_and_flags():
         ({"LOG_LEVEL": "loud"}, "LOG_LEVEL"),
         ({"RELAY_TOKENS": "a,,b"}, "RELAY_TOKENS"),
         ({"TLS_CERT_FILE": "x"}, "TLS_KEY_FILE"),
-        ({"REDIS_URL": "redis://x"}, "REDIS_URL"),
+        ({"REDIS_URL": "http://x"}, "REDIS_URL"),
+        ({"REDIS_URL": "redis://"}, "REDIS_URL"),
+        ({"REDIS_URL": "redis://x:99999"}, "REDIS_URL"),
+        ({"REDIS_URL": "unix://"}, "REDIS_URL"),
     ],
 )
 def test_settings_that_are_wrong_are_named(environ, named):
@@ -755,10 +758,15 @@ def test_settings_that_are_wrong_are_named(environ, named):
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_wrong_token_list_is_not_shown():
+@pytest.mark.parametrize("environ", [{"RELAY_TOKENS": "hunter2,"}, {"REDIS_URL": "rediss://:hunter2@redis:port"}])
+def test_secrets_that_are_wrong_are_not_shown(environ):
     with pytest.raises(relay.SettingsError) as raised:
-        build_settings(RELAY_TOKENS="hunter2,")
+        build_settings(**environ)
     assert "hunter2" not in str(raised.value)
+
+
+def test_a_password_of_redis_is_not_shown():
+    assert "hunter2" not in repr(build_settings(REDIS_URL="redis://:hunter2@redis/1"))
 
 
 def test_metrics_are_prometheus(table):
@@ -767,3 +775,11 @@ def test_metrics_are_prometheus(table):
     assert "\nrendezvous_active_sessions 1\n" in text and "\nrendezvous_uptime_seconds 5\n" in text
     assert '\nrendezvous_errors_total{code="rate_limited"} 2\n' in text
     assert "\nrendezvous_queued_bytes 7\n" in text
+    assert "redis" not in text
+
+
+@pytest.mark.parametrize(("processes", "up", "count", "sessions"), [({"a": 2, "b": 1}, 1, 2, 3), ({}, 0, 1, 0)])
+def test_metrics_of_several_processes(table, processes, up, count, sessions):
+    text = relay.build_metrics(table.state, relay.Counters(), uptime_s=5, queued_bytes=7, processes=processes)
+    assert f"\nrendezvous_redis_up {up}\n" in text and f"\nrendezvous_relay_processes {count}\n" in text
+    assert f"\nrendezvous_all_sessions {sessions}\n" in text

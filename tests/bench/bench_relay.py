@@ -1,9 +1,12 @@
-"""What the relay costs:  python3 tests/bench/bench_relay.py [--pairs 8000] [--seconds 4]
+"""What the relay costs:  python3 tests/bench/bench_relay.py [--pairs 8000] [--seconds 4] [--redis]
 
 From raw sockets, beside a relay process of its own with every limit on (the rate of a session set high enough not to be
 what is measured): messages per second and processor time per message at 200 and 2,000 bytes, as JSON and in the binary
 subprotocol; memory per idle pair; latency of a ping-pong beside four sessions that send as much as they can.
 Processor time and memory are read from /proc (Linux).
+
+With --redis, instead: the same messages between the clients of one process, and between those of two processes that a
+Redis of its own joins (needs redis-server and the package redis), in turn, and a ping-pong on otherwise idle relays.
 """
 
 import argparse
@@ -28,15 +31,8 @@ OPENING = (
 )
 
 
-class RelayProcess:
-    """A relay on a free port of loopback."""
-
-    def __init__(self, *flags):
-        command = [sys.executable, str(ROOT / "rendezvous_server.py"), "--host", "127.0.0.1", "--port", "0"]
-        limits = {"SESSIONS_PER_ADDRESS": "0", "SESSIONS_PER_ADDRESS_PER_MINUTE": "0", "LOG_LEVEL": "silent"}
-        environ = os.environ | limits | {"RELAY_BYTES_PER_SECOND": "1000000000"}
-        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, env=environ)
-        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+class Process:
+    """What the benchmark reads of a process that it started as `process`."""
 
     def __enter__(self):
         return self
@@ -44,7 +40,8 @@ class RelayProcess:
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait()
-        self.process.stdout.close()
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def read_cpu_s(self):
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -53,6 +50,34 @@ class RelayProcess:
     def read_rss_bytes(self):
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+class RedisProcess(Process):
+    """A Redis on a free port of loopback that keeps nothing on disk."""
+
+    def __init__(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--loglevel", "warning"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.url = f"redis://127.0.0.1:{port}/0"
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return
+            time.sleep(0.1)
+        raise ConnectionError("Redis does not start")
+
+
+class RelayProcess(Process):
+    """A relay on a free port of loopback."""
+
+    def __init__(self, *flags, **more):
+        command = [sys.executable, str(ROOT / "rendezvous_server.py"), "--host", "127.0.0.1", "--port", "0"]
+        limits = {"SESSIONS_PER_ADDRESS": "0", "SESSIONS_PER_ADDRESS_PER_MINUTE": "0", "LOG_LEVEL": "silent"}
+        environ = os.environ | limits | {"RELAY_BYTES_PER_SECOND": "1000000000"} | more
+        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, env=environ)
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
 
 
 class Client:
@@ -101,9 +126,9 @@ def encode_frame(first, payload):
     return head + mask + (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
 
 
-def open_pair(port):
+def open_pair(port, other_port=None):
     """Two clients in one session, as existing apps open it, and the session's id."""
-    source, target = Client(port), Client(port)
+    source, target = Client(port), Client(other_port or port)
     peer = {"deviceId": "bench", "deviceName": "bench", "capability": {}, "ephemeralPubKey": "A" * 43}
     source.send({"type": "pair-source", **peer})
     session_id = json.loads(source.receive())["sessionId"]
@@ -112,9 +137,9 @@ def open_pair(port):
     return source, target, session_id
 
 
-def open_dialed(port):
+def open_dialed(port, other_port=None):
     """Two clients in one session of the binary subprotocol, and the dialer's tag."""
-    dialer, listener = Client(port, is_binary=True), Client(port, is_binary=True)
+    dialer, listener = Client(port, is_binary=True), Client(other_port or port, is_binary=True)
     room = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
     listener.send({"type": "listen", "v": 1, "room": room})
     listener.receive()
@@ -127,12 +152,12 @@ def open_dialed(port):
 class Flow:
     """One session in one direction, with as many messages of one size on the way as the window lets."""
 
-    def __init__(self, port, size, *, is_binary):
+    def __init__(self, port, size, *, is_binary, other_port=None):
         if is_binary:
-            self.sender, self.receiver, tag = open_dialed(port)
+            self.sender, self.receiver, tag = open_dialed(port, other_port)
             self.frame = encode_frame(0x82, tag + os.urandom(size))
         else:
-            self.sender, self.receiver, session_id = open_pair(port)
+            self.sender, self.receiver, session_id = open_pair(port, other_port)
             message = {"type": "relay", "sessionId": session_id, "payload": "A" * size}
             self.frame = encode_frame(0x81, json.dumps(message, separators=(",", ":")).encode())
         self.sender.socket.sendall(self.frame)
@@ -212,8 +237,48 @@ def measure_latency(seconds, *, is_binary):
     return json.loads(done.stdout)
 
 
-def run_ping_pong(port, seconds):
-    source, target, session_id = open_pair(port)
+def measure_across(redis, seconds, size, *, is_binary, is_across):
+    """Messages per second; microseconds a message of the sender's process, the receiver's (0: the same), and Redis."""
+    with RelayProcess(REDIS_URL=redis.url) as one, RelayProcess(REDIS_URL=redis.url) as other:
+        far = other if is_across else one
+        with Flow(one.port, size, is_binary=is_binary, other_port=far.port).run() as flow:
+            time.sleep(0.3)
+            processes = (one, other, redis)
+            count, cpu_s, start = flow.count, [each.read_cpu_s() for each in processes], time.perf_counter()
+            time.sleep(seconds)
+            count, wall_s = flow.count - count, time.perf_counter() - start
+            used = [each.read_cpu_s() - before for each, before in zip(processes, cpu_s, strict=True)]
+    return count / wall_s, *(each / count * 1e6 for each in used)
+
+
+def compare_across(seconds, repeat):
+    """Prints what a message costs within a process and across two, in turn, and how long a round trip takes."""
+    with RedisProcess() as redis:
+        for is_binary, size in ((b, s) for b in (False, True) for s in (200, 2000)):
+            runs = {False: [], True: []}
+            for is_across in (False, True) * repeat:
+                runs[is_across].append(measure_across(redis, seconds, size, is_binary=is_binary, is_across=is_across))
+            for is_across, rows in runs.items():
+                rates = sorted(row[0] for row in rows)
+                cpu = [sorted(row[n] for row in rows) for n in (1, 2, 3)]
+                shown = ", ".join(
+                    f"{name} {times[0]:.2f}–{times[-1]:.2f}"
+                    for name, times in zip(("sender's", "receiver's", "Redis"), cpu, strict=True)
+                )
+                print(
+                    f"{'binary' if is_binary else 'JSON':6} {size:5} bytes, {'across' if is_across else 'within'}: "
+                    f"{rates[0]:8,.0f}–{rates[-1]:,.0f} msg/s; µs CPU a message: {shown}",
+                    flush=True,
+                )
+        with RelayProcess(REDIS_URL=redis.url) as one, RelayProcess(REDIS_URL=redis.url) as other:
+            for far, name in ((one, "within"), (other, "across")) * 2:
+                median_ms, p99_ms = run_ping_pong(one.port, seconds, far.port)
+                print(f"ping-pong on idle relays, {name}: p50 {median_ms:.2f} ms, p99 {p99_ms:.2f} ms", flush=True)
+
+
+def run_ping_pong(port, seconds, other_port=None):
+    """Milliseconds of a round trip, there and back: median, p99."""
+    source, target, session_id = open_pair(port, other_port)
     message = {"type": "relay", "sessionId": session_id, "payload": "A" * 200}
     frame = encode_frame(0x81, json.dumps(message, separators=(",", ":")).encode())
     times, deadline = [], time.perf_counter() + seconds
@@ -223,7 +288,7 @@ def run_ping_pong(port, seconds):
         target.socket.sendall(frame)
         source.receive()
         times.append((time.perf_counter() - start) * 1e3)
-    print(json.dumps([statistics.median(times), statistics.quantiles(times, n=100)[98]]))
+    return statistics.median(times), statistics.quantiles(times, n=100)[98]
 
 
 def main():
@@ -231,10 +296,14 @@ def main():
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--repeat", type=int, default=3, help="the least processor time of so many runs counts")
+    parser.add_argument("--redis", action="store_true", help="what a message costs that crosses processes")
     parser.add_argument("--ping-pong", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ping_pong:
-        run_ping_pong(options.ping_pong, options.seconds)
+        print(json.dumps(run_ping_pong(options.ping_pong, options.seconds)))
+        return
+    if options.redis:
+        compare_across(options.seconds, options.repeat)
         return
     for is_binary in (False, True):
         for size in (200, 2000):
