@@ -15566,6 +15566,69 @@ def build_death_text(returncode: int) -> str:
         return f"signal {-returncode}"
 
 
+class WorkerOutput(asyncio.Protocol):
+    """What a worker says, handled as it is read: a stream reader and a task would take two more passes of the loop.
+
+    `ended`: done when the pipe has ended, or with what `handle` raised; nothing is handled any more.
+    """
+
+    def __init__(self, handle: Callable[[Mapping[str, Any]], None]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._handle = handle
+        self._decoder = FrameDecoder()
+        self._behind: asyncio.BaseProtocol | None = None
+
+    def attach(self, pipe: asyncio.BaseTransport) -> None:
+        """Take the place of a pipe's protocol, which is still told when the pipe ends."""
+        self._behind = pipe.get_protocol()
+        pipe.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.ended.done():
+            return
+        try:
+            for message in self._decoder.feed(data):
+                self._handle(message)
+        except Exception as exc:
+            self.ended.set_exception(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+        if self._behind is not None:
+            self._behind.connection_lost(exc)
+
+
+class WorkerStreams(asyncio.subprocess.SubprocessStreamProtocol):
+    """The pipes of a worker: streams, but for its standard output."""
+
+    def __init__(self, output: WorkerOutput) -> None:
+        super().__init__(PIPE_READ_BYTES, asyncio.get_running_loop())
+        self._output = output
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        pipe = cast(asyncio.SubprocessTransport, transport).get_pipe_transport(1)
+        assert pipe is not None
+        self._output.attach(pipe)
+
+
+async def start_worker(command: Sequence[str], output: WorkerOutput) -> asyncio.subprocess.Process:
+    """A worker process, of whose pipes `output` reads one. OSError when it cannot be started."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.subprocess_exec(
+        lambda: WorkerStreams(output),
+        *command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A Ctrl-C in the terminal is for the bridge, which stops its engine in order.
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    return asyncio.subprocess.Process(transport, protocol, loop)
+
+
 class EngineProcess:
     """An engine in a process of its own, started, watched and started again when it dies.
 
@@ -15738,27 +15801,18 @@ class EngineProcess:
 
     async def _run_process(self) -> EngineError:
         """One life of the process, to its end; returns how it ended."""
+        output = WorkerOutput(self._dispatch)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                # A Ctrl-C in the terminal is for the bridge, which stops its engine in order.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
+            process = await start_worker(self._command, output)
         except OSError as exc:
             return EngineError(f"the engine process cannot be started ({exc.strerror or exc})")
         self._process = process
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stderr is not None
         stderr_task = asyncio.create_task(self._read_stderr(process.stderr), name="engine stderr")
         try:
-            broken = await self._converse(process.stdout)
+            broken = await self._converse(output)
             if broken is not None:
                 self._signal(process.kill)
-                while await process.stdout.read(PIPE_READ_BYTES):
-                    pass
             if process.stdin is not None:
                 process.stdin.close()
             ended = asyncio.create_task(process.wait(), name="engine exit")
@@ -15770,16 +15824,13 @@ class EngineProcess:
             self._process = None
             await stderr_task
 
-    async def _converse(self, stdout: asyncio.StreamReader) -> EngineError | None:
-        """Load, then dispatch messages until the pipe ends; returns an error if the worker broke the protocol."""
+    async def _converse(self, output: WorkerOutput) -> EngineError | None:
+        """Load, then wait until the pipe ends; returns an error if the worker broke the protocol."""
         if self._state is EngineState.STARTING:
             self._enter(EngineState.LOADING)
             self._send(encode_load_request(self.load))
-        decoder = FrameDecoder()
         try:
-            while data := await stdout.read(PIPE_READ_BYTES):
-                for message in decoder.feed(data):
-                    self._dispatch(message)
+            await output.ended
         except EngineError as exc:
             return exc
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
