@@ -19001,9 +19001,6 @@ LLAMA_VERSION = (0, 3, 36)  # the first version of the package whose calls and s
 LLAMA_RPC_COMMAND = "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
 RPC_CONNECT_TIMEOUT_S = 5.0
 UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no speed
-PLAIN_UBATCH_FLOOR_TOKENS = 32  # computed at once without flash attention; where memory allows fewer, it is left on
-SCORE_BYTES = 6  # of one head at one position, without flash attention: a float32 and its copy of half the precision
-SCORES_LIMIT_BYTES = 64 * MIB  # of a batch, without flash attention
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
 STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
@@ -19077,8 +19074,7 @@ def estimate_llama_memory_bytes(gguf: GgufFile | GgufHeader, weights_bytes: int,
     batch = min(load.batch_size, UBATCH_LIMIT_TOKENS)
     outputs = max(load.slots, EMBEDDING_SLICE_TOKENS)
     activations = 4 * (batch * (6 * n_embd + 3 * integer("feed_forward_length", 4 * n_embd)) + 2 * outputs * n_vocab)
-    scores_bytes = min(SCORES_LIMIT_BYTES, batch * n_head * n_ctx * SCORE_BYTES)
-    return weights_bytes + cache_bytes + activations + scores_bytes + WORKING_MEMORY_BYTES
+    return weights_bytes + cache_bytes + activations + WORKING_MEMORY_BYTES
 
 
 def measure_model_files(source: str) -> int:
@@ -20104,12 +20100,9 @@ def open_native_context(
         llama.llama_backend_init()
         if load.rpc:
             add_rpc_servers(llama, load.rpc)
-        n_gpu_layers = choose_gpu_layers(load, llama)
-        model = load_native_model(llama, source, n_gpu_layers, log, on_progress)
+        model = load_native_model(llama, source, load, log, on_progress)
         undo.callback(llama.llama_model_free, model)
         params = build_encoder_params(llama, load, n_ctx) if encodes else build_context_params(llama, load, n_ctx)
-        if load.flash_attn != "on" and n_gpu_layers == 0 and not encodes:
-            avoid_flash_attention(params, llama.llama_model_n_head(model), load)
         context = llama.llama_init_from_model(model, params)
         if not context:
             raise ModelFileError(f"llama.cpp can load it and not run it: {_describe_native_error(log)}")
@@ -20150,20 +20143,8 @@ def build_context_params(llama: Any, load: LoadRequest, n_ctx: int) -> Any:
     return params
 
 
-def avoid_flash_attention(params: Any, n_head: int, load: LoadRequest) -> None:
-    """Have the processor compute attention as matrix products, if the memory for their scores allows it.
-
-    llama.cpp's flash attention goes through the cache once for each of fewer than 64 tokens, in half precision, which
-    processors convert: what one more token of a slice costs for those before it is four times as much.
-    """
-    fitting = SCORES_LIMIT_BYTES // (SCORE_BYTES * max(1, n_head) * (params.n_ctx // params.n_seq_max))
-    if load.flash_attn == "off" or fitting >= PLAIN_UBATCH_FLOOR_TOKENS:
-        params.flash_attn_type = _FLASH_ATTENTION["off"]
-        params.n_ubatch = min(params.n_ubatch, max(fitting, PLAIN_UBATCH_FLOOR_TOKENS, load.slots))
-
-
 def load_native_model(
-    llama: Any, source: str, n_gpu_layers: int, log: NativeLog, on_progress: Callable[[float], None]
+    llama: Any, source: str, load: LoadRequest, log: NativeLog, on_progress: Callable[[float], None]
 ) -> Any:
     """The model in llama.cpp's memory; what `on_progress` raises ends the loading, and is raised."""
     raised: list[BaseException] = []
@@ -20176,7 +20157,7 @@ def load_native_model(
         return not raised
 
     params = llama.llama_model_default_params()
-    params.n_gpu_layers = n_gpu_layers
+    params.n_gpu_layers = choose_gpu_layers(load, llama)
     callback = params.progress_callback = llama.llama_progress_callback(report)
     model = llama.llama_model_load_from_file(os.fsencode(source), params)
     del callback  # not before: C knows its address only
