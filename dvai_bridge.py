@@ -19507,11 +19507,18 @@ class StepPace:
 
     def __init__(self) -> None:
         self._writing_s: dict[int, float] = {}  # by how many write
+        self._usual_s: dict[int, float] = {}  # likewise, while nothing else is computed
+        self._fixed_share = 0.5  # of what one token takes to write
         self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
-    def learn_writing(self, writers: int, elapsed_s: float) -> None:
-        """What one token of each of `writers` took."""
-        self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
+    def learn_writing(self, writers: int, elapsed_s: float, *, is_usual: bool = True) -> None:
+        """What one token of each of `writers` took; `is_usual`: while nothing else was computed."""
+        for known in (self._writing_s, self._usual_s) if is_usual else (self._writing_s,):
+            known[writers] = self._average(known.get(writers), elapsed_s)
+
+    def learn_fixed(self, fixed_s: float) -> None:
+        """What a slice takes whatever its length, as far as two slices of different lengths tell."""
+        self._fixed_share = min(2.0, max(0.25, fixed_s / self._estimate_writing(1)))
 
     def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
         """What a slice took; `depth`: the mean position of its tokens."""
@@ -19521,8 +19528,8 @@ class StepPace:
 
     @property
     def fixed_s(self) -> float:
-        """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
-        return self._estimate_writing(1) / 2
+        """What a slice takes for going through the weights, whatever its length."""
+        return self._estimate_writing(1) * self._fixed_share
 
     def estimate_token(self, writers: int, depth: float) -> float:
         """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
@@ -19538,20 +19545,29 @@ class StepPace:
         return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
 
     def choose_budget(self, writers: int) -> SliceBudget:
-        """How long the next slice may take beside `writers`."""
+        """How long the next slice may take beside `writers`.
+
+        What is usual is what was so before the prompts came: those who write grow longer meanwhile, and so slower. But
+        at least half of what is so now, or a machine that became slower would hardly read any more.
+        """
         if not writers:
             return SliceBudget(
                 fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
             )
-        usual_s = self._estimate_writing(writers)
-        steady_s, burst_s = (min(STEP_LIMIT_S, (ratio - 1) * usual_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        now_s = self._estimate_writing(writers)
+        usual_s = max(self._find_nearest(self._usual_s, writers), now_s / 2)
+        steady_s, burst_s = (min(STEP_LIMIT_S, ratio * usual_s - now_s) for ratio in (STEADY_RATIO, BURST_RATIO))
         return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
 
     def _estimate_writing(self, writers: int) -> float:
+        return self._find_nearest(self._writing_s, writers)
+
+    @staticmethod
+    def _find_nearest(by_writers: Mapping[int, float], writers: int) -> float:
         """By the nearest number of writers that was measured."""
-        if not self._writing_s:
+        if not by_writers:
             return 0.0
-        return self._writing_s[min(self._writing_s, key=lambda known: abs(known - writers))]
+        return by_writers[min(by_writers, key=lambda known: abs(known - writers))]
 
     @staticmethod
     def _average(known_s: float | None, measured_s: float) -> float:
@@ -19798,7 +19814,8 @@ class LlamaBackend:
             assert job.slot is not None and job.next is not None
             parts.append((job, job.slot, (job.next,), True))
         events = self._compute(parts)
-        self.pace.learn_writing(writers, self._model.clock() - started_s)
+        is_usual = not (self._reading or self._embedding)
+        self.pace.learn_writing(writers, self._model.clock() - started_s, is_usual=is_usual)
         return events
 
     def _read(self) -> list[tuple[int, EngineEvent]]:
@@ -20061,13 +20078,15 @@ def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
 
     def measure(count: int) -> float:
         started_s = model.clock()
-        model.context.compute([([token] * count, 0, 0, True)])
+        model.context.compute([([token] * count, 0, 0, count == 1)])
         model.context.remove(0, 0)
         return model.clock() - started_s
 
     measure(1)
     backend.pace.learn_writing(1, measure(1))
-    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
+    few_s, more_s = measure(2), measure(LONE_FLOOR_TOKENS)
+    backend.pace.learn_fixed(few_s - 2 * max(0.0, more_s - few_s) / (LONE_FLOOR_TOKENS - 2))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, more_s)
 
 
 def choose_batch_size(load: LoadRequest) -> int:
