@@ -15510,7 +15510,7 @@ class JobInbox:
         self._progress: PrefillProgress | None = None
         self._deltas: list[TextDelta] = []
         self._last: EngineEvent | None = None
-        self._filled = asyncio.Event()
+        self._taker: asyncio.Future[None] | None = None  # the one who waits
 
     def put(self, event: EngineEvent) -> None:
         if self.ended:
@@ -15521,15 +15521,15 @@ class JobInbox:
             self._deltas.append(event)
         else:
             self._last, self.ended = event, True
-        self._filled.set()
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     async def take(self) -> EngineEvent:
-        """The next event; waits until there is one. Not to be called after the last."""
-        await self._filled.wait()
-        event = self._pop()
+        """The next event; waits until there is one. Not to be called after the last, nor twice at a time."""
         if self._progress is None and not self._deltas and self._last is None:
-            self._filled.clear()
-        return event
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        return self._pop()
 
     def _pop(self) -> EngineEvent:
         if self._progress is not None:
