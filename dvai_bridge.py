@@ -19149,7 +19149,7 @@ class NativeSampler:
     silent: frozenset[int] = frozenset()
 
 
-# Tokens that follow each other, the position of the first, their sequence, and whether the logits after them are wanted.
+# Tokens that follow each other, the position of the first, their sequence, whether the logits after them are wanted.
 TokenRun = tuple[Sequence[int], int, int, bool]
 
 
