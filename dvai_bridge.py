@@ -15469,6 +15469,7 @@ class Failed:
 
 
 EngineEvent = PrefillProgress | TextDelta | Finished | Embedded | Failed
+LAST_EVENTS = (Finished, Embedded, Failed)
 EngineJob = GenerationRequest | EmbeddingRequest
 
 
@@ -15703,6 +15704,9 @@ class TextAssembler:
 
     def push(self, data: bytes, logprob: TokenLogprob | None = None) -> TextDelta:
         """The text that `data` makes safe to show; after a stop sequence `stopped` is true and the text complete."""
+        if not self._stop and logprob is None and not self._entries:
+            self._pushed += len(data)
+            return TextDelta(text=self._decoder.decode(data))
         start, self._pushed = self._pushed, self._pushed + len(data)
         if logprob is not None:
             self._entries.append((start, self._pushed, replace(logprob, text_offset=self._chars)))
@@ -15758,9 +15762,12 @@ class TextAssembler:
 # {"type":"stop"} travels as 00 00 00 0f 7b 22 74 79 70 65 22 3a 22 73 74 6f 70 22 7d.
 
 
+_FRAME_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def encode_frame(message: Mapping[str, Any]) -> bytes:
     """A message on a worker's pipe: four bytes of length, big-endian, then compact JSON."""
-    payload = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    payload = _FRAME_ENCODER.encode(message).encode("utf-8", "surrogatepass")
     if len(payload) > MAX_FRAME_BYTES:
         raise EngineError(f"a message to or from the engine is larger than {MAX_FRAME_BYTES // MIB} MiB")
     return len(payload).to_bytes(4, "big") + payload
@@ -15775,8 +15782,7 @@ class FrameDecoder:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """The messages that `data` completes."""
         self._buffer += data
-        messages = []
-        start = 0
+        messages, start = [], 0
         while len(self._buffer) - start >= 4:
             end = start + 4 + int.from_bytes(self._buffer[start : start + 4], "big")
             if end - start - 4 > MAX_FRAME_BYTES:
@@ -15983,9 +15989,11 @@ def decode_vectors(values: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def encode_engine_event(event: EngineEvent) -> dict[str, Any]:
     """An event as JSON, told apart by `kind`."""
     if isinstance(event, TextDelta):
-        value = {"kind": "text", "text": event.text, "logprobs": [encode_logprob(entry) for entry in event.logprobs]}
+        value = {"kind": "text", "text": event.text, "logprobs": list(map(encode_logprob, event.logprobs))}
+        if not (event.reasoning or event.calls):
+            return value
         calls = [[call.index, call.name, call.arguments] for call in event.calls]
-        return value | ({"reasoning": event.reasoning, "calls": calls} if event.reasoning or calls else {})
+        return value | {"reasoning": event.reasoning, "calls": calls}
     if isinstance(event, PrefillProgress):
         return {"kind": "prefill", "done": event.done, "total": event.total, "cached": event.cached}
     if isinstance(event, Finished):
@@ -15999,12 +16007,13 @@ def decode_engine_event(value: Mapping[str, Any]) -> EngineEvent:
     """The inverse of encode_engine_event; ValueError for an unknown kind."""
     kind = value["kind"]
     if kind == "text":
-        calls = tuple(
-            ToolCallDelta(index=index, name=name, arguments=arguments)
-            for index, name, arguments in value.get("calls", ())
-        )
         logprobs = tuple(map(decode_logprob, value["logprobs"]))
-        return TextDelta(text=value["text"], logprobs=logprobs, reasoning=value.get("reasoning", ""), calls=calls)
+        if "calls" not in value:
+            return TextDelta(text=value["text"], logprobs=logprobs)
+        calls = tuple(
+            ToolCallDelta(index=index, name=name, arguments=arguments) for index, name, arguments in value["calls"]
+        )
+        return TextDelta(text=value["text"], logprobs=logprobs, reasoning=value["reasoning"], calls=calls)
     if kind == "prefill":
         return PrefillProgress(done=value["done"], total=value["total"], cached=value["cached"])
     if kind == "finished":
@@ -16028,7 +16037,7 @@ class JobInbox:
         self._progress: PrefillProgress | None = None
         self._deltas: list[TextDelta] = []
         self._last: EngineEvent | None = None
-        self._filled = asyncio.Event()
+        self._taker: asyncio.Future[None] | None = None  # the one who waits
 
     def put(self, event: EngineEvent) -> None:
         if self.ended:
@@ -16039,15 +16048,15 @@ class JobInbox:
             self._deltas.append(event)
         else:
             self._last, self.ended = event, True
-        self._filled.set()
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     async def take(self) -> EngineEvent:
-        """The next event; waits until there is one. Not to be called after the last."""
-        await self._filled.wait()
-        event = self._pop()
+        """The next event; waits until there is one. Not to be called after the last, nor twice at a time."""
         if self._progress is None and not self._deltas and self._last is None:
-            self._filled.clear()
-        return event
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        return self._pop()
 
     def _pop(self) -> EngineEvent:
         if self._progress is not None:
@@ -16055,6 +16064,8 @@ class JobInbox:
             return event
         if self._deltas:
             deltas, self._deltas = self._deltas, []
+            if len(deltas) == 1:
+                return deltas[0]
             return TextDelta(
                 text="".join(delta.text for delta in deltas),
                 logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
@@ -16091,6 +16102,69 @@ def build_death_text(returncode: int) -> str:
         return f"signal {-returncode}, {signal.Signals(-returncode).name}"
     except ValueError:
         return f"signal {-returncode}"
+
+
+class WorkerOutput(asyncio.Protocol):
+    """What a worker says, handled as it is read: a stream reader and a task would take two more passes of the loop.
+
+    `ended`: done when the pipe has ended, or with what `handle` raised; nothing is handled any more.
+    """
+
+    def __init__(self, handle: Callable[[Mapping[str, Any]], None]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._handle = handle
+        self._decoder = FrameDecoder()
+        self._behind: asyncio.BaseProtocol | None = None
+
+    def attach(self, pipe: asyncio.BaseTransport) -> None:
+        """Take the place of a pipe's protocol, which is still told when the pipe ends."""
+        self._behind = pipe.get_protocol()
+        pipe.set_protocol(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.ended.done():
+            return
+        try:
+            for message in self._decoder.feed(data):
+                self._handle(message)
+        except Exception as exc:
+            self.ended.set_exception(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+        if self._behind is not None:
+            self._behind.connection_lost(exc)
+
+
+class WorkerStreams(asyncio.subprocess.SubprocessStreamProtocol):
+    """The pipes of a worker: streams, but for its standard output."""
+
+    def __init__(self, output: WorkerOutput) -> None:
+        super().__init__(PIPE_READ_BYTES, asyncio.get_running_loop())
+        self._output = output
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        pipe = cast(asyncio.SubprocessTransport, transport).get_pipe_transport(1)
+        assert pipe is not None
+        self._output.attach(pipe)
+
+
+async def start_worker(command: Sequence[str], output: WorkerOutput) -> asyncio.subprocess.Process:
+    """A worker process, of whose pipes `output` reads one. OSError when it cannot be started."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.subprocess_exec(
+        lambda: WorkerStreams(output),
+        *command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A Ctrl-C in the terminal is for the bridge, which stops its engine in order.
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    return asyncio.subprocess.Process(transport, protocol, loop)
 
 
 class EngineProcess:
@@ -16265,27 +16339,18 @@ class EngineProcess:
 
     async def _run_process(self) -> EngineError:
         """One life of the process, to its end; returns how it ended."""
+        output = WorkerOutput(self._dispatch)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                # A Ctrl-C in the terminal is for the bridge, which stops its engine in order.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
+            process = await start_worker(self._command, output)
         except OSError as exc:
             return EngineError(f"the engine process cannot be started ({exc.strerror or exc})")
         self._process = process
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stderr is not None
         stderr_task = asyncio.create_task(self._read_stderr(process.stderr), name="engine stderr")
         try:
-            broken = await self._converse(process.stdout)
+            broken = await self._converse(output)
             if broken is not None:
                 self._signal(process.kill)
-                while await process.stdout.read(PIPE_READ_BYTES):
-                    pass
             if process.stdin is not None:
                 process.stdin.close()
             ended = asyncio.create_task(process.wait(), name="engine exit")
@@ -16297,16 +16362,13 @@ class EngineProcess:
             self._process = None
             await stderr_task
 
-    async def _converse(self, stdout: asyncio.StreamReader) -> EngineError | None:
-        """Load, then dispatch messages until the pipe ends; returns an error if the worker broke the protocol."""
+    async def _converse(self, output: WorkerOutput) -> EngineError | None:
+        """Load, then wait until the pipe ends; returns an error if the worker broke the protocol."""
         if self._state is EngineState.STARTING:
             self._enter(EngineState.LOADING)
             self._send(encode_load_request(self.load))
-        decoder = FrameDecoder()
         try:
-            while data := await stdout.read(PIPE_READ_BYTES):
-                for message in decoder.feed(data):
-                    self._dispatch(message)
+            await output.ended
         except EngineError as exc:
             return exc
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
@@ -17865,7 +17927,10 @@ class Slot:
         del self.tokens[self.cache.length :]
 
 
-def prepare_slot(slots: Sequence[Slot], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> Slot:
+SlotT = TypeVar("SlotT", bound=Slot)
+
+
+def prepare_slot(slots: Sequence[SlotT], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> SlotT:
     """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
 
     A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
@@ -17951,7 +18016,7 @@ class AnswerWriter:
         is_full = self._prompt_tokens + self.completion_tokens > self._encoder.n_ctx
         if is_full or self.completion_tokens == self._request.max_tokens:
             return self._drop_empty(delta, *self._end(self._assembler.finish(), "length"))
-        return self._drop_empty(delta)
+        return [] if delta.is_empty else [delta]
 
     def _end(self, last: TextDelta, reason: str) -> list[EngineEvent]:
         """The last of the text, and the end; one with calls has a reason of its own."""
@@ -19472,6 +19537,7 @@ LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machin
 SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
+PIECE_LIMIT_BYTES = 256  # of a token's text; of a longer one it takes another call
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
 WORKING_MEMORY_BYTES = 48 * MIB  # of llama.cpp itself, besides weights, caches and one batch's activations
 
@@ -19610,12 +19676,16 @@ class NativeSampler:
     silent: frozenset[int] = frozenset()
 
 
+# Tokens that follow each other, the position of the first, their sequence, whether the logits after them are wanted.
+TokenRun = tuple[Sequence[int], int, int, bool]
+
+
 class NativeContext:
     """A model and one context of it in llama.cpp: all computing goes through here.
 
-    Sequences are numbered from 0. A row of a batch is a token, its position, its sequence, and whether the logits
-    after it are wanted; they can be read by the row's number until the next batch. `silent_tokens`: those that show
-    nothing and end nothing, which llama.cpp's grammars would take for their spelling.
+    Sequences are numbered from 0. A batch is made of runs of tokens; logits that were wanted can be read by the number
+    of their row until the next batch. `silent_tokens`: those that show nothing and end nothing, which llama.cpp's
+    grammars would take for their spelling.
     """
 
     def __init__(self, llama: Any, model: Any, context: Any, batch_size: int, log: NativeLog) -> None:
@@ -19627,29 +19697,45 @@ class NativeContext:
         self.silent_tokens: frozenset[int] = frozenset()
         self._log = log
         self._memory = llama.llama_get_memory(context)
-        self._batch = llama.llama_batch_init(batch_size, 0, 1)
+        batch = self._batch = llama.llama_batch_init(batch_size, 0, 1)
+        # Read once: ctypes makes a new object each time.
+        self._tokens, self._positions, self._wanted = batch.token, batch.pos, batch.logits
+        self._sequences = [batch.seq_id[index] for index in range(batch_size)]
+        for index in range(batch_size):
+            batch.n_seq_id[index] = 1
         self._numpy: Any = importlib.import_module("numpy")
 
-    def compute(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One batch; EngineError when llama.cpp refuses it, and then nothing is known of the sequences in it."""
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        for index, (token, position, sequence, is_wanted) in enumerate(rows):
-            batch.token[index] = token
-            batch.pos[index] = position
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = sequence
-            batch.logits[index] = is_wanted
-        code = self._llama.llama_decode(self._context, batch)
+    def compute(self, runs: Sequence[TokenRun]) -> list[int]:
+        """One batch; the row of each run's last token.
+
+        EngineError when llama.cpp refuses it, and then nothing is known of the sequences in it.
+        """
+        rows = self._fill(runs)
+        code = self._llama.llama_decode(self._context, self._batch)
         if code:
-            raise EngineError(f"llama.cpp could not compute a batch of {len(rows)} tokens (code {code})")
+            raise EngineError(f"llama.cpp could not compute a batch of {rows[-1] + 1} tokens (code {code})")
+        return rows
+
+    def _fill(self, runs: Sequence[TokenRun]) -> list[int]:
+        """Write a batch down, run after run."""
+        tokens, positions, sequences, wanted = self._tokens, self._positions, self._sequences, self._wanted
+        row, rows = 0, []
+        for run, position, sequence, is_wanted in runs:
+            for token in run:
+                tokens[row], positions[row], sequences[row][0], wanted[row] = token, position, sequence, False
+                position += 1
+                row += 1
+            wanted[row - 1] = is_wanted
+            rows.append(row - 1)
+        self._batch.n_tokens = row
+        return rows
 
     def compute_states(self, tokens: Sequence[int], position: int, sequence: int) -> Any:
         """The last hidden state after each token, shape (len(tokens), n_embd)."""
         llama = self._llama
         llama.llama_set_embeddings(self._context, True)
         try:
-            self.compute([(token, position + index, sequence, True) for index, token in enumerate(tokens)])
+            self.compute([((token,), position + index, sequence, True) for index, token in enumerate(tokens)])
             rows = [llama.llama_get_embeddings_ith(self._context, index) for index in range(len(tokens))]
             return self._numpy.stack([self._numpy.ctypeslib.as_array(row, shape=(self.n_embd,)) for row in rows])
         finally:
@@ -19657,12 +19743,8 @@ class NativeContext:
 
     def encode(self, tokens: Sequence[int]) -> tuple[float, ...]:
         """The vector of a whole text, pooled as the model was trained, at length 1: of models that only encode."""
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for index, token in enumerate(tokens):
-            batch.token[index], batch.pos[index] = token, index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, True
-        code = self._llama.llama_encode(self._context, batch)
+        self._fill([((token,), index, 0, True) for index, token in enumerate(tokens)])
+        code = self._llama.llama_encode(self._context, self._batch)
         pooled = None if code else self._llama.llama_get_embeddings_seq(self._context, 0)
         if not pooled:
             raise EngineError(f"llama.cpp could not encode a text of {len(tokens)} tokens (code {code})")
@@ -19670,16 +19752,17 @@ class NativeContext:
 
     def sample(self, sampler: NativeSampler, row: int) -> int:
         """Draw a token after a row, which the sampler takes note of. EngineError when there is none to draw."""
-        logits = self._llama.llama_get_logits_ith(self._context, row)
+        llama = self._llama
+        logits = llama.llama_get_logits_ith(self._context, row)
         if sampler.grammar is None:
-            token: int = self._llama.llama_sampler_sample(sampler.chain, self._context, row)
+            token: int = llama.llama_sampler_sample(sampler.chain, self._context, row)
         else:
             token = self._draw(sampler.chain, logits, None)
             # Asking about all tokens takes a hundred times as long.
             if token in sampler.silent or not self._is_allowed(sampler.grammar, token):
                 token = self._draw(sampler.chain, logits, sampler)
-            self._llama.llama_sampler_accept(sampler.chain, token)
-            self._llama.llama_sampler_accept(sampler.grammar, token)
+            llama.llama_sampler_accept(sampler.chain, token)
+            llama.llama_sampler_accept(sampler.grammar, token)
         if not math.isfinite(logits[token]):
             raise EngineError("the model's output is not a number")
         return token
@@ -19836,6 +19919,17 @@ class NativeSequence:
         self.length = other.length
 
 
+class NativeSlot(Slot):
+    """A slot whose cache is a sequence in llama.cpp."""
+
+    cache: NativeSequence
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Note that the sequence holds more."""
+        self.tokens += tokens
+        self.cache.length += len(tokens)
+
+
 # The vocabulary
 
 
@@ -19871,6 +19965,7 @@ class NativeTokenizer(Tokenizer):
         self._llama, self._vocabulary = llama, vocabulary
         self._native = _NativePlainText(llama, vocabulary)
         self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._buffer = self._build_buffer(PIECE_LIMIT_BYTES)
         attributes = [llama.llama_vocab_get_attr(vocabulary, token) for token in range(len(tokens))]
         kinds = [_TOKEN_ATTRIBUTES.get(each & _TOKEN_ATTRIBUTES_MASK, TokenKind.UNDEFINED) for each in attributes]
         bos_id, eos_id = llama.llama_vocab_bos(vocabulary), llama.llama_vocab_eos(vocabulary)
@@ -19911,12 +20006,19 @@ class NativeTokenizer(Tokenizer):
         return piece
 
     def _read_piece(self, token_id: int, special: bool) -> bytes:
+        read, vocabulary, buffer = self._llama.llama_token_to_piece, self._vocabulary, self._buffer
+        count = read(vocabulary, token_id, buffer, len(buffer), 0, special)
+        if count < 0:  # so many bytes would be needed
+            buffer = self._build_buffer(-count)
+            count = read(vocabulary, token_id, buffer, -count, 0, special)
+        piece: bytes = buffer[:count]
+        return piece
+
+    @staticmethod
+    def _build_buffer(size_bytes: int) -> Any:
         import ctypes
 
-        size = 4 * len(self.token_text(token_id)) + 16
-        buffer = ctypes.create_string_buffer(size)
-        count = self._llama.llama_token_to_piece(self._vocabulary, token_id, buffer, size, 0, special)
-        return buffer.raw[: max(count, 0)]
+        return ctypes.create_string_buffer(size_bytes)
 
 
 # Continuous batching: what a step computes
@@ -19932,11 +20034,18 @@ class StepPace:
 
     def __init__(self) -> None:
         self._writing_s: dict[int, float] = {}  # by how many write
+        self._usual_s: dict[int, float] = {}  # likewise, while nothing else is computed
+        self._fixed_share = 0.5  # of what one token takes to write
         self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
 
-    def learn_writing(self, writers: int, elapsed_s: float) -> None:
-        """What one token of each of `writers` took."""
-        self._writing_s[writers] = self._average(self._writing_s.get(writers), elapsed_s)
+    def learn_writing(self, writers: int, elapsed_s: float, *, is_usual: bool = True) -> None:
+        """What one token of each of `writers` took; `is_usual`: while nothing else was computed."""
+        for known in (self._writing_s, self._usual_s) if is_usual else (self._writing_s,):
+            known[writers] = self._average(known.get(writers), elapsed_s)
+
+    def learn_fixed(self, fixed_s: float) -> None:
+        """What a slice takes whatever its length, as far as two slices of different lengths tell."""
+        self._fixed_share = min(2.0, max(0.25, fixed_s / self._estimate_writing(1)))
 
     def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
         """What a slice took; `depth`: the mean position of its tokens."""
@@ -19946,8 +20055,8 @@ class StepPace:
 
     @property
     def fixed_s(self) -> float:
-        """What a slice takes for going through the weights, whatever its length: a part of what one token takes."""
-        return self._estimate_writing(1) / 2
+        """What a slice takes for going through the weights, whatever its length."""
+        return self._estimate_writing(1) * self._fixed_share
 
     def estimate_token(self, writers: int, depth: float) -> float:
         """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
@@ -19963,20 +20072,29 @@ class StepPace:
         return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
 
     def choose_budget(self, writers: int) -> SliceBudget:
-        """How long the next slice may take beside `writers`."""
+        """How long the next slice may take beside `writers`.
+
+        What is usual is what was so before the prompts came: those who write grow longer meanwhile, and so slower. But
+        at least half of what is so now, or a machine that became slower would hardly read any more.
+        """
         if not writers:
             return SliceBudget(
                 fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
             )
-        usual_s = self._estimate_writing(writers)
-        steady_s, burst_s = (min(STEP_LIMIT_S, (ratio - 1) * usual_s) for ratio in (STEADY_RATIO, BURST_RATIO))
+        now_s = self._estimate_writing(writers)
+        usual_s = max(self._find_nearest(self._usual_s, writers), now_s / 2)
+        steady_s, burst_s = (min(STEP_LIMIT_S, ratio * usual_s - now_s) for ratio in (STEADY_RATIO, BURST_RATIO))
         return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
 
     def _estimate_writing(self, writers: int) -> float:
+        return self._find_nearest(self._writing_s, writers)
+
+    @staticmethod
+    def _find_nearest(by_writers: Mapping[int, float], writers: int) -> float:
         """By the nearest number of writers that was measured."""
-        if not self._writing_s:
+        if not by_writers:
             return 0.0
-        return self._writing_s[min(self._writing_s, key=lambda known: abs(known - writers))]
+        return by_writers[min(by_writers, key=lambda known: abs(known - writers))]
 
     @staticmethod
     def _average(known_s: float | None, measured_s: float) -> float:
@@ -20063,15 +20181,16 @@ class LlamaGeneration:
 
     def __init__(
         self,
+        job_id: int,
         request: GenerationRequest,
         prompt: list[int],
         writer: AnswerWriter,
         sampler: NativeSampler,
         awaited: AnswerGrammar | None = None,
     ) -> None:
-        self.request, self.prompt, self.writer, self.sampler = request, prompt, writer, sampler
+        self.job_id, self.request, self.prompt, self.writer, self.sampler = job_id, request, prompt, writer, sampler
         self.awaited = awaited  # the grammar that is to begin later
-        self.slot: Slot | None = None
+        self.slot: NativeSlot | None = None
         self.next: int | None = None  # drawn, not computed yet
 
     @property
@@ -20079,7 +20198,7 @@ class LlamaGeneration:
         """The tokens that its slot holds."""
         return self.slot.tokens if self.slot is not None else []
 
-    def enter(self, slot: Slot) -> None:
+    def enter(self, slot: NativeSlot) -> None:
         slot.busy = True
         self.slot = slot
         self.writer.cached_tokens = len(slot.tokens)
@@ -20088,7 +20207,7 @@ class LlamaGeneration:
 class LlamaEmbedding:
     """Texts on their way to vectors, one after the other, in a slot whose content is given up."""
 
-    def __init__(self, inputs: list[list[int]], slot: Slot, pooling: int) -> None:
+    def __init__(self, inputs: list[list[int]], slot: NativeSlot, pooling: int) -> None:
         slot.busy = True
         self.slot, self._inputs, self._pooling = slot, inputs, pooling
         self._vectors: list[tuple[float, ...]] = []
@@ -20104,7 +20223,7 @@ class LlamaEmbedding:
     def add(self, tokens: Sequence[int], states: Any) -> None:
         """The hidden states after the tokens that were taken; pooled as the model was trained, else their mean."""
         is_first, text = not self.slot.tokens, self._inputs[len(self._vectors)]
-        advance_slot(self.slot, tokens)
+        self.slot.advance(tokens)
         if self._pooling == POOLING_FIRST:
             self._pooled = states[0] if is_first else self._pooled
         elif self._pooling == POOLING_LAST:
@@ -20122,12 +20241,6 @@ class LlamaEmbedding:
 POOLING_MEAN, POOLING_FIRST, POOLING_LAST, POOLING_RANK = 1, 2, 3, 4  # `<architecture>.pooling_type`; none: the mean
 
 
-def advance_slot(slot: Slot, tokens: Sequence[int]) -> None:
-    """Note that a slot's sequence holds more."""
-    slot.tokens += tokens
-    cast(NativeSequence, slot.cache).length += len(tokens)
-
-
 @record(frozen=True, kw_only=True, slots=True)
 class LlamaModel:
     """A model ready to run. `clock`: seconds, monotonic; `draw_seed`: for requests that bring none."""
@@ -20140,15 +20253,8 @@ class LlamaModel:
     draw_seed: Callable[[], int]
 
 
-@record(frozen=True, kw_only=True, slots=True)
-class BatchPart:
-    """What one job has in a batch. `is_last`: the logits after it are wanted."""
-
-    job_id: int
-    job: LlamaGeneration
-    slot: Slot
-    tokens: Sequence[int]
-    is_last: bool
+# What one job has in a batch: the job, its slot, tokens, and whether the logits after them are wanted.
+BatchPart = tuple[LlamaGeneration, NativeSlot, Sequence[int], bool]
 
 
 class LlamaBackend:
@@ -20161,12 +20267,17 @@ class LlamaBackend:
         self.info = info
         self.pace = StepPace()
         self._model, self._context = model, model.context
-        self._slots = [Slot(cache=NativeSequence(model.context, number)) for number in range(info.slots)]
+        self._slots = [NativeSlot(cache=NativeSequence(model.context, number)) for number in range(info.slots)]
         self._reading: dict[int, LlamaGeneration] = {}  # the oldest first
         self._writing: dict[int, LlamaGeneration] = {}
         self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
         self._generations = 0
         self._recent = [StepKind.WRITE, StepKind.READ, StepKind.EMBED]  # the kind of the last step at the end
+        self._steps: Sequence[tuple[StepKind, Collection[int], Callable[[], list[tuple[int, EngineEvent]]]]] = (
+            (StepKind.WRITE, self._writing, self._write),
+            (StepKind.READ, self._reading, self._read),
+            (StepKind.EMBED, self._embedding, self._embed),
+        )
 
     def submit(self, job_id: int, request: EngineJob) -> None:
         if isinstance(request, EmbeddingRequest):
@@ -20185,7 +20296,8 @@ class LlamaBackend:
         begins_later = limits is not None and limits.start is not GrammarStart.AT_ONCE
         grammar = None if limits is None or begins_later else limits.grammar
         sampler = self._context.build_sampler(sampling, seed, prompt, grammar, writer.marks)
-        self._reading[job_id] = LlamaGeneration(request, prompt, writer, sampler, limits if begins_later else None)
+        awaited = limits if begins_later else None
+        self._reading[job_id] = LlamaGeneration(job_id, request, prompt, writer, sampler, awaited)
 
     def cancel(self, job_id: int) -> None:
         if job_id in self._embedding:
@@ -20194,15 +20306,13 @@ class LlamaBackend:
             self._end_generation(job_id)
 
     def step(self) -> list[tuple[int, EngineEvent]]:
-        jobs = {StepKind.WRITE: self._writing, StepKind.READ: self._reading, StepKind.EMBED: self._embedding}
-        waiting = [kind for kind, of_kind in jobs.items() if of_kind]
+        waiting = [kind for kind, jobs, _ in self._steps if jobs]
         if not waiting:
             return []
-        kind = choose_step(self._recent, waiting)
-        self._recent.remove(kind)
-        self._recent.append(kind)
-        steps = {StepKind.WRITE: self._write, StepKind.READ: self._read, StepKind.EMBED: self._embed}
-        return steps[kind]()
+        chosen = choose_step(self._recent, waiting)
+        self._recent.remove(chosen)
+        self._recent.append(chosen)
+        return next(step() for kind, _, step in self._steps if kind is chosen)
 
     def close(self) -> None:
         for job_id in (*self._reading, *self._writing, *self._embedding):
@@ -20226,64 +20336,58 @@ class LlamaBackend:
     def _write(self) -> list[tuple[int, EngineEvent]]:
         """One token of each generation that writes."""
         started_s, writers = self._model.clock(), len(self._writing)
-        parts = []
-        for job_id, job in self._writing.items():
+        parts: list[BatchPart] = []
+        for job in self._writing.values():
             assert job.slot is not None and job.next is not None
-            parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=[job.next], is_last=True))
+            parts.append((job, job.slot, (job.next,), True))
         events = self._compute(parts)
-        self.pace.learn_writing(writers, self._model.clock() - started_s)
+        is_usual = not (self._reading or self._embedding)
+        self.pace.learn_writing(writers, self._model.clock() - started_s, is_usual=is_usual)
         return events
 
     def _read(self) -> list[tuple[int, EngineEvent]]:
         """Slices of the prompts of those who do not write yet."""
         started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
-        tokens = sum(len(part.tokens) for part in parts)
-        depth = sum(len(part.tokens) * (len(part.slot.tokens) + len(part.tokens) / 2) for part in parts) / tokens
+        slices = [(len(tokens), len(slot.tokens)) for _, slot, tokens, _ in parts]
+        count = sum(length for length, _ in slices)
+        depth = sum(length * (start + length / 2) for length, start in slices) / count
         events = self._compute(parts)
-        self.pace.learn_reading(writers, tokens, depth, self._model.clock() - started_s)
+        self.pace.learn_reading(writers, count, depth, self._model.clock() - started_s)
         return events
 
     def _choose_slices(self) -> list[BatchPart]:
-        readers = [(job_id, job) for job_id, job in self._reading.items() if self._has_slot(job)]
+        readers = [job for job in self._reading.values() if self._has_slot(job)]
         prompts = [
             UnreadPrompt(
                 missing=len(job.prompt) - len(job.computed),
                 token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
                 is_begun=len(job.computed) > job.writer.cached_tokens,
             )
-            for _, job in readers
+            for job in readers
         ]
         slices = choose_slices(prompts, self.pace.choose_budget(len(self._writing)), self._model.batch_size)
-        parts = []
-        for (job_id, job), count in zip(readers, slices, strict=True):
+        parts: list[BatchPart] = []
+        for job, count in zip(readers, slices, strict=True):
             if count:
                 assert job.slot is not None
                 done = len(job.computed)
                 is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
-                tokens = job.prompt[done : done + count]
-                parts.append(BatchPart(job_id=job_id, job=job, slot=job.slot, tokens=tokens, is_last=is_last))
+                parts.append((job, job.slot, job.prompt[done : done + count], is_last))
         return parts
 
     def _compute(self, parts: Sequence[BatchPart]) -> list[tuple[int, EngineEvent]]:
         """What one batch of all parts brings."""
         # In the order of the sequences, because llama.cpp computes neighbouring ones together.
-        parts = sorted(parts, key=lambda part: cast(NativeSequence, part.slot.cache).number)
-        rows = [
-            (token, len(part.slot.tokens) + index, cast(NativeSequence, part.slot.cache).number, False)
-            for part in parts
-            for index, token in enumerate(part.tokens)
-        ]
-        ends = list(itertools.accumulate(len(part.tokens) for part in parts))
-        for part, end in zip(parts, ends, strict=True):
-            rows[end - 1] = (*rows[end - 1][:3], part.is_last)
+        parts = sorted(parts, key=lambda part: part[1].cache.number)
+        runs = [(tokens, slot.cache.length, slot.cache.number, is_last) for _, slot, tokens, is_last in parts]
         try:
-            self._context.compute(rows)
+            rows = self._context.compute(runs)
         except EngineError as exc:
-            return [event for part in parts for event in self._fail(part, exc)]
+            return [event for job, slot, _, _ in parts for event in self._fail(job, slot, exc)]
         return [
-            (part.job_id, event)
-            for part, end in zip(parts, ends, strict=True)
-            for event in self._continue(part, end - 1)
+            (part[0].job_id, event)
+            for part, row in zip(parts, rows, strict=True)
+            for event in self._continue(part, row)
         ]
 
     def _has_slot(self, job: LlamaGeneration) -> bool:
@@ -20308,14 +20412,14 @@ class LlamaBackend:
 
     def _continue(self, part: BatchPart, row: int) -> Sequence[EngineEvent]:
         """What the computed part of a job brings."""
-        job = part.job
-        advance_slot(part.slot, part.tokens)
-        if not part.is_last:
-            total = len(job.prompt)
-            if len(part.slot.tokens) == total:
-                self._end_generation(part.job_id)
+        job, slot, tokens, is_last = part
+        slot.advance(tokens)
+        if not is_last:
+            done, total = len(slot.tokens), len(job.prompt)
+            if done == total:
+                self._end_generation(job.job_id)
                 return [job.writer.finish("length")]
-            return [PrefillProgress(done=len(part.slot.tokens), total=total, cached=job.writer.cached_tokens)]
+            return [PrefillProgress(done=done, total=total, cached=job.writer.cached_tokens)]
         try:
             job.next = self._context.sample(job.sampler, row)
             events = job.writer.write(job.next, functools.partial(self._context.compute_logprobs, row))
@@ -20323,11 +20427,11 @@ class LlamaBackend:
             if job.awaited is not None and not is_over:
                 self._begin_grammar(job, job.awaited)
         except EngineError as exc:
-            return [event for _, event in self._fail(part, exc)]
+            return [event for _, event in self._fail(job, slot, exc)]
         if is_over:
-            self._end_generation(part.job_id)
-        elif part.job_id in self._reading:
-            self._writing[part.job_id] = self._reading.pop(part.job_id)
+            self._end_generation(job.job_id)
+        elif job.job_id in self._reading:
+            self._writing[job.job_id] = self._reading.pop(job.job_id)
         return events
 
     def _begin_grammar(self, job: LlamaGeneration, limits: AnswerGrammar) -> None:
@@ -20349,10 +20453,10 @@ class LlamaBackend:
         elif limits.is_vital:
             raise EngineError("the model's answer does not begin as it must: ask again, or another model")
 
-    def _fail(self, part: BatchPart, error: EngineError) -> list[tuple[int, EngineEvent]]:
-        part.slot.truncate(0)
-        self._end_generation(part.job_id)
-        return [(part.job_id, Failed(error=error))]
+    def _fail(self, job: LlamaGeneration, slot: NativeSlot, error: EngineError) -> list[tuple[int, EngineEvent]]:
+        slot.truncate(0)
+        self._end_generation(job.job_id)
+        return [(job.job_id, Failed(error=error))]
 
     def _end_generation(self, job_id: int) -> None:
         job = self._reading.pop(job_id, None) or self._writing.pop(job_id)
@@ -20369,8 +20473,8 @@ class LlamaBackend:
         budget = self.pace.choose_budget(len(self._writing))
         try:
             while tokens := job.take_slice(self._count_fitting(job, budget)):
-                number = cast(NativeSequence, job.slot.cache).number
-                job.add(tokens, self._context.compute_states(tokens, len(job.slot.tokens), number))
+                cache = job.slot.cache
+                job.add(tokens, self._context.compute_states(tokens, cache.length, cache.number))
                 if self._model.clock() >= deadline_s and job.take_slice(1):
                     self._embedding[job_id] = self._embedding.pop(job_id)
                     return []
@@ -20501,13 +20605,15 @@ def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
 
     def measure(count: int) -> float:
         started_s = model.clock()
-        model.context.compute([(token, index, 0, index + 1 == count) for index in range(count)])
+        model.context.compute([([token] * count, 0, 0, count == 1)])
         model.context.remove(0, 0)
         return model.clock() - started_s
 
     measure(1)
     backend.pace.learn_writing(1, measure(1))
-    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, measure(LONE_FLOOR_TOKENS))
+    few_s, more_s = measure(2), measure(LONE_FLOOR_TOKENS)
+    backend.pace.learn_fixed(few_s - 2 * max(0.0, more_s - few_s) / (LONE_FLOOR_TOKENS - 2))
+    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, more_s)
 
 
 def choose_batch_size(load: LoadRequest) -> int:
@@ -20761,8 +20867,10 @@ class Worker:
 
     def _send_events(self, events: Sequence[tuple[int, EngineEvent]]) -> None:
         if events:
-            self.send(*({"type": "event", "job": job, "event": encode_engine_event(event)} for job, event in events))
-        self._jobs -= {job for job, event in events if isinstance(event, Finished | Embedded | Failed)}
+            self.send(*[{"type": "event", "job": job, "event": encode_engine_event(event)} for job, event in events])
+        for job, event in events:
+            if isinstance(event, LAST_EVENTS):
+                self._jobs.discard(job)
 
 
 def run_worker(stdin: BinaryIO, stdout: BinaryIO, load_backend: LoadBackend) -> int:

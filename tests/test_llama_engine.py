@@ -194,6 +194,33 @@ def test_the_pace_of_writing_is_that_of_the_nearest_number_of_writers():
     assert pace.choose_budget(1) == budget(400, 400, fixed_ms=1000 * pace.fixed_s)  # or nobody could leave in time
 
 
+def test_what_is_usual_is_what_was_so_before_the_prompts_came():
+    pace = learn(StepPace(), learn_writing=(1, 0.010))
+    for _ in range(40):
+        pace.learn_writing(1, 0.015, is_usual=False)  # it grew longer
+    assert pace.choose_budget(1).steady_s == pytest.approx(3.4 * 0.010 - 0.015, rel=0.01)
+    for _ in range(40):
+        pace.learn_writing(1, 0.050, is_usual=False)  # the machine became slower
+    assert pace.choose_budget(1).steady_s == pytest.approx(3.4 * 0.025 - 0.050, rel=0.01)
+    learn(pace, learn_writing=(1, 0.050))
+    assert pace.choose_budget(1).steady_s == pytest.approx(2.4 * 0.050, rel=0.01)
+
+
+def test_what_a_slice_takes_whatever_its_length_is_learnt_as_a_share_of_writing():
+    pace = learn(StepPace(), learn_writing=(1, 0.010))
+    pace.learn_fixed(0.012)
+    assert pace.fixed_s == pytest.approx(0.012)
+    learn(pace, learn_writing=(1, 0.020))  # the machine became slower
+    assert pace.fixed_s == pytest.approx(0.024, rel=0.01)
+    pace.learn_fixed(-1.0)  # a slice of two was held up
+    assert pace.fixed_s == pytest.approx(0.005, rel=0.01)
+    pace.learn_fixed(60.0)
+    assert pace.fixed_s == pytest.approx(0.040, rel=0.01)
+    pace.learn_fixed(0.020)
+    learn(pace, learn_reading=(1, 4, 100, 0.032))
+    assert pace.estimate_token(1, 0) == pytest.approx(0.003, rel=0.01)
+
+
 def test_a_deeper_token_is_estimated_by_what_was_measured_and_rather_too_high():
     pace = learn(StepPace(), learn_writing=(1, 0.010))
     assert pace.estimate_token(1, 0) == pace.estimate_token(1, 5000) == pytest.approx(0.005)  # half of writing one
