@@ -33994,11 +33994,13 @@ class Devices:
         note_attempt: Callable[[str, str], None],
     ) -> Delegating:
         """What uses providers that are known by their public keys."""
-        known_peers = self._offload.known_peers
+        known_peers, configured = self._offload.known_peers, choose_delegation(config.delegation)
+        if configured is not None and self.static.public in configured.providers:
+            raise UsageError("--delegate: this is the public key of this device itself")
         return Delegating(
             identity=self.identity,
             static=self.static,
-            configured=choose_delegation(config.delegation),
+            configured=configured,
             known_urls=[each.base_url if isinstance(each, Peer) else each for each in known_peers],
             has_local=lambda model: any(is_same_model(each.model_id, model) for each in list_local()),
             dial_relay=self._dial_provider,
