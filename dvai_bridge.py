@@ -13877,10 +13877,10 @@ def build_delegation_refusal(
             param="model",
         )
     reasons = {device_id: failures.get(device_id) or obstacle for device_id, obstacle in decision.checked}
-    shown = "; ".join(f"{device_id[:8]}…: {display_name(reason)}" for device_id, reason in reasons.items())
+    shown = "; ".join(f"{device_id[:8]}…: {reason}" for device_id, reason in reasons.items())
     kind = DelegationError if refused_key is None else ProviderRefusedError
     advice = "" if refused_key is None else f" There, `provider --allow {refused_key}` admits this device."
-    checked = [{"publicKey": device_id, "reason": display_name(reason)} for device_id, reason in reasons.items()]
+    checked = [{"publicKey": device_id, "reason": reason} for device_id, reason in reasons.items()]
     return kind(
         f"No provider can answer ({shown}).{advice}",
         retry_after_s=PROVIDER_RETRY_AFTER_S if refused_key is None else None,
@@ -35780,7 +35780,7 @@ def describe_delegation(delegating: Delegating) -> list[str]:
             models = ", ".join(map(display_name, (candidate.models or ())[:5])) or "its default model"
             lines.append(f"{name} answers {place}: {display_name(candidate.peer.device_name)}, serving {models}")
         else:
-            lines.append(f"{name} cannot be asked now: {display_name(candidate.error or 'still connecting')}")
+            lines.append(f"{name} cannot be asked now: {candidate.error or 'still connecting'}")
     return lines
 
 
