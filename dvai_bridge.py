@@ -25321,12 +25321,18 @@ class Tunnel:
 
 
 async def _open_tunnel_socket(url: HttpUrl, limit_s: float) -> FrameSocket:
-    return await connect_websocket(
-        build_tunnel_url(url),
-        subprotocols=(TUNNEL_SUBPROTOCOL,),
-        limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
-        timeout_s=limit_s,
-    )
+    """UpstreamConnectError, whatever has gone wrong: nothing was asked, and another way may lead to the provider."""
+    try:
+        return await connect_websocket(
+            build_tunnel_url(url),
+            subprotocols=(TUNNEL_SUBPROTOCOL,),
+            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+            timeout_s=limit_s,
+        )
+    except UpstreamConnectError:
+        raise
+    except UpstreamError as exc:
+        raise UpstreamConnectError(exc.message) from exc
 
 
 class PeerClient:
