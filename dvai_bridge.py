@@ -24540,15 +24540,16 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
 #         └───────── any other peer ───► HttpClient       TunnelParty
 #
 # A Tunnel belongs to one provider, a TunnelParty, and outlives its connections: what was lost is dialled again by the
-# next request, and the monitor's questions are requests. A connection is doubted when nothing came while somebody
-# waited in vain, or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a sign of life, and
-# is given up without. So a device that slept, or moved, is reached anew, and one that is only slow keeps what it works
-# on.
+# next request, and the monitor's questions are requests. A connection is doubted when somebody has waited for
+# TUNNEL_DOUBT_S and nothing came, or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a
+# sign of life, and is given up without. So a device that slept, or moved, is reached anew, and one that is only slow
+# keeps what it works on.
 
 TUNNEL_SUBPROTOCOL = "dvai-noise.1"
 TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
 TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
 RELAY_HOST_SUFFIX = ".relay.invalid"  # no resolver ever finds it (RFC 6761 section 6.4)
+TUNNEL_DOUBT_S = 5.0  # a provider from which nothing has come since it was asked: it is alive while it computes
 TUNNEL_PROOF_S = 3.0  # a provider that is asked for a sign of life and gives none
 
 
@@ -24926,6 +24927,7 @@ class TunnelExchange:
         self._waiter: asyncio.Future[None] | None = None
         self._receive: Callable[[bytes], bool] | None = None  # the relay's, while one waits
         self._waited_s = 0.0
+        self._left_s = 0.0  # of that, once the connection has been doubted
         self._ends_at: float | None = None  # in loop time
         self._connection: TunnelConnection | None = None
         self._is_reused = False
@@ -25096,18 +25098,19 @@ class TunnelExchange:
 
     async def _wait_head(self) -> None:
         while self._head is None:
-            await self._wait(self._budgets.first_byte_s)
+            await self._wait(self._budgets.first_byte_s, TUNNEL_DOUBT_S)
 
     def _limit(self, limit_s: float) -> float:
         return limit_s if self._ends_at is None else min(limit_s, self._ends_at - self._loop.time())
 
-    async def _wait(self, limit_s: float) -> None:
-        """Until something has come, at most `limit_s`; raises what has gone wrong."""
+    async def _wait(self, limit_s: float, doubt_s: float = math.inf) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong. Silence is doubted at `doubt_s`."""
         if self._error is not None:
             raise self._error
         self._waited_s = self._limit(limit_s)
+        self._left_s = max(self._waited_s - doubt_s, 0.0)
         self._waiter = self._loop.create_future()
-        self._deadline.set_after(self._waited_s)
+        self._deadline.set_after(self._waited_s - self._left_s)
         try:
             await self._waiter
         finally:
@@ -25118,9 +25121,13 @@ class TunnelExchange:
         connection = self._connection
         if connection is None:
             return
-        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
         if connection.received_at_s < self._sent_at:  # for nobody else either
             connection.doubt()
+        if self._left_s:
+            self._deadline.set_after(self._left_s)
+            self._left_s = 0.0
+            return
+        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
         self.wake()
 
 
