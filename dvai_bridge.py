@@ -13948,10 +13948,10 @@ def build_delegation_refusal(
         device_id: replace_unprintable(failures.get(device_id) or obstacle)[:PROVIDER_REASON_LIMIT_CHARS]
         for device_id, obstacle in decision.checked
     }
-    shown = "; ".join(f"{device_id[:8]}…: {display_name(reason)}" for device_id, reason in reasons.items())
+    shown = "; ".join(f"{device_id[:8]}…: {reason}" for device_id, reason in reasons.items())
     kind = DelegationError if refused_key is None else ProviderRefusedError
     advice = "" if refused_key is None else f" There, `provider --allow {refused_key}` admits this device."
-    checked = [{"publicKey": device_id, "reason": display_name(reason)} for device_id, reason in reasons.items()]
+    checked = [{"publicKey": device_id, "reason": reason} for device_id, reason in reasons.items()]
     return kind(
         f"No provider can answer ({shown}).{advice}",
         retry_after_s=PROVIDER_RETRY_AFTER_S if refused_key is None else None,
@@ -24722,15 +24722,16 @@ def format_diagnosis(diagnosis: DiscoveryDiagnosis) -> str:
 #         └───────── any other peer ───► HttpClient       TunnelParty
 #
 # A Tunnel belongs to one provider, a TunnelParty, and outlives its connections: what was lost is dialled again by the
-# next request, and the monitor's questions are requests. A connection is doubted when nothing came while somebody
-# waited in vain, or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a sign of life, and
-# is given up without. So a device that slept, or moved, is reached anew, and one that is only slow keeps what it works
-# on.
+# next request, and the monitor's questions are requests. A connection is doubted when somebody has waited for
+# TUNNEL_DOUBT_S and nothing came, or when the provider is to be found at another address: it has TUNNEL_PROOF_S for a
+# sign of life, and is given up without. So a device that slept, or moved, is reached anew, and one that is only slow
+# keeps what it works on.
 
 TUNNEL_SUBPROTOCOL = "dvai-noise.1"
 TUNNEL_PATH = "/dvai/tunnel"  # below a base URL
 TUNNEL_CLOSE_S = 3.0  # a GOAWAY that nobody reads
 RELAY_HOST_SUFFIX = ".relay.invalid"  # no resolver ever finds it (RFC 6761 section 6.4)
+TUNNEL_DOUBT_S = 5.0  # a provider from which nothing has come since it was asked: it is alive while it computes
 TUNNEL_PROOF_S = 3.0  # a provider that is asked for a sign of life and gives none
 
 
@@ -25108,6 +25109,7 @@ class TunnelExchange:
         self._waiter: asyncio.Future[None] | None = None
         self._receive: Callable[[bytes], bool] | None = None  # the relay's, while one waits
         self._waited_s = 0.0
+        self._left_s = 0.0  # of that, once the connection has been doubted
         self._ends_at: float | None = None  # in loop time
         self._connection: TunnelConnection | None = None
         self._is_reused = False
@@ -25278,18 +25280,19 @@ class TunnelExchange:
 
     async def _wait_head(self) -> None:
         while self._head is None:
-            await self._wait(self._budgets.first_byte_s)
+            await self._wait(self._budgets.first_byte_s, TUNNEL_DOUBT_S)
 
     def _limit(self, limit_s: float) -> float:
         return limit_s if self._ends_at is None else min(limit_s, self._ends_at - self._loop.time())
 
-    async def _wait(self, limit_s: float) -> None:
-        """Until something has come, at most `limit_s`; raises what has gone wrong."""
+    async def _wait(self, limit_s: float, doubt_s: float = math.inf) -> None:
+        """Until something has come, at most `limit_s`; raises what has gone wrong. Silence is doubted at `doubt_s`."""
         if self._error is not None:
             raise self._error
         self._waited_s = self._limit(limit_s)
+        self._left_s = max(self._waited_s - doubt_s, 0.0)
         self._waiter = self._loop.create_future()
-        self._deadline.set_after(self._waited_s)
+        self._deadline.set_after(self._waited_s - self._left_s)
         try:
             await self._waiter
         finally:
@@ -25300,9 +25303,13 @@ class TunnelExchange:
         connection = self._connection
         if connection is None:
             return
-        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
         if connection.received_at_s < self._sent_at:  # for nobody else either
             connection.doubt()
+        if self._left_s:
+            self._deadline.set_after(self._left_s)
+            self._left_s = 0.0
+            return
+        self._error = UpstreamTimeoutError(f"nothing came from {connection.peer_name} within {self._waited_s:.3g} s")
         self.wake()
 
 
@@ -25503,12 +25510,18 @@ class Tunnel:
 
 
 async def _open_tunnel_socket(url: HttpUrl, limit_s: float) -> FrameSocket:
-    return await connect_websocket(
-        build_tunnel_url(url),
-        subprotocols=(TUNNEL_SUBPROTOCOL,),
-        limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
-        timeout_s=limit_s,
-    )
+    """UpstreamConnectError, whatever has gone wrong: nothing was asked, and another way may lead to the provider."""
+    try:
+        return await connect_websocket(
+            build_tunnel_url(url),
+            subprotocols=(TUNNEL_SUBPROTOCOL,),
+            limit_bytes=TUNNEL_MESSAGE_LIMIT_BYTES,
+            timeout_s=limit_s,
+        )
+    except UpstreamConnectError:
+        raise
+    except UpstreamError as exc:
+        raise UpstreamConnectError(exc.message) from exc
 
 
 class PeerClient:
@@ -34292,11 +34305,13 @@ class Devices:
         note_attempt: Callable[[str, str], None],
     ) -> Delegating:
         """What uses providers that are known by their public keys."""
-        known_peers = self._offload.known_peers
+        known_peers, configured = self._offload.known_peers, choose_delegation(config.delegation)
+        if configured is not None and self.static.public in configured.providers:
+            raise UsageError("--delegate: this is the public key of this device itself")
         return Delegating(
             identity=self.identity,
             static=self.static,
-            configured=choose_delegation(config.delegation),
+            configured=configured,
             known_urls=[each.base_url if isinstance(each, Peer) else each for each in known_peers],
             has_local=lambda model: any(is_same_model(each.model_id, model) for each in list_local()),
             dial_relay=self._dial_provider,
@@ -36091,7 +36106,7 @@ def describe_delegation(delegating: Delegating) -> list[str]:
             models = ", ".join(map(display_name, (candidate.models or ())[:5])) or "its default model"
             lines.append(f"{name} answers {place}: {display_name(candidate.peer.device_name)}, serving {models}")
         else:
-            lines.append(f"{name} cannot be asked now: {display_name(candidate.error or 'still connecting')}")
+            lines.append(f"{name} cannot be asked now: {candidate.error or 'still connecting'}")
     return lines
 
 

@@ -250,6 +250,24 @@ def test_a_provider_that_has_vanished_is_given_up(tmp_path):
     run(test)
 
 
+def test_a_request_to_a_provider_that_has_vanished_finds_it_again(tmp_path, monkeypatch):
+    """Long before it has waited as long as it may."""
+    monkeypatch.setattr(d, "TUNNEL_DOUBT_S", 0.1)
+    monkeypatch.setattr(d, "TUNNEL_PROOF_S", 0.1)
+
+    async def test():
+        async with run_pair(tmp_path, echo) as (consumer, provider):
+            async with consumer.ask(provider, body=b"1") as response:
+                await response.read(10)
+            (connection,) = provider.server._connections
+            connection._websocket._transport.pause_reading()
+            async with consumer.ask(provider, body=b"2", budgets=d.HttpBudgets(first_byte_s=600)) as response:
+                assert await response.read(10) == b"2"
+            assert [request.body for request in provider.requests] == [b"1", b"2"]
+
+    run(test)
+
+
 def test_a_provider_that_is_only_slow_keeps_what_it_works_on(tmp_path):
     """One who waits in vain doubts the connection; the provider's sign of life saves what others wait for."""
     go_on = asyncio.Event()
