@@ -26071,6 +26071,7 @@ def describe_refusal(code: str, message: str) -> str:
         "session_join_failed": "the code has run out or was used already: show a new one",
         "session_not_found": "the session at the relay has ended",
         "not_listening": "the other device is not connected to the relay now",
+        "processes_apart": "the relay's processes cannot reach each other now; ask again soon",
         "relay_name_unset": "nobody is found there by public key: its operator has to set RENDEZVOUS_URL",
         "proof_failed": "it does not take this device's proof of its public key: is its RENDEZVOUS_URL this URL?",
     }
