@@ -29024,7 +29024,9 @@ class PeerStream:
         if self._assembler is not None and self._fed_bytes > FORWARD_ANSWER_LIMIT_BYTES:
             raise UpstreamError(f"the peer's answer is larger than {FORWARD_ANSWER_LIMIT_BYTES // MIB} MiB")
         pieces: list[bytes] = []
-        if not self._has_plain_events(data):
+        if self._template is not None and not self.is_done and not self._parser.is_inside_event:
+            data = self._take_texts(data, pieces)  # as a rule that is all
+        if data and not self._has_plain_events(data):
             for event in self._parse(data):
                 if not self.is_done and self._take_texts(b"data: %b\n\n" % event, pieces):
                     pieces.append(self._read_event(event))

@@ -211,4 +211,4 @@ def test_a_provider_that_gets_another_address(network):
     network.lan.ip("one", "addr", "del", f"{ADDRESS['one']}/24", "dev", "lan")
     network.lan.ip("one", "addr", "add", "10.77.0.9/24", "dev", "lan")
     wait_for(lambda: network.weak.ask(CHAT)[0] == 200, 120, "it is used at its new address")
-    assert "10.77.0.9" in read_peer(network.weak)["baseUrl"]
+    wait_for(lambda: "10.77.0.9" in read_peer(network.weak)["baseUrl"], 90, "and known by it")
