@@ -83,12 +83,13 @@ def read_health(bridge):
 
 
 @contextlib.contextmanager
-def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=None):
-    """A `serve` of its own home and a free port, ready to answer; stopped, and its log checked, at the end."""
+def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=None, command="serve"):
+    """A `serve`, or `provider`, of its own home and a free port, ready to answer; stopped, and its log checked, at the
+    end."""
     Path(home).mkdir(exist_ok=True)
-    command = [sys.executable, str(module), "serve", "--port", "0", "--home", str(home), *map(str, arguments)]
+    words = [command, "--port", "0", "--home", str(home), *map(str, arguments)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, str(module), *words],
         env=CLEAN_ENVIRON | (environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

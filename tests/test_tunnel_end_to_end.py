@@ -11,20 +11,12 @@ import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, read_health, require, start_bridge, wait_for
+from support import CLEAN_ENVIRON, MODULE, require, start_bridge, wait_for
+from support_bridges import CHAT, HELLO, Stream, ask, count_running, list_peers
 from support_peer import find_secrets, read_device_id, recovering, send
 from support_worker import build_byte_model
 
 pytest.importorskip("resource", reason="stops processes with signals")
-
-CHAT = "/v1/chat/completions"
-HELLO = {"model": "strong", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
-LONG = HELLO | {
-    "stream": True,
-    "max_tokens": 100_000,
-    "temperature": 1,
-    "logit_bias": {"2": -100},
-}  # as the model lets it
 
 
 @pytest.fixture(scope="module")
@@ -64,57 +56,14 @@ class Bridges:
         assert asked.returncode == 0, asked.stderr
 
 
-def list_peers(bridge):
-    return json.loads(bridge.request("GET", "/v1/dvai/peers")[2])["peers"]
-
-
 def wait_ready(bridge, count=1):
     wait_for(lambda: [peer["state"] for peer in list_peers(bridge)].count("ready") == count, 60, "peers are ready")
-
-
-def ask(bridge, headers=None, **changes):
-    status, fields, data = bridge.request("POST", CHAT, HELLO | changes, headers, timeout_s=120)
-    return status, fields, json.loads(data)
 
 
 def is_served(bridge, by=None):
     """Whether it answers now, through the tunnel and by the device of this id."""
     status, fields, _ = ask(bridge)
     return status == 200 and (by is None or fields["X-DVAI-Served-By"] == by)
-
-
-class Stream:
-    """A long answer, of which the first content has come."""
-
-    def __init__(self, bridge, headers=None):
-        self._connection = http.client.HTTPConnection("127.0.0.1", bridge.port, timeout=120)
-        fields = {"Content-Type": "application/json"} | (headers or {})
-        self._connection.request("POST", CHAT, json.dumps(LONG), fields)
-        self.answer = self._connection.getresponse()
-        assert self.answer.status == 200, self.answer.read()
-        self.first = b""
-        while b'"content":' not in self.first:
-            line = self.answer.readline()
-            assert line, "it ended before its first content"
-            self.first = line
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.answer.close()
-        self._connection.close()
-
-    def check_torn(self):
-        """It ends by an error event and a broken body, and not as if it were whole."""
-        with pytest.raises(http.client.IncompleteRead) as torn:
-            self.answer.read()
-        last = [line for line in torn.value.partial.splitlines() if line.startswith(b"data: ")][-1]
-        assert json.loads(last[6:])["error"]["message"]
-
-
-def count_running(bridge):
-    return read_health(bridge)["queue"]["running"]
 
 
 @pytest.fixture
