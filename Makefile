@@ -1,7 +1,7 @@
 # make test       tests that need Python and pip, nothing else (its own environment in .venv-test)
 # make test-all   all tests: builds llama-cpp-python once, installs npm and LangChain clients, tries every Python found
 # make lint       ruff and mypy --strict
-# make bench      speed of the built-in engine, of starting up, of forwarding, of the encryption and of the relay
+# make bench      speed of the built-in engine, of starting up, of forwarding, of the encryption, the relay, delegation
 # make model      trains the built-in model anew and writes it into dvai_bridge.py (needs PyTorch)
 
 PYTHON ?= python3
@@ -40,6 +40,7 @@ bench:
 	$(PYTHON) tests/bench/bench_crypto.py
 	$(PYTHON) tests/bench/bench_channel.py
 	$(PYTHON) tests/bench/bench_relay.py
+	$(PYTHON) tests/bench/bench_delegation.py
 
 model:
 	$(PYTHON) tests/train_builtin_model.py
