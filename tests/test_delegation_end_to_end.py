@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ import pytest
 from support import CLEAN_ENVIRON, MODULE, require, start_bridge, wait_for
 from support_bridges import CHAT, HELLO, Stream, Wire, ask, count_running, list_peers
 from support_peer import find_secrets, pair_with, recovering, send
-from support_relay import start_relay
+from support_relay import find_free_port, start_relay
 from support_tunnel import make_identity
 from support_worker import build_byte_model
 
@@ -533,12 +532,6 @@ def test_the_official_client_chooses_a_provider_for_one_request(bridges):
 
 
 # Through a relay
-
-
-def find_free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 UNLIMITED = {"SESSIONS_PER_ADDRESS_PER_MINUTE": "0", "SESSIONS_PER_ADDRESS": "0"}

@@ -6,8 +6,8 @@ All in processes of their own: one provider, with a tiny model, so that what is 
 Cold: from the start of a consumer's process, or from the first request of a running one that names a key it has never
 heard of, until the answer is there. On a network means two network namespaces, the provider found by multicast DNS
 (needs root and iproute2); else it is named by --peer. Afterwards: each round asks in turn by every way, on connections
-that are kept. Processor time is the kernel's own (schedstat), of the consumer's bridge, its work for it included.
-The median of all rounds, then the least and the most.
+that are kept. Processor time is that of the bridge which the client asks, the kernel's work for it included
+(schedstat). The median of all rounds, then the least and the most.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for  # noqa: E402
 from support_lan import Lan, Machine  # noqa: E402
-from support_relay import start_relay  # noqa: E402
+from support_relay import find_free_port, start_relay  # noqa: E402
 from support_worker import build_byte_model  # noqa: E402
 
 import dvai_bridge as d  # noqa: E402
@@ -142,12 +141,6 @@ def show_warm(times, cpu, requests):
         statistics.median([statistics.median(seconds) for seconds in times[way]]) for way in ("by key", "paired tunnel")
     )
     print(f"  by key takes {keyed / paired:.2f} times what a paired tunnel takes", flush=True)
-
-
-def find_free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def run(options, folder):
