@@ -25641,19 +25641,19 @@ class PeerClient:
 class ProviderClient:
     """Asks providers that are known by their public keys, each through its tunnel. Belongs to one event loop.
 
-    `static`: the key by which they know us. `dial_relay(public key, seconds)`: a session with one. A provider has one
-    tunnel directly and another through the relay: which of them, the URL says.
+    `get_static`: the key by which they know us. `dial_relay(public key, seconds)`: a session with one. A provider has
+    one tunnel directly and another through the relay: which of them, the URL says.
     """
 
     def __init__(
         self,
-        static: KeyPair,
+        get_static: Callable[[], KeyPair],
         *,
         dial_relay: Callable[[bytes, float], Awaitable[FrameSocket]],
         on_refused: Callable[[bytes], None],
         random: RandomBytes = os.urandom,
     ) -> None:
-        self._static = static
+        self._get_static = get_static
         self._dial_relay = dial_relay
         self._on_refused = on_refused
         self._random = random
@@ -25703,7 +25703,7 @@ class ProviderClient:
         if tunnel is None:
             party = KeyedParty(
                 public_key,
-                self._static,
+                self._get_static(),
                 dial_relay=self._dial_relay,
                 on_refused=functools.partial(self._on_refused, public_key),
             )
@@ -27827,12 +27827,12 @@ class PairingBonds:
 
 
 class ProviderBonds:
-    """The providers that are wanted, by their public keys, as PeerBonds. `own_key`: which they have to admit."""
+    """The providers that are wanted, by their public keys, as PeerBonds. `get_static`: our key, for them to admit."""
 
     proves_identity = True
 
-    def __init__(self, own_key: bytes) -> None:
-        self._own_key = encode_base64url(own_key)
+    def __init__(self, get_static: Callable[[], KeyPair]) -> None:
+        self._get_static = get_static
         self._bonds: dict[str, ProviderBond] = {}
         self._refused: set[str] = set()
 
@@ -27863,8 +27863,9 @@ class ProviderBonds:
         """Said once; it is asked again, for its firewall may be changed."""
         if bond.device_id not in self._refused:
             self._refused.add(bond.device_id)
+            own_key = encode_base64url(self._get_static().public)
             peers_log.warning(
-                "%s does not admit this device: there, `provider --allow %s` does", known.shown_name, self._own_key
+                "%s does not admit this device: there, `provider --allow %s` does", known.shown_name, own_key
             )
 
 
@@ -33010,7 +33011,7 @@ class Delegating:
         self,
         *,
         identity: Identity,
-        static: KeyPair,
+        get_static: Callable[[], KeyPair],
         configured: Delegation | None,
         known_urls: Iterable[str] = (),
         has_local: Callable[[str], bool],
@@ -33027,7 +33028,7 @@ class Delegating:
         self._on_seek = on_seek
         self._clock = clock
         self._models: dict[str, DelegatedModel] = {}  # by folded id
-        self._own_key = static.public
+        self._get_static = get_static
         self._wanted: dict[bytes, float] = {}  # public key → since when
         self._used: dict[bytes, float] = {}  # … → when it was named last
         self._sightings: dict[str, Peer] = {}  # by base URL: what the local network says of providers
@@ -33036,8 +33037,8 @@ class Delegating:
         self._changed = asyncio.Event()
         self._forgetting: set[asyncio.Task[None]] = set()
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._bonds = ProviderBonds(static.public)
-        self._client = ProviderClient(static, dial_relay=dial_relay, on_refused=self._note_refused)
+        self._bonds = ProviderBonds(get_static)
+        self._client = ProviderClient(get_static, dial_relay=dial_relay, on_refused=self._note_refused)
         self.monitor = PeerMonitor(
             identity=identity, client=self._client, bonds=self._bonds, intervals=intervals, clock=clock
         )
@@ -33082,7 +33083,7 @@ class Delegating:
     def _want(self, delegation: Delegation) -> None:
         now_s = self._clock()
         for public_key in delegation.providers:
-            if public_key == self._own_key:
+            if public_key == self._get_static().public:
                 raise InvalidRequestError("this is the public key of this device itself", param="delegate")
             if public_key not in self._wanted:
                 self._forget_idle(now_s, is_full=len(self._wanted) >= PROVIDERS_LIMIT)
@@ -33293,7 +33294,7 @@ class Delegating:
         request_id: str,
         failures: Mapping[str, str],
     ) -> BridgeError:
-        refused_key = encode_base64url(self._own_key) if self._are_refusing(delegation) else None
+        refused_key = encode_base64url(self._get_static().public) if self._are_refusing(delegation) else None
         return build_delegation_refusal(decision, model, request_id, refused_key=refused_key, failures=failures)
 
     def _are_refusing(self, delegation: Delegation) -> bool:
@@ -33622,8 +33623,8 @@ class DeviceService:
 class ProviderService:
     """`/v1/dvai/provider`: whether this device can be delegated to, by which key, and whom it admits."""
 
-    def __init__(self, public_key: bytes, firewall: FirewallStore, tunnels: TunnelServer) -> None:
-        self._public_key = public_key
+    def __init__(self, get_public_key: Callable[[], bytes], firewall: FirewallStore, tunnels: TunnelServer) -> None:
+        self._get_public_key = get_public_key
         self._firewall = firewall
         self._tunnels = tunnels
         self.routes: RouteTable = {"/dvai/provider": {"GET": self.show, "POST": self.change}}
@@ -33632,7 +33633,7 @@ class ProviderService:
         """`GET /v1/dvai/provider`."""
         return build_json_response(
             {
-                "publicKey": encode_base64url(self._public_key),
+                "publicKey": encode_base64url(self._get_public_key()),
                 "isProviding": self._tunnels.is_providing,
                 "firewall": build_firewall_json(self._firewall.firewall),
                 "consumers": [encode_base64url(key) for key in self._tunnels.list_consumers()],
@@ -34251,7 +34252,6 @@ class Devices:
         self.identity = state.identity
         self.store = state.pairings
         self.firewall = state.firewall
-        self.static = build_static_key(state.identity, choose_crypto_backend())
         self.is_open = config.lan or offload.advertise_lan
         self.is_providing = False
         self._verifier = None if state.pairings is None else SignatureVerifier(state.pairings)
@@ -34273,6 +34273,11 @@ class Devices:
         self._does_browse = False
         self._discovery_is_due = asyncio.Event()
         self.delegating = self._build_delegating(config, list_local, note_attempt)
+
+    @functools.cached_property
+    def static(self) -> KeyPair:
+        """The key by which the secure channel knows this device. Most bridges never need it, nor what computes it."""
+        return build_static_key(self.identity, choose_crypto_backend())
 
     def _build_desks(self, *, is_operated: bool) -> None:
         """Where devices come to pair."""
@@ -34313,7 +34318,7 @@ class Devices:
             raise UsageError("--delegate: this is the public key of this device itself")
         return Delegating(
             identity=self.identity,
-            static=self.static,
+            get_static=lambda: self.static,
             configured=configured,
             known_urls=[each.base_url if isinstance(each, Peer) else each for each in known_peers],
             has_local=lambda model: any(is_same_model(each.model_id, model) for each in list_local()),
@@ -34939,7 +34944,7 @@ class DVAI:
         self._tunnels = tunnels = TunnelServer(
             identity=devices.identity, store=devices.store, firewall=devices.firewall, handler=handle
         )
-        provider_service = ProviderService(devices.static.public, devices.firewall, tunnels)
+        provider_service = ProviderService(lambda: devices.static.public, devices.firewall, tunnels)
         tables = (*self._build_routes(devices), tunnels.routes, provider_service.routes)
         self._handle = handle
         self._server = HttpServer(self._build_server_options(state), handle, identify=devices.identify)

@@ -21,8 +21,9 @@ MODULE = Path(__file__).resolve().parent.parent / "dvai_bridge.py"
 CLEAN_ENVIRON = {
     name: value
     for name, value in os.environ.items()
-    if not name.startswith(("DVAI_", "LLAMA_", "HF_", "OLLAMA_", "OPENAI_", "XDG_"))
-}
+    if not name.startswith(("DVAI_", "LLAMA_", "HF_", "OLLAMA_", "OPENAI_", "XDG_", "PYTHON"))
+} | {"PYTHONPATH": str(MODULE.parent)}
+PROGRAM = [sys.executable, "-m", "dvai_bridge"]  # as the installed command: a script is compiled at every start
 
 
 def require(name: str) -> ModuleType:
@@ -89,7 +90,7 @@ def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=
     Path(home).mkdir(exist_ok=True)
     words = [command, "--port", "0", "--home", str(home), *map(str, arguments)]
     process = subprocess.Popen(
-        [sys.executable, str(module), *words],
+        [*(PROGRAM if module is MODULE else (sys.executable, str(module))), *words],
         env=CLEAN_ENVIRON | (environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -5,10 +5,9 @@ import json
 import os
 import secrets
 import subprocess
-import sys
 import threading
 
-from support import CLEAN_ENVIRON, MODULE
+from support import CLEAN_ENVIRON, PROGRAM
 
 TIMEOUT_S = 60
 ADDRESS = {"one": "10.77.0.1", "two": "10.77.0.2", "three": "10.77.0.3"}
@@ -73,7 +72,7 @@ class Machine:
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
     def build_command(self, *arguments):
-        words = [sys.executable, MODULE, *arguments, "--home", self.home]
+        words = [*PROGRAM, *arguments, "--home", self.home]
         return self.lan.exec(self.short, *map(str, words))
 
     def run(self, *arguments):

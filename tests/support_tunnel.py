@@ -137,7 +137,7 @@ class KeyConsumer:
         self.static = d.build_static_key(make_identity(name), d.OwnBackend())
         self.public_key = self.static.public
         self.refused = []
-        self.client = d.ProviderClient(self.static, dial_relay=self.dial_relay, on_refused=self.refused.append)
+        self.client = d.ProviderClient(lambda: self.static, dial_relay=self.dial_relay, on_refused=self.refused.append)
 
     async def dial_relay(self, public_key, limit_s):
         raise d.UpstreamConnectError("no relay here")

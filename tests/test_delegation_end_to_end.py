@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, require, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, require, start_bridge, wait_for
 from support_bridges import CHAT, HELLO, Stream, Wire, ask, count_running, list_peers
 from support_peer import find_secrets, pair_with, recovering, send
 from support_relay import find_free_port, start_relay
@@ -63,7 +62,7 @@ class Bridges:
 
 
 def run_command(*words, **environ):
-    command = [sys.executable, str(MODULE), *map(str, words)]
+    command = [*PROGRAM, *map(str, words)]
     return subprocess.run(command, env=CLEAN_ENVIRON | environ, capture_output=True, text=True, timeout=60)
 
 

@@ -43,7 +43,7 @@ from dvai_bridge import (
     pull_url,
     use_hub_model,
 )
-from tests.support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, MODULE, PROGRAM, start_bridge, wait_for
 from tests.support_gguf import ModelPlan, random_model
 from tests.support_hub import (
     COMMIT,
@@ -898,7 +898,7 @@ def test_a_config_means_what_is_here(tmp_path):
 
 def run_pull(hub, home, *arguments, command="pull", **environ):
     return subprocess.run(
-        [sys.executable, str(MODULE), command, *arguments],
+        [*PROGRAM, command, *arguments],
         env=CLEAN_ENVIRON | {"DVAI_HOME": str(home), "HOME": str(home), "HF_ENDPOINT": hub.url} | environ,
         capture_output=True,
         text=True,

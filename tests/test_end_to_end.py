@@ -16,7 +16,7 @@ import time
 import pytest
 
 from dvai_bridge import load_builtin_model, open_gguf
-from tests.support import CLEAN_ENVIRON, MODULE, read_health, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, MODULE, PROGRAM, read_health, start_bridge, wait_for
 
 MODEL = "dvai-demo"
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
@@ -26,7 +26,7 @@ LONG = {"prompt": "Hello", "max_tokens": 400, "temperature": 1, "logit_bias": {s
 
 def run_command(*arguments, home, timeout_s=60, **environ):
     return subprocess.run(
-        [sys.executable, str(MODULE), *map(str, arguments)],
+        [*PROGRAM, *map(str, arguments)],
         env=CLEAN_ENVIRON | {"DVAI_HOME": str(home)} | environ,
         capture_output=True,
         text=True,

@@ -6,11 +6,10 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, read_health, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, read_health, start_bridge, wait_for
 from support_peer import ask_owner, find_secrets, pair_with, read_device_id, read_token, recovering, send
 
 resource = pytest.importorskip("resource", reason="stops processes with signals")
@@ -27,7 +26,7 @@ def start_target(home, *arguments):
 
 
 def run_command(home, *arguments, timeout_s=60):
-    command = [sys.executable, str(MODULE), *map(str, arguments), "--home", str(home)]
+    command = [*PROGRAM, *map(str, arguments), "--home", str(home)]
     return subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=timeout_s)
 
 

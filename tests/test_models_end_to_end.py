@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -18,7 +17,7 @@ from dvai_bridge import (
     UsageError,
     build_config,
 )
-from tests.support import CLEAN_ENVIRON, MODULE, read_health, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, PROGRAM, read_health, start_bridge, wait_for
 from tests.support_worker import END_ID, build_byte_model
 
 PROMPT = {"prompt": "hello", "max_tokens": 3, "temperature": 0, "logit_bias": {str(END_ID): -100}}
@@ -97,7 +96,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(models, tmp_p
         status, answer = ask(bridge, "carla")
         assert status == 404 and answer["error"]["code"] == "model_not_found" and "'anna'" in answer["error"]["message"]
         shown = subprocess.run(
-            [sys.executable, str(MODULE), "status", "--home", str(tmp_path)],
+            [*PROGRAM, "status", "--home", str(tmp_path)],
             env=CLEAN_ENVIRON,
             capture_output=True,
             text=True,
@@ -161,7 +160,7 @@ def test_another_device_gets_what_is_loaded_and_nothing_else(models, tmp_path):
         weak = stack.enter_context(
             start_bridge(tmp_path / "weak", "--offload-only", "--no-discover-lan", "--peer", peer)
         )
-        command = [sys.executable, str(MODULE), "pair", "request", peer, "--yes", "--home", str(tmp_path / "weak")]
+        command = [*PROGRAM, "pair", "request", peer, "--yes", "--home", str(tmp_path / "weak")]
         subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, timeout=60, check=True)
         wait_for(lambda: [each["state"] for each in peers_of(weak)] == ["ready"], 60, "the peer is ready")
         _, _, listed = weak.request("GET", "/v1/models")

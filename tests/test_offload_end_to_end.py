@@ -6,11 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, read_health, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, read_health, start_bridge, wait_for
 from support_worker import build_byte_model
 
 pytest.importorskip("resource", reason="stops processes with signals")
@@ -26,7 +25,7 @@ def model(tmp_path_factory):
 
 
 def run_command(home, *arguments, timeout_s=60):
-    command = [sys.executable, str(MODULE), *map(str, arguments), "--home", str(home)]
+    command = [*PROGRAM, *map(str, arguments), "--home", str(home)]
     return subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=timeout_s)
 
 

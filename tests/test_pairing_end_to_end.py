@@ -9,13 +9,12 @@ import os
 import re
 import select
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, start_bridge, wait_for
 from support_peer import FakePeer, ask_owner, find_secrets, read_device_id, serve_text, start_peer
 
 from dvai_bridge import (
@@ -280,7 +279,7 @@ def test_a_readable_key_is_used_only_if_the_user_says_so(tmp_path, word):
 
 
 def run_command(side, *words):
-    command = [sys.executable, str(MODULE), *words, "--home", str(side.home)]
+    command = [*PROGRAM, *words, "--home", str(side.home)]
     return subprocess.run(
         command, env=CLEAN_ENVIRON, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
     )
@@ -324,7 +323,7 @@ class Terminal:
 
     def __init__(self, *words):
         self._end, inner = os.openpty()
-        command = [sys.executable, str(MODULE), *map(str, words)]
+        command = [*PROGRAM, *map(str, words)]
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), inner)
         self.process = subprocess.Popen(command, env=CLEAN_ENVIRON, start_new_session=True, **streams)
         os.close(inner)
@@ -409,6 +408,6 @@ def test_a_seed_of_the_users_is_the_identity_that_others_see(tmp_path):
     given = parse_pairings((strong_home / "data" / "pairings.json").read_bytes()).records.values()
     assert [each.identity_key for each in given] == [public, public]
     seed_file.write_text("short")
-    command = [sys.executable, str(MODULE), "serve", "--seed-file", seed_file, "--home", tmp_path / "by-file"]
+    command = [*PROGRAM, "serve", "--seed-file", seed_file, "--home", tmp_path / "by-file"]
     failed = subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 2 and "--seed-file" in failed.stderr and "32 bytes" in failed.stderr

@@ -3,11 +3,10 @@
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, start_bridge, wait_for
 from support_relay import start_relay
 from support_worker import build_byte_model
 
@@ -26,7 +25,7 @@ def model(tmp_path_factory):
 
 
 def run_command(home, *arguments, stdin=None):
-    command = [sys.executable, str(MODULE), *map(str, arguments), "--home", str(home)]
+    command = [*PROGRAM, *map(str, arguments), "--home", str(home)]
     return subprocess.run(
         command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=DEADLINE_S, input=stdin, check=False
     )
@@ -44,7 +43,7 @@ def start_strong(home, model, **options):
 @contextlib.contextmanager
 def show_code(home, *arguments):
     """A `pair qr` that waits: (its process, what it showed). It must have ended by itself at the end."""
-    command = [sys.executable, str(MODULE), "pair", "qr", "--json", *arguments, "--home", str(home)]
+    command = [*PROGRAM, "pair", "qr", "--json", *arguments, "--home", str(home)]
     with subprocess.Popen(
         command, env=CLEAN_ENVIRON, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -150,7 +149,7 @@ def test_the_user_is_asked_and_may_say_no(tmp_path, model):
             with show_code(weak_home) as (showing, shown):
                 link = shown["pairUrl"]
                 scanning = subprocess.Popen(
-                    [sys.executable, str(MODULE), "pair", "scan", "--yes", "--home", str(strong_home)],
+                    [*PROGRAM, "pair", "scan", "--yes", "--home", str(strong_home)],
                     env=CLEAN_ENVIRON,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

@@ -7,11 +7,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, MODULE, require, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, require, start_bridge, wait_for
 from support_bridges import CHAT, HELLO, Stream, ask, count_running, list_peers
 from support_peer import find_secrets, read_device_id, recovering, send
 from support_worker import build_byte_model
@@ -48,7 +47,7 @@ class Bridges:
         return self.folder / name
 
     def run(self, name, *words):
-        command = [sys.executable, str(MODULE), *map(str, words), "--home", str(self.home(name))]
+        command = [*PROGRAM, *map(str, words), "--home", str(self.home(name))]
         return subprocess.run(command, env=CLEAN_ENVIRON, capture_output=True, text=True, timeout=60)
 
     def pair(self, provider):

@@ -38,7 +38,7 @@ from dvai_bridge import (
     is_near,
     parse_upstream_answer,
 )
-from tests.support import CLEAN_ENVIRON, MODULE, read_health, require, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, PROGRAM, read_health, require, start_bridge, wait_for
 from tests.support_worker import build_byte_model
 from tests.test_http_client import Server
 from tests.test_metrics import parse_exposition
@@ -990,7 +990,7 @@ def test_the_key_of_the_engine_stands_in_the_environment_only(tmp_path, model):
         with start_bridge(tmp_path / "two", "--engine", url, "-v", environ=environ) as front:
             assert front.request("POST", "/v1/chat/completions", HELLO)[0] == 200
             assert not any(key in line for line in front.lines + front.log)
-    command = [sys.executable, str(MODULE), "serve", "--engine", url, "--upstream-api-key", key]
+    command = [*PROGRAM, "serve", "--engine", url, "--upstream-api-key", key]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and key not in refused.stderr and "DVAI_UPSTREAM_API_KEY" in refused.stderr
 
@@ -1006,13 +1006,13 @@ def test_the_key_of_the_engine_stands_in_the_environment_only(tmp_path, model):
     ],
 )
 def test_what_cannot_be_an_engine(tmp_path, arguments, text):
-    command = [sys.executable, str(MODULE), "serve", "--home", str(tmp_path), "--offline", *arguments]
+    command = [*PROGRAM, "serve", "--home", str(tmp_path), "--offline", *arguments]
     refused = subprocess.run(command, capture_output=True, text=True, env=CLEAN_ENVIRON)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and text.strip("-") in refused.stderr
 
 
 def list_models(environ):
-    command = [sys.executable, str(MODULE), "models"]
+    command = [*PROGRAM, "models"]
     return subprocess.run(command, env=CLEAN_ENVIRON | environ, capture_output=True, text=True, check=True).stdout
 
 
