@@ -234,7 +234,7 @@ def ask_in_tunnel(port, key, identity, body):
             raise AssertionError("nobody is at a relay")
 
         static = d.build_static_key(identity, d.choose_crypto_backend())
-        client = d.ProviderClient(static, dial_relay=dial, on_refused=lambda public_key: None)
+        client = d.ProviderClient(lambda: static, dial_relay=dial, on_refused=lambda public_key: None)
         url = d.parse_http_url(f"http://127.0.0.1:{port}{CHAT}")
         fields = [("Content-Type", "application/json")]
         bond = d.ProviderBond(d.parse_public_key(key))
