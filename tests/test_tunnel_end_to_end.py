@@ -88,7 +88,7 @@ def test_a_chat_goes_through_the_tunnel_and_says_so(tmp_path, model, crypto):
         masked = tmp_path / "masked"
         masked.mkdir()
         (masked / "cryptography.py").write_text("raise ImportError('masked')\n")
-        bridges = Bridges(tmp_path, model, {"PYTHONPATH": str(masked)})
+        bridges = Bridges(tmp_path, model, {"PYTHONPATH": f"{masked}{os.pathsep}" + CLEAN_ENVIRON["PYTHONPATH"]})
     else:
         require("cryptography")
         bridges = Bridges(tmp_path, model)
