@@ -14550,9 +14550,10 @@ class ClientConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Ends the connection now."""
-        self.phase = ClientPhase.CLOSED
-        self._client.withdraw(self)
-        self._transport.abort()
+        if self.phase is not ClientPhase.CLOSED:
+            self.phase = ClientPhase.CLOSED
+            self._client.withdraw(self)
+            self._transport.abort()
 
     # -- inside --
 
@@ -15076,7 +15077,8 @@ class WebSocketConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Ends the connection now."""
-        self._transport.abort()
+        if self.phase is not WebSocketPhase.CLOSED:
+            self._transport.abort()
 
     # -- inside --
 
@@ -30897,12 +30899,12 @@ class HttpConnection(asyncio.Protocol):
         try:
             await exchange.run(handler)
         except ConnectionError:
-            self._transport.abort()
+            self.abort()
         except Exception:
             _http_logger.exception("an exchange failed")
-            self._transport.abort()
+            self.abort()
         except BaseException:
-            self._transport.abort()
+            self.abort()
             raise
         else:
             self._go_on(exchange)
@@ -31022,7 +31024,8 @@ class HttpConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Ends the connection now, whatever it does."""
-        self._transport.abort()
+        if self.phase is not ConnectionPhase.CLOSED:  # a transport that ended by writing its rest cannot be aborted
+            self._transport.abort()
 
     def stop(self) -> None:
         """Ends the connection as soon as the answer that is being written is complete."""

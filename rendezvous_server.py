@@ -3348,7 +3348,8 @@ class Connection(Port, asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Ends the connection at once."""
-        self._transport.abort()
+        if self.phase is not Phase.CLOSED:  # a transport that ended by writing its rest cannot be aborted
+            self._transport.abort()
 
     def _close_unused(self) -> None:
         self.close(CLOSE_POLICY_VIOLATION, "no message came")

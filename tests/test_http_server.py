@@ -668,6 +668,22 @@ def test_an_answer_without_a_pause_leaves_the_loop_to_others(server):
             reader.join()
 
 
+def test_a_client_that_half_closes_and_then_takes_the_rest_leaves_nothing_behind(server):
+    """asyncio ends a transport that is closing once its rest is written, and can then no longer abort it."""
+    with server.connect(b"GET /endless HTTP/1.1\r\n" + HOST + b"\r\n") as sock:
+        wait_for(lambda: server.server.connection_count == 1, 5, "it is known")
+        connection = next(iter(server.server._connections))
+        wait_for(lambda: connection._transport.get_write_buffer_size() > 0, 5, "the client is full")
+        sock.shutdown(socket.SHUT_WR)
+        wait_for(connection._transport.is_closing, 5, "the server has seen that nothing more comes")
+        assert connection._transport.get_write_buffer_size() > 0
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1 << 20):
+                pass
+        wait_for(lambda: server.server.connection_count == 0, 5, "the connection has ended")
+        gc.collect()
+
+
 def test_requests_sent_far_ahead_are_not_read(server):
     with server.connect(b"GET /never HTTP/1.1\r\n" + HOST + b"\r\n") as sock:
         sock.settimeout(1)
