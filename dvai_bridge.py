@@ -1768,6 +1768,7 @@ def encode_json(value: Any) -> bytes:
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 _BASE64URL_DIGITS = bytes.maketrans(b"+/", b"-_")
+_BASE64_DIGITS = bytes.maketrans(b"-_", b"+/")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
 
 
@@ -1776,7 +1777,7 @@ def parse_base64url(text: str) -> bytes:
     if not _BASE64URL.fullmatch(text):
         raise ValueError("not base64url: foreign characters or padding")
     try:
-        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        data = binascii.a2b_base64(text.encode("ascii").translate(_BASE64_DIGITS) + b"=" * (-len(text) % 4))
     except binascii.Error:
         raise ValueError("not base64url: impossible length") from None
     if encode_base64url(data) != text:
@@ -2701,6 +2702,8 @@ class RequestParser(LineReader):
 
     def _read_event(self) -> RequestHead | RequestBody | None:
         if self.state is ParserState.REQUEST_LINE:
+            if not self._buffer:
+                return None
             found = self._known.find(self._buffer) if self._known is not None else None
             if found is not None:
                 head, self._line_start = found
@@ -2940,8 +2943,8 @@ class ResponseParser(LineReader):
             return True
         headers = Headers(self._fields)
         self.state = self._choose_body(headers)
-        tokens = headers.get_tokens("connection")
-        keep_alive = "close" not in tokens and (self._minor == 1 or "keep-alive" in tokens)
+        options = headers.get_tokens("connection") if "connection" in headers else []
+        keep_alive = "close" not in options and (self._minor == 1 or "keep-alive" in options)
         self.head = ResponseHead(
             self._status, self._minor, headers, keep_alive and self.state is not ResponseState.CLOSE_BODY
         )
@@ -6633,6 +6636,10 @@ def encode_canonical_json(value: Any) -> bytes:
     Hubs write a body anew before they hash it, so ours must have that form already: JavaScript's numbers,
     integer-like keys first, lone surrogates escaped (ECMA-262 25.5.2). ValueError for NaN and infinities.
     """
+    with contextlib.suppress(ValueError):
+        data = encode_json(value)
+        if _JAVASCRIPT_MAY_DIFFER.search(data) is None:  # most bodies are the same in both languages
+            return data
     text = _build_canonical_json(value)
     try:
         return text.encode()
@@ -6641,6 +6648,8 @@ def encode_canonical_json(value: Any) -> bytes:
         return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", joined).encode()
 
 
+# A fraction, an exponent, 16 digits or a key that begins with one, as far as a glance into JSON can tell.
+_JAVASCRIPT_MAY_DIFFER = re.compile(rb'[:\[,]-?[0-9]+(?:[.eE]|(?<=[0-9]{16}))|^-?[0-9]|[{,]"[0-9]')
 _EXACT_INTEGER_LIMIT = 2**53  # integers up to this size are the same number in JavaScript
 _ARRAY_INDEX = re.compile(r"0|[1-9][0-9]{0,9}")
 _DIGIT_BEGINS = re.compile("\0[0-9]")  # a key, among several behind a zero each
@@ -14543,8 +14552,9 @@ class ClientConnection(asyncio.Protocol):
         if not may_linger and not self._parser.is_complete:
             self.close()
         elif self._is_reading:
-            self._deadline.set_after(CLIENT_LINGER_S)
             self._try_to_reuse()
+            if self.phase is ClientPhase.LINGERING:
+                self._deadline.set_after(CLIENT_LINGER_S)
         else:
             self.close()
 
@@ -28581,10 +28591,11 @@ def parse_peer_usage(value: Any) -> dict[str, Any] | None:
     """A peer's `usage` with the counts that clients rely on, None if it has none."""
     if not isinstance(value, dict):
         return None
-    counts = [as_integer(value.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(count is not None and 0 <= count <= MAX_COUNT for count in counts) or not any(counts):
+    prompt, completion = as_integer(value.get("prompt_tokens", 0)), as_integer(value.get("completion_tokens", 0))
+    if prompt is None or completion is None or not (prompt or completion):
         return None
-    prompt, completion = cast("list[int]", counts)
+    if not 0 <= prompt <= MAX_COUNT or not 0 <= completion <= MAX_COUNT:
+        return None
     details = {
         name: value[name]
         for name in ("prompt_tokens_details", "completion_tokens_details")
