@@ -160,6 +160,7 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -28364,6 +28365,7 @@ LARGE_ANSWER_BYTES = MIB  # an answer that is parsed in a thread
 JSON_HEADER = ("Content-Type", "application/json")
 PEER_ERROR_LIMIT_BYTES = 64 * KIB  # what a peer may say about a request that it refuses
 TEMPLATES_IN_VAIN_LIMIT = 4  # streams whose chunks only look alike
+PEER_HABITS_LIMIT = 64  # memory taken by what is known of peers and models
 EVENTS_BLOCK_BYTES = 4 * KIB  # streams that are looked through again and again
 FORWARDED_TO_ENGINE = "engine"  # X-DVAI-Forwarded: from a bridge to its own engine, which may be another bridge
 
@@ -28745,6 +28747,11 @@ class ChunkNormalizer:
         return b"%b%b%b" % (before, encode_json(choice), after)
 
     @property
+    def has_only_choices(self) -> bool:
+        """Whether neither usage nor timings have come yet."""
+        return self.usage is None and self.timings is None
+
+    @property
     def around(self) -> tuple[bytes, bytes]:
         """The bytes of every event before its choice and behind it; the peer's model is known by then."""
         if self._around is None:
@@ -28772,6 +28779,12 @@ class ChunkNormalizer:
             self._has_model = True
             self.head = AnswerHead(id=self.head.id, created=self.head.created, model=model)
 
+    def begin_choice(self, index: int, model: Any) -> None:
+        """As `normalize` for a first chunk of this model, which says no more than that the choice will come."""
+        self._note_model(model)
+        self._has_model = True
+        self._find_choice(index)
+
     def end_choice(self, index: int, word: str) -> list[dict[str, Any]]:
         """The same for a choice that has nothing but the peer's word for its end."""
         return self._build_choices(index, self.choices[index], {}, word, None)
@@ -28780,15 +28793,19 @@ class ChunkNormalizer:
         index = as_integer(choice.get("index", 0)) if isinstance(choice, dict) else None
         if index is None or not 0 <= index < MAX_CHOICES:
             raise UpstreamError("the peer sent a choice that is none")
-        state = self.choices.get(index)
-        if state is None:
-            state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
+        state = self._find_choice(index)
         if state.finish_reason is not None:
             return []
         delta, logprobs = self._read_delta(choice, state), choice.get("logprobs")
         return self._build_choices(
             index, state, delta, choice.get("finish_reason"), logprobs if isinstance(logprobs, dict) else None
         )
+
+    def _find_choice(self, index: int) -> ChoiceState:
+        state = self.choices.get(index)
+        if state is None:
+            state = self.choices[index] = ChoiceState(f"{self.head.id.rpartition('-')[2]}{index}")
+        return state
 
     def _build_choices(
         self, index: int, state: ChoiceState, delta: dict[str, Any], word: Any, logprobs: dict[str, Any] | None
@@ -28969,6 +28986,16 @@ class ChunkTemplate:
         """Our events for the texts that were found."""
         return texts.replace(b"\x00", self.our_before).replace(b"\x01", self.our_after)
 
+    def renew(self, marks: Sequence[tuple[bytes, bytes]], normalizer: ChunkNormalizer) -> ChunkTemplate:
+        """The template of another answer, in which each old mark is a new one."""
+        before, after, end_before, end_after = self.before[6:], self.after[:-2], self.end_before, self.end_after
+        for old, new in marks:
+            before, after = before.replace(old, new), after.replace(old, new)
+            end_before, end_after = end_before.replace(old, new), end_after.replace(old, new)
+        template = ChunkTemplate(before, after, normalizer, self.index, self.name)
+        template.end_before, template.end_after = end_before, end_after
+        return template
+
 
 def learn_template(
     event: bytes, value: dict[str, Any], choices: Sequence[Mapping[str, Any]], normalizer: ChunkNormalizer
@@ -29006,6 +29033,63 @@ def learn_template(
     return template
 
 
+# What tells one answer's chunks from another's: no more than this, written as nearly everybody does.
+_CHUNK_MARKS = (rb'"id": ?"[A-Za-z0-9._-]{1,128}"', rb'"created": ?[1-9][0-9]{0,14}(?=[,}])')
+
+
+class ChunkShape:
+    """How a peer's answers begin: with an event that has a role and no text, and from answer to answer other marks.
+
+    Known by its bytes, the next one's need not be parsed, nor the template of what follows be learned anew.
+    """
+
+    __slots__ = ("_marks", "_model", "_pattern", "_template")
+
+    def __init__(self, event: bytes, template: ChunkTemplate, model: Any) -> None:
+        found = sorted((each.span(), mark) for mark in _CHUNK_MARKS for each in re.finditer(mark, event))
+        self._marks = [event[start:end] for (start, end), _ in found]
+        self._template = template
+        self._model = model
+        pattern, at = b"", 0
+        for (start, end), mark in found:
+            pattern += b"%b(%b)" % (re.escape(event[at:start]), mark)
+            at = end
+        self._pattern = re.compile(pattern + re.escape(event[at:]))
+
+    def recognize(self, event: bytes, normalizer: ChunkNormalizer) -> ChunkTemplate | None:
+        """The template of the answer that begins with this event, which is taken in; None for any other event."""
+        found = self._pattern.fullmatch(event)
+        if found is None:
+            return None
+        normalizer.begin_choice(self._template.index, self._model)
+        return self._template.renew([*zip(self._marks, found.groups(), strict=True)], normalizer)
+
+
+class PeerHabit:
+    """What is known of how a peer writes its answers, learned anew where it has changed."""
+
+    __slots__ = ("shape",)
+
+    def __init__(self) -> None:
+        self.shape: ChunkShape | None = None
+
+
+class PeerHabits:
+    """The habits of the peers that were asked last, by whatever tells their answers apart."""
+
+    def __init__(self) -> None:
+        self._habits: dict[Hashable, PeerHabit] = {}
+
+    def find(self, key: Hashable) -> PeerHabit:
+        """What is known under `key`, to be added to."""
+        habit = self._habits.get(key)
+        if habit is None:
+            habit = self._habits[key] = PeerHabit()
+            if len(self._habits) > PEER_HABITS_LIMIT:
+                del self._habits[next(iter(self._habits))]
+        return habit
+
+
 def cut_events(data: bytes) -> Iterator[bytes]:
     """Whole events in blocks of about EVENTS_BLOCK_BYTES, so that looking for texts in what is left stays cheap."""
     start, size = 0, len(data)
@@ -29022,9 +29106,12 @@ class PeerStream:
     `has_content`: the commit point has come. `is_done`: the end has come, and all that belongs before it.
     """
 
-    def __init__(self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None) -> None:
+    def __init__(
+        self, normalizer: ChunkNormalizer, assembler: AnswerAssembler | None, habit: PeerHabit | None = None
+    ) -> None:
         self._normalizer = normalizer
         self._assembler = assembler
+        self._habit = habit or PeerHabit()
         self._parser = SseParser(is_strict=True)
         self._template: ChunkTemplate | None = None
         self._templates_in_vain = 0
@@ -29108,20 +29195,26 @@ class PeerStream:
     def _read_event(self, event: bytes) -> bytes:
         if event == b"[DONE]":
             return self._finish()
-        template = self._template
+        template, normalizer, is_first = self._template, self._normalizer, not self._normalizer.choices
         word = template.find_end(event) if template is not None else ""
         if template is not None and word:
             self._template = None
-            return self._encode(self._normalizer.end_choice(template.index, word))
+            return self._encode(normalizer.end_choice(template.index, word))
+        if is_first and self._habit.shape is not None:
+            self._template = self._habit.shape.recognize(event, normalizer)
+            if self._template is not None:
+                return b""
         try:
             value = parse_json(event)
         except JsonError as exc:
             raise UpstreamError(f"the peer sent an event that is no JSON: {exc}") from exc
-        choices = self._normalizer.normalize(value)
+        choices = normalizer.normalize(value)
         self._template = None
         if self._templates_in_vain < TEMPLATES_IN_VAIN_LIMIT:
-            self._template = learn_template(event, value, choices, self._normalizer)
-            self._templates_in_vain += self._template is not None
+            self._template = template = learn_template(event, value, choices, normalizer)
+            self._templates_in_vain += template is not None
+            if template is not None and is_first and not choices and normalizer.has_only_choices:
+                self._habit.shape = ChunkShape(event, template, value.get("model"))
         return self._encode(choices) if choices else b""
 
     def _encode(self, choices: list[dict[str, Any]]) -> bytes:
@@ -29227,6 +29320,7 @@ class PeerExchange:
         content_by: float,
         silence_s: float,
         on_end: Callable[[ForwardReport], None],
+        habit: PeerHabit,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._exchange = exchange
@@ -29245,7 +29339,7 @@ class PeerExchange:
         head = AnswerHead(id=prefix + os.urandom(12).hex(), created=int(time.time()), model=target.model_id)
         self.normalizer = ChunkNormalizer(request.form, head, include_usage=request.include_usage)
         self.assembler = None if request.is_stream else AnswerAssembler(request.form)
-        self.stream = PeerStream(self.normalizer, self.assembler)
+        self.stream = PeerStream(self.normalizer, self.assembler, habit)
 
     async def read_head(self) -> ClientResponse:
         """The answer's head, if it is a 200 or the client's own fault; AttemptError otherwise."""
@@ -29448,7 +29542,10 @@ def build_peer_failure(target: ForwardTarget, error: UpstreamError) -> PeerError
 
 
 class Forwarder:
-    """Asks peers in turn until one answers. Reports every attempt when it is decided, every answer when it ends."""
+    """Asks peers in turn until one answers. Reports every attempt when it is decided, every answer when it ends.
+
+    `habits` are to be kept from one request to the next.
+    """
 
     def __init__(
         self,
@@ -29456,10 +29553,12 @@ class Forwarder:
         on_attempt: Callable[[Attempt], None],
         on_end: Callable[[ForwardReport], None],
         budgets: ForwardBudgets | None = None,
+        habits: PeerHabits | None = None,
     ) -> None:
         self._on_attempt = on_attempt
         self._on_end = on_end
         self._budgets = budgets or ForwardBudgets()
+        self._habits = habits or PeerHabits()
 
     async def forward(self, request: ForwardRequest, targets: Sequence[ForwardTarget]) -> Forwarded:
         """The answer of the first target that gives one. PeerError if it fails before a whole answer is there.
@@ -29511,6 +29610,7 @@ class Forwarder:
             content_by=started_at + budget_s,
             silence_s=budgets.silence_s,
             on_end=self._on_end,
+            habit=self._habits.find((url, target.model_id)),
         )
 
     def _note(self, attempts: list[Attempt], attempt: Attempt) -> None:
@@ -29766,6 +29866,7 @@ class UpstreamEngine:
         self.models: tuple[UpstreamModel, ...] = ()
         self.scores: dict[str, float] = {}  # tokens per second, as requests saw them, by model id
         self._prefill: dict[str, float] = {}
+        self._habits = PeerHabits()
         self._client = client
         self._api_key = api_key
         self._intervals = intervals or (NEAR_INTERVALS if is_near(base_url) else FAR_INTERVALS)
@@ -29845,7 +29946,7 @@ class UpstreamEngine:
             send=self._send,
             is_own_engine=True,
         )
-        forwarder = Forwarder(on_attempt=note_attempt, on_end=note_end, budgets=self._budgets)
+        forwarder = Forwarder(on_attempt=note_attempt, on_end=note_end, budgets=self._budgets, habits=self._habits)
         forwarded = await forwarder.forward(request, [target])
         if forwarded.answer is None:
             raise self._build_failure(forwarded.attempts[0])
@@ -32866,6 +32967,7 @@ class PeerForwarding:
         self._monitor = monitor
         self._on_offload = on_offload
         self._count_attempt = note_attempt
+        self._habits = PeerHabits()
 
     async def forward(
         self,
@@ -32876,7 +32978,7 @@ class PeerForwarding:
     ) -> Forwarded:
         """The answer of the first target that gives one, its end noted in the account."""
         note_end = functools.partial(self._note_end, account)
-        forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end, budgets=budgets)
+        forwarder = Forwarder(on_attempt=self._note_attempt, on_end=note_end, budgets=budgets, habits=self._habits)
         return await forwarder.forward(request, targets)
 
     def _note_attempt(self, attempt: Attempt) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import random
 import struct
@@ -24,6 +25,8 @@ from dvai_bridge import (
     ForwardTarget,
     HttpClient,
     PeerError,
+    PeerHabit,
+    PeerHabits,
     PeerStream,
     UpstreamError,
     build_first_content_budget,
@@ -395,9 +398,9 @@ def test_the_quick_way_copies_nothing_that_is_no_json(text):
         put_in_order(ok + bad + encode(chunk({}, "stop")))
 
 
-def read_outcome(data, sizes):
+def read_outcome(data, sizes, habit=None):
     """What a client gets of a stream that comes in these segments, and whether it ends well."""
-    stream, out, start = PeerStream(ChunkNormalizer(ForwardForm.CHAT, HEAD, include_usage=True), None), b"", 0
+    stream, out, start = PeerStream(ChunkNormalizer(ForwardForm.CHAT, HEAD, include_usage=True), None, habit), b"", 0
     try:
         for size in [*sizes, len(data)]:
             out += stream.feed(data[start : start + size])
@@ -425,9 +428,12 @@ def test_damaged_streams_come_out_the_same_whichever_way_they_are_read(monkeypat
         b"\xff",
         b"null",
     ]
+    habit = PeerHabit()
+    read_outcome(seeds[0], [], habit)
+    assert habit.shape is not None
     for data in mutate(rng, seeds, pieces, 4000):
         sizes = [rng.randrange(1, 400) for _ in range(rng.randrange(40))]
-        quick = read_outcome(data, sizes)
+        quick = read_outcome(data, sizes, habit)
         with monkeypatch.context() as patch:
             patch.setattr(dvai_bridge, "learn_template", lambda *arguments: None)
             assert read_outcome(data, sizes) == quick, data
@@ -435,6 +441,72 @@ def test_damaged_streams_come_out_the_same_whichever_way_they_are_read(monkeypat
         assert whole == quick, data
         ends[quick[1]] += 1
     assert min(ends[True], ends["broken"]) > 500, ends
+
+
+# A peer's next answer begins as its last one did
+
+
+def build_answer_of(answer_id, at, **more):
+    """An answer as our own bridges stream it."""
+    around = {"id": answer_id, "created": at} | more
+    deltas = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}]
+    values = [*(chunk(delta, **around) for delta in deltas), chunk({}, "stop", **around)]
+    return encode(*values, around | {"choices": [], "usage": USAGE})
+
+
+@pytest.mark.parametrize("with_assembler", [False, True])
+def test_the_next_answer_is_known_by_its_first_event(monkeypatch, with_assembler):
+    habit, parsed = PeerHabit(), []
+    parse_json = dvai_bridge.parse_json
+    monkeypatch.setattr(dvai_bridge, "parse_json", lambda data: parsed.append(data) or parse_json(data))
+    whole = []
+    for number, answer_id in enumerate(("chatcmpl-a", "chatcmpl-0123456789")):
+        parsed.clear()
+        normalizer = ChunkNormalizer(ForwardForm.CHAT, HEAD, include_usage=True)
+        assembler = AnswerAssembler(ForwardForm.CHAT) if with_assembler else None
+        stream = PeerStream(normalizer, assembler, habit)
+        out = stream.feed(build_answer_of(answer_id, 1_700_000_000 + number))
+        assert stream.is_done and normalizer.head.model == "served"
+        whole.append(assembler.build(normalizer.head, normalizer.usage, None) if assembler else out)
+        assert len(parsed) == (1 if number else 2), "the usage is parsed, and what begins the first answer"
+    assert whole[0] == whole[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model": "another"},
+        {"system_fingerprint": "fp"},
+        {"usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+        {"timings": {"prompt_per_second": 3.0}},
+        {"id": 'a"b'},
+        {"id": None},
+        {"id": "created"},
+        {"created": -1},
+        {"created": "1"},
+        {"created": 1.5},
+        {"x": {"id": "chatcmpl-a"}},
+        {"error": {"message": "no"}},
+    ],
+    ids=json.dumps,
+)
+def test_an_answer_that_begins_otherwise_is_read_as_it_stands(more):
+    usual, other = build_answer_of("chatcmpl-a", 1), build_answer_of("chatcmpl-b", 2, **more)
+    for before, after in itertools.product((usual, other), repeat=2):
+        habit = PeerHabit()
+        assert read_outcome(before, [], habit) == read_outcome(before, [])
+        assert read_outcome(after, [], habit) == read_outcome(after, [])
+        assert read_outcome(usual, [100], habit) == read_outcome(usual, [])
+
+
+def test_habits_are_kept_of_few_peers():
+    habits = PeerHabits()
+    first = habits.find("peer 0")
+    assert habits.find("peer 0") is first
+    for number in range(dvai_bridge.PEER_HABITS_LIMIT + 1):
+        habits.find(f"peer {number}")
+    assert habits.find("peer 0") is not first
+    assert len(habits._habits) == dvai_bridge.PEER_HABITS_LIMIT
 
 
 # -- asking real peers --
