@@ -17932,11 +17932,18 @@ class Slot:
 SlotT = TypeVar("SlotT", bound=Slot)
 
 
-def prepare_slot(slots: Sequence[SlotT], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> SlotT:
+def prepare_slot(
+    slots: Sequence[SlotT],
+    prompt: Sequence[int],
+    tenant: str,
+    copied_floor: int = 1,
+    prefers: Callable[[SlotT], bool] = lambda slot: False,
+) -> SlotT:
     """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
 
-    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
-    of what its slot holds, is copied to the slot that was not used for longest, if it has `copied_floor` tokens.
+    A conversation that goes on stays in its slot. Another one takes the slot that was not used for longest, of those
+    that the engine `prefers` if one of them is free. A prefix that several have in common, and that is less than half
+    of what its slot holds, is copied there, if it has `copied_floor` tokens.
     """
     free = [slot for slot in slots if not slot.busy]
     if not free:
@@ -17944,7 +17951,7 @@ def prepare_slot(slots: Sequence[SlotT], prompt: Sequence[int], tenant: str, cop
     donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
     length = donor.count_reusable(prompt, tenant)
     goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
-    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
+    slot = donor if goes_on else min(free, key=lambda slot: (not prefers(slot), slot.last_used))
     if slot is not donor and length >= copied_floor:
         slot.cache.copy_from(donor.cache)
         slot.tokens = donor.tokens.copy()
@@ -19538,6 +19545,7 @@ BURST_RATIO = 9.0  # likewise, while short prompts are read whole
 LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machine is: fewer take hardly less time
 SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
+CHEAP_CACHE_TOKENS = 512  # to read fewer again takes less time than to write an answer in a pass of its own
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
 PIECE_LIMIT_BYTES = 256  # of a token's text; of a longer one it takes another call
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
@@ -20395,11 +20403,20 @@ class LlamaBackend:
     def _has_slot(self, job: LlamaGeneration) -> bool:
         """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
         if job.slot is None and not self._is_awaiting(job):
-            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR)
+            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR, self._is_beside_busy)
             self._generations += 1
             slot.last_used = self._generations
             job.enter(slot)
         return job.slot is not None
+
+    def _is_beside_busy(self, slot: NativeSlot) -> bool:
+        """Whether a generation there is computed in one pass with another, and little is lost if it begins there.
+
+        llama.cpp goes through the weights once for neighbouring sequences, and again for each gap between them.
+        """
+        number = slot.cache.number
+        beside = self._slots[max(0, number - 1) : number + 2]
+        return slot.cache.length < CHEAP_CACHE_TOKENS and any(other.busy for other in beside if other is not slot)
 
     def _is_awaiting(self, job: LlamaGeneration) -> bool:
         same = [

@@ -557,6 +557,20 @@ def test_a_beginning_in_common_is_copied_from_a_busy_neighbour(backend):
 
 
 @pytest.mark.llama
+@pytest.mark.parametrize(("kept", "second"), [(40, 2), (600, 0)])
+def test_who_begins_beside_others_is_computed_with_them_unless_much_would_be_forgotten(backend, kept, second):
+    for number, length in ((1, 40), (2, 40), (3, kept)):  # in slots 0 to 2
+        run(backend, request(build_prompt(number, length), max_tokens=1))
+    for job in (10, 11):
+        backend.submit(job, request(build_prompt(job), max_tokens=100))
+    for _ in range(3):
+        backend.step()
+    assert [backend._writing[job].slot.cache.number for job in (10, 11)] == [3, second]
+    backend.cancel(10)
+    backend.cancel(11)
+
+
+@pytest.mark.llama
 def test_cancelled_jobs_are_gone_with_the_next_step(backend):
     text = read_text(run(backend, request(sampling=VARIED))[0])
     for round_number in range(3):
