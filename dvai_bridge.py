@@ -19569,7 +19569,7 @@ UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no sp
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
 STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
-PACED_RATIO = 3.2  # how far apart a stream's tokens are shown, by its usual time, while others' prompts are read
+PACED_RATIO = 3.0  # how far apart a stream's tokens are shown, by its usual time, while others' prompts are read
 BURST_RATIO = 9.0  # how long a token may take at most, likewise, while short prompts are read whole
 RESERVE_RATIO = 1.25  # for how long tokens must be in hand before a slice is computed, by what it is estimated to take
 READ_FLOOR_TOKENS = 8  # however slow the machine is: fewer take hardly less time
@@ -20121,13 +20121,9 @@ class StepPace:
         now_s = self._find_nearest(self._writing_s, writers)
         return now_s, max(self._usual_s.get(writers, now_s), now_s / 2)
 
-    def choose_spacing(self, writers: int, *, is_alone: bool) -> float:
-        """How far apart a stream's tokens are to be shown at least; `is_alone`: while nothing else waits.
-
-        What is in hand then is shown, twice as fast as more is written.
-        """
-        _, usual_s = self.estimate_writing(writers)
-        return usual_s / 2 if is_alone else PACED_RATIO * usual_s
+    def choose_spacing(self, writers: int) -> float:
+        """How far apart a stream's tokens are to be shown at least, while others wait for their prompts to be read."""
+        return PACED_RATIO * self.estimate_writing(writers)[1]
 
     def choose_budget(self, writers: int) -> SliceBudget:
         """How long the next slice may take beside `writers`."""
@@ -20408,7 +20404,8 @@ class LlamaBackend:
         now_s, is_alone = self._model.clock(), not (self._reading or self._embedding)
         self._writes = 0 if is_alone else self._writes + 1
         self.pace.learn_writing(len(jobs), now_s - started_s, is_usual=is_alone)
-        spacing_s = self.pace.choose_spacing(len(jobs), is_alone=is_alone)
+        # What is in hand when nothing else waits any more is shown twice as fast as more is written.
+        spacing_s = (now_s - started_s) / 2 if is_alone else self.pace.choose_spacing(len(jobs))
         for job in jobs.values():
             job.due_s = max(now_s, job.due_s + spacing_s)
         return [(job_id, self._hold(event, jobs[job_id].due_s - now_s)) for job_id, event in events]
@@ -20423,7 +20420,7 @@ class LlamaBackend:
             return True
         writers, needed_s = len(self._writing), RESERVE_RATIO * needed_s
         writing_s, _ = self.pace.estimate_writing(writers)
-        spacing_s = self.pace.choose_spacing(writers, is_alone=False)
+        spacing_s = self.pace.choose_spacing(writers)
         last_s = min(job.due_s for job in self._writing.values()) + spacing_s  # when one has nothing to show any more
         in_hand_s = last_s - writing_s - self._model.clock()
         return in_hand_s >= needed_s or self._writes * (spacing_s - writing_s) >= 2 * needed_s
@@ -20717,7 +20714,7 @@ def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
         return model.clock() - started_s
 
     measure(1)
-    backend.pace.learn_writing(1, measure(1))
+    backend.pace.learn_writing(1, min(measure(1), measure(1)))  # other programs may hold one up
     few_s, more_s = measure(2), measure(READ_FLOOR_TOKENS)
     backend.pace.learn_fixed(few_s - 2 * max(0.0, more_s - few_s) / (READ_FLOOR_TOKENS - 2))
     backend.pace.learn_reading(READ_FLOOR_TOKENS, READ_FLOOR_TOKENS / 2, more_s)

@@ -202,8 +202,7 @@ def test_the_pace_of_writing_is_that_of_the_nearest_number_of_writers():
     for writers, usual_s in ((1, 0.010), (2, 0.010), (3, 0.020), (8, 0.020)):
         chosen = pace.choose_budget(writers)
         assert (chosen.steady_s, chosen.burst_s) == (0.4, pytest.approx(8 * usual_s))
-        assert pace.choose_spacing(writers, is_alone=False) == pytest.approx(3.2 * usual_s)
-        assert pace.choose_spacing(writers, is_alone=True) == pytest.approx(usual_s / 2)
+        assert pace.choose_spacing(writers) == pytest.approx(3 * usual_s)
     assert pace.choose_budget(0) == SliceBudget(fixed_s=pace.fixed_s, steady_s=0.4, burst_s=0.4, floor=8)
     learn(pace, learn_writing=(1, 1.0))
     assert pace.choose_budget(1).burst_s == 0.4  # or nobody could leave in time
@@ -263,7 +262,7 @@ def test_one_step_that_was_held_up_changes_the_pace_little():
     pace.learn_reading(100, 0, 60.0)
     pace.learn_writing(1, 60.0)
     assert pace.estimate_token(100, 0) <= 1.21 * known_s
-    assert pace.choose_spacing(1, is_alone=False) <= 0.032 * 1.21
+    assert pace.choose_spacing(1) <= 0.030 * 1.21
 
 
 @pytest.mark.parametrize(
@@ -386,6 +385,16 @@ def test_streams_stay_even_while_a_long_prompt_is_read_in_long_slices(writers):
     for _ in range(80):
         step_timed(backend, context, shown)
     assert shown[0][-1] == context.now_s  # nothing is kept back any more
+
+
+def test_a_stream_that_is_alone_is_never_held_back():
+    backend, context = build_timed_backend()
+    backend.pace.learn_writing(1, 1.0)  # much slower than it turns out to be
+    shown = {}
+    backend.submit(1, request((7,) * 16, max_tokens=60))
+    while len(shown.get(1, ())) < 40:
+        step_timed(backend, context, shown)
+        assert not shown.get(1) or shown[1][-1] == context.now_s
 
 
 def test_a_long_prompt_is_read_also_where_new_writers_come_all_the_time():
