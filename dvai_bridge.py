@@ -15445,12 +15445,14 @@ class TextDelta:
     """New text, whole code points only, safe to show (no part of a stop sequence); may be empty with logprobs.
 
     `reasoning` and `calls`: more of the model's thoughts, and of its calls. `logprobs` are those of all tokens.
+    `hold_s`: how long to keep it back, so that text that is computed in bursts comes evenly.
     """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     reasoning: str = ""
     calls: tuple[ToolCallDelta, ...] = ()
+    hold_s: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -16002,7 +16004,10 @@ def decode_vectors(values: Sequence[str]) -> tuple[tuple[float, ...], ...]:
 def encode_engine_event(event: EngineEvent) -> dict[str, Any]:
     """An event as JSON, told apart by `kind`."""
     if isinstance(event, TextDelta):
-        value = {"kind": "text", "text": event.text, "logprobs": list(map(encode_logprob, event.logprobs))}
+        logprobs = list(map(encode_logprob, event.logprobs))
+        value: dict[str, Any] = {"kind": "text", "text": event.text, "logprobs": logprobs}
+        if event.hold_s:
+            value["hold_s"] = event.hold_s
         if not (event.reasoning or event.calls):
             return value
         calls = [[call.index, call.name, call.arguments] for call in event.calls]
@@ -16020,13 +16025,15 @@ def decode_engine_event(value: Mapping[str, Any]) -> EngineEvent:
     """The inverse of encode_engine_event; ValueError for an unknown kind."""
     kind = value["kind"]
     if kind == "text":
-        logprobs = tuple(map(decode_logprob, value["logprobs"]))
+        logprobs, hold_s = tuple(map(decode_logprob, value["logprobs"])), float(value.get("hold_s", 0))
         if "calls" not in value:
-            return TextDelta(text=value["text"], logprobs=logprobs)
+            return TextDelta(text=value["text"], logprobs=logprobs, hold_s=hold_s)
         calls = tuple(
             ToolCallDelta(index=index, name=name, arguments=arguments) for index, name, arguments in value["calls"]
         )
-        return TextDelta(text=value["text"], logprobs=logprobs, reasoning=value["reasoning"], calls=calls)
+        return TextDelta(
+            text=value["text"], logprobs=logprobs, reasoning=value["reasoning"], calls=calls, hold_s=hold_s
+        )
     if kind == "prefill":
         return PrefillProgress(done=value["done"], total=value["total"], cached=value["cached"])
     if kind == "finished":
@@ -16042,13 +16049,14 @@ class JobInbox:
     """The events of one job that nobody has taken yet.
 
     It cannot grow without bound behind a slow reader: of progress only the newest is kept, and the text of all
-    deltas, no more than one context, is handed over as one delta.
+    deltas, no more than one context, is handed over as one delta. What is to be held back is, until the job's end.
     """
 
     def __init__(self) -> None:
         self.ended = False
         self._progress: PrefillProgress | None = None
         self._deltas: list[TextDelta] = []
+        self._held: deque[tuple[float, TextDelta]] = deque()  # with the loop's time at which each joins the others
         self._last: EngineEvent | None = None
         self._taker: asyncio.Future[None] | None = None  # the one who waits
 
@@ -16058,18 +16066,39 @@ class JobInbox:
         if isinstance(event, PrefillProgress):
             self._progress = event
         elif isinstance(event, TextDelta):
-            self._deltas.append(event)
+            if event.hold_s or self._held:
+                self._held.append((asyncio.get_running_loop().time() + event.hold_s, event))
+            else:
+                self._deltas.append(event)
         else:
+            self._release(math.inf)
             self._last, self.ended = event, True
-        if self._taker is not None and not self._taker.done():
-            self._taker.set_result(None)
+        self._wake()
 
     async def take(self) -> EngineEvent:
         """The next event; waits until there is one. Not to be called after the last, nor twice at a time."""
-        if self._progress is None and not self._deltas and self._last is None:
-            self._taker = asyncio.get_running_loop().create_future()
-            await self._taker
+        loop = asyncio.get_running_loop()
+        if self._held:
+            self._release(loop.time())
+        while self._progress is None and not self._deltas and self._last is None:
+            self._taker = loop.create_future()
+            timer = loop.call_at(self._held[0][0], self._release, self._held[0][0]) if self._held else None
+            try:
+                await self._taker
+            finally:
+                if timer is not None:
+                    timer.cancel()
         return self._pop()
+
+    def _release(self, now_s: float) -> None:
+        """Let go what was held until now."""
+        while self._held and self._held[0][0] <= now_s:
+            self._deltas.append(self._held.popleft()[1])
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     def _pop(self) -> EngineEvent:
         if self._progress is not None:
@@ -17943,11 +17972,18 @@ class Slot:
 SlotT = TypeVar("SlotT", bound=Slot)
 
 
-def prepare_slot(slots: Sequence[SlotT], prompt: Sequence[int], tenant: str, copied_floor: int = 1) -> SlotT:
+def prepare_slot(
+    slots: Sequence[SlotT],
+    prompt: Sequence[int],
+    tenant: str,
+    copied_floor: int = 1,
+    prefers: Callable[[SlotT], bool] = lambda slot: False,
+) -> SlotT:
     """A free slot whose cache holds as much of `prompt` as any slot of this tenant does, and nothing else.
 
-    A conversation that goes on stays in its slot. A prefix that several have in common, and that is less than half
-    of what its slot holds, is copied to the slot that was not used for longest, if it has `copied_floor` tokens.
+    A conversation that goes on stays in its slot. Another one takes the slot that was not used for longest, of those
+    that the engine `prefers` if one of them is free. A prefix that several have in common, and that is less than half
+    of what its slot holds, is copied there, if it has `copied_floor` tokens.
     """
     free = [slot for slot in slots if not slot.busy]
     if not free:
@@ -17955,7 +17991,7 @@ def prepare_slot(slots: Sequence[SlotT], prompt: Sequence[int], tenant: str, cop
     donor = max(slots, key=lambda slot: slot.count_reusable(prompt, tenant))
     length = donor.count_reusable(prompt, tenant)
     goes_on = not donor.busy and 0 < len(donor.tokens) <= 2 * length
-    slot = donor if goes_on else min(free, key=lambda slot: slot.last_used)
+    slot = donor if goes_on else min(free, key=lambda slot: (not prefers(slot), slot.last_used))
     if slot is not donor and length >= copied_floor:
         slot.cache.copy_from(donor.cache)
         slot.tokens = donor.tokens.copy()
@@ -19544,11 +19580,15 @@ UBATCH_LIMIT_TOKENS = 512  # computed at once: more takes memory and gains no sp
 EMBEDDING_SLICE_TOKENS = 64  # llama.cpp makes a row of logits for each of them, wanted or not
 EMBEDDING_STEP_S = 0.1  # aim of one step of embeddings
 STEP_LIMIT_S = 0.4  # aim of any step: a client that leaves must free its slot within a second
-STEADY_RATIO = 3.4  # how long a token of those that write may take, by its usual time, while a long prompt is read
-BURST_RATIO = 9.0  # likewise, while short prompts are read whole
-LONE_FLOOR_TOKENS = 8  # of a slice while nobody writes, however slow the machine is: fewer take hardly less time
+PACED_RATIO = 3.0  # how far apart a stream's tokens are shown, by its usual time, while others' prompts are read
+BURST_RATIO = 9.0  # how long a token may take at most, likewise, while short prompts are read whole
+RESERVE_RATIO = 1.25  # for how long tokens must be in hand before a slice is computed, by what it is estimated to take
+READ_FLOOR_TOKENS = 8  # however slow the machine is: fewer take hardly less time
+WARM_UP_LIMIT_S = 1.0  # of learning what a long slice takes, before the first prompt tells
+LONG_SLICE_TOKENS = 64  # from here on llama.cpp's attention takes them together, for half the time of one by one
 SHALLOW_BITS = 8  # up to 255 tokens before it, attention is a small part of what a token costs
 COPIED_TOKENS_FLOOR = 16  # a shorter common beginning costs more to copy than to compute
+CHEAP_CACHE_TOKENS = 512  # to read fewer again takes less time than to write an answer in a pass of its own
 AWAITED_TOKENS_FLOOR = 64  # worth waiting until another request has computed them
 PIECE_LIMIT_BYTES = 256  # of a token's text; of a longer one it takes another call
 PACE_WEIGHT = 0.2  # of the newest measurement in an average
@@ -20041,15 +20081,14 @@ class StepPace:
     """How long steps take, learnt from the steps before. Times in seconds.
 
     A slice of n prompt tokens takes about fixed_s + n · token_s. Attention makes a token the dearer the more tokens
-    come before it, and so token_s is kept by the number of bits of that depth; apart for slices beside those who
-    write, which are short, because a token of a long one takes as little as half the time.
+    come before it, and so token_s is kept by the number of bits of that depth; apart for long slices and short ones.
     """
 
     def __init__(self) -> None:
         self._writing_s: dict[int, float] = {}  # by how many write
         self._usual_s: dict[int, float] = {}  # likewise, while nothing else is computed
         self._fixed_share = 0.5  # of what one token takes to write
-        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # beside writers or not; by depth's bits
+        self._token_s: dict[bool, dict[int, float]] = {True: {}, False: {}}  # of long slices or not; by depth's bits
 
     def learn_writing(self, writers: int, elapsed_s: float, *, is_usual: bool = True) -> None:
         """What one token of each of `writers` took; `is_usual`: while nothing else was computed."""
@@ -20058,49 +20097,50 @@ class StepPace:
 
     def learn_fixed(self, fixed_s: float) -> None:
         """What a slice takes whatever its length, as far as two slices of different lengths tell."""
-        self._fixed_share = min(2.0, max(0.25, fixed_s / self._estimate_writing(1)))
+        self._fixed_share = min(2.0, max(0.25, fixed_s / self._find_nearest(self._writing_s, 1)))
 
-    def learn_reading(self, writers: int, tokens: int, depth: float, elapsed_s: float) -> None:
+    def learn_reading(self, tokens: int, depth: float, elapsed_s: float) -> None:
         """What a slice took; `depth`: the mean position of its tokens."""
-        bits, by_depth = self._count_bits(depth), self._token_s[writers > 0]
+        bits, by_depth = self._count_bits(depth), self._token_s[tokens >= LONG_SLICE_TOKENS]
         token_s = max(elapsed_s - self.fixed_s, elapsed_s / 10) / tokens
         by_depth[bits] = self._average(by_depth.get(bits), token_s)
 
     @property
     def fixed_s(self) -> float:
         """What a slice takes for going through the weights, whatever its length."""
-        return self._estimate_writing(1) * self._fixed_share
+        return self._find_nearest(self._writing_s, 1) * self._fixed_share
 
-    def estimate_token(self, writers: int, depth: float) -> float:
-        """What one more token at that depth adds to a slice, rather too much than too little where none was measured.
+    def estimate_token(self, missing: int, depth: float) -> float:
+        """What one more token at that depth adds to a slice of `missing` tokens, rather too much than too little.
 
         Deeper ones cost more, and at twice the depth no more than twice as much.
         """
-        bits = self._count_bits(depth)
-        by_depth = self._token_s[writers > 0] or self._token_s[not writers]
+        bits, is_long = self._count_bits(depth), missing >= LONG_SLICE_TOKENS
+        by_depth = self._token_s[is_long] or self._token_s[not is_long]
         if not by_depth:
             return self.fixed_s
         deeper = [known for known in by_depth if known >= bits]
         nearest = min(deeper) if deeper else max(by_depth)
         return by_depth[nearest] * 2.0 ** max(0, bits - nearest)
 
-    def choose_budget(self, writers: int) -> SliceBudget:
-        """How long the next slice may take beside `writers`.
+    def estimate_writing(self, writers: int) -> tuple[float, float]:
+        """What a token of each of `writers` takes now, and what is usual.
 
-        What is usual is what was so before the prompts came: those who write grow longer meanwhile, and so slower. But
-        at least half of what is so now, or a machine that became slower would hardly read any more.
+        Usual is what was so before the prompts came, if as many wrote: they grow longer meanwhile, and so slower. But
+        at least half of what is so now, or on a machine that became slower prompts would hardly be read any more.
         """
-        if not writers:
-            return SliceBudget(
-                fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=STEP_LIMIT_S, floor=LONE_FLOOR_TOKENS
-            )
-        now_s = self._estimate_writing(writers)
-        usual_s = max(self._find_nearest(self._usual_s, writers), now_s / 2)
-        steady_s, burst_s = (min(STEP_LIMIT_S, ratio * usual_s - now_s) for ratio in (STEADY_RATIO, BURST_RATIO))
-        return SliceBudget(fixed_s=self.fixed_s, steady_s=steady_s, burst_s=burst_s, floor=1)
+        now_s = self._find_nearest(self._writing_s, writers)
+        return now_s, max(self._usual_s.get(writers, now_s), now_s / 2)
 
-    def _estimate_writing(self, writers: int) -> float:
-        return self._find_nearest(self._writing_s, writers)
+    def choose_spacing(self, writers: int) -> float:
+        """How far apart a stream's tokens are to be shown at least, while others wait for their prompts to be read."""
+        return PACED_RATIO * self.estimate_writing(writers)[1]
+
+    def choose_budget(self, writers: int) -> SliceBudget:
+        """How long the next slice may take beside `writers`."""
+        now_s, usual_s = self.estimate_writing(writers)
+        burst_s = min(STEP_LIMIT_S, BURST_RATIO * usual_s - now_s) if writers else STEP_LIMIT_S
+        return SliceBudget(fixed_s=self.fixed_s, steady_s=STEP_LIMIT_S, burst_s=burst_s, floor=READ_FLOOR_TOKENS)
 
     @staticmethod
     def _find_nearest(by_writers: Mapping[int, float], writers: int) -> float:
@@ -20133,6 +20173,10 @@ class SliceBudget:
     burst_s: float
     floor: int
 
+    def without_long(self) -> SliceBudget:
+        """The same for short prompts alone."""
+        return replace(self, steady_s=0.0, floor=0)
+
 
 @record(frozen=True, kw_only=True, slots=True)
 class UnreadPrompt:
@@ -20147,7 +20191,7 @@ def choose_slices(prompts: Sequence[UnreadPrompt], budget: SliceBudget, limit: i
     """How many tokens of each prompt, the oldest first, the next slice has; at most `limit` together.
 
     Short prompts go first, the shortest before the others, as many as can be read whole in time. What is left of the
-    time is for the oldest of the others, which always gets a little, so that none starves.
+    time is for the oldest of the others, which gets the floor in any case, so that none starves.
     """
     slices, left, used_s = [0] * len(prompts), limit, budget.fixed_s
     for index in sorted(range(len(prompts)), key=lambda index: prompts[index].missing * prompts[index].token_s):
@@ -20160,6 +20204,8 @@ def choose_slices(prompts: Sequence[UnreadPrompt], budget: SliceBudget, limit: i
     for index, prompt in enumerate(prompts):
         if not slices[index]:
             fitting = int((budget.steady_s - used_s) / prompt.token_s) if prompt.token_s else left
+            if LONG_SLICE_TOKENS // 2 <= fitting < LONG_SLICE_TOKENS:
+                fitting = LONG_SLICE_TOKENS  # which takes hardly longer than half as many
             slices[index] = min(prompt.missing, left, max(fitting, budget.floor))
             break
     return slices
@@ -20173,14 +20219,21 @@ class StepKind(enum.Enum):
     EMBED = "a slice of a text to embed"
 
 
-def choose_step(recent: Sequence[StepKind], waiting: Collection[StepKind]) -> StepKind:
-    """What the next step computes of what is waiting; `recent`: all kinds, that of the last step at the end.
+def order_steps(recent: Sequence[StepKind], waiting: Collection[StepKind]) -> list[StepKind]:
+    """What the next step may compute of what is waiting, the first choice first.
 
-    Who writes waits for one other step at most; the others take turns.
+    `recent`: all kinds, that of the last step at the end. Who writes waits for one other step at most; the others take
+    turns.
     """
-    if StepKind.WRITE in waiting and recent[-1] is not StepKind.WRITE:
-        return StepKind.WRITE
-    return next(kind for kind in recent if kind in waiting)
+    others: list[StepKind] = [kind for kind in recent if kind in waiting and kind is not StepKind.WRITE]
+    if StepKind.WRITE not in waiting:
+        return others
+    return [*others, StepKind.WRITE] if recent[-1] is StepKind.WRITE else [StepKind.WRITE]
+
+
+def estimate_slices(prompts: Sequence[UnreadPrompt], slices: Sequence[int], fixed_s: float) -> float:
+    """The seconds that a step of such slices takes."""
+    return fixed_s + sum(prompt.token_s * count for prompt, count in zip(prompts, slices, strict=True))
 
 
 def count_common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -20205,6 +20258,7 @@ class LlamaGeneration:
         self.awaited = awaited  # the grammar that is to begin later
         self.slot: NativeSlot | None = None
         self.next: int | None = None  # drawn, not computed yet
+        self.due_s = 0.0  # when its newest token is to be shown
 
     @property
     def computed(self) -> list[int]:
@@ -20273,7 +20327,10 @@ BatchPart = tuple[LlamaGeneration, NativeSlot, Sequence[int], bool]
 class LlamaBackend:
     """Runs up to `info.slots` jobs in one batch a step; see Backend.
 
-    A step computes one token of everyone who writes, or slices of the prompts of those who do not yet.
+    A step computes one token of everyone who writes, or slices of the prompts of those who do not yet. Long slices
+    take half as much time for a token as short ones, and many times as long as a token may keep a reader waiting: so
+    while prompts are read, those who write get several tokens computed in a row, which are shown evenly, and a slice
+    is computed when they have enough in hand for it.
     """
 
     def __init__(self, info: ModelInfo, model: LlamaModel) -> None:
@@ -20286,11 +20343,12 @@ class LlamaBackend:
         self._embedding: dict[int, LlamaEmbedding] = {}  # the first is next
         self._generations = 0
         self._recent = [StepKind.WRITE, StepKind.READ, StepKind.EMBED]  # the kind of the last step at the end
-        self._steps: Sequence[tuple[StepKind, Collection[int], Callable[[], list[tuple[int, EngineEvent]]]]] = (
-            (StepKind.WRITE, self._writing, self._write),
-            (StepKind.READ, self._reading, self._read),
-            (StepKind.EMBED, self._embedding, self._embed),
-        )
+        self._writes = 0  # steps of those who write since a long slice was computed, as long as others waited
+        self._steps: Mapping[StepKind, tuple[Collection[int], Callable[[], list[tuple[int, EngineEvent]] | None]]] = {
+            StepKind.WRITE: (self._writing, self._write),
+            StepKind.READ: (self._reading, self._read),
+            StepKind.EMBED: (self._embedding, self._embed),
+        }
 
     def submit(self, job_id: int, request: EngineJob) -> None:
         if isinstance(request, EmbeddingRequest):
@@ -20319,13 +20377,13 @@ class LlamaBackend:
             self._end_generation(job_id)
 
     def step(self) -> list[tuple[int, EngineEvent]]:
-        waiting = [kind for kind, jobs, _ in self._steps if jobs]
-        if not waiting:
-            return []
-        chosen = choose_step(self._recent, waiting)
-        self._recent.remove(chosen)
-        self._recent.append(chosen)
-        return next(step() for kind, _, step in self._steps if kind is chosen)
+        for kind in order_steps(self._recent, [kind for kind, (jobs, _) in self._steps.items() if jobs]):
+            events = self._steps[kind][1]()
+            if events is not None:
+                self._recent.remove(kind)
+                self._recent.append(kind)
+                return events
+        return []
 
     def close(self) -> None:
         for job_id in (*self._reading, *self._writing, *self._embedding):
@@ -20348,37 +20406,58 @@ class LlamaBackend:
 
     def _write(self) -> list[tuple[int, EngineEvent]]:
         """One token of each generation that writes."""
-        started_s, writers = self._model.clock(), len(self._writing)
+        started_s, jobs = self._model.clock(), self._writing.copy()
         parts: list[BatchPart] = []
-        for job in self._writing.values():
+        for job in jobs.values():
             assert job.slot is not None and job.next is not None
             parts.append((job, job.slot, (job.next,), True))
         events = self._compute(parts)
-        is_usual = not (self._reading or self._embedding)
-        self.pace.learn_writing(writers, self._model.clock() - started_s, is_usual=is_usual)
-        return events
+        now_s, is_alone = self._model.clock(), not (self._reading or self._embedding)
+        self._writes = 0 if is_alone else self._writes + 1
+        self.pace.learn_writing(len(jobs), now_s - started_s, is_usual=is_alone)
+        # What is in hand when nothing else waits any more is shown twice as fast as more is written.
+        spacing_s = (now_s - started_s) / 2 if is_alone else self.pace.choose_spacing(len(jobs))
+        for job in jobs.values():
+            job.due_s = max(now_s, job.due_s + spacing_s)
+        return [(job_id, self._hold(event, jobs[job_id].due_s - now_s)) for job_id, event in events]
 
-    def _read(self) -> list[tuple[int, EngineEvent]]:
-        """Slices of the prompts of those who do not write yet."""
-        started_s, writers, parts = self._model.clock(), len(self._writing), self._choose_slices()
+    @staticmethod
+    def _hold(event: EngineEvent, hold_s: float) -> EngineEvent:
+        return replace(event, hold_s=hold_s) if hold_s and isinstance(event, TextDelta) else event
+
+    def _has_time(self, needed_s: float) -> bool:
+        """Whether those who write have tokens in hand for a step so long, or have kept it waiting long enough."""
+        if not self._writing:
+            return True
+        writers, needed_s = len(self._writing), RESERVE_RATIO * needed_s
+        writing_s, _ = self.pace.estimate_writing(writers)
+        spacing_s = self.pace.choose_spacing(writers)
+        last_s = min(job.due_s for job in self._writing.values()) + spacing_s  # when one has nothing to show any more
+        in_hand_s = last_s - writing_s - self._model.clock()
+        return in_hand_s >= needed_s or self._writes * (spacing_s - writing_s) >= 2 * needed_s
+
+    def _read(self) -> list[tuple[int, EngineEvent]] | None:
+        """Slices of the prompts of those who do not write yet; None if those who write cannot wait for one."""
+        parts = self._choose_slices()
+        if not parts:
+            return None
+        started_s = self._model.clock()
         slices = [(len(tokens), len(slot.tokens)) for _, slot, tokens, _ in parts]
         count = sum(length for length, _ in slices)
         depth = sum(length * (start + length / 2) for length, start in slices) / count
         events = self._compute(parts)
-        self.pace.learn_reading(writers, count, depth, self._model.clock() - started_s)
+        self.pace.learn_reading(count, depth, self._model.clock() - started_s)
         return events
 
     def _choose_slices(self) -> list[BatchPart]:
         readers = [job for job in self._reading.values() if self._has_slot(job)]
-        prompts = [
-            UnreadPrompt(
-                missing=len(job.prompt) - len(job.computed),
-                token_s=self.pace.estimate_token(len(self._writing), len(job.computed)),
-                is_begun=len(job.computed) > job.writer.cached_tokens,
-            )
-            for job in readers
-        ]
-        slices = choose_slices(prompts, self.pace.choose_budget(len(self._writing)), self._model.batch_size)
+        prompts = [self._describe_unread(job) for job in readers]
+        budget = self.pace.choose_budget(len(self._writing))
+        slices = choose_slices(prompts, budget, self._model.batch_size)
+        if self._has_time(estimate_slices(prompts, slices, budget.fixed_s)):
+            self._writes = 0
+        else:
+            slices = choose_slices(prompts, budget.without_long(), self._model.batch_size)
         parts: list[BatchPart] = []
         for job, count in zip(readers, slices, strict=True):
             if count:
@@ -20387,6 +20466,15 @@ class LlamaBackend:
                 is_last = done + count == len(job.prompt) and job.request.max_tokens != 0
                 parts.append((job, job.slot, job.prompt[done : done + count], is_last))
         return parts
+
+    def _describe_unread(self, job: LlamaGeneration) -> UnreadPrompt:
+        done = len(job.computed)
+        missing = len(job.prompt) - done
+        return UnreadPrompt(
+            missing=missing,
+            token_s=self.pace.estimate_token(missing, done),
+            is_begun=done > job.writer.cached_tokens,
+        )
 
     def _compute(self, parts: Sequence[BatchPart]) -> list[tuple[int, EngineEvent]]:
         """What one batch of all parts brings."""
@@ -20406,11 +20494,20 @@ class LlamaBackend:
     def _has_slot(self, job: LlamaGeneration) -> bool:
         """Whether a job has a slot, or gets one now; not while another computes much of the same prompt."""
         if job.slot is None and not self._is_awaiting(job):
-            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR)
+            slot = prepare_slot(self._slots, job.prompt, job.request.tenant, COPIED_TOKENS_FLOOR, self._is_beside_busy)
             self._generations += 1
             slot.last_used = self._generations
             job.enter(slot)
         return job.slot is not None
+
+    def _is_beside_busy(self, slot: NativeSlot) -> bool:
+        """Whether a generation there is computed in one pass with another, and little is lost if it begins there.
+
+        llama.cpp goes through the weights once for neighbouring sequences, and again for each gap between them.
+        """
+        number = slot.cache.number
+        beside = self._slots[max(0, number - 1) : number + 2]
+        return slot.cache.length < CHEAP_CACHE_TOKENS and any(other.busy for other in beside if other is not slot)
 
     def _is_awaiting(self, job: LlamaGeneration) -> bool:
         same = [
@@ -20445,6 +20542,7 @@ class LlamaBackend:
             self._end_generation(job.job_id)
         elif job.job_id in self._reading:
             self._writing[job.job_id] = self._reading.pop(job.job_id)
+            job.due_s = self._model.clock()
         return events
 
     def _begin_grammar(self, job: LlamaGeneration, limits: AnswerGrammar) -> None:
@@ -20479,13 +20577,15 @@ class LlamaBackend:
 
     # Embeddings
 
-    def _embed(self) -> list[tuple[int, EngineEvent]]:
-        """Slices of the job whose turn it is, until the step is long enough."""
+    def _embed(self) -> list[tuple[int, EngineEvent]] | None:
+        """Slices of the job whose turn it is, until the step is long enough; None if who writes cannot wait for one."""
         job_id, job = next(iter(self._embedding.items()))
+        if not self._has_time(self._choose_slice(job)[1]):
+            return None
+        self._writes = 0
         deadline_s = self._model.clock() + (0.0 if self._writing else EMBEDDING_STEP_S)
-        budget = self.pace.choose_budget(len(self._writing))
         try:
-            while tokens := job.take_slice(self._count_fitting(job, budget)):
+            while tokens := job.take_slice(self._choose_slice(job)[0]):
                 cache = job.slot.cache
                 job.add(tokens, self._context.compute_states(tokens, cache.length, cache.number))
                 if self._model.clock() >= deadline_s and job.take_slice(1):
@@ -20497,11 +20597,13 @@ class LlamaBackend:
         self._end_embedding(job_id)
         return [(job_id, event)]
 
-    def _count_fitting(self, job: LlamaEmbedding, budget: SliceBudget) -> int:
-        """Tokens of the next slice of a text to embed."""
-        token_s = self.pace.estimate_token(len(self._writing), len(job.slot.tokens))
-        text = UnreadPrompt(missing=EMBEDDING_SLICE_TOKENS, token_s=token_s, is_begun=True)
-        return choose_slices([text], budget, EMBEDDING_SLICE_TOKENS)[0]
+    def _choose_slice(self, job: LlamaEmbedding) -> tuple[int, float]:
+        """Tokens of the next slice of a text to embed, and the seconds that it takes."""
+        missing, budget = len(job.take_slice(EMBEDDING_SLICE_TOKENS)), self.pace.choose_budget(len(self._writing))
+        token_s = self.pace.estimate_token(missing, len(job.slot.tokens))
+        texts = [UnreadPrompt(missing=missing, token_s=token_s, is_begun=True)]
+        slices = choose_slices(texts, budget, EMBEDDING_SLICE_TOKENS)
+        return slices[0], estimate_slices(texts, slices, budget.fixed_s)
 
     def _end_embedding(self, job_id: int) -> None:
         slot = self._embedding.pop(job_id).slot
@@ -20623,10 +20725,12 @@ def warm_up(backend: LlamaBackend, model: LlamaModel) -> None:
         return model.clock() - started_s
 
     measure(1)
-    backend.pace.learn_writing(1, measure(1))
-    few_s, more_s = measure(2), measure(LONE_FLOOR_TOKENS)
-    backend.pace.learn_fixed(few_s - 2 * max(0.0, more_s - few_s) / (LONE_FLOOR_TOKENS - 2))
-    backend.pace.learn_reading(1, LONE_FLOOR_TOKENS, LONE_FLOOR_TOKENS / 2, more_s)
+    backend.pace.learn_writing(1, min(measure(1), measure(1)))  # other programs may hold one up
+    few_s, more_s = measure(2), measure(READ_FLOOR_TOKENS)
+    backend.pace.learn_fixed(few_s - 2 * max(0.0, more_s - few_s) / (READ_FLOOR_TOKENS - 2))
+    backend.pace.learn_reading(READ_FLOOR_TOKENS, READ_FLOOR_TOKENS / 2, more_s)
+    if more_s * LONG_SLICE_TOKENS / READ_FLOOR_TOKENS < WARM_UP_LIMIT_S:
+        backend.pace.learn_reading(LONG_SLICE_TOKENS, LONG_SLICE_TOKENS / 2, measure(LONG_SLICE_TOKENS))
 
 
 def choose_batch_size(load: LoadRequest) -> int:

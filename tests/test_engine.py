@@ -322,6 +322,7 @@ EVENTS = [
     TextDelta(text="", logprobs=(TokenLogprob(token_id=1, text="é", data=b"\xc3\xa9", logprob=-0.1, top=(TOP, TOP)),)),
     Finished(finish_reason="stop", usage=Usage(prompt_tokens=5, cached_tokens=2, completion_tokens=1, prompt_ms=1.5)),
     Embedded(vectors=((0.5, -0.25), (1.0, 0.0)), prompt_tokens=7),
+    TextDelta(text="later", hold_s=0.25),
 ]
 INFO = ModelInfo(
     model_id="m",
@@ -420,6 +421,31 @@ def test_a_slow_reader_gets_everything_in_few_events():
         assert taken[1].text.split() == [str(number) for number in range(1000)]
         assert [logprob.token_id for logprob in taken[1].logprobs] == list(range(1000))
         assert taken[2] == EVENTS[3] and inbox.ended
+
+    asyncio.run(check())
+
+
+def test_what_is_held_back_is_taken_in_time_one_by_one_or_at_the_end():
+    async def check():
+        loop = asyncio.get_running_loop()
+        inbox, began_s = JobInbox(), loop.time()
+        inbox.put(TextDelta(text="a"))
+        inbox.put(TextDelta(text="b", hold_s=0.02))
+        inbox.put(TextDelta(text="c", hold_s=0.04))
+        inbox.put(TextDelta(text="d", hold_s=3600))
+        inbox.put(TextDelta(text="e"))  # not before what is before it
+        assert [(await inbox.take()).text for _ in range(3)] == ["a", "b", "c"] and loop.time() - began_s > 0.03
+        waiting = asyncio.create_task(inbox.take())
+        await asyncio.sleep(0)
+        inbox.put(PrefillProgress(done=1, total=2, cached=0))
+        assert isinstance(await waiting, PrefillProgress)
+        waiting = asyncio.create_task(inbox.take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        inbox.put(EVENTS[3])
+        assert (await inbox.take()).text == "de" and await inbox.take() == EVENTS[3]
 
     asyncio.run(check())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 import socket
+import statistics
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from dvai_bridge import (
     ChatMessage,
+    ChatTemplate,
     ContextLengthError,
     Embedded,
     EmbeddingRequest,
@@ -24,10 +28,13 @@ from dvai_bridge import (
     Finished,
     GenerationRequest,
     InvalidRequestError,
+    LlamaBackend,
+    LlamaModel,
     LoadRequest,
     MemoryInfo,
     ModelFileError,
     PrefillProgress,
+    PromptEncoder,
     Sampler,
     SamplingParams,
     SliceBudget,
@@ -38,7 +45,6 @@ from dvai_bridge import (
     UsageError,
     choose_llama_n_ctx,
     choose_slices,
-    choose_step,
     estimate_llama_memory_bytes,
     explain_llama_obstacle,
     fold_seed,
@@ -48,7 +54,9 @@ from dvai_bridge import (
     load_llama_backend,
     measure_model_files,
     open_gguf,
+    order_steps,
     verify_rpc_server,
+    warm_up,
 )
 from tests.gguf_writer import F32, TEXT, U32, Array
 from tests.support import require, start_bridge, wait_for
@@ -148,7 +156,7 @@ def budget(steady_ms, burst_ms, *, fixed_ms=0, floor=1):
     [
         ([unread(10)], budget(100.5, 100.5), [10]),
         ([unread(1000)], budget(100.5, 100.5), [100]),
-        ([unread(1000)], budget(100.5, 100.5, fixed_ms=40), [60]),
+        ([unread(1000)], budget(110.5, 110.5, fixed_ms=40), [70]),
         ([unread(1000, 4.0)], budget(100.5, 100.5), [25]),
         ([unread(1000)], budget(6.5, 20.5), [6]),
         ([unread(15)], budget(6.5, 20.5), [15]),
@@ -158,10 +166,15 @@ def budget(steady_ms, burst_ms, *, fixed_ms=0, floor=1):
         ([unread(1000), unread(15), unread(4)], budget(20.5, 20.5), [1, 15, 4]),
         ([unread(1000), unread(15), unread(4, 5.0)], budget(20.5, 20.5), [5, 15, 0]),  # cheaper ones before shorter
         ([unread(1000), unread(2000)], budget(30.5, 60.5), [30, 0]),
+        ([unread(1000), unread(20)], budget(30.5, 60.5).without_long(), [0, 20]),
+        ([unread(1000)], budget(30.5, 60.5, floor=8).without_long(), [0]),
         ([unread(50), unread(20), unread(30)], budget(10.5, 60.5), [1, 20, 30]),
         ([unread(1000)], budget(0, 0), [1]),
         ([unread(1000)], budget(0, 0, fixed_ms=9, floor=8), [8]),
         ([unread(5)], budget(0, 0, floor=8), [5]),
+        ([unread(1000)], budget(40.5, 40.5), [64]),  # half of a long slice takes as long as all of it
+        ([unread(1000)], budget(31.5, 31.5), [31]),
+        ([unread(50)], budget(40.5, 40.5), [50]),
         ([unread(1000)], budget(9000, 9000), [512]),
         ([unread(1000, 0.0)], budget(9000, 9000), [512]),  # nothing is known
         ([unread(512)], budget(9000, 9000), [512]),
@@ -182,28 +195,29 @@ def learn(pace, times=40, **measured):
 
 def test_the_pace_of_writing_is_that_of_the_nearest_number_of_writers():
     pace = StepPace()
-    assert pace.choose_budget(3) == budget(0, 0)  # nothing is known
+    assert pace.choose_budget(3) == budget(400, 0, floor=8)  # nothing is known
     learn(pace, learn_writing=(1, 0.010))
     learn(pace, learn_writing=(4, 0.020))
     assert pace.fixed_s == pytest.approx(0.005)
     for writers, usual_s in ((1, 0.010), (2, 0.010), (3, 0.020), (8, 0.020)):
         chosen = pace.choose_budget(writers)
-        assert (chosen.steady_s, chosen.burst_s) == (pytest.approx(2.4 * usual_s), pytest.approx(8 * usual_s))
+        assert (chosen.steady_s, chosen.burst_s) == (0.4, pytest.approx(8 * usual_s))
+        assert pace.choose_spacing(writers) == pytest.approx(3 * usual_s)
     assert pace.choose_budget(0) == SliceBudget(fixed_s=pace.fixed_s, steady_s=0.4, burst_s=0.4, floor=8)
     learn(pace, learn_writing=(1, 1.0))
-    assert pace.choose_budget(1) == budget(400, 400, fixed_ms=1000 * pace.fixed_s)  # or nobody could leave in time
+    assert pace.choose_budget(1).burst_s == 0.4  # or nobody could leave in time
 
 
 def test_what_is_usual_is_what_was_so_before_the_prompts_came():
     pace = learn(StepPace(), learn_writing=(1, 0.010))
     for _ in range(40):
         pace.learn_writing(1, 0.015, is_usual=False)  # it grew longer
-    assert pace.choose_budget(1).steady_s == pytest.approx(3.4 * 0.010 - 0.015, rel=0.01)
+    assert pace.estimate_writing(1) == pytest.approx((0.015, 0.010), rel=0.01)
     for _ in range(40):
         pace.learn_writing(1, 0.050, is_usual=False)  # the machine became slower
-    assert pace.choose_budget(1).steady_s == pytest.approx(3.4 * 0.025 - 0.050, rel=0.01)
+    assert pace.estimate_writing(1) == pytest.approx((0.050, 0.025), rel=0.01)
     learn(pace, learn_writing=(1, 0.050))
-    assert pace.choose_budget(1).steady_s == pytest.approx(2.4 * 0.050, rel=0.01)
+    assert pace.estimate_writing(1) == pytest.approx((0.050, 0.050), rel=0.01)
 
 
 def test_what_a_slice_takes_whatever_its_length_is_learnt_as_a_share_of_writing():
@@ -217,53 +231,38 @@ def test_what_a_slice_takes_whatever_its_length_is_learnt_as_a_share_of_writing(
     pace.learn_fixed(60.0)
     assert pace.fixed_s == pytest.approx(0.040, rel=0.01)
     pace.learn_fixed(0.020)
-    learn(pace, learn_reading=(1, 4, 100, 0.032))
-    assert pace.estimate_token(1, 0) == pytest.approx(0.003, rel=0.01)
+    learn(pace, learn_reading=(4, 100, 0.032))
+    assert pace.estimate_token(4, 0) == pytest.approx(0.003, rel=0.01)
 
 
 def test_a_deeper_token_is_estimated_by_what_was_measured_and_rather_too_high():
     pace = learn(StepPace(), learn_writing=(1, 0.010))
-    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 5000) == pytest.approx(0.005)  # half of writing one
-    learn(pace, learn_reading=(1, 10, 100, 0.025))  # five of these are for the weights
-    assert pace.estimate_token(1, 0) == pace.estimate_token(1, 255) == pytest.approx(0.002)
-    assert [pace.estimate_token(1, depth) for depth in (256, 511, 512, 1024)] == pytest.approx(
+    assert pace.estimate_token(10, 0) == pace.estimate_token(10, 5000) == pytest.approx(0.005)  # half of writing one
+    learn(pace, learn_reading=(10, 100, 0.025))  # five of these are for the weights
+    assert pace.estimate_token(10, 0) == pace.estimate_token(10, 255) == pytest.approx(0.002)
+    assert [pace.estimate_token(10, depth) for depth in (256, 511, 512, 1024)] == pytest.approx(
         [0.004, 0.004, 0.008, 0.016]
     )
-    learn(pace, learn_reading=(2, 2, 1500, 0.015))
-    assert pace.estimate_token(1, 100) == pytest.approx(0.002)
-    assert pace.estimate_token(1, 600) == pace.estimate_token(3, 2000) == pytest.approx(0.005)  # as the deeper at most
+    learn(pace, learn_reading=(2, 1500, 0.015))
+    assert pace.estimate_token(10, 100) == pytest.approx(0.002)
+    assert pace.estimate_token(10, 600) == pace.estimate_token(3, 2000) == pytest.approx(0.005)  # as the deeper at most
 
 
-def test_slices_beside_those_who_write_tell_little_of_those_that_are_alone():
-    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 1, 1500, 0.015))
-    assert pace.estimate_token(0, 1500) == pytest.approx(0.010)  # until one alone was measured
-    learn(pace, learn_reading=(0, 100, 1500, 0.405))
-    assert pace.estimate_token(0, 1500) == pytest.approx(0.004)
-    assert pace.estimate_token(1, 1500) == pytest.approx(0.010)
-
-
-def test_slices_grow_smaller_as_a_prompt_is_read_beside_a_writer():
-    pace = learn(StepPace(), learn_writing=(1, 0.007), learn_reading=(1, 8, 4, 0.017))
-    depth, slices, took = 0, [], []
-    while depth < 2000:
-        prompt = unread(2000 - depth, 1000 * pace.estimate_token(1, depth), depth > 0)
-        (count,) = choose_slices([prompt], pace.choose_budget(1), 512)
-        elapsed_s = 0.0035 + count * (0.0016 + 0.000003 * depth)  # as llama.cpp takes on a small model
-        pace.learn_reading(1, count, depth, elapsed_s)
-        slices.append(count)
-        took.append(elapsed_s)
-        depth += count
-    assert slices[0] == 7 and slices[-1] < 3 and max(slices) < 10
-    assert max(took) < 3 * 0.007
+def test_short_slices_tell_little_of_long_ones():
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 1500, 0.015))
+    assert pace.estimate_token(64, 1500) == pytest.approx(0.010)  # until a long one was measured
+    learn(pace, learn_reading=(100, 1500, 0.405))
+    assert pace.estimate_token(64, 1500) == pytest.approx(0.004)
+    assert pace.estimate_token(63, 1500) == pytest.approx(0.010)
 
 
 def test_one_step_that_was_held_up_changes_the_pace_little():
-    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(1, 100, 50, 0.2))
-    known_s = pace.estimate_token(1, 0)
-    pace.learn_reading(1, 2, 0, 60.0)
+    pace = learn(StepPace(), learn_writing=(1, 0.010), learn_reading=(100, 50, 0.2))
+    known_s = pace.estimate_token(100, 0)
+    pace.learn_reading(100, 0, 60.0)
     pace.learn_writing(1, 60.0)
-    assert pace.estimate_token(1, 0) <= 1.21 * known_s
-    assert pace.choose_budget(1).steady_s <= 0.0241 * 1.2
+    assert pace.estimate_token(100, 0) <= 1.21 * known_s
+    assert pace.choose_spacing(1) <= 0.030 * 1.21
 
 
 @pytest.mark.parametrize(
@@ -281,10 +280,135 @@ def test_who_writes_waits_for_one_other_step_at_most(waiting, order):
     kinds = {"W": StepKind.WRITE, "R": StepKind.READ, "E": StepKind.EMBED}
     recent = [StepKind.READ, StepKind.EMBED, StepKind.WRITE]
     for letter in order:
-        kind = choose_step(recent, [kinds[each] for each in waiting])
+        kind = order_steps(recent, [kinds[each] for each in waiting])[0]
         assert kind is kinds[letter]
         recent.remove(kind)
         recent.append(kind)
+
+
+def test_who_writes_goes_on_where_no_other_step_can_be_taken():
+    recent = [StepKind.READ, StepKind.EMBED, StepKind.WRITE]
+    assert order_steps(recent, list(StepKind)) == recent
+    assert order_steps([StepKind.WRITE, StepKind.EMBED, StepKind.READ], list(StepKind)) == [StepKind.WRITE]
+    assert order_steps(recent, []) == []
+
+
+class TimedContext:
+    """Stands for llama.cpp: computes nothing, and takes as long as it takes with a 135M-class model on two cores."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.slices = []
+
+    def compute(self, runs):
+        counts = [len(tokens) for tokens, *_ in runs]
+        for tokens, position, *_ in runs:
+            attention_s = 2.5e-6 if len(tokens) >= 64 else 7.5e-6
+            self.now_s += len(tokens) * (0.0025 + attention_s * (position + len(tokens) / 2))
+        self.now_s += 0.006
+        self.slices += [count for count in counts if count > 1]
+        return [sum(counts[: index + 1]) - 1 for index in range(len(counts))]
+
+    def build_sampler(self, *_):
+        return None
+
+    def sample(self, sampler, row):
+        return 65
+
+    def compute_logprobs(self, row, token, count):
+        raise NotImplementedError
+
+    def remove(self, sequence, start):
+        return True
+
+    def free_sampler(self, sampler):
+        pass
+
+
+def build_timed_backend(slots=8):
+    context = TimedContext()
+    tokenizer = SimpleNamespace(
+        n_vocab=256, end_of_generation_ids=frozenset(), token_bytes=lambda token, special=False: bytes([token])
+    )
+    template = ChatTemplate("none", lambda conversation: [])
+    encoder = PromptEncoder(tokenizer=tokenizer, template=template, n_ctx=8192, token_limit_bytes=1)
+    model = LlamaModel(
+        context=context,
+        encoder=encoder,
+        pooling=0,
+        batch_size=512,
+        clock=lambda: context.now_s,
+        draw_seed=lambda: 0,
+    )
+    info = SimpleNamespace(slots=slots, n_vocab=256)
+    backend = LlamaBackend(info, model)
+    warm_up(backend, replace(model, encoder=replace(encoder, tokenizer=SimpleNamespace(bos_id=1))))
+    return backend, context
+
+
+def step_timed(backend, context, shown):
+    """One step; notes when each job's text is to be shown. The jobs that ended."""
+    ended = set()
+    for job, event in backend.step():
+        if isinstance(event, TextDelta):
+            times = shown.setdefault(job, [])
+            times.append(max(context.now_s + event.hold_s, times[-1] if times else 0.0))
+        elif isinstance(event, Finished):
+            ended.add(job)
+    return ended
+
+
+def list_gaps(times, start_s, end_s):
+    return sorted(after - before for before, after in itertools.pairwise(times) if start_s <= after <= end_s)
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_streams_stay_even_while_a_long_prompt_is_read_in_long_slices(writers):
+    backend, context = build_timed_backend()
+    shown = {}
+    for job in range(writers):
+        backend.submit(job, request((1 + job,) * 16, max_tokens=4000))
+    for _ in range(80):
+        step_timed(backend, context, shown)
+    usual_s = shown[0][-1] - shown[0][-2]
+    start_s, context.slices = context.now_s, []
+    backend.submit(99, request((9,) * 2000, max_tokens=1))
+    while 99 not in step_timed(backend, context, shown):
+        pass
+    end_s = context.now_s
+    for job in range(writers):
+        gaps = list_gaps(shown[job], start_s, end_s)
+        assert gaps[int(0.99 * (len(gaps) - 1))] <= 4 * usual_s and gaps[-1] <= 5 * usual_s
+    alone_s = 2000 * (0.0025 + 2.5e-6 * 1000)
+    assert end_s - start_s < 2 * alone_s
+    assert statistics.median(context.slices) >= 64
+    for _ in range(80):
+        step_timed(backend, context, shown)
+    assert shown[0][-1] == context.now_s  # nothing is kept back any more
+
+
+def test_a_stream_that_is_alone_is_never_held_back():
+    backend, context = build_timed_backend()
+    backend.pace.learn_writing(1, 1.0)  # much slower than it turns out to be
+    shown = {}
+    backend.submit(1, request((7,) * 16, max_tokens=60))
+    while len(shown.get(1, ())) < 40:
+        step_timed(backend, context, shown)
+        assert not shown.get(1) or shown[1][-1] == context.now_s
+
+
+def test_a_long_prompt_is_read_also_where_new_writers_come_all_the_time():
+    backend, context = build_timed_backend()
+    shown = {}
+    backend.submit(-1, request((9,) * 2000, max_tokens=1))
+    for job in range(2000):
+        if len(backend._reading) + len(backend._writing) < 8:
+            backend.submit(job, request((1 + job % 200,) * 4, max_tokens=12))
+        if -1 in step_timed(backend, context, shown):
+            break
+    else:
+        pytest.fail("the prompt was not read")
+    assert context.now_s < 60
 
 
 def test_seeds_fold_to_32_bits_and_never_to_the_one_that_means_any():
@@ -506,15 +630,16 @@ def test_who_writes_gets_a_token_a_step_while_a_long_prompt_is_read(backend):
     for _ in range(5):
         backend.step()
     backend.submit(2, request(long, sampling=VARIED))
-    steps, events = 0, []
+    kinds, events = [], []
     while not any(isinstance(event, TextDelta) for event in events):
-        slice_events, written = backend.step(), backend.step()  # by turns
-        assert {job for job, _ in slice_events} == {2} and 1 in {job for job, _ in written}
-        assert sum(len(event.logprobs) for job, event in written if job == 1 and isinstance(event, TextDelta)) <= 1
-        events += [event for job, event in slice_events + written if job == 2]
-        steps += 1
+        stepped = backend.step()
+        assert len({job for job, _ in stepped}) == 1
+        kinds.append(stepped[0][0])
+        assert sum(len(event.logprobs) for job, event in stepped if job == 1 and isinstance(event, TextDelta)) <= 1
+        events += [event for job, event in stepped if job == 2]
+    assert (2, 2) not in itertools.pairwise(kinds) and kinds.count(2) >= 3
     done = [event.done for event in events if isinstance(event, PrefillProgress)]
-    assert steps >= 3 and done == sorted(set(done)) and all(0 < each < 1500 for each in done)
+    assert done == sorted(set(done)) and all(0 < each < 1500 for each in done)
     while not isinstance(events[-1], Finished):
         events += [event for job, event in backend.step() if job == 2]
     assert read_text(events) == text
@@ -554,6 +679,20 @@ def test_a_beginning_in_common_is_copied_from_a_busy_neighbour(backend):
     assert events[-1].usage.cached_tokens == 150
     assert read_text(events) == write_without_cache(backend, request((*prompt[:150], 9, 9, 9), sampling=VARIED))
     backend.cancel(1)
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize(("kept", "second"), [(40, 2), (600, 0)])
+def test_who_begins_beside_others_is_computed_with_them_unless_much_would_be_forgotten(backend, kept, second):
+    for number, length in ((1, 40), (2, 40), (3, kept)):  # in slots 0 to 2
+        run(backend, request(build_prompt(number, length), max_tokens=1))
+    for job in (10, 11):
+        backend.submit(job, request(build_prompt(job), max_tokens=100))
+    for _ in range(3):
+        backend.step()
+    assert [backend._writing[job].slot.cache.number for job in (10, 11)] == [3, second]
+    backend.cancel(10)
+    backend.cancel(11)
 
 
 @pytest.mark.llama
