@@ -514,7 +514,7 @@ def test_an_answer_has_status_headers_and_body(intercepted):
         HttpResponse(headers=[("X-Bad", "a\r\nX-Injected: 1")], body=b"secret-canary"),
         HttpResponse(headers=[("X-Bad",)], body=b"secret-canary"),
         HttpResponse(body=["secret-canary"]),
-        {"not JSON": object()},
+        {"not JSON": ...},
     ],
     ids=repr,
 )
