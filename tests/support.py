@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib
+import itertools
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
@@ -75,6 +78,23 @@ def wait_for(condition, timeout_s, what):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
         time.sleep(0.01)
     return value
+
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # which of the processes that test
+PORTS = range(10_000 + WORKER % 10 * 2_000, 12_000 + WORKER % 10 * 2_000)
+_ports = itertools.cycle(random.sample(PORTS, len(PORTS)))
+
+
+def find_free_port():
+    """A port for a server whose URL has to be known before it starts, or that comes back where it was.
+
+    Nobody else takes it meanwhile: systems give away what is above 32768, and each process that tests has its own.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def read_health(bridge):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from dvai_bridge import (
     is_near,
     parse_upstream_answer,
 )
-from tests.support import CLEAN_ENVIRON, PROGRAM, read_health, require, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, PROGRAM, find_free_port, read_health, require, start_bridge, wait_for
 from tests.support_worker import build_byte_model
 from tests.test_http_client import Server
 from tests.test_metrics import parse_exposition
@@ -785,15 +784,6 @@ def test_an_engine_that_lists_nothing_is_asked_for_anything():
 
 
 HELLO = CHAT | {"max_tokens": 8, "temperature": 0}
-
-
-def find_free_port():
-    """A port that no outgoing connection takes meanwhile: systems choose theirs above 32768."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            port = random.randrange(20000, 32000)
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @pytest.fixture(scope="module")
