@@ -72,11 +72,12 @@ def _follow(stream, lines):
 
 
 def wait_for(condition, timeout_s, what):
-    """Poll until `condition()` is true."""
-    deadline = time.monotonic() + timeout_s
+    """Poll until `condition()` is true; what takes long is looked at less often, and has the processor for itself."""
+    started_at = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
+        waited_s = time.monotonic() - started_at
+        assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
+        time.sleep(min(0.01 + waited_s / 20, 0.2))
     return value
 
 
@@ -125,7 +126,7 @@ def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=
     for follower in followers:
         follower.start()
     try:
-        line = wait_for(lambda: next((x for x in bridge.lines if x.startswith("listening on ")), None), 20, bridge.log)
+        line = wait_for(lambda: next((x for x in bridge.lines if x.startswith("listening on ")), None), 60, bridge.log)
         url = line.removeprefix("listening on ")
         bridge.scheme, bridge.port = url.partition("://")[0], int(url.rpartition(":")[2].partition("/")[0])
         if ready:
