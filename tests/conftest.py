@@ -4,6 +4,7 @@ does all), and in which order. And the fixture of both crypto backends.
 `make test` needs Python and pip only; `make test-all` (DVAI_TEST_ALL=1) skips nothing but what the system lacks.
 """
 
+import gc
 import os
 
 import pytest
@@ -76,6 +77,12 @@ def pytest_collection_modifyitems(items):
     if "PYTEST_XDIST_WORKER" in os.environ:
         order = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish():
+    """What was collected stays to the end, and is much: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def note_skip(report):
