@@ -99,7 +99,7 @@ def find_free_port():
 
 
 def read_health(bridge):
-    status, _, body = bridge.request("GET", "/health", timeout_s=2)
+    status, _, body = bridge.request("GET", "/health", timeout_s=20)
     assert status == 200, body
     return json.loads(body)
 
