@@ -197,6 +197,7 @@ def interrupt(fraction):
     if sys.argv[3] == "starting":
         os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background does not inherit
 bridge = DVAI(home=sys.argv[2], port=0, model="builtin")
 try:
     with bridge as dvai:
