@@ -55,6 +55,8 @@ PROCESSES_AT_MOST = 8
 LONGEST = (
     "test_delegation_end_to_end",
     "test_relay_redis",
+    "test_delegation_namespaces",
+    "test_discovery_namespaces",
     "test_tools_end_to_end",
     "test_llama_engine",
     "test_peers_that_die",
