@@ -886,7 +886,7 @@ def test_without_the_switch_there_are_no_metrics(chain):
 
 def test_who_leaves_frees_the_engine(chain):
     engine, front = chain
-    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1}
+    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1, "logit_bias": {"2": -100}}
     with socket.create_connection(("127.0.0.1", front.port)) as connection:
         body = json.dumps(endless).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
