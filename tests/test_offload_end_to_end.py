@@ -159,7 +159,7 @@ def test_denied_is_said_to_both(tmp_path, model):
 def test_revoking_ends_what_runs_and_what_comes(pair, tmp_path):
     strong, weak = pair
     weak_id = json.loads((tmp_path / "weak" / "data" / "identity.json").read_text())["deviceId"]
-    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1}
+    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1, "logit_bias": {"2": -100}}
     ended = threading.Event()
 
     def stream():
