@@ -12,7 +12,7 @@ PIP    := -m pip --quiet --disable-pip-version-check install
 .PHONY: test test-all lint bench model clean
 
 test: .venv-test/$(TAG)/ready
-	.venv-test/$(TAG)/bin/python -m pytest tests
+	.venv-test/$(TAG)/bin/python -m pytest tests --durations=12 --tb=short -n auto --dist loadfile --no-loadscope-reorder
 
 .venv-test/$(TAG)/ready: tests/requirements.txt
 	$(PYTHON) -m venv .venv-test/$(TAG)

@@ -1,8 +1,10 @@
-"""The two tiers and what each may skip: any other skip fails the run. And the fixture of both crypto backends.
+"""The two tiers and what each may skip: any other skip fails the run. How many processes test (of each file one of them
+does all), and in which order. And the fixture of both crypto backends.
 
 `make test` needs Python and pip only; `make test-all` (DVAI_TEST_ALL=1) skips nothing but what the system lacks.
 """
 
+import gc
 import os
 
 import pytest
@@ -48,9 +50,41 @@ SKIPPED_BY_SYSTEM = {
 }
 EXPECTED = SKIPPED_BY_SYSTEM if os.environ.get("DVAI_TEST_ALL") == "1" else SKIPPED_BY_SYSTEM | SKIPPED_WITHOUT_PACKAGES
 
+PROCESSES_AT_MOST = 8
+# These come first, so that none of the processes is left alone with one at the end.
+LONGEST = (
+    "test_delegation_end_to_end",
+    "test_relay_redis",
+    "test_delegation_namespaces",
+    "test_discovery_namespaces",
+    "test_tools_end_to_end",
+    "test_llama_engine",
+    "test_peers_that_die",
+    "test_end_to_end",
+    "test_http_server",
+)
+
 CRYPTO_BACKENDS = {"own": dvai_bridge.OwnBackend, "cryptography": dvai_bridge.CryptographyBackend}
 
 unexpected: set[str] = set()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Tests wait as much as they compute."""
+    return min((os.cpu_count() or 1) + 1, PROCESSES_AT_MOST)
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish():
+    """What was collected stays to the end, and is much: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def note_skip(report):

@@ -72,5 +72,5 @@ build_llama_server
 install_clients
 say "all tests with $("$VENV/bin/python" --version)"
 DVAI_TEST_ALL=1 DVAI_LLAMA_SOURCE=$SOURCE DVAI_LLAMA_SERVER=$LLAMA_SERVER DVAI_NODE_MODULES=$NODE/node_modules \
-    "$VENV/bin/python" -m pytest tests --durations=12
+    "$VENV/bin/python" -m pytest tests --durations=12 --tb=short -n auto --dist loadfile --no-loadscope-reorder
 test_other_pythons

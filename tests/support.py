@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib
+import itertools
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
@@ -69,16 +72,34 @@ def _follow(stream, lines):
 
 
 def wait_for(condition, timeout_s, what):
-    """Poll until `condition()` is true."""
-    deadline = time.monotonic() + timeout_s
+    """Poll until `condition()` is true; what takes long is looked at less often, and has the processor for itself."""
+    started_at = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
+        waited_s = time.monotonic() - started_at
+        assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
+        time.sleep(min(0.01 + waited_s / 20, 0.2))
     return value
 
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # which of the processes that test
+PORTS = range(10_000 + WORKER % 10 * 2_000, 12_000 + WORKER % 10 * 2_000)
+_ports = itertools.cycle(random.sample(PORTS, len(PORTS)))
+
+
+def find_free_port():
+    """A port for a server whose URL has to be known before it starts, or that comes back where it was.
+
+    Nobody else takes it meanwhile: systems give away what is above 32768, and each process that tests has its own.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def read_health(bridge):
-    status, _, body = bridge.request("GET", "/health", timeout_s=2)
+    status, _, body = bridge.request("GET", "/health", timeout_s=20)
     assert status == 200, body
     return json.loads(body)
 
@@ -105,7 +126,7 @@ def start_bridge(home, *arguments, module=MODULE, environ=None, ready=True, cwd=
     for follower in followers:
         follower.start()
     try:
-        line = wait_for(lambda: next((x for x in bridge.lines if x.startswith("listening on ")), None), 20, bridge.log)
+        line = wait_for(lambda: next((x for x in bridge.lines if x.startswith("listening on ")), None), 60, bridge.log)
         url = line.removeprefix("listening on ")
         bridge.scheme, bridge.port = url.partition("://")[0], int(url.rpartition(":")[2].partition("/")[0])
         if ready:

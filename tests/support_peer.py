@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support import read_health, wait_for
+from support import find_free_port, read_health, wait_for
 
 
 def encode_base64url(data: bytes) -> str:
@@ -175,7 +175,7 @@ class FakePeer:
     script: object
     models: tuple[str, ...] = ()
     scores: object = None
-    port: int = 0
+    port: int = field(default_factory=find_free_port)  # where it may come back
     key: str = field(default_factory=lambda: encode_base64url(os.urandom(32)), repr=False)
     asked: list = field(default_factory=list)
     headers: list = field(default_factory=list)
@@ -272,8 +272,7 @@ def build_scores(scores):
 @contextlib.contextmanager
 def start_peer(peer):
     """A running fake peer; ended, with its connections, on leaving."""
-    server = http.server.ThreadingHTTPServer((("127.0.0.1"), peer.port), type("Bound", (PeerHandler,), {"peer": peer}))
-    peer.port = server.server_address[1]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", peer.port), type("Bound", (PeerHandler,), {"peer": peer}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

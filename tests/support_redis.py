@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from support import require, wait_for
+from support import find_free_port, require, wait_for
 from support_relay import start_relay
 
 FREE = {"SESSIONS_PER_ADDRESS": "0", "SESSIONS_PER_ADDRESS_PER_MINUTE": "0", "METRICS_ENABLED": "1"}
@@ -22,9 +22,7 @@ class RedisServer:
     """A redis-server on loopback that keeps nothing on disk."""
 
     def __init__(self, *options, is_tls=False):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = taken.getsockname()[1]
+        self.port = find_free_port()
         self._options = [*options, "--tls-port" if is_tls else "--port", str(self.port)]
         self._options += ["--port", "0"] if is_tls else []
         self.url = ""
@@ -102,7 +100,7 @@ def start_relays(redis, count=3, **environ):
     """So many relay processes that are one, and know of each other."""
     environ = FREE | {"REDIS_URL": redis.build_url()} | environ
     with contextlib.ExitStack() as stack:
-        relays = [stack.enter_context(start_relay(**environ)) for _ in range(count)]
+        relays = [stack.enter_context(start_relay(port=find_free_port(), **environ)) for _ in range(count)]
         wait_until_together(relays)
         yield relays
 

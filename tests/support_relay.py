@@ -79,13 +79,6 @@ class RunningRelay:
         return int(next(line for line in status.read_text().splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
 
 
-def find_free_port():
-    """For a relay whose own URL has to be known before it starts."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @contextlib.contextmanager
 def start_relay(*flags, port=0, **environ):
     """A relay on loopback that listens; stopped, and its log checked, at the end."""

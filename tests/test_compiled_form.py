@@ -26,7 +26,7 @@ def script(tmp_path, monkeypatch):
 def run(script, *words, options=(), environ=None, cwd=None):
     environ = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""} | (environ or {})
     command = [sys.executable, *options, str(script), *words]
-    return subprocess.run(command, env=CLEAN_ENVIRON | environ, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=CLEAN_ENVIRON | environ, cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import subprocess
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, PROGRAM, require, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, find_free_port, require, start_bridge, wait_for
 from support_bridges import CHAT, HELLO, Stream, Wire, ask, count_running, list_peers
 from support_peer import find_secrets, pair_with, recovering, send
-from support_relay import find_free_port, start_relay
+from support_relay import start_relay
 from support_tunnel import make_identity
 from support_worker import build_byte_model
 
@@ -41,6 +41,7 @@ class Bridges:
 
     def start_provider(self, name="strong", *arguments, **options):
         flags = ("--model", self.model, "--engine", "builtin", "--host", "127.0.0.1", "--device-name", name)
+        flags += ("--port", find_free_port())  # where it may come back
         bridge = self.start(name, *flags, *arguments, command="provider", **options)
         wait_for(lambda: any(line.startswith("    this key ") for line in bridge.lines), 30, "it says who it is")
         return bridge

@@ -15,6 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = ["dvai_bridge.py", "rendezvous_server.py"]
 
 
+@pytest.fixture(scope="module")
+def trees():
+    """What each module says, which takes seconds to read and is not changed."""
+    return {module: ast.parse((ROOT / module).read_text("utf-8")) for module in MODULES}
+
+
 def read_sections(source):
     """First line number and title of every section, in order."""
     lines = source.splitlines()
@@ -54,12 +60,12 @@ def find_global_references(table):
         yield from find_global_references(child)
 
 
-def find_forward_references(source, name="module"):
+def find_forward_references(source, tree):
     sections = read_sections(source)
     titles = [title for _, title in sections]
-    defined = {k: section_of(sections, line) for k, line in find_definitions(ast.parse(source)).items()}
+    defined = {k: section_of(sections, line) for k, line in find_definitions(tree).items()}
     found = []
-    for line, ref in find_global_references(symtable.symtable(source, name, "exec")):
+    for line, ref in find_global_references(symtable.symtable(source, "module", "exec")):
         here = section_of(sections, line)
         if defined.get(ref, here) > here:
             found.append(f"{titles[here]}: {ref} is defined in {titles[defined[ref]]}")
@@ -67,14 +73,14 @@ def find_forward_references(source, name="module"):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_sections_use_only_names_from_above(module):
-    assert find_forward_references((ROOT / module).read_text("utf-8")) == []
+def test_sections_use_only_names_from_above(module, trees):
+    assert find_forward_references((ROOT / module).read_text("utf-8"), trees[module]) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_section_gives_a_name_of_another_a_second_meaning(module):
+def test_no_section_gives_a_name_of_another_a_second_meaning(module, trees):
     seen, twice = set(), []
-    for node in ast.parse((ROOT / module).read_text("utf-8")).body:
+    for node in trees[module].body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names = [node.name]
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -91,7 +97,7 @@ def test_no_section_gives_a_name_of_another_a_second_meaning(module):
 
 def test_the_proof_sees_a_forward_reference():
     source = "# ---- One ---\ndef f():\n    return g()\n# ---- Two ---\ndef g():\n    return 1\n"
-    assert find_forward_references(source) == ["One: g is defined in Two"]
+    assert find_forward_references(source, ast.parse(source)) == ["One: g is defined in Two"]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -103,18 +109,17 @@ def test_sections_open_with_a_title_and_a_sentence(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_functions_and_classes_stay_small(module):
-    tree = ast.parse((ROOT / module).read_text("utf-8"))
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+def test_functions_and_classes_stay_small(module, trees):
+    nodes = list(ast.walk(trees[module]))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
-    classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    classes = [n for n in nodes if isinstance(n, ast.ClassDef)]
     assert [c.name for c in classes if c.end_lineno - c.lineno >= 500] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_public_names_say_what_they_are(module):
-    tree = ast.parse((ROOT / module).read_text("utf-8"))
-    named = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+def test_public_names_say_what_they_are(module, trees):
+    named = [n for n in trees[module].body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
     assert [n.name for n in named if not n.name.startswith("_") and not ast.get_docstring(n)] == []
 
 

@@ -197,6 +197,7 @@ def interrupt(fraction):
     if sys.argv[3] == "starting":
         os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background does not inherit
 bridge = DVAI(home=sys.argv[2], port=0, model="builtin")
 try:
     with bridge as dvai:
@@ -514,7 +515,7 @@ def test_an_answer_has_status_headers_and_body(intercepted):
         HttpResponse(headers=[("X-Bad", "a\r\nX-Injected: 1")], body=b"secret-canary"),
         HttpResponse(headers=[("X-Bad",)], body=b"secret-canary"),
         HttpResponse(body=["secret-canary"]),
-        {"not JSON": object()},
+        {"not JSON": ...},
     ],
     ids=repr,
 )

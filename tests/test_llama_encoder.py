@@ -16,10 +16,10 @@ from dvai_bridge import (
     ModelFileError,
     load_llama_backend,
 )
-from tests.support import require, start_bridge, wait_for
+from tests.support import find_free_port, require, start_bridge, wait_for
 from tests.support_bert import N_CTX, N_EMBD, build_bert
 from tests.test_tools_end_to_end import ask_server, is_healthy
-from tests.test_upstream_engine import find_free_port, start_llama_server
+from tests.test_upstream_engine import start_llama_server
 
 TEXTS = ["hello world", "rain in paris.", "warm", "hello hello hello"]
 

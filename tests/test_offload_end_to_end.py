@@ -9,7 +9,7 @@ import subprocess
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, PROGRAM, read_health, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, find_free_port, read_health, start_bridge, wait_for
 from support_worker import build_byte_model
 
 pytest.importorskip("resource", reason="stops processes with signals")
@@ -159,7 +159,7 @@ def test_denied_is_said_to_both(tmp_path, model):
 def test_revoking_ends_what_runs_and_what_comes(pair, tmp_path):
     strong, weak = pair
     weak_id = json.loads((tmp_path / "weak" / "data" / "identity.json").read_text())["deviceId"]
-    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1}
+    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1, "logit_bias": {"2": -100}}
     ended = threading.Event()
 
     def stream():
@@ -178,8 +178,9 @@ def test_revoking_ends_what_runs_and_what_comes(pair, tmp_path):
 
 
 def test_a_peer_that_dies_and_returns_is_used_again(tmp_path, model):
+    port = find_free_port()
     with (
-        start_strong(tmp_path / "strong", model, "--pairing", "allow") as strong,
+        start_strong(tmp_path / "strong", model, "--pairing", "allow", "--port", port) as strong,
         start_weak(tmp_path / "weak", strong, arguments=("--pairing", "allow")) as weak,
     ):
         assert ask(weak)[0] in (200, 503)
@@ -189,7 +190,7 @@ def test_a_peer_that_dies_and_returns_is_used_again(tmp_path, model):
         strong.process.wait()
         status, _, data = ask(weak)
         assert status == 503 and json.loads(data)["error"]["type"] == "no_capable_device"
-        with start_strong(tmp_path / "strong", model, "--port", strong.port):
+        with start_strong(tmp_path / "strong", model, "--port", port):
             wait_for(lambda: ask(weak)[0] == 200, 60, "the peer is used again")
 
 

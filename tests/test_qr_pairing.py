@@ -374,10 +374,10 @@ HOSTILE = {
 @pytest.fixture
 def impatient(monkeypatch):
     """What only waits for a relay that is not honest takes seconds."""
-    monkeypatch.setattr(d, "QR_FIRST_MESSAGE_S", 6.0)
-    monkeypatch.setattr(d, "CHANNEL_HANDSHAKE_DEADLINE_S", 6.0)
-    monkeypatch.setattr(d, "CHANNEL_PING_INTERVAL_S", 1.0)
-    monkeypatch.setattr(d, "CHANNEL_DEAD_AFTER_S", 6.0)
+    monkeypatch.setattr(d, "QR_FIRST_MESSAGE_S", 3.0)
+    monkeypatch.setattr(d, "CHANNEL_HANDSHAKE_DEADLINE_S", 3.0)
+    monkeypatch.setattr(d, "CHANNEL_PING_INTERVAL_S", 0.5)
+    monkeypatch.setattr(d, "CHANNEL_DEAD_AFTER_S", 3.0)
 
 
 @pytest.mark.parametrize("case", HOSTILE)

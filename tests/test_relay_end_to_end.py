@@ -6,7 +6,7 @@ import subprocess
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, PROGRAM, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, find_free_port, start_bridge, wait_for
 from support_relay import start_relay
 from support_worker import build_byte_model
 
@@ -104,8 +104,9 @@ def test_pair_ask_and_come_back_after_each_of_the_three_was_killed(tmp_path, mod
     weak_home, strong_home = tmp_path / "weak", tmp_path / "strong"
     with contextlib.ExitStack() as stack:
         relays = stack.enter_context(contextlib.ExitStack())
-        relay = relays.enter_context(start_relay(**UNLIMITED))
-        url = f"ws://127.0.0.1:{relay.port}"
+        port = find_free_port()
+        relay = relays.enter_context(start_relay(port=port, **UNLIMITED))
+        url = f"ws://127.0.0.1:{port}"
         weaks = stack.enter_context(contextlib.ExitStack())
         weak = weaks.enter_context(start_weak(weak_home, url))
         strongs = stack.enter_context(contextlib.ExitStack())
@@ -127,7 +128,7 @@ def test_pair_ask_and_come_back_after_each_of_the_three_was_killed(tmp_path, mod
         with contextlib.suppress(AssertionError):
             relays.close()
         assert ask(weak)[0] in (502, 503)
-        relays.enter_context(start_relay(port=relay.port, **UNLIMITED))
+        relays.enter_context(start_relay(port=port, **UNLIMITED))
         assert read_text(wait_answered(weak)) == text
 
         weak.process.kill()

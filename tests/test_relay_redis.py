@@ -264,11 +264,11 @@ def test_a_session_that_is_too_fast_is_slowed_and_loses_nothing(redis):
 
 @pytest.mark.parametrize("alive", ["frames", "pings"])
 def test_a_session_lives_while_either_end_shows_life(redis, alive):
-    with start_relays(redis, 2, SESSION_TTL_SECONDS="2") as relays:
+    with start_relays(redis, 2, SESSION_TTL_SECONDS="4") as relays:
         left, right, dialed, _incoming = open_room_across(*relays)
         idle = open_room_across(*relays)
         with left, right, idle[0], idle[1]:
-            deadline = time.monotonic() + 6
+            deadline = time.monotonic() + 9
             while time.monotonic() < deadline:
                 if alive == "pings":
                     assert right.ask("ping") == {"type": "pong"}

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from support import find_free_port
 from support_relay import start_relay
 from support_rendezvous import DEADLINE_S, UNLIMITED, Middle, keep, read_frame, replace_frame
 from support_tunnel import Consumer, Provider, make_pairing, until
@@ -226,8 +227,7 @@ def test_a_relay_has_one_name(url, name):
 @contextlib.contextmanager
 def start_named_relay():
     """A real relay that knows by which URL clients reach it."""
-    with start_relay(**UNLIMITED) as relay:
-        port = relay.port
+    port = find_free_port()
     with start_relay(port=port, RENDEZVOUS_URL=f"ws://127.0.0.1:{port}", **UNLIMITED) as relay:
         yield relay
 
@@ -331,13 +331,14 @@ def test_who_is_not_there_is_named(relay):
 
 def test_a_relay_that_comes_back_finds_everybody_again():
     async def run(first, later):
-        relay = first.enter_context(start_relay(**UNLIMITED))
-        async with run_clients(f"ws://127.0.0.1:{relay.port}") as (_, consumer, _, reached):
+        port = find_free_port()
+        relay = first.enter_context(start_relay(port=port, **UNLIMITED))
+        async with run_clients(f"ws://127.0.0.1:{port}") as (_, consumer, _, reached):
             session = await dial(consumer)
             relay.process.kill()
             await asyncio.to_thread(first.close)
             assert await session.receive() is None and session.end_reason
-            await asyncio.to_thread(later.enter_context, start_relay(port=relay.port, **UNLIMITED))
+            await asyncio.to_thread(later.enter_context, start_relay(port=port, **UNLIMITED))
             await until(lambda: len(reached) >= 4, DEADLINE_S)
             session = await dial(consumer)
             await session.send_binary(b"\x10a")

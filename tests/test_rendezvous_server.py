@@ -16,7 +16,7 @@ import threading
 import pytest
 
 import rendezvous_server
-from tests.support import MODULE, require, wait_for
+from tests.support import MODULE, find_free_port, require, wait_for
 from tests.support_relay import (
     CLEAN_ENVIRON,
     DEADLINE_S,
@@ -652,9 +652,9 @@ def test_addresses_are_logged_only_when_asked(level):
 
 
 def test_after_a_restart_everybody_finds_each_other_again():
-    with start_relay() as relay:
+    port = find_free_port()
+    with start_relay(port=port) as relay:
         left, right, _, _ = open_room(relay)
-        port = relay.port
         relay.process.kill()
         for client in (left, right):
             with client, pytest.raises(ConnectionError):

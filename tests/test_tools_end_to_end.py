@@ -28,10 +28,10 @@ from dvai_bridge import (
     load_builtin_backend,
     load_llama_backend,
 )
-from tests.support import CLEAN_ENVIRON, RunningBridge, require, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, RunningBridge, find_free_port, require, start_bridge, wait_for
 from tests.test_chat_template import real_template
 from tests.test_clients import run_node
-from tests.test_upstream_engine import find_free_port, start_llama_server
+from tests.test_upstream_engine import start_llama_server
 from tests.tool_transcripts import (
     BOTH,
     COMMON,

@@ -12,7 +12,7 @@ import dvai_bridge as d
 
 def run(test):
     """Runs a coroutine function to its end, in a loop of its own."""
-    return asyncio.run(asyncio.wait_for(test(), 60))
+    return asyncio.run(asyncio.wait_for(test(), 180))
 
 
 async def echo(request):

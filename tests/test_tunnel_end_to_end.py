@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from support import CLEAN_ENVIRON, PROGRAM, require, start_bridge, wait_for
+from support import CLEAN_ENVIRON, PROGRAM, find_free_port, require, start_bridge, wait_for
 from support_bridges import CHAT, HELLO, Stream, ask, count_running, list_peers
 from support_peer import find_secrets, read_device_id, recovering, send
 from support_worker import build_byte_model
@@ -34,6 +34,7 @@ class Bridges:
 
     def start_provider(self, name="strong", *arguments):
         flags = ("--model", self.model, "--engine", "builtin", "--lan", "--host", "127.0.0.1", "--pairing", "allow")
+        flags += ("--port", find_free_port())  # where it may come back
         return self.start(name, *flags, "--device-name", name, *arguments)
 
     def start_consumer(self, *providers, mode="--offload-only", arguments=()):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from dvai_bridge import (
     is_near,
     parse_upstream_answer,
 )
-from tests.support import CLEAN_ENVIRON, PROGRAM, read_health, require, start_bridge, wait_for
+from tests.support import CLEAN_ENVIRON, PROGRAM, find_free_port, read_health, require, start_bridge, wait_for
 from tests.support_worker import build_byte_model
 from tests.test_http_client import Server
 from tests.test_metrics import parse_exposition
@@ -787,15 +786,6 @@ def test_an_engine_that_lists_nothing_is_asked_for_anything():
 HELLO = CHAT | {"max_tokens": 8, "temperature": 0}
 
 
-def find_free_port():
-    """A port that no outgoing connection takes meanwhile: systems choose theirs above 32768."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            port = random.randrange(20000, 32000)
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "bytes.gguf"
@@ -896,7 +886,7 @@ def test_without_the_switch_there_are_no_metrics(chain):
 
 def test_who_leaves_frees_the_engine(chain):
     engine, front = chain
-    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1}
+    endless = HELLO | {"stream": True, "max_tokens": 100_000, "temperature": 1, "logit_bias": {"2": -100}}
     with socket.create_connection(("127.0.0.1", front.port)) as connection:
         body = json.dumps(endless).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
