@@ -32275,6 +32275,12 @@ class EventStreamBody:
     async def __anext__(self) -> bytes:
         return await anext(self._chunks)
 
+    async def pour_into(self, sink: ByteSink) -> None:
+        """Sends each piece as it comes: the next one is not there yet, and another pass of the loop would cost more."""
+        async for chunk in self._chunks:
+            sink.send(chunk)
+            await sink.drain()
+
     async def aclose(self) -> None:
         await self._chunks.aclose()
         await self._generation.aclose()
